@@ -1,0 +1,62 @@
+"""What the loop asks of an inference engine. The embedded torch engine and vLLM both answer it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from kimi_core.types import Segment
+
+
+@dataclass(frozen=True)
+class Request:
+    """One open trajectory to extend.
+
+    Args:
+        trajectory_id: names the trajectory in the segment that comes back, and seeds its sampling.
+        token_ids: int32 ``[n]``, the prompt and every segment so far; not empty.
+        prompt_length: where the response begins; repeats are looked for from here on.
+        budget: output tokens that this call may add, at least 1.
+        remaining: output tokens left until the total length limit, at least 1. Reaching it ends the
+            response with ``"length"``; spending the budget first leaves it open.
+    """
+
+    trajectory_id: int
+    token_ids: np.ndarray
+    prompt_length: int
+    budget: int
+    remaining: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, the same for all requests of a call.
+
+    Log-probs are those of the distribution sampled from: ``softmax(logits / temperature)``.
+    ``temperature = 0`` takes the most likely token and reports its log-prob at temperature 1.
+    A token depends on ``(seed, trajectory_id, position)`` and the model only: not on the batch it
+    was drawn in, nor on how a response was cut into segments.
+    """
+
+    temperature: float
+    seed: int
+    stop_token_ids: frozenset[int]
+    repeat_window: int = 0
+    """A response in which the same ``repeat_window`` tokens stand ``repeat_count`` times ends there
+    with ``"repeat"``. 0 looks for nothing."""
+    repeat_count: int = 0
+
+
+class Engine(Protocol):
+    """An inference engine. One call is one rollout phase; weights never change within a call."""
+
+    policy_version: int
+    """The version of the weights that the engine samples from; written on every segment."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
+        """Extend every request by at most its budget; yield each segment as soon as it is complete.
+
+        Every request is answered by exactly one segment, in the order in which they end.
+        """
+        ...
