@@ -1,0 +1,387 @@
+"""The folder of one run: who may write in it, its settings, and states that survive any crash.
+
+::
+
+    runs/think/
+      lock            held by the process that runs; holds its pid
+      config.toml     every setting of the run, resolved
+      states/000012/  what iteration 13 starts from: tensors.safetensors, state.json, other files
+      checkpoint/     the policy in Hugging Face format
+
+A state is written beside its final name, forced to disk, and only then renamed: a folder without
+``.tmp`` in its name is whole. The previous state goes after the new one stands, so at every instant
+at least one whole state exists. See ``docs/metrics.md`` for the other files.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from kimi_core.config import Config, load_config
+
+MAY_CHANGE_ON_RESUME = ("name", "runs", "iterations", "samples", "save_every", "evaluation")
+"""Keys and sections that do not change what an iteration computes."""
+
+OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TRACES = ("checkpoint", "summary.json", "metrics.jsonl")
+"""What a run leaves besides its states; a folder with any of them is not reused."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What ``RunFolder.save_state`` was given, read back."""
+
+    iteration: int
+    """Iterations done when it was saved; 0 is the start of RL."""
+    folder: Path
+    """Holds the extra files under the names they were given."""
+    tensors: dict[str, torch.Tensor]
+    """On the CPU, with the dtypes and shapes they were saved with."""
+    state: dict[str, Any]
+
+
+class RunFolder:
+    """A locked run folder. Made by ``create`` or ``resume``; released by ``close`` or at exit."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Make and lock the folder; the two class methods are the public doors.
+
+        Raises:
+            ValueError: another process runs in this folder.
+        """
+        self.path = Path(path)
+        self.states = self.path / "states"
+        self.checkpoint = self.path / "checkpoint"
+        self.states.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = _take_lock(self.path)
+        _finish_swap(self.checkpoint)
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config) -> "RunFolder":
+        """Start a run at ``path`` and write its settings there.
+
+        Raises:
+            ValueError: another process runs in this folder, or it holds a run already.
+        """
+        with ExitStack() as on_error:
+            run = on_error.enter_context(cls(path))
+            found = run.latest_state()
+            if found:
+                raise ValueError(
+                    f"{run.path} holds a run that reached iteration {found[0]}: continue it with "
+                    "--resume, or give this one another name=..."
+                )
+            traces = [name for name in TRACES if (run.path / name).exists()]
+            if traces:
+                raise ValueError(
+                    f"{run.path} holds {', '.join(traces)} of an earlier run, without a state to "
+                    "resume from: give this run another name=..., or remove that folder"
+                )
+            write_atomically(run.path / "config.toml", dump_toml(config))
+            on_error.pop_all()
+        return run
+
+    @classmethod
+    def resume(cls, path: str | Path, config: Config) -> "RunFolder":
+        """Open the run at ``path`` to continue it; ``load_state`` says from where.
+
+        Settings in ``MAY_CHANGE_ON_RESUME`` may differ from the saved ones, and are saved anew.
+
+        Raises:
+            ValueError: there is no run or no state, another process runs in this folder, or
+                another setting differs; each is named with its saved and its given value.
+        """
+        saved = Path(path) / "config.toml"
+        if not saved.is_file():
+            raise ValueError(
+                f"No run to resume in {path}: it has no config.toml; start one without --resume, "
+                "or give the name=... of a run that exists"
+            )
+        with ExitStack() as on_error:
+            run = on_error.enter_context(cls(path))
+            if run.latest_state() is None:
+                raise ValueError(
+                    f"No state to resume from in {path}: the run stopped before its first one was "
+                    "saved; start it again without --resume"
+                )
+            _check_same_settings(run.path, load_config(saved), config)
+            write_atomically(saved, dump_toml(config))
+            on_error.pop_all()
+        return run
+
+    def latest_state(self) -> tuple[int, Path] | None:
+        """The newest whole state as ``(iteration, folder)``; None where none was saved."""
+        found = _whole_states(self.states)
+        return found[-1] if found else None
+
+    def save_state(
+        self,
+        iteration: int,
+        tensors: Mapping[str, torch.Tensor],
+        files: Mapping[str, Callable[[Path], None]],
+        state: Mapping[str, Any],
+        fingerprint: str = "",
+    ) -> Path:
+        """Make everything the next iteration starts from durable; then drop the older state.
+
+        Args:
+            iteration: iterations done, at least 0. Saving the same one again replaces it.
+            tensors: any shape and dtype; tied ones once (``named_parameters`` does that).
+            files: file name to a function that writes the file at the path it is given.
+            state: whatever else there is, as JSON.
+            fingerprint: names the model; ``load_state`` refuses another.
+
+        Returns the folder of the state. When it returns, the state survives a power cut.
+
+        Raises:
+            OSError: the disk or the quota is full (or any other fault of the disk). The half
+                written folder is gone, and the previous state is as it was.
+        """
+        final = self.states / f"{iteration:06d}"
+        partial = final.with_suffix(".tmp")
+        for leftover in self.states.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with self._writing(partial, f"the state of iteration {iteration}"):
+            partial.mkdir()
+            whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, partial / "tensors.safetensors")
+            for name, write in files.items():
+                write(partial / name)
+            record = {"iteration": iteration, "fingerprint": fingerprint, "state": dict(state)}
+            (partial / "state.json").write_text(json.dumps(record, indent=1))
+            _sync_tree(partial)
+            _swap(partial, final)
+        for _, older in _whole_states(self.states)[:-1]:
+            _discard(older)
+        return final
+
+    def load_state(self, fingerprint: str = "") -> SavedState:
+        """Read the newest state back.
+
+        Raises:
+            ValueError: there is none, or it is of a model with another fingerprint.
+        """
+        found = self.latest_state()
+        if found is None:
+            raise ValueError(f"No state in {self.states}: start the run without --resume")
+        iteration, folder = found
+        record = json.loads((folder / "state.json").read_text())
+        if record["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{folder} was saved with the model {record['fingerprint']!r} and cannot be "
+                f"continued with {fingerprint!r}: resume with the same model, or start a run with "
+                "another name=..."
+            )
+        tensors = load_file(folder / "tensors.safetensors")
+        return SavedState(iteration, folder, tensors, record["state"])
+
+    def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
+        """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
+
+        Args:
+            model: has ``save_pretrained``, as has ``tokenizer``.
+
+        Raises:
+            OSError: the disk is full; the previous checkpoint is as it was.
+        """
+        partial = self.path / "checkpoint.tmp"
+        shutil.rmtree(partial, ignore_errors=True)
+        with self._writing(partial, "the checkpoint"):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _sync_tree(partial)
+            _swap(partial, self.checkpoint)
+        return self.checkpoint
+
+    def close(self) -> None:
+        """Release the lock; the object is of no use afterwards."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _writing(self, partial: Path, what: str) -> Iterator[None]:
+        """Leaves no ``partial`` folder behind; says what to do when there is no room for it."""
+        try:
+            with _os_errors():
+                yield
+        except OSError as error:
+            if error.errno not in OUT_OF_ROOM:
+                raise
+            written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(self.path).free
+            raise OSError(
+                error.errno,
+                f"Cannot save {what} in {self.path}: {error.strerror} after {written / 1e6:.1f} MB"
+                f"; {free / 1e6:.1f} MB are free without it. {self._way_on()}",
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _way_on(self) -> str:
+        found = self.latest_state()
+        if found is None:
+            return "No state was saved before: make room there and start again"
+        return f"The state of iteration {found[0]} is intact: make room there, then --resume"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace the file at ``path``: readers see the old content or the new, also after a crash."""
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _sync(partial)
+        partial.replace(path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def dump_toml(config: Config) -> str:
+    """The settings as TOML that ``load_config`` reads back to an equal ``Config``.
+
+    Unset values are left out, as TOML has no null: every setting that can be unset is so by
+    default.
+    """
+    sections = {"": {}} | config.model_dump()
+    for key in [key for key, value in sections.items() if not isinstance(value, dict)]:
+        sections[""][key] = sections.pop(key)
+    blocks = []
+    for section, values in sections.items():
+        lines = [f"{k} = {_toml_value(v)}" for k, v in values.items() if v is not None]
+        blocks.append("\n".join([f"[{section}]", *lines] if section else lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _toml_value(value: bool | int | float | str | list[Any]) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but JSON lets DEL stand raw and TOML does not.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    return repr(value)
+
+
+def _check_same_settings(path: Path, saved: Config, given: Config) -> None:
+    before, now = _flatten(saved.model_dump()), _flatten(given.model_dump())
+    different = [
+        f"  {key}: saved {before[key]!r}, given {now[key]!r}"
+        for key in before
+        if before[key] != now[key] and key.partition(".")[0] not in MAY_CHANGE_ON_RESUME
+    ]
+    if different:
+        raise ValueError(
+            f"Cannot resume {path} with other settings:\n" + "\n".join(different) + "\n"
+            f"Give the saved values, or start a run with another name=...; only "
+            f"{', '.join(MAY_CHANGE_ON_RESUME)} may change on the way"
+        )
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def _take_lock(path: Path) -> int:
+    """Lock ``path/lock`` and write our pid into it. The kernel releases it when we end, however."""
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise ValueError(
+            f"{path} is in use by the process with pid {holder}: wait for it or stop it, or give "
+            "this run another name=..."
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """safetensors reports faults of the disk as its own error; raise the OSError that it had."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code)) from error
+
+
+def _whole_states(states: Path) -> list[tuple[int, Path]]:
+    """Every whole state, oldest first. ``.old`` is one that its namesake was replacing."""
+    found = []
+    for folder in states.iterdir():
+        name = re.fullmatch(r"(\d{6,})(\.old)?", folder.name)
+        if name:
+            found.append((int(name[1]), name[2] is None, folder))
+    return [(iteration, folder) for iteration, _, folder in sorted(found)]
+
+
+def _swap(partial: Path, final: Path) -> None:
+    """Put ``partial`` in the place of ``final``; ``final`` or ``.old`` is whole at any instant."""
+    old = final.with_suffix(".old")
+    if final.exists():
+        _discard(old)
+        final.rename(old)
+    partial.rename(final)
+    _sync(final.parent)
+    _discard(old)
+
+
+def _finish_swap(final: Path) -> None:
+    """Undo a swap that was cut between its two renames."""
+    old = final.with_suffix(".old")
+    if old.exists() and not final.exists():
+        old.rename(final)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder; renamed first, so that half of it is never taken for the whole."""
+    if folder.exists():
+        rubbish = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(rubbish, ignore_errors=True)
+        folder.rename(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
