@@ -1,0 +1,12 @@
+"""Makes the tests import the installed package rather than the source folder beside them.
+
+The folder has no compiled module unless one was put there for development, and that one stays.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+if not any(ROOT.glob("kimi_core/_C*.so")):
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]

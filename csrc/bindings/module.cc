@@ -1,0 +1,6 @@
+#include "bindings/register.h"
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core of kimi_core. It links neither libtorch nor CUDA's runtime.";
+  kimi::register_text(m);
+}

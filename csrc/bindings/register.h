@@ -1,0 +1,13 @@
+// One function per folder of the core; each adds that folder's classes to kimi_core._C.
+#ifndef KIMI_BINDINGS_REGISTER_H_
+#define KIMI_BINDINGS_REGISTER_H_
+
+#include <pybind11/pybind11.h>
+
+namespace kimi {
+
+void register_text(pybind11::module_& m);
+
+}  // namespace kimi
+
+#endif  // KIMI_BINDINGS_REGISTER_H_

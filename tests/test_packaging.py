@@ -1,0 +1,73 @@
+"""What a fresh `pip install` must give, and what the repository promises about its layout."""
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import kimi_core
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Tools of the `test` extra stand beside the interpreter, also where nobody activated it.
+TOOLS = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(*command: str, **options: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=TOOLS, capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def test_version_matches_the_metadata() -> None:
+    assert metadata.version("kimi-core") == kimi_core.__version__
+
+
+def test_stub_is_current(tmp_path: Path) -> None:
+    """After a change to the bindings: `pybind11-stubgen kimi_core._C -o .`."""
+    made = run(sys.executable, "-m", "pybind11_stubgen", "kimi_core._C", "-o", str(tmp_path))
+    assert made.returncode == 0, made.stderr
+    committed = ROOT / "kimi_core" / "_C.pyi"
+    assert (tmp_path / "kimi_core" / "_C.pyi").read_text() == committed.read_text()
+
+
+def test_kernels_are_linked_into_the_package_once() -> None:
+    link = ROOT / "kimi_core" / "kernels"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../kernels")
+    shipped = Path(kimi_core.__file__).parent / "kernels"
+    assert {path.name for path in shipped.glob("*.py")} == {
+        path.name for path in (ROOT / "kernels").glob("*.py")
+    }
+
+
+def test_compiled_core_loads_without_torch() -> None:
+    """One wheel serves every torch: a linked libtorch would be missing here, or be mapped."""
+    script = (
+        "import sys, kimi_core._C\n"
+        "assert 'torch' not in sys.modules\n"
+        "if sys.platform == 'linux':\n"
+        "    maps = open('/proc/self/maps').read()\n"
+        "    assert '_C.' in maps and 'libtorch' not in maps and 'libc10' not in maps\n"
+    )
+    loaded = run(sys.executable, "-c", script)
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def test_cuda_on_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
+    configured = run(
+        "cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja",
+        "-DKIMI_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND",
+    )  # fmt: skip
+    assert configured.returncode != 0
+    assert "KIMI_CUDA=ON, but there is no CUDA compiler" in configured.stderr
+
+
+def test_package_without_its_core_names_the_command(tmp_path: Path) -> None:
+    source = ROOT / "kimi_core" / "__init__.py"
+    (tmp_path / "kimi_core").mkdir()
+    (tmp_path / "kimi_core" / "__init__.py").write_text(source.read_text())
+    imported = run(sys.executable, "-c", "import kimi_core", cwd=tmp_path)
+    assert imported.returncode != 0
+    assert "pip install ." in imported.stderr
