@@ -107,7 +107,7 @@ class Group:
 
     >>> group = Group(prompt=Prompt(7, "3*214=", "642"), trajectories=(),
     ...     correctness=np.array([1.0, 0.0]), rewards=np.array([1.15, 0.0]),
-    ...     advantages=np.array([0.575, -0.575]))
+    ...     advantages=np.array([0.575, -0.575]), reward_std=0.575)
     >>> float(group.advantages.sum())
     0.0
     """
@@ -120,6 +120,8 @@ class Group:
     """Correctness plus the weighted length reward and the repeat penalty, float64 ``[k]``."""
     advantages: np.ndarray
     """Rewards minus the baseline (section 2.3.2: the mean reward of the group), float64 ``[k]``."""
+    reward_std: float
+    """Standard deviation of the rewards of all its responses that have ended so far."""
 
 
 @dataclass(frozen=True)

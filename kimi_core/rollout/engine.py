@@ -53,6 +53,8 @@ class Engine(Protocol):
 
     policy_version: int
     """The version of the weights that the engine samples from; written on every segment."""
+    decode_steps: int
+    """Steps taken since the engine was made; one step adds at most one token to each trajectory."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
         """Extend every request by at most its budget; yield each segment as soon as it is complete.

@@ -1,0 +1,72 @@
+"""Accuracy on held-out prompts, greedy and sampled, by the same engine and reward as training."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kimi_core.config import RolloutConfig
+from kimi_core.metrics import EvaluationMetrics
+from kimi_core.reward.function import RewardFunction, score
+from kimi_core.rollout.engine import Engine, Request, Sampling
+from kimi_core.rollout.worker import sampling_for
+from kimi_core.types import Prompt
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Answers held-out prompts and scores the answers.
+
+    ``encode`` gives a prompt's token ids, int32 ``[n]``; ``response_text`` turns a response's ids
+    into the text that the reward function sees.
+    """
+
+    engine: Engine
+    prompts: Sequence[Prompt]
+    encode: Callable[[Prompt], np.ndarray]
+    response_text: Callable[[np.ndarray], str]
+    reward: RewardFunction
+    rollout: RolloutConfig
+    stop_token_ids: frozenset[int]
+
+    def evaluate(self, *, iteration: int, seed: int, limit: int | None = None) -> EvaluationMetrics:
+        """One greedy and one sampled response to each of the first ``limit`` prompts.
+
+        Raises:
+            RewardError: the reward function raised or returned no finite number.
+        """
+        started = time.perf_counter()
+        prompts = self.prompts[:limit]
+        greedy, _ = self._answer(prompts, self._sampling(seed, greedy=True))
+        sampled, lengths = self._answer(prompts, self._sampling(seed, greedy=False))
+        return EvaluationMetrics(
+            iteration=iteration,
+            policy_version=self.engine.policy_version,
+            accuracy_greedy=float(np.mean(greedy)),
+            accuracy_sampled=float(np.mean(sampled)),
+            length_mean=float(np.mean(lengths)),
+            n=len(prompts),
+            seed=seed,
+            wall_s=time.perf_counter() - started,
+        )
+
+    def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
+        return sampling_for(self.rollout, self.stop_token_ids, seed=seed, greedy=greedy)
+
+    def _answer(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> tuple[list[float], list[int]]:
+        limit = self.rollout.max_response_tokens
+        requests = []
+        for index, prompt in enumerate(prompts):
+            token_ids = self.encode(prompt)
+            requests.append(Request(index, token_ids, len(token_ids), budget=limit, remaining=limit))
+        correctness = [0.0] * len(prompts)
+        lengths = [0] * len(prompts)
+        for segment in self.engine.generate(requests, sampling):
+            index = segment.trajectory_id
+            text = self.response_text(segment.token_ids)
+            correctness[index] = score(self.reward, prompts[index], text)
+            lengths[index] = len(segment)
+        return correctness, lengths

@@ -1,0 +1,105 @@
+"""The rollout phase: every open trajectory goes on by at most the token budget (section 2.6.2)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kimi_core.buffer import RolloutBuffer
+from kimi_core.config import RolloutConfig
+from kimi_core.rollout.engine import Engine, Request, Sampling
+from kimi_core.types import PROMPT_VERSION, Prompt
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """What one rollout phase did."""
+
+    finished: int
+    unfinished: int
+    repeat_stops: int
+    tokens: int
+    decode_steps: int
+
+
+def begin_group(
+    buffer: RolloutBuffer, prompt: Prompt, prompt_ids: np.ndarray, *, group_id: int, samples: int
+) -> None:
+    """Open ``samples`` trajectories on one prompt; its tokens are their first segment, mask 0."""
+    nothing_sampled = np.zeros(len(prompt_ids), np.float32)
+    for _ in range(samples):
+        trajectory_id = buffer.begin(prompt.id, group_id)
+        buffer.append(
+            trajectory_id,
+            prompt_ids,
+            nothing_sampled,
+            nothing_sampled.astype(np.uint8),
+            policy_version=PROMPT_VERSION,
+        )
+
+
+def roll_out(
+    engine: Engine, buffer: RolloutBuffer, config: RolloutConfig, sampling: Sampling
+) -> RolloutReport:
+    """Extend every unfinished trajectory in ``buffer``; each segment is appended as it arrives."""
+    requests = [_request(buffer, key, config) for key in buffer.unfinished()]
+    finished = repeats = tokens = 0
+    steps_before = engine.decode_steps
+    for segment in engine.generate(requests, sampling):
+        buffer.append(
+            segment.trajectory_id,
+            segment.token_ids,
+            segment.logprobs,
+            np.ones(len(segment), np.uint8),
+            policy_version=segment.policy_version,
+        )
+        if segment.end_reason is not None:
+            buffer.finish(segment.trajectory_id, segment.end_reason)
+        finished += segment.end_reason is not None
+        repeats += segment.end_reason == "repeat"
+        tokens += len(segment)
+    return RolloutReport(
+        finished=finished,
+        unfinished=len(requests) - finished,
+        repeat_stops=repeats,
+        tokens=tokens,
+        decode_steps=engine.decode_steps - steps_before,
+    )
+
+
+def sampling_for(
+    config: RolloutConfig, stop_token_ids: frozenset[int], *, seed: int, greedy: bool = False
+) -> Sampling:
+    """The engine's settings for this run."""
+    return Sampling(
+        temperature=0.0 if greedy else config.temperature,
+        seed=seed,
+        stop_token_ids=stop_token_ids,
+        repeat_window=config.repeat_window,
+        repeat_count=config.repeat_count,
+    )
+
+
+def _request(buffer: RolloutBuffer, trajectory_id: int, config: RolloutConfig) -> Request:
+    trajectory = buffer.read(trajectory_id)
+    remaining = config.max_response_tokens - trajectory.response_length
+    return Request(
+        trajectory_id=trajectory_id,
+        token_ids=trajectory.token_ids,
+        prompt_length=trajectory.prompt_length,
+        budget=min(config.token_budget or remaining, remaining),
+        remaining=remaining,
+    )
+
+
+def buffer_size(prompts: Sequence[np.ndarray], config: RolloutConfig) -> tuple[int, int]:
+    """Tokens and trajectories that the buffer must hold so that a run never fills it.
+
+    A response takes at most ``ceil(max_response_tokens / token_budget)`` iterations, and its group
+    stays until the slowest has ended.
+    """
+    budget = config.token_budget or config.max_response_tokens
+    iterations = -(-config.max_response_tokens // budget) + 1
+    trajectories = iterations * config.prompts_per_iteration * config.samples_per_prompt
+    longest = max(len(ids) for ids in prompts)
+    return trajectories * (longest + config.max_response_tokens), trajectories

@@ -1,0 +1,86 @@
+"""A Hugging Face causal LM as the trainer sees it: tokens in, log-probs of wanted tokens out."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kimi_core.kernels import linear_logprob
+from kimi_core.trainer.packing import MicroBatch
+
+
+class Policy:
+    """Runs the body of a model and hands its hidden states to ``linear_logprob``.
+
+    The model's own head would form all logits; this one keeps the output matrix and what the
+    architecture does to the logits (bias, scale, soft cap), and never holds more than
+    ``head_chunk`` rows of them.
+
+    Args:
+        model: any ``AutoModelForCausalLM``.
+        temperature: the one that the tokens were sampled with.
+        head_chunk: rows of logits that exist at once.
+
+    Raises:
+        ValueError: the model's logits are not made from its last hidden state in a known way.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float, head_chunk: int) -> None:
+        self.model = model
+        self.temperature = temperature
+        self.head_chunk = head_chunk
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output embeddings: not a causal LM")
+        self._head = head
+        text = model.config.get_text_config()
+        self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
+        self._scale: float = (getattr(text, "logit_scale", None) or 1.0) / (
+            getattr(text, "logits_scaling", None) or 1.0
+        )
+        self._check_head()
+
+    def logprobs(self, micro: MicroBatch) -> Tensor:
+        """Log-probs of the wanted tokens, float32 ``[t]``; differentiable unless under no_grad."""
+        body = self.model.base_model
+        hidden_rld = body(
+            input_ids=micro.ids_rl, position_ids=micro.positions_rl, use_cache=False
+        ).last_hidden_state
+        return linear_logprob(
+            hidden_rld[micro.row_t, micro.column_t],
+            self._head.weight,
+            self.model_ids(micro),
+            temperature=self.temperature / self._scale,
+            bias_v=self._head.bias,
+            softcap=self._softcap,
+            chunk=self.head_chunk,
+        )
+
+    @staticmethod
+    def model_ids(micro: MicroBatch) -> Tensor:
+        """Ids of the wanted tokens, int64 ``[t]``: one to the right of the state before them."""
+        return micro.ids_rl[micro.row_t, micro.column_t + 1]
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        device = self._head.weight.device
+        ids = torch.arange(min(8, self._head.weight.shape[0]), device=device)[None]
+        was_training = self.model.training
+        self.model.eval()
+        theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        self.model.train(was_training)
+        ours = self._head(hidden).float() * self._scale
+        if self._softcap is not None:
+            ours = self._softcap * torch.tanh(ours / self._softcap)
+        if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2):
+            gap = float((ours - theirs).abs().max())
+            raise ValueError(
+                f"Cannot train {type(self.model).__name__}: its logits differ by {gap:.3g} from "
+                "hidden states times output matrix; its head does something not known here"
+            )
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that require a gradient, in the model's order."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

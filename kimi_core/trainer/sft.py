@@ -1,0 +1,109 @@
+"""Supervised fine-tuning on packed sequences (section 2.2), with the trainer's own parts."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from kimi_core.config import SftConfig, TrainerConfig
+from kimi_core.trainer.packing import micro_batches
+from kimi_core.trainer.policy import Policy, trainable_parameters
+from kimi_core.trainer.trainer import TrainingDiverged
+from kimi_core.types import PROMPT_VERSION, Batch
+
+Example = tuple[np.ndarray, np.ndarray]
+"""Token ids of a prompt and of its response, int32."""
+
+
+def train_sft(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    config: SftConfig,
+    trainer: TrainerConfig,
+    *,
+    seed: int,
+    report: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Fit the responses, given the prompts; the model is updated in place.
+
+    Examples are dealt out in random order, each once before any comes again.
+
+    Args:
+        model: any causal LM; parameters that require a gradient are trained.
+        examples: at least one; a prompt has at least one token, as has a response.
+        config: steps, batch size and learning rate.
+        trainer: ``tokens_per_micro_batch``, ``head_chunk``, ``grad_clip`` and ``weight_decay``.
+        seed: of the order.
+        report: called with each step, from 1, and its mean loss in nats a token.
+
+    Raises:
+        ValueError: there are no examples.
+        TrainingDiverged: a loss or gradient is not finite; that step is not taken.
+    """
+    if not examples:
+        raise ValueError("SFT needs at least one example; the file or source gave none")
+    policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk)
+    parameters = trainable_parameters(model)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=trainer.weight_decay, betas=(0.9, 0.95)
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, config.steps)
+    )
+    rng = np.random.default_rng([seed, config.steps])
+    order: list[int] = []
+    for step in range(1, config.steps + 1):
+        while len(order) < config.batch_size:
+            order.extend(rng.permutation(len(examples)).tolist())
+        chosen, order = order[: config.batch_size], order[config.batch_size :]
+        batch = pack_examples([examples[index] for index in chosen])
+        loss = _accumulate(policy, batch, trainer.tokens_per_micro_batch)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.grad_clip)
+        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+            raise TrainingDiverged(
+                f"SFT step {step}: loss {loss}, gradient norm {float(norm)}; the step was not "
+                f"taken. Lower sft.learning_rate (now {config.learning_rate})"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        report(step, loss)
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """Factor on the learning rate: up over the first 5 % of the steps, then a cosine to 0.1."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def pack_examples(examples: Sequence[Example]) -> Batch:
+    """Prompts and responses end to end; the mask is 1 on responses."""
+    tokens = [np.concatenate(example) for example in examples]
+    mask = [np.repeat([0, 1], [len(prompt), len(response)]) for prompt, response in examples]
+    total = sum(map(len, tokens))
+    return Batch(
+        token_ids=np.concatenate(tokens).astype(np.int32),
+        logprobs=np.zeros(total, np.float32),
+        mask=np.concatenate(mask).astype(np.uint8),
+        policy_versions=np.full(total, PROMPT_VERSION, np.int32),
+        cu_seqlens=np.cumsum([0, *map(len, tokens)], dtype=np.int32),
+    )
+
+
+def _accumulate(policy: Policy, batch: Batch, max_tokens: int) -> float:
+    """Add the gradient of the mean negative log-prob of the responses' tokens; return it."""
+    counted = batch.mask > 0
+    total = 0.0
+    device = policy.model.device
+    for micro in micro_batches(
+        batch, counted, range(len(batch)), max_tokens=max_tokens, device=device
+    ):
+        loss = -policy.logprobs(micro).sum() / int(counted.sum())
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+    return total

@@ -1,0 +1,237 @@
+"""One training phase: a fresh optimizer, a few updates on the responses that ended (section 2.3.2).
+
+The reference π_i is not a second model: it is the log-probs that the engine reported when it sampled
+the tokens, and they are measured against the trainer's own in every iteration.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kimi_core.config import TrainerConfig
+from kimi_core.trainer import objective
+from kimi_core.trainer.objective import Responses
+from kimi_core.trainer.packing import MicroBatch, micro_batches
+from kimi_core.trainer.policy import Policy, trainable_parameters
+from kimi_core.types import Batch
+
+PATIENCE = 3
+"""Iterations running in which the log-prob gap may be over its limit before the run stops."""
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient is not finite. The weights are those from before the update."""
+
+
+class LogprobMismatch(RuntimeError):
+    """Engine and trainer give the same tokens different log-probs, iteration after iteration."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What one training phase learns from; n responses."""
+
+    batch: Batch
+    advantages: np.ndarray
+    """float64 ``[n]``: A_j = r_j − r̄."""
+    scales: np.ndarray
+    """float64 ``[n]``, standard deviation of the rewards in each response's group (GRPO)."""
+    correct: np.ndarray
+    """float64 ``[n]``, the reward function's verdict (ReST)."""
+
+
+@dataclass(frozen=True)
+class TrainingMetrics:
+    """Means over the updates of one phase; gaps in nats, over the fresh tokens of the first."""
+
+    loss: float
+    grad_norm: float
+    logprob_gap_mean: float
+    logprob_gap_max: float
+    reference_recomputed: bool
+    tokens_stale_share: float
+    max_staleness: int
+    entropy: float
+
+
+class Trainer:
+    """Updates a model in place.
+
+    Args:
+        model: the policy; parameters that require a gradient are trained.
+        config: the objective and its settings.
+        temperature: the one that tokens are sampled with.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: TrainerConfig, *, temperature: float
+    ) -> None:
+        self._config = config
+        self._policy = Policy(model, temperature=temperature, head_chunk=config.head_chunk)
+        self._parameters = trainable_parameters(model)
+        self._device = self._parameters[0].device
+        self._gaps_over_limit = 0
+        if config.activation_checkpointing:
+            # The frozen bottom of a model feeds activations that need no gradient; only the
+            # non-reentrant kind carries gradients to parameters above them.
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def train(
+        self, data: TrainingData, *, policy_version: int, rng: np.random.Generator
+    ) -> TrainingMetrics:
+        """Take ``updates_per_iteration`` steps, each on its share of the responses.
+
+        Args:
+            data: responses that have ended; at least one.
+            policy_version: of the weights as they stand, which sampled this iteration's tokens.
+            rng: deals the responses out to the updates.
+
+        Raises:
+            TrainingDiverged: a loss or gradient is not finite; that update is not taken.
+            LogprobMismatch: the gap to the engine stayed over its limit although the reference was
+                recomputed, for ``PATIENCE`` iterations running.
+        """
+        optimizer = self._fresh_optimizer()
+        ages = policy_version - data.batch.policy_versions
+        counted = data.batch.mask > 0
+        if self._config.max_staleness is not None:
+            counted = counted & (ages <= self._config.max_staleness)
+        reference = data.batch.logprobs
+        shares = np.array_split(rng.permutation(len(data.batch)), self._config.updates_per_iteration)
+        losses, norms, gap = [], [], (0.0, 0.0)
+        recomputed = False
+        for number, share in enumerate(share for share in shares if len(share)):
+            loss, logprobs = self._accumulate(data, counted, reference, share)
+            if number == 0:
+                gap = _gap(logprobs, reference, (ages == 0) & counted)
+                recomputed = self._check_gap(gap[0])
+                if recomputed:
+                    optimizer.zero_grad()
+                    everyone = np.arange(len(data.batch))
+                    own = self.logprobs(data.batch, counted, everyone)
+                    reference = np.where((ages == 0) & counted, own, reference)
+                    loss, _ = self._accumulate(data, counted, reference, share)
+            norms.append(self._update(optimizer, loss))
+            losses.append(loss)
+        return TrainingMetrics(
+            loss=float(np.mean(losses)),
+            grad_norm=float(np.mean(norms)),
+            logprob_gap_mean=gap[0],
+            logprob_gap_max=gap[1],
+            reference_recomputed=recomputed,
+            tokens_stale_share=float((ages[counted] > 0).mean()) if counted.any() else 0.0,
+            max_staleness=int(ages[counted].max(initial=0)),
+            entropy=float(-reference[counted].mean()) if counted.any() else 0.0,
+        )
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The policy's log-probs of the ``wanted`` tokens, float32 ``[T]``, NaN elsewhere."""
+        result = np.full(len(batch.token_ids), np.nan, np.float32)
+        for micro in self._micro_batches(batch, wanted, which):
+            result[micro.source_t.cpu().numpy()] = self._policy.logprobs(micro).cpu().numpy()
+        return result
+
+    def _fresh_optimizer(self) -> torch.optim.Optimizer:
+        """Its moments belong to the reference it was built against, and that has just changed."""
+        return torch.optim.AdamW(
+            self._parameters,
+            lr=self._config.learning_rate,
+            weight_decay=self._config.weight_decay,
+            betas=(0.9, 0.95),
+        )
+
+    def _accumulate(
+        self, data: TrainingData, counted: np.ndarray, reference: np.ndarray, share: np.ndarray
+    ) -> tuple[float, np.ndarray]:
+        """Add the gradient of the mean loss over ``share``; return it and the log-probs met."""
+        total = 0.0
+        met = np.full(len(reference), np.nan, np.float32)
+        for micro in self._micro_batches(data.batch, counted, share):
+            logprobs_t = self._policy.logprobs(micro)
+            losses_n = self._losses(logprobs_t, self._responses(data, reference, micro))
+            loss = losses_n.sum() / len(share)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+            met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
+        return total, met
+
+    def _micro_batches(
+        self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray
+    ) -> Iterator[MicroBatch]:
+        return micro_batches(
+            batch,
+            wanted,
+            which,
+            max_tokens=self._config.tokens_per_micro_batch,
+            device=self._device,
+        )
+
+    def _responses(
+        self, data: TrainingData, reference: np.ndarray, micro: MicroBatch
+    ) -> Responses:
+        members_n, response_t = torch.unique(micro.sequence_t, return_inverse=True)
+        rows = members_n.cpu().numpy()
+
+        def tensor(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(self._device)
+
+        return Responses(
+            ref_logprobs_t=tensor(reference[micro.source_t.cpu().numpy()]),
+            response_t=response_t,
+            advantages_n=tensor(data.advantages[rows]),
+            scales_n=tensor(data.scales[rows]),
+            correct_n=tensor(data.correct[rows]),
+        )
+
+    def _losses(self, logprobs_t: Tensor, responses: Responses) -> Tensor:
+        config = self._config
+        if config.objective == "omd":
+            return objective.omd(
+                logprobs_t, responses, tau=config.tau, normalize=config.normalize
+            )
+        if config.objective == "reinforce":
+            return objective.reinforce(logprobs_t, responses, normalize=config.normalize)
+        if config.objective == "grpo":
+            return objective.grpo(logprobs_t, responses)
+        return objective.rest(logprobs_t, responses, normalize=config.normalize)
+
+    def _check_gap(self, mean: float) -> bool:
+        """Whether the reference has to be recomputed."""
+        if mean <= self._config.logprob_gap_limit:
+            self._gaps_over_limit = 0
+            return False
+        self._gaps_over_limit += 1
+        if self._gaps_over_limit >= PATIENCE:
+            raise LogprobMismatch(
+                f"Engine and trainer differ by {mean:.3g} nats a token (limit "
+                f"{self._config.logprob_gap_limit}) for {PATIENCE} iterations running: the engine "
+                "samples from other weights or in another precision than the trainer's. Check "
+                "model.dtype and the weight hand-over, or raise trainer.logprob_gap_limit"
+            )
+        return True
+
+    def _update(self, optimizer: torch.optim.Optimizer, loss: float) -> float:
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip))
+        if not (math.isfinite(norm) and math.isfinite(loss)):
+            optimizer.zero_grad()
+            raise TrainingDiverged(
+                f"Loss {loss} with gradient norm {norm}: the update was not taken. Lower "
+                f"trainer.learning_rate (now {self._config.learning_rate}) or look at the rewards "
+                "and log-probs of this iteration's samples"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+
+def _gap(own: np.ndarray, engines: np.ndarray, fresh: np.ndarray) -> tuple[float, float]:
+    """Mean and maximum of |Δ log-prob| over the fresh tokens that were met, in nats."""
+    delta = np.abs(own[fresh] - engines[fresh])
+    delta = delta[~np.isnan(own[fresh])]
+    return (float(delta.mean()), float(delta.max())) if len(delta) else (0.0, 0.0)
