@@ -14,10 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
-def run(*command: str, **options: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, env=TOOLS, capture_output=True, text=True, timeout=120, **options
-    )
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``cwd`` is no default: in the repository, Python would import the source folder."""
+    return subprocess.run(command, cwd=cwd, env=TOOLS, capture_output=True, text=True, timeout=120)
 
 
 def test_version_matches_the_metadata() -> None:
@@ -26,7 +25,7 @@ def test_version_matches_the_metadata() -> None:
 
 def test_stub_is_current(tmp_path: Path) -> None:
     """After a change to the bindings: `pybind11-stubgen kimi_core._C -o .`."""
-    made = run(sys.executable, "-m", "pybind11_stubgen", "kimi_core._C", "-o", str(tmp_path))
+    made = run(sys.executable, "-m", "pybind11_stubgen", "kimi_core._C", "-o", ".", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
     committed = ROOT / "kimi_core" / "_C.pyi"
     assert (tmp_path / "kimi_core" / "_C.pyi").read_text() == committed.read_text()
@@ -42,7 +41,7 @@ def test_kernels_are_linked_into_the_package_once() -> None:
     }
 
 
-def test_compiled_core_loads_without_torch() -> None:
+def test_compiled_core_loads_without_torch(tmp_path: Path) -> None:
     """One wheel serves every torch: a linked libtorch would be missing here, or be mapped."""
     script = (
         "import sys, kimi_core._C\n"
@@ -51,14 +50,14 @@ def test_compiled_core_loads_without_torch() -> None:
         "    maps = open('/proc/self/maps').read()\n"
         "    assert '_C.' in maps and 'libtorch' not in maps and 'libc10' not in maps\n"
     )
-    loaded = run(sys.executable, "-c", script)
+    loaded = run(sys.executable, "-c", script, cwd=tmp_path)
     assert loaded.returncode == 0, loaded.stderr
 
 
 def test_cuda_on_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
     configured = run(
-        "cmake", "-S", str(ROOT), "-B", str(tmp_path), "-G", "Ninja",
-        "-DKIMI_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND",
+        "cmake", "-S", str(ROOT), "-B", ".", "-G", "Ninja",
+        "-DKIMI_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND", cwd=tmp_path,
     )  # fmt: skip
     assert configured.returncode != 0
     assert "KIMI_CUDA=ON, but there is no CUDA compiler" in configured.stderr
