@@ -1,0 +1,374 @@
+"""The embedded engine: batched decoding with the trainer's own Hugging Face model, no copy.
+
+1. Requests wait in order of their context's length, the longest first.
+2. Free rows are filled from there: each distinct context is prefilled once, in micro-batches of
+   about equal lengths, and copied to the rows of the samples that share it.
+3. A decode step extends every row by one token. Rows that end leave, the last rows move into their
+   places, and the batch stays dense.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kimi_core import _C
+from kimi_core.rollout.engine import Request, Sampling
+from kimi_core.rollout.kv_cache import KVCache
+from kimi_core.rollout.sampling import draw, uniforms
+from kimi_core.types import EndReason, Segment
+
+PREFILL_TOKENS = 4096
+"""Tokens, padding included, in one forward pass of a prefill."""
+
+ENTER_TOGETHER = 8
+"""New rows enter once 1 / 8 of all rows are free: to prefill one short context at a time reads all
+weights for a few tokens, and an idle row costs nothing but the wait."""
+
+
+class TorchEngine:
+    """Implements ``Engine`` on any causal model of transformers with plain attention.
+
+    The model's own parameters are read at every step, so the weights are always the trainer's
+    newest; set ``policy_version`` when they change.
+
+    Args:
+        model: on any device, in any dtype. Checked here: a small batch decoded through the cache
+            must give the logits of a plain forward pass.
+        batch_rows: sequences decoded side by side at most.
+        policy_version: written on every segment.
+
+    Raises:
+        ValueError: the model keeps a state other than keys and values of all positions.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, batch_rows: int, policy_version: int = 0):
+        if batch_rows < 1:
+            raise ValueError(f"batch_rows = {batch_rows}: at least 1 row is needed")
+        self.model = model
+        self.batch_rows = batch_rows
+        self.policy_version = policy_version
+        self.decode_steps = 0
+        self.layers, self.max_positions = _attention_layers(model)
+        self.vocab_size = model.get_input_embeddings().num_embeddings
+        self.plain_head = True
+        was_training = model.training
+        model.eval()
+        try:
+            self._check_model()
+        finally:
+            model.train(was_training)
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
+        """Extend every request by at most its budget; yield each segment as soon as it is complete.
+
+        The model is in eval mode until the iterator is exhausted or closed.
+
+        Raises:
+            ValueError: a request is empty, out of the model's vocabulary or longer than its
+                context; at once, before anything is generated.
+        """
+        for request in requests:
+            self._check_request(request)
+        return self._generate(requests, sampling)
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
+        if not requests:
+            return
+        # Shortest first, as entries are taken off the end; equal contexts stand side by side.
+        waiting = sorted(requests, key=lambda r: (len(r.token_ids), r.token_ids.tobytes()))
+        rows = _Rows(min(self.batch_rows, len(requests)), max(map(_steps, requests)), sampling)
+        cache = KVCache(
+            self.layers, rows.capacity, max(len(r.token_ids) + _steps(r) for r in requests)
+        )
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            while waiting or rows.count:
+                free = rows.capacity - rows.count
+                if waiting and free >= min(len(waiting), rows.capacity / ENTER_TOGETHER):
+                    entering, waiting = waiting[-free:][::-1], waiting[:-free]
+                    first_row = rows.count
+                    logits_nv = self._enter(rows, cache, entering)
+                else:
+                    first_row = 0
+                    logits_nv = self._decode(rows, cache)
+                self.decode_steps += 1
+                yield from self._append(rows, cache, first_row, logits_nv)
+        finally:
+            self.model.train(was_training)
+
+    @torch.inference_mode()
+    def _enter(self, rows: "_Rows", cache: KVCache, entering: list[Request]) -> torch.Tensor:
+        """Give each request a row, its context in the cache; the rows' logits ``[m, V]``."""
+        samples_of: dict[bytes, list[Request]] = {}
+        for request in entering:
+            samples_of.setdefault(request.token_ids.tobytes(), []).append(request)
+        groups = list(samples_of.values())
+        logits_nv = self._prefill([group[0].token_ids for group in groups], rows.count, cache)
+        # The first sample of each context has the row that was prefilled; its twins copy that row.
+        twins = [(index, twin) for index, group in enumerate(groups) for twin in group[1:]]
+        placed = [group[0] for group in groups] + [twin for _, twin in twins]
+        if twins:
+            source_m = torch.tensor([index for index, _ in twins], device=logits_nv.device)
+            to_m = torch.arange(len(groups), len(placed), device=logits_nv.device)
+            longest = max(len(twin.token_ids) for _, twin in twins)
+            cache.copy_rows(rows.count + to_m, rows.count + source_m, longest)
+            logits_nv = torch.cat([logits_nv, logits_nv[source_m]])
+        rows.add(placed)
+        return logits_nv
+
+    def _prefill(self, contexts: list[np.ndarray], first_row: int, cache: KVCache) -> torch.Tensor:
+        """Run contexts, longest first, into the rows from ``first_row`` on; last logits ``[n, V]``.
+
+        Padding is on the right, so that causal attention alone hides it and no mask is needed.
+        """
+        logits = []
+        start = 0
+        while start < len(contexts):
+            longest = len(contexts[start])
+            batch = contexts[start : start + max(1, PREFILL_TOKENS // longest)]
+            ids_bs = np.zeros((len(batch), longest), np.int64)
+            for row, context in zip(ids_bs, batch, strict=True):
+                row[: len(context)] = context
+            cache.begin_prefill(first_row + start, longest)
+            positions_bs = torch.arange(longest, device=self.model.device).expand(len(batch), -1)
+            last_b = self._tensor(np.array([len(context) - 1 for context in batch]))
+            logits.append(self._logits(self._tensor(ids_bs), positions_bs, None, cache, last_b))
+            start += len(batch)
+        return torch.cat(logits)
+
+    @torch.inference_mode()
+    def _decode(self, rows: "_Rows", cache: KVCache) -> torch.Tensor:
+        """Logits ``[n, V]`` after each live row's newest token."""
+        n = rows.count
+        positions_n = rows.length[:n] - 1
+        longest = int(positions_n.max()) + 1
+        uniform_length = longest == int(positions_n.min()) + 1
+        positions = self._tensor(positions_n)
+        cache.begin_decode(positions, longest)
+        mask_n11s = None  # faster where all rows are of one length: nothing is to be hidden
+        if not uniform_length:
+            # Additive, as that is what both eager and SDPA attention take.
+            beyond_ns = torch.arange(longest, device=positions.device) > positions[:, None]
+            mask_ns = torch.zeros_like(beyond_ns, dtype=self.model.dtype)
+            mask_ns.masked_fill_(beyond_ns, torch.finfo(self.model.dtype).min)
+            mask_n11s = mask_ns[:, None, None]
+        newest = self._tensor(rows.newest[:n])
+        return self._logits(newest[:, None], positions[:, None], mask_n11s, cache, None)
+
+    def _logits(
+        self,
+        ids_bs: torch.Tensor,
+        positions_bs: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: KVCache,
+        last_b: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits ``[b, V]`` at position ``last_b`` of each row (None: the only one)."""
+        inputs = dict(
+            input_ids=ids_bs,
+            position_ids=positions_bs,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        rows_b = torch.arange(len(ids_bs), device=ids_bs.device)
+        if self.plain_head:
+            hidden_bsd = self.model.base_model(**inputs).last_hidden_state
+            hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows_b, last_b]
+            return self.model.get_output_embeddings()(hidden_bd)
+        # A head that scales or caps its logits: the model's own, at the positions any row needs.
+        if last_b is None:
+            return self.model(**inputs).logits[:, 0]
+        keep, column_b = last_b.unique(return_inverse=True)
+        return self.model(**inputs, logits_to_keep=keep).logits[rows_b, column_b]
+
+    def _append(
+        self, rows: "_Rows", cache: KVCache, first_row: int, logits_nv: torch.Tensor
+    ) -> Iterator[Segment]:
+        """Draw a token for every row from ``first_row`` on; yield and remove the rows that end."""
+        sampling = rows.sampling
+        live = slice(first_row, rows.count)
+        uniform_n = uniforms(sampling.seed, rows.trajectory_id[live], rows.length[live])
+        ended = rows.append(first_row, *draw(logits_nv, sampling.temperature, uniform_n))
+        if not ended.any():
+            return
+        segments = [rows.segment(int(row), self.policy_version) for row in np.flatnonzero(ended)]
+        longest = int(rows.length[: rows.count].max())
+        holes, movers = rows.remove(ended)
+        if len(holes):
+            self._move(cache, holes, movers, longest)
+        yield from segments
+
+    @torch.inference_mode()
+    def _move(self, cache: KVCache, holes: np.ndarray, movers: np.ndarray, length: int) -> None:
+        cache.copy_rows(self._tensor(holes), self._tensor(movers), min(length, cache.positions))
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
+
+    def _check_request(self, request: Request) -> None:
+        who, length = f"trajectory {request.trajectory_id}", len(request.token_ids)
+        if length == 0:
+            raise ValueError(f"Cannot extend {who}: token_ids is empty; give at least one token")
+        if _steps(request) < 1:
+            raise ValueError(
+                f"Cannot extend {who}: budget = {request.budget}, remaining = {request.remaining}; "
+                "both must be at least 1, leave finished trajectories out"
+            )
+        lowest, highest = int(request.token_ids.min()), int(request.token_ids.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            raise ValueError(
+                f"Cannot extend {who}: token ids {lowest} to {highest} are not all within the "
+                f"model's vocabulary, 0 to {self.vocab_size - 1}; is this the model's tokenizer?"
+            )
+        if self.max_positions is not None and length + _steps(request) > self.max_positions:
+            raise ValueError(
+                f"Cannot extend {who} from {length} tokens by up to {_steps(request)}: the model "
+                f"attends to {self.max_positions} positions; lower rollout.max_response_tokens or "
+                "rollout.token_budget, or drop the longest prompts"
+            )
+
+    @torch.inference_mode()
+    def _check_model(self) -> None:
+        """Decode two short rows of different lengths through the cache; compare with no cache."""
+        contexts = [np.arange(4) % self.vocab_size, np.arange(2) % self.vocab_size]
+        expected = [self.model(input_ids=self._tensor(c)[None]).logits[0, -1] for c in contexts]
+        expected_bv = torch.stack(expected).float()
+        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
+        for self.plain_head in (True, False):
+            rows = _Rows(2, 1, Sampling(temperature=0, seed=0, stop_token_ids=frozenset()))
+            cache = KVCache(self.layers, rows=2, max_positions=4)
+            self._prefill([context[:-1] for context in contexts], 0, cache)
+            rows.add([Request(0, context, 0, 1, 1) for context in contexts])
+            error = (self._decode(rows, cache).float() - expected_bv).abs().max()
+            if error <= tolerance * expected_bv.abs().max():
+                return
+        raise ValueError(
+            f"The embedded engine cannot run {type(self.model).__name__}: decoding with its cache "
+            "differs from a plain forward pass. It needs a causal model whose only state is the "
+            "keys and values of all positions and that takes position_ids and a 4D mask"
+        )
+
+
+class _Rows:
+    """The rows being decoded, as parallel arrays; the live ones are 0 .. count − 1."""
+
+    def __init__(self, capacity: int, max_steps: int, sampling: Sampling):
+        self.capacity = capacity
+        self.count = 0
+        self.sampling = sampling
+        self.stop = np.array(sorted(sampling.stop_token_ids), np.int64)
+        self.detectors = np.full(capacity, None, object)
+        self.trajectory_id = np.zeros(capacity, np.int64)
+        self.length = np.zeros(capacity, np.int64)
+        """Tokens so far, the newest included; the newest one is not in the cache yet."""
+        self.newest = np.zeros(capacity, np.int64)
+        self.made = np.zeros(capacity, np.int64)
+        """Tokens that this call has added."""
+        self.budget = np.zeros(capacity, np.int64)
+        self.remaining = np.zeros(capacity, np.int64)
+        self.stopped = np.zeros(capacity, bool)
+        self.repeated = np.zeros(capacity, bool)
+        # Pages of these that no row reaches are never touched, so a generous budget costs nothing.
+        self.token_ids = np.zeros((capacity, max_steps), np.int32)
+        self.logprobs = np.zeros((capacity, max_steps), np.float32)
+        self.columns = [
+            *(self.detectors, self.trajectory_id, self.length, self.newest, self.made, self.budget),
+            *(self.remaining, self.stopped, self.repeated, self.token_ids, self.logprobs),
+        ]
+
+    def add(self, requests: list[Request]) -> None:
+        """Append rows for requests whose contexts have been prefilled."""
+        new = slice(self.count, self.count + len(requests))
+        self.trajectory_id[new] = [request.trajectory_id for request in requests]
+        self.length[new] = [len(request.token_ids) for request in requests]
+        self.newest[new] = [request.token_ids[-1] for request in requests]
+        self.made[new] = 0
+        self.budget[new] = [request.budget for request in requests]
+        self.remaining[new] = [request.remaining for request in requests]
+        if self.sampling.repeat_window:
+            self.detectors[new] = [self._detector(request) for request in requests]
+        self.count = new.stop
+
+    def append(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """Add a token to each row from ``first_row`` on; which of all rows have ended, ``[n]``."""
+        new = slice(first_row, self.count)
+        at = np.arange(first_row, self.count), self.made[new]
+        self.token_ids[at] = tokens
+        self.logprobs[at] = logprobs
+        self.newest[new] = tokens
+        self.length[new] += 1
+        self.made[new] += 1
+        self.stopped[new] = (tokens[:, None] == self.stop).any(axis=1)
+        ended = np.zeros(self.count, bool)
+        ended[new] = self.stopped[new] | (
+            self.made[new] >= np.minimum(self.budget[new], self.remaining[new])
+        )
+        if self.sampling.repeat_window:
+            self.repeated[new] = _C.push_all(list(self.detectors[new]), tokens.astype(np.int32))
+            ended[new] |= self.repeated[new]
+        return ended
+
+    def segment(self, row: int, policy_version: int) -> Segment:
+        made = int(self.made[row])
+        reason: EndReason | None = None
+        if self.stopped[row]:
+            reason = "stop"
+        elif self.repeated[row]:
+            reason = "repeat"
+        elif made == self.remaining[row]:
+            reason = "length"
+        return Segment(
+            trajectory_id=int(self.trajectory_id[row]),
+            token_ids=self.token_ids[row, :made].copy(),
+            logprobs=self.logprobs[row, :made].copy(),
+            policy_version=policy_version,
+            end_reason=reason,
+        )
+
+    def remove(self, ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Close the gaps with the last live rows; which rows were filled and from which, int64."""
+        survivors = np.flatnonzero(~ended)
+        holes = np.flatnonzero(ended[: len(survivors)])
+        movers = survivors[survivors >= len(survivors)]
+        for column in self.columns:
+            column[holes] = column[movers]
+        self.count = len(survivors)
+        return holes, movers
+
+    def _detector(self, request: Request) -> "_C.RepeatDetector":
+        detector = _C.RepeatDetector(self.sampling.repeat_window, self.sampling.repeat_count)
+        detector.extend(np.ascontiguousarray(request.token_ids[request.prompt_length :], np.int32))
+        return detector
+
+
+def _steps(request: Request) -> int:
+    """The most tokens that the call may add to a request."""
+    return min(request.budget, request.remaining)
+
+
+def _attention_layers(model: PreTrainedModel) -> tuple[int, int | None]:
+    """How many layers keep keys and values, and the positions they attend to (None: no limit).
+
+    Raises:
+        ValueError: a layer keeps anything else (a state-space or linear-attention layer, say).
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    other = {type(layer).__name__ for layer in layers}
+    other -= {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if other or not layers:
+        raise ValueError(
+            f"The embedded engine cannot run model type {config.model_type!r}: its cache has "
+            f"{', '.join(sorted(other)) or 'no layers'}; allowed are layers that keep the keys and "
+            "values of all positions (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, Gemma and the like)"
+        )
+    # A sliding window is plain attention for sequences that fit in it.
+    limits = [layer.get_max_length() for layer in layers if layer.is_sliding]
+    if (context := getattr(config, "max_position_embeddings", None)) is not None:
+        limits.append(context)
+    return len(layers), min(limits, default=None)
