@@ -28,7 +28,7 @@ def draw_curves(
     steps = [m.iteration for m in iterations]
     evaluated = [e.iteration for e in evaluations]
 
-    accuracy.plot(steps, [m.accuracy_sampled for m in iterations], label="training, sampled")
+    accuracy.plot(steps, [m.accuracy_sampled for m in iterations], ".-", label="training, sampled")
     accuracy.plot(
         evaluated, [e.accuracy_sampled for e in evaluations], "o", label="held out, sampled"
     )
@@ -38,16 +38,16 @@ def draw_curves(
     accuracy.set_ylim(-0.02, 1.02)
     _label(accuracy, "accuracy")
 
-    length.plot(steps, [m.length_mean for m in iterations], label="training, sampled")
+    length.plot(steps, [m.length_mean for m in iterations], ".-", label="training, sampled")
     length.plot(evaluated, [e.length_mean for e in evaluations], "o", label="held out, sampled")
     length.set_ylim(bottom=0)
     _label(length, "response length, tokens")
 
-    reward.plot(steps, [m.reward_mean for m in iterations], label="training, mean")
+    reward.plot(steps, [m.reward_mean for m in iterations], ".-", label="training, mean")
     _label(reward, "reward")
 
-    mismatch.plot(steps, [_drawable(m.logprob_gap_mean) for m in iterations], label="mean")
-    mismatch.plot(steps, [_drawable(m.logprob_gap_max) for m in iterations], label="largest")
+    mismatch.plot(steps, [_drawable(m.logprob_gap_mean) for m in iterations], ".-", label="mean")
+    mismatch.plot(steps, [_drawable(m.logprob_gap_max) for m in iterations], ".-", label="largest")
     mismatch.set_yscale("log")
     _label(mismatch, "|Δ log-prob| engine − trainer, nats")
 

@@ -10,7 +10,7 @@ import os
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,8 +20,6 @@ from rich.table import Column, Table
 
 from kimi_core.run_folder import write_atomically
 from kimi_core.types import EndReason
-
-NAN = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +74,9 @@ class IterationMetrics:
     """Mean loss per response over the updates; its value shows no progress, its jumps trouble."""
     grad_norm: float
     """Mean norm of the gradient over the updates, before clipping."""
-    entropy: float = NAN
+    entropy: float = math.nan
     """Mean −log-prob of the tokens sampled, nats: an estimate of the policy's entropy a token."""
-    zero_advantage_share: float = NAN
+    zero_advantage_share: float = math.nan
     """Share of the responses trained with an advantage of 0, which teach nothing, in [0, 1]."""
 
 
@@ -100,7 +98,7 @@ class EvaluationMetrics:
     """Prompts."""
     seed: int
     """Seed of the sampled responses."""
-    wall_s: float = NAN
+    wall_s: float = math.nan
     """Seconds of wall-clock time."""
 
 
@@ -122,7 +120,7 @@ def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[Evaluat
     iterations: list[IterationMetrics] = []
     evaluations: list[EvaluationMetrics] = []
     for _, record in _read_lines(Path(path)):
-        values = {name: NAN if value is None else value for name, value in record.items()}
+        values = {name: math.nan if value is None else value for name, value in record.items()}
         if values.pop("kind") == "iteration":
             iterations.append(IterationMetrics(**_known(IterationMetrics, values)))
         else:
@@ -131,7 +129,11 @@ def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[Evaluat
 
 
 class MetricsWriter:
-    """Takes the metrics of a run as they come, and tells user and files. Use it in ``with``."""
+    """Takes the metrics of a run as they come, and tells user and files. Use it in ``with``.
+
+    Report an iteration before its state is saved: then every state finds its line on resume, and a
+    line without a state is cut off and comes again.
+    """
 
     def __init__(
         self,
@@ -149,8 +151,7 @@ class MetricsWriter:
             start_iteration: iterations done in the state that the run goes on from.
             console: where progress goes; standard output unless given.
         """
-        # Takes a second to import, which readers of metrics need not wait for.
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # Readers need not wait for it.
 
         self.folder = Path(folder)
         self.path = self.folder / "metrics.jsonl"
@@ -182,6 +183,7 @@ class MetricsWriter:
         Raises:
             OSError: the line could not be written.
         """
+        metrics = _plain(metrics)
         self.iterations.append(metrics)
         self._write("iteration", metrics)
         self._recent_wall_s.append(metrics.wall_s)
@@ -193,6 +195,7 @@ class MetricsWriter:
 
     def evaluation(self, metrics: EvaluationMetrics) -> None:
         """Report an evaluation. Raises OSError as ``iteration`` does."""
+        metrics = _plain(metrics)
         self.evaluations.append(metrics)
         self._write("evaluation", metrics)
         self._print(
@@ -232,7 +235,9 @@ class MetricsWriter:
         self._tensorboard.close()
         summary = summarize(self.iterations, self.evaluations, sft_s=sft_s)
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self._draw_curves()
+        from kimi_core.curves import draw_curves  # Brings matplotlib, which only the end needs.
+
+        draw_curves(self.iterations, self.evaluations, self.folder / "curves.png")
         if self.evaluations:
             self.console.print(_before_after(self.evaluations[0], self.evaluations[-1], summary))
 
@@ -257,14 +262,6 @@ class MetricsWriter:
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _draw_curves(self) -> None:
-        try:
-            from kimi_core.curves import draw_curves
-        except ModuleNotFoundError as error:
-            self._print(f"No curves.png: pip install {error.name} to have it drawn")
-            return
-        draw_curves(self.iterations, self.evaluations, self.folder / "curves.png")
-
 
 def progress_line(metrics: IterationMetrics, total: int, eta_s: float) -> str:
     """One line about an iteration, as ``iter 12/60  reward 0.61  …  eta 2:14``."""
@@ -285,10 +282,10 @@ def summarize(
     sft_s: float = 0.0,
 ) -> dict[str, Any]:
     """The content of ``summary.json``; evaluations are None where none was made."""
-    evaluated_s = sum(e.wall_s for e in evaluations if math.isfinite(e.wall_s))
+    spans_s = [m.wall_s for m in iterations] + [e.wall_s for e in evaluations]
     return {
         "iterations": iterations[-1].iteration if iterations else 0,
-        "wall_s": sft_s + sum(m.wall_s for m in iterations) + evaluated_s,
+        "wall_s": sft_s + sum(span for span in spans_s if math.isfinite(span)),
         "tokens_sampled": sum(m.tokens_sampled for m in iterations),
         "samples_trained": sum(m.samples_trained for m in iterations),
         "first_evaluation": _to_record(evaluations[0]) if evaluations else None,
@@ -302,15 +299,12 @@ def visible(text: str) -> str:
     >>> visible("1\\x1b[2J")
     '1\\\\x1b[2J'
     """
-    return "".join(
-        char if char == "\n" or _prints(char) else char.encode("unicode_escape").decode()
-        for char in text
-    )
+    return "".join(c if _prints(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def _prints(char: str) -> bool:
     category = unicodedata.category(char)
-    return category[0] != "C" and category not in ("Zl", "Zp")
+    return char == "\n" or (category[0] != "C" and category not in ("Zl", "Zp"))
 
 
 def _behind_bars(text: str) -> str:
@@ -321,8 +315,8 @@ def _clock(seconds: float) -> str:
     """Seconds as ``2:14`` or ``1:02:14``; ``?`` where not finite."""
     if not math.isfinite(seconds):
         return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
@@ -330,12 +324,11 @@ def _before_after(
     first: EvaluationMetrics, last: EvaluationMetrics, summary: dict[str, Any]
 ) -> Table:
     table = Table(
+        "held out",
+        *(Column(heading, justify="right") for heading in ("before", "after", "change")),
         title=f"{summary['iterations']} iterations, {_clock(summary['wall_s'])}, "
-        f"{summary['tokens_sampled']:,} tokens sampled"
+        f"{summary['tokens_sampled']:,} tokens sampled",
     )
-    table.add_column("held out")
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
     for name, before, after, form in (
         ("accuracy, greedy", first.accuracy_greedy, last.accuracy_greedy, ".3f"),
         ("accuracy, sampled", first.accuracy_sampled, last.accuracy_sampled, ".3f"),
@@ -347,13 +340,17 @@ def _before_after(
 
 
 def _to_record(metrics: IterationMetrics | EvaluationMetrics) -> dict[str, Any]:
-    """As JSON allows it: numpy and torch scalars become numbers, what is not finite None."""
-    record = {}
-    for name, value in asdict(metrics).items():
-        value = value.item() if hasattr(value, "item") else value
-        finite = not isinstance(value, float) or math.isfinite(value)
-        record[name] = value if finite else None
-    return record
+    """As JSON allows it: what is not finite is None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in vars(metrics).items()
+    }
+
+
+def _plain(metrics: Any) -> Any:
+    """The same metrics with Python numbers for the scalars of numpy and torch."""
+    scalars = {k: v.item() for k, v in vars(metrics).items() if hasattr(v, "item")}
+    return replace(metrics, **scalars)
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -372,8 +369,7 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(record, dict) or record.get("kind") not in KINDS:
-            allowed = " or ".join(KINDS)
-            raise ValueError(f'{path}, line {number} is no metrics: its "kind" must be {allowed}')
+            raise ValueError(f"{path}, line {number}: its kind must be {' or '.join(KINDS)}")
         required = {f.name for f in fields(KINDS[record["kind"]]) if f.default is MISSING}
         if missing := sorted(required - record.keys()):
             raise ValueError(f"{path}, line {number} lacks {', '.join(missing)}")
@@ -389,11 +385,12 @@ def _cut_after(path: Path, iteration: int) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a line with one ``write``, so that no reader and no crash sees two lines mixed."""
+    """Add a line durably and with one ``write``, so that nobody ever sees two lines mixed."""
     content = line.encode()
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         written = os.write(handle, content)
+        os.fsync(handle)
     finally:
         os.close(handle)
     if written < len(content):
