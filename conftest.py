@@ -3,6 +3,7 @@
 The folder has no compiled module unless one was put there for development, and that one stays.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,3 +11,5 @@ ROOT = Path(__file__).resolve().parent
 
 if not any(ROOT.glob("kimi_core/_C*.so")):
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    # The same for what the tests start: `python -c` would look in the working directory first.
+    os.environ["PYTHONSAFEPATH"] = "1"

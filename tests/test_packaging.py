@@ -15,7 +15,6 @@ TOOLS = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.en
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """``cwd`` is no default: in the repository, Python would import the source folder."""
     return subprocess.run(command, cwd=cwd, env=TOOLS, capture_output=True, text=True, timeout=120)
 
 
@@ -67,6 +66,7 @@ def test_package_without_its_core_names_the_command(tmp_path: Path) -> None:
     source = ROOT / "kimi_core" / "__init__.py"
     (tmp_path / "kimi_core").mkdir()
     (tmp_path / "kimi_core" / "__init__.py").write_text(source.read_text())
-    imported = run(sys.executable, "-c", "import kimi_core", cwd=tmp_path)
+    script = "import sys; sys.path.insert(0, '.'); import kimi_core"
+    imported = run(sys.executable, "-c", script, cwd=tmp_path)
     assert imported.returncode != 0
     assert "pip install ." in imported.stderr
