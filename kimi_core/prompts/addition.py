@@ -1,10 +1,14 @@
 """Few-shot addition: a task that a small pretrained model half knows.
 
-With one worked example in front, the text to continue is two lines, and the answer ends with the
-line::
+With one worked example in front, the text to continue is two lines::
 
-    4+9=13
-    17+25=
+    $4 + 9 = 13$
+    $17 + 25 =
+
+and the answer ends with the dollar sign (``rollout.stop = ["$"]``). The notation was chosen by
+measuring SmolLM2-135M-Instruct, one example, operands 1 to 40 (greedy / sampled accuracy, n = 128
+to 192): ``$a + b = c$`` 0.41 / 0.29, ``a + b = c`` 0.27 / 0.17; with operands 1 to 50 and n = 64,
+``a+b=c`` 0.11 / 0.04, ``Q: a+b A: c`` 0.02 / 0.01.
 """
 
 import random
@@ -35,7 +39,7 @@ def prompts(shots: int, largest: int, seed: int) -> list[Prompt]:
             made.append(
                 Prompt(
                     id=len(made),
-                    text="".join(examples) + f"{a}+{b}=",
+                    text="".join(examples) + f"${a} + {b} = ",
                     answer=str(a + b),
                     tags={"problem": f"{low}+{high}", "domain": "arithmetic"},
                 )
@@ -48,4 +52,4 @@ def _example(rng: random.Random, largest: int, problem: set[int]) -> str:
     while True:
         a, b = rng.randint(1, largest), rng.randint(1, largest)
         if {a, b} != problem:
-            return f"{a}+{b}={a + b}\n"
+            return f"${a} + {b} = {a + b}$\n"

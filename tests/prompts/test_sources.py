@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -125,13 +126,17 @@ class TestAddition:
             assert sum(pair) == int(prompt.answer)
             assert sorted(pair) == [int(n) for n in prompt.tags["problem"].split("+")]
             for example in examples:
-                left, right = example.split("=")
+                left, right = example.removesuffix("$").split("=")
                 assert sum(self.operands(left)) == int(right)
                 assert sorted(self.operands(left)) != sorted(pair)
 
     @staticmethod
     def operands(text):
-        return [int(number) for number in text.rstrip(" =").split("+")]
+        return [int(number) for number in text.strip("$ =").split("+")]
+
+    def test_layout(self):
+        first = addition.prompts(shots=1, largest=2, seed=0)[0]
+        assert re.fullmatch(r"\$\d \+ \d = \d\$\n\$1 \+ 1 = ", first.text)
 
     def test_without_shots(self):
         assert all("\n" not in prompt.text for prompt in addition.prompts(0, 5, 0))
