@@ -1,7 +1,7 @@
 """Log-probs of given tokens from hidden states and the output matrix, without the logits.
 
 Logits ``[T, V]`` are formed ``chunk`` rows at a time, in the forward pass and again in the backward
-pass; what is kept between the two is one float a token. Shape suffixes: t tokens, d hidden size,
+pass; what is kept between the two is two floats a token. Shape suffixes: t tokens, d hidden size,
 v vocabulary, c rows of a chunk.
 """
 
@@ -55,7 +55,8 @@ def linear_logprob(
     Raises:
         ValueError: shapes do not fit, an id is out of range, or the temperature is not positive.
     """
-    if hidden_td.shape[0] != ids_t.shape[0] or hidden_td.shape[1] != weight_vd.shape[1]:
+    dimensions = (hidden_td.dim(), weight_vd.dim(), ids_t.dim())
+    if dimensions != (2, 2, 1) or (len(ids_t), weight_vd.shape[1]) != tuple(hidden_td.shape):
         raise ValueError(
             f"Shapes do not fit: hidden {tuple(hidden_td.shape)} must be [T, D], "
             f"weight {tuple(weight_vd.shape)} [V, D], ids {tuple(ids_t.shape)} [T]"
@@ -87,12 +88,16 @@ def _logits(
 
 
 class _LinearLogProb(torch.autograd.Function):
-    """Saves the inputs and the log-sum-exp of each row; the backward forms the logits anew."""
+    """Saves the inputs, and of each row its largest logit and the sum of exp(logit - largest).
+
+    The two stay apart: their log-sum-exp in one float32 would lose the sum's digits to a large
+    maximum. The backward forms the logits anew.
+    """
 
     @staticmethod
     def forward(ctx, hidden_td, weight_vd, bias_v, ids_t, temperature, softcap, chunk):  # type: ignore[no-untyped-def]
         logprobs_t = hidden_td.new_empty(len(ids_t), dtype=torch.float32)
-        lse_t = torch.empty_like(logprobs_t)
+        top_t, total_t = torch.empty_like(logprobs_t), torch.empty_like(logprobs_t)
         for start in range(0, len(ids_t), chunk):
             part = slice(start, start + chunk)
             scaled_cv = _logits(hidden_td[part], weight_vd, bias_v, softcap).div_(temperature)
@@ -101,16 +106,15 @@ class _LinearLogProb(torch.autograd.Function):
             top_c = scaled_cv.amax(dim=1)
             picked_c = scaled_cv.gather(1, ids_t[part, None])[:, 0] - top_c
             total_c = scaled_cv.sub_(top_c[:, None]).exp_().sum(dim=1, dtype=torch.float64)
-            log_total_c = total_c.log()
-            logprobs_t[part] = (picked_c - log_total_c).float()
-            lse_t[part] = (top_c + log_total_c).float()
-        ctx.save_for_backward(hidden_td, weight_vd, bias_v, ids_t, lse_t)
+            logprobs_t[part] = (picked_c - total_c.log()).float()
+            top_t[part], total_t[part] = top_c, total_c.float()
+        ctx.save_for_backward(hidden_td, weight_vd, bias_v, ids_t, top_t, total_t)
         ctx.settings = (temperature, softcap, chunk)
         return logprobs_t
 
     @staticmethod
     def backward(ctx, grad_t):  # type: ignore[no-untyped-def]
-        hidden_td, weight_vd, bias_v, ids_t, lse_t = ctx.saved_tensors
+        hidden_td, weight_vd, bias_v, ids_t, top_t, total_t = ctx.saved_tensors
         temperature, softcap, chunk = ctx.settings
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dhidden_td = torch.empty_like(hidden_td) if need_hidden else None
@@ -122,9 +126,10 @@ class _LinearLogProb(torch.autograd.Function):
             logits_cv = _logits(hidden_td[part], weight_vd, bias_v, softcap)
             # d logp / d z = (onehot - softmax) / temperature, and softcap's own slope on top.
             slope_cv = None if softcap is None else 1 - (logits_cv / softcap) ** 2
-            dz_cv = logits_cv.div_(temperature).sub_(lse_t[part, None]).exp_().neg_()
-            dz_cv[torch.arange(len(dz_cv), device=dz_cv.device), ids_t[part]] += 1
-            dz_cv.mul_(grad_t[part, None] / temperature)
+            outer_c = grad_t[part] / temperature
+            dz_cv = logits_cv.div_(temperature).sub_(top_t[part, None]).exp_()
+            dz_cv.mul_(-(outer_c / total_t[part])[:, None])
+            dz_cv[torch.arange(len(dz_cv), device=dz_cv.device), ids_t[part]] += outer_c
             if slope_cv is not None:
                 dz_cv.mul_(slope_cv)
             operand_cv = dz_cv.to(hidden_td.dtype)
