@@ -5,6 +5,9 @@ iteration 0 is saved and evaluated; then every iteration is reported and saved. 
 iteration at hand and saves; ``resume`` goes on from the last state saved.
 """
 
+import hashlib
+import json
+import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +37,6 @@ from kimi_core.reward.scoring import GroupScorer
 from kimi_core.rollout.torch_engine import TorchEngine
 from kimi_core.rollout.worker import buffer_size, sampling_for
 from kimi_core.run_folder import RunFolder
-from kimi_core.trainer.policy import trainable_parameters
 from kimi_core.trainer.sft import Example, train_sft
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt
@@ -44,6 +46,9 @@ EVALUATION_SEED = 1_000_003
 
 SAMPLES_SHOWN = 8
 """Trajectories written to ``samples/`` at each evaluation."""
+
+VOLATILE_SETTINGS = ("_name_or_path", "transformers_version", "use_cache", "dtype")
+"""Of a model's config: they do not make it another model."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,13 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     parts = build(config)
     path = Path(config.runs) / config.name
     with RunFolder.resume(path, config) if resume else RunFolder.create(path, config) as folder:
-        sft_s = 0.0
         if resume:
-            _restore(parts, folder)
+            sft_s = _restore(parts, folder)
         else:
             started = perf_counter()
             fine_tune(parts.model, parts.codec, config, parts.train_prompts, console)
             sft_s = perf_counter() - started
-            _save(parts, folder)
+            _save(parts, folder, sft_s)
         with MetricsWriter(
             folder.path,
             total_iterations=config.iterations,
@@ -85,7 +89,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             console=console,
         ) as metrics:
             try:
-                _reinforce(parts, config, folder, metrics)
+                _reinforce(parts, config, folder, metrics, sft_s)
             finally:
                 metrics.close(sft_s=sft_s)
         folder.save_checkpoint(parts.model, parts.tokenizer)
@@ -101,7 +105,7 @@ def build(config: Config) -> Parts:
     everything = load_prompts(config.prompts)
     train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
     reward = load_reward(config.reward)
-    model, tokenizer = load_model(config.model, alphabet=_alphabet(config), seed=config.seed)
+    model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
     freeze_below(model, config.trainer.trainable_layers)
     codec = Codec(tokenizer, config.rollout.stop)
     encoded = {prompt.id: codec.encode_prompt(prompt) for prompt in everything}
@@ -167,10 +171,12 @@ def _sft_examples(config: Config, codec: Codec, train_prompts: list[Prompt]) -> 
             f"sft.data = {config.sft.data!r}; allowed are none, multiply, multiply_lengths, or a "
             "file that ends in .jsonl"
         )
+    if config.sft.examples is not None:
+        pairs = random.Random(config.seed).sample(pairs, min(config.sft.examples, len(pairs)))
     return [codec.encode_example(prompt, response) for prompt, response in pairs]
 
 
-def _alphabet(config: Config) -> str:
+def alphabet(config: Config) -> str:
     """What a model made from scratch must be able to read and write."""
     if config.model.name == "scratch" and config.prompts.source != "multiply":
         raise ValueError(
@@ -180,9 +186,7 @@ def _alphabet(config: Config) -> str:
     return multiply.ALPHABET
 
 
-def _check_context(
-    model: PreTrainedModel, encoded: dict[int, np.ndarray], config: Config
-) -> None:
+def _check_context(model: PreTrainedModel, encoded: dict[int, np.ndarray], config: Config) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(encoded, key=lambda key: len(encoded[key]))
     needed = len(encoded[longest]) + config.rollout.max_response_tokens
@@ -194,20 +198,22 @@ def _check_context(
         )
 
 
-def _reinforce(parts: Parts, config: Config, folder: RunFolder, metrics: MetricsWriter) -> None:
+def _reinforce(
+    parts: Parts, config: Config, folder: RunFolder, metrics: MetricsWriter, sft_s: float
+) -> None:
     loop = parts.loop
     if not any(evaluation.iteration == loop.iteration for evaluation in metrics.evaluations):
-        _evaluate(parts, config, metrics, limit=None if loop.iteration == 0 else _limit(config))
+        evaluate(parts, config, metrics, limit=None if loop.iteration == 0 else _limit(config))
     with _stop_on_interrupt() as stop:
         while not (stop.is_set() or _is_done(loop, config)):
             metrics.iteration(loop.iterate())
             last = stop.is_set() or _is_done(loop, config)
             if last or loop.iteration % config.save_every == 0:
-                _save(parts, folder)
+                _save(parts, folder, sft_s)
             if last:
-                _evaluate(parts, config, metrics, limit=None)
+                evaluate(parts, config, metrics)
             elif loop.iteration % config.evaluation.every == 0:
-                _evaluate(parts, config, metrics, limit=_limit(config))
+                evaluate(parts, config, metrics, limit=_limit(config))
 
 
 def _limit(config: Config) -> int | None:
@@ -219,7 +225,10 @@ def _is_done(loop: Loop, config: Config) -> bool:
     return enough or loop.iteration >= config.iterations
 
 
-def _evaluate(parts: Parts, config: Config, metrics: MetricsWriter, *, limit: int | None) -> None:
+def evaluate(
+    parts: Parts, config: Config, metrics: MetricsWriter, *, limit: int | None = None
+) -> None:
+    """Report accuracy on the first ``limit`` held-out prompts; show some trained trajectories."""
     iteration = parts.loop.iteration
     metrics.evaluation(
         parts.evaluator.evaluate(
@@ -242,11 +251,19 @@ def _evaluate(parts: Parts, config: Config, metrics: MetricsWriter, *, limit: in
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
+    """Tells models apart by what training never changes: settings and frozen parameters."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return f"{type(model).__name__}, {parameters} parameters"
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_SETTINGS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            # In the precision that a GPU and a CPU both have the weights in.
+            some = parameter.detach().flatten()[:1000].bfloat16().float().cpu()
+            digest.update(name.encode() + some.numpy().tobytes())
+    return f"{type(model).__name__}, {parameters} parameters, {digest.hexdigest()[:12]}"
 
 
-def _save(parts: Parts, folder: RunFolder) -> None:
+def _save(parts: Parts, folder: RunFolder, sft_s: float) -> None:
     """Only what training changes: frozen layers come with the model, and the optimizer is new in
     each iteration."""
     trained = {name: p for name, p in parts.model.named_parameters() if p.requires_grad}
@@ -254,18 +271,20 @@ def _save(parts: Parts, folder: RunFolder) -> None:
         parts.loop.iteration,
         trained,
         {"buffer.npz": parts.loop.buffer.snapshot},
-        parts.loop.state(),
+        parts.loop.state() | {"sft_s": sft_s},
         fingerprint=_fingerprint(parts.model),
     )
 
 
-def _restore(parts: Parts, folder: RunFolder) -> None:
+def _restore(parts: Parts, folder: RunFolder) -> float:
+    """Take over the newest state; the seconds that SFT took, back when it ran."""
     saved = folder.load_state(_fingerprint(parts.model))
     with torch.no_grad():
         for name, parameter in parts.model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(saved.tensors[name])
     parts.loop.load_state(saved.state, RolloutBuffer.open(saved.folder / "buffer.npz"))
+    return float(saved.state["sft_s"])
 
 
 @contextmanager

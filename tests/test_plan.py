@@ -1,0 +1,122 @@
+"""--dry-run: the memory it names is what the real parts take."""
+
+import tomllib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kimi_core import models
+from kimi_core.config import Config, load_config
+from kimi_core.models import load_model
+from kimi_core.plan import describe, estimate
+from kimi_core.prompts import multiply
+from kimi_core.rollout.kv_cache import KVCache
+from kimi_core.run import build
+
+SMALL = [
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=96",
+    "model.device=cpu",
+    "rollout.prompts_per_iteration=2",
+    "rollout.samples_per_prompt=3",
+    "rollout.max_response_tokens=70",
+    "rollout.token_budget=30",
+    "prompts.held_out=7100",
+]
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, [*SMALL, *overrides])
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layers", [None, 1])
+def test_weights_gradients_and_moments_are_those_of_the_real_model(dtype, layers):
+    given = config(f"model.dtype={dtype}", *([f"trainer.trainable_layers={layers}"] * bool(layers)))
+    parts = build(given)
+    trained = [p for p in parts.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [
+        state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+    ]
+
+    memory = estimate(given, parts.model, parts.tokenizer)
+
+    assert memory.weights == size(list(parts.model.parameters()))
+    assert memory.gradients == size([parameter.grad for parameter in trained])
+    assert memory.optimizer_moments == size(moments)
+
+
+def test_cache_and_buffer_are_those_that_a_run_makes(monkeypatch):
+    made = []
+
+    class Recorded(KVCache):
+        def __init__(self, *args, **named):
+            super().__init__(*args, **named)
+            made.append(self)
+
+    monkeypatch.setattr("kimi_core.rollout.torch_engine.KVCache", Recorded)
+    given = config()
+    parts = build(given)
+    made.clear()
+    parts.loop.sampling = replace(parts.loop.sampling, stop_token_ids=frozenset())
+    for _ in range(3):
+        parts.loop.iterate()
+    largest = max(size([x for y in cache.layers for x in (y.keys, y.values)]) for cache in made)
+
+    memory = estimate(given, parts.model, parts.tokenizer)
+
+    assert largest == memory.kv_cache
+    assert memory.buffer == 13 * parts.loop.buffer.stats().capacity_tokens
+
+
+def test_rows_of_the_cache_are_bounded_by_batch_rows():
+    parts = build(config())
+    bounded = estimate(config("rollout.batch_rows=9"), parts.model, parts.tokenizer)
+    whole = estimate(config(), parts.model, parts.tokenizer)
+    assert bounded.kv_cache * 2 == whole.kv_cache  # 9 rows of 2 prompts x 3 samples x 3 iterations
+
+
+def test_the_text_is_toml_that_gives_the_same_config():
+    text = describe(config())
+    assert Config(**tomllib.loads(text)) == config()
+    assert "weights" in text
+    assert "total" in text
+
+
+def test_a_folder_counts_without_its_weights_being_read(tmp_path):
+    given = config()
+    model, tokenizer = load_model(given.model, alphabet=multiply.ALPHABET)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    expected = estimate(given, model, tokenizer)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    text = describe(config(f"model.name={tmp_path}"))
+
+    assert f"{parameters:,} parameters" in text
+    assert f"{expected.kv_cache / 1e6:.1f}" in text
+
+
+def test_a_model_that_is_not_here_is_named_and_not_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    text = describe(config("model.name=smollm2-135m"))
+    assert "smollm2-135m is not on this machine" in text
+    assert "weights" not in text
+    assert Config(**tomllib.loads(text)).model.name == "smollm2-135m"
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="Cannot load the model in"):
+        describe(config(f"model.name={tmp_path / 'nowhere'}"))
