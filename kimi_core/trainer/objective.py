@@ -103,9 +103,10 @@ def baseline(
     total = len(rewards) + missing
     if kind == "mean":
         return (float(rewards.sum()) + missing * expected) / total
-    # An open sibling ends with reward 1 with chance `expected`, else with 0. Everything is shifted
-    # by the largest exponent, since exp(1 / 0.01) overflows.
-    top = max(float(rewards.max()), 1.0 if missing else -np.inf) / tau
-    ended = np.exp(rewards / tau - top).sum()
-    open_ = missing * (expected * np.exp(1 / tau - top) + (1 - expected) * np.exp(-top))
-    return float(tau * (top + np.log((ended + open_) / total)))
+    # An open sibling ends with reward 1 with chance `expected`, else with 0.
+    outcomes = np.append(rewards, [1.0, 0.0])
+    weights = np.append(np.ones(len(rewards)), [missing * expected, missing * (1 - expected)])
+    outcomes, weights = outcomes[weights > 0], weights[weights > 0]
+    # Shifted by the largest that can happen: exp(1 / τ) overflows, and exp(-1 / τ) vanishes.
+    top = float(outcomes.max())
+    return float(top + tau * np.log((weights * np.exp((outcomes - top) / tau)).sum() / total))

@@ -47,7 +47,7 @@ def run(function, inputs, ids, above, **options) -> list[Tensor]:
 def assert_as_good_as_torch(inputs, ids, above, *, chunk, **options):
     """Error against float64 at most twice what plain torch makes of the same inputs.
 
-    One unit in the last place is allowed on top: on a handful of numbers torch may be exact by luck.
+    One unit in the last place is allowed on top: on a few numbers torch may be exact by luck.
     """
     truth = run(linear_logprob_ref, [i.double() for i in inputs], ids, above.double(), **options)
     torchs = run(linear_logprob_ref, inputs, ids, above, **options)
