@@ -144,9 +144,9 @@ def test_grpo_clips_only_what_has_gone_far_enough(advantage, log_ratio, clipped)
     scaled = advantage / (0.5 + 1e-6)
     ratio = math.exp(log_ratio)
     bound = 1 + CLIP if log_ratio > 0 else 1 - CLIP
-    assert float(losses) == pytest.approx(-scaled * (bound if clipped else ratio), rel=1e-12)
+    assert losses.item() == pytest.approx(-scaled * (bound if clipped else ratio), rel=1e-12)
     expected = 0.0 if clipped else -scaled * ratio
-    assert float(gradient(losses, own)) == pytest.approx(expected, rel=1e-12)
+    assert gradient(losses, own).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_grpo_averages_over_tokens_and_divides_by_the_deviation():
