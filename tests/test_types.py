@@ -1,0 +1,69 @@
+"""The examples in the docstrings are right, and the nouns keep what they promise."""
+
+import doctest
+import importlib
+from dataclasses import FrozenInstanceError, fields
+
+import numpy as np
+import pytest
+
+from kimi_core import types
+from kimi_core.types import Batch, Prompt, Trajectory, WeightVersion
+
+
+@pytest.mark.parametrize(
+    "name", ["types", "prompts.multiply", "reward.length", "reward.function", "metrics"]
+)
+def test_docstring_examples(name):
+    failed, attempted = doctest.testmod(importlib.import_module(f"kimi_core.{name}"))
+    assert failed == 0
+    assert attempted > 0
+
+
+def test_every_noun_is_frozen_and_has_an_example():
+    nouns = [thing for thing in vars(types).values() if isinstance(thing, type)]
+    nouns = [noun for noun in nouns if noun.__module__ == types.__name__]
+    assert Trajectory in nouns
+    for noun in nouns:
+        assert ">>>" in (noun.__doc__ or ""), noun
+        assert noun.__dataclass_params__.frozen, noun
+    with pytest.raises(FrozenInstanceError):
+        Prompt(0, "", "").answer = "cheat"
+
+
+def trajectory(mask: list[int]) -> Trajectory:
+    n = len(mask)
+    return Trajectory(
+        trajectory_id=0,
+        prompt_id=0,
+        group_id=0,
+        token_ids=np.arange(n, dtype=np.int32),
+        logprobs=np.zeros(n, np.float32),
+        mask=np.array(mask, np.uint8),
+        policy_versions=np.zeros(n, np.int32),
+        end_reason=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mask", "prompt_length"), [([], 0), ([0, 0], 2), ([0, 1], 1), ([1, 1], 0), ([0, 1, 0, 1], 1)]
+)
+def test_the_response_begins_with_the_first_sampled_token(mask, prompt_length):
+    whole = trajectory(mask)
+    assert whole.prompt_length == prompt_length
+    assert whole.response_length == len(mask) - prompt_length
+    assert whole.response_ids.tolist() == list(range(prompt_length, len(mask)))
+
+
+def test_an_empty_batch():
+    empty = {field.name: np.zeros(0) for field in fields(Batch)} | {"cu_seqlens": np.zeros(1)}
+    assert len(Batch(**empty)) == 0
+    assert Batch(**empty).lengths.tolist() == []
+
+
+def test_versions_are_ordered_and_serve_as_keys():
+    assert sorted([WeightVersion(2), WeightVersion(0).next()]) == [
+        WeightVersion(1),
+        WeightVersion(2),
+    ]
+    assert {WeightVersion(3): "x"}[WeightVersion(2).next()] == "x"
