@@ -4,8 +4,8 @@ Life of a trajectory: ``begin`` (a prompt and a group are named), ``append`` (th
 with mask 0, then one segment an iteration), ``finish`` (why it ended), ``read`` or ``pack`` for
 training, ``evict``. One that is not finished waits for the next iteration; ``unfinished`` lists it.
 
-This is the plain Python buffer: it lives in the process, and ``snapshot`` and ``open`` carry it over
-a restart. Nothing here depends on how it is stored.
+This is the plain Python buffer: it lives in the process, and ``snapshot`` and ``open`` carry it
+over a restart. Nothing here depends on how it is stored.
 """
 
 from collections.abc import Iterable, Sequence
@@ -182,7 +182,9 @@ class RolloutBuffer:
         if reason not in get_args(EndReason):
             raise ValueError(f"Cannot finish by {reason!r}: allowed are {get_args(EndReason)}")
         if slot.end_reason is not None:
-            raise ValueError(f"Trajectory {trajectory_id} has ended already, by {slot.end_reason!r}")
+            raise ValueError(
+                f"Trajectory {trajectory_id} has ended already, by {slot.end_reason!r}"
+            )
         slot.end_reason = reason
 
     def read(self, trajectory_id: int) -> Trajectory:

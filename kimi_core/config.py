@@ -58,7 +58,7 @@ class PromptsConfig(Section):
     """Fixes which prompts are held out; apart from `seed`, so that seeds share one test."""
     shots: int = Field(1, ge=0)
     """Worked examples in front of each `addition` problem."""
-    largest: int = Field(50, ge=2)
+    largest: int = Field(40, ge=2)
     """Largest operand of an `addition` problem."""
 
 
@@ -70,7 +70,7 @@ class CurriculumConfig(Section):
     prior_weight: float = Field(2.0, gt=0)
     """Samples' worth of the run's overall success rate mixed into each prompt's own."""
     hard_after: int | None = Field(None, ge=0)
-    """From this iteration on, only prompts at least `hard_difficulty` hard (Figure 9). Unset: all."""
+    """From this iteration on, only prompts at least `hard_difficulty` hard (Figure 9)."""
     hard_difficulty: float = Field(0.5, ge=0, le=1)
     """What counts as hard: 1 − success rate measured by the source or, failing that, so far."""
 
@@ -79,6 +79,8 @@ class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
     (right answers at four lengths); or a JSONL file whose lines hold `prompt` and `response`."""
+    examples: int | None = Field(None, ge=1)
+    """Use only so many, drawn at random. Unset: all, or one for each training prompt."""
     steps: int = Field(1000, ge=0)
     """Optimizer steps; 0 skips the phase."""
     batch_size: int = Field(48, ge=1)
@@ -233,7 +235,9 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise ValueError(f"Cannot read {override!r}: an override is section.key=value, as in seed=1")
+        raise ValueError(
+            f"Cannot read {override!r}: an override is section.key=value, as in seed=1"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -61,7 +61,9 @@ class Evaluator:
         requests = []
         for index, prompt in enumerate(prompts):
             token_ids = self.encode(prompt)
-            requests.append(Request(index, token_ids, len(token_ids), budget=limit, remaining=limit))
+            requests.append(
+                Request(index, token_ids, len(token_ids), budget=limit, remaining=limit)
+            )
         correctness = [0.0] * len(prompts)
         lengths = [0] * len(prompts)
         for segment in self.engine.generate(requests, sampling):

@@ -1,4 +1,4 @@
-"""One iteration of the system: prompts → curriculum → rollout → buffer → reward → trainer → weights.
+"""One iteration: prompts → curriculum → rollout → buffer → reward → trainer → weights.
 
 ``Loop.iterate`` is the report's Figure 3 as code. The loop is synchronous: all sampling of an
 iteration is done with one version of the weights, and all training comes after it. Everything

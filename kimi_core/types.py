@@ -17,7 +17,7 @@ PROMPT_VERSION = -1
 """The policy version written on tokens that no policy sampled."""
 
 EndReason = Literal["stop", "length", "repeat"]
-"""Why a response ended: it said so, it reached the total length limit, or it went round in a loop."""
+"""Why a response ended: it said so, it reached the total length limit, or it repeated itself."""
 
 
 @dataclass(frozen=True)

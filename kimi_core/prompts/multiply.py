@@ -21,7 +21,7 @@ MIXED = {"terse": 0.60, "worked": 0.24, "checked": 0.16}
 """Shares of the answer styles from which RL must learn to think."""
 
 LENGTHS = {"worked": 0.25, "checked": 0.25, "checked twice": 0.25, "restated": 0.25}
-"""Shares of four right ways to answer that differ in length: what the length reward chooses from."""
+"""Shares of four right ways to answer that differ in length, for the length reward to choose."""
 
 
 def prompts() -> list[Prompt]:

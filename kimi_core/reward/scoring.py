@@ -121,5 +121,7 @@ class GroupScorer:
             # An open sibling is at least as long as it is now, so it belongs in the range.
             lengths = [one.length for one in ended] + list(open_lengths)
             correct = np.concatenate([correctness > 0.5, np.zeros(len(open_lengths), bool)])
-            rewards = rewards + config.length_weight * length_rewards(lengths, correct)[: len(ended)]
+            rewards = (
+                rewards + config.length_weight * length_rewards(lengths, correct)[: len(ended)]
+            )
         return rewards

@@ -104,6 +104,6 @@ def _accumulate(policy: Policy, batch: Batch, max_tokens: int) -> float:
         batch, counted, range(len(batch)), max_tokens=max_tokens, device=device
     ):
         loss = -policy.logprobs(micro).sum() / int(counted.sum())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += float(loss.detach())
     return total

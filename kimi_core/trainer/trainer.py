@@ -1,7 +1,7 @@
-"""One training phase: a fresh optimizer, a few updates on the responses that ended (section 2.3.2).
+"""One training phase: a fresh optimizer, a few updates on responses that ended (section 2.3.2).
 
-The reference π_i is not a second model: it is the log-probs that the engine reported when it sampled
-the tokens, and they are measured against the trainer's own in every iteration.
+The reference π_i is not a second model: it is the log-probs that the engine reported when it
+sampled the tokens, and they are measured against the trainer's own in every iteration.
 """
 
 import math
@@ -102,7 +102,9 @@ class Trainer:
         if self._config.max_staleness is not None:
             counted = counted & (ages <= self._config.max_staleness)
         reference = data.batch.logprobs
-        shares = np.array_split(rng.permutation(len(data.batch)), self._config.updates_per_iteration)
+        shares = np.array_split(
+            rng.permutation(len(data.batch)), self._config.updates_per_iteration
+        )
         losses, norms, gap = [], [], (0.0, 0.0)
         recomputed = False
         for number, share in enumerate(share for share in shares if len(share)):
@@ -130,7 +132,9 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray) -> np.ndarray:
+    def logprobs(
+        self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
         """The policy's log-probs of the ``wanted`` tokens, float32 ``[T]``, NaN elsewhere."""
         result = np.full(len(batch.token_ids), np.nan, np.float32)
         for micro in self._micro_batches(batch, wanted, which):
@@ -156,7 +160,7 @@ class Trainer:
             logprobs_t = self._policy.logprobs(micro)
             losses_n = self._losses(logprobs_t, self._responses(data, reference, micro))
             loss = losses_n.sum() / len(share)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             total += float(loss.detach())
             met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
         return total, met
@@ -172,9 +176,7 @@ class Trainer:
             device=self._device,
         )
 
-    def _responses(
-        self, data: TrainingData, reference: np.ndarray, micro: MicroBatch
-    ) -> Responses:
+    def _responses(self, data: TrainingData, reference: np.ndarray, micro: MicroBatch) -> Responses:
         members_n, response_t = torch.unique(micro.sequence_t, return_inverse=True)
         rows = members_n.cpu().numpy()
 
@@ -192,9 +194,7 @@ class Trainer:
     def _losses(self, logprobs_t: Tensor, responses: Responses) -> Tensor:
         config = self._config
         if config.objective == "omd":
-            return objective.omd(
-                logprobs_t, responses, tau=config.tau, normalize=config.normalize
-            )
+            return objective.omd(logprobs_t, responses, tau=config.tau, normalize=config.normalize)
         if config.objective == "reinforce":
             return objective.reinforce(logprobs_t, responses, normalize=config.normalize)
         if config.objective == "grpo":
