@@ -1,10 +1,10 @@
-"""Keys and values of the rows being decoded, in place: preallocated, grown by doubling.
+"""Keys and values of the rows being decoded, in place: preallocated, and grown now and then.
 
 A transformers ``Cache``, so that any causal model fills it through its own forward pass. Each row
 keeps its tokens at positions 0 .. length − 1. A prefill writes whole contexts into rows side by
 side and attends to nothing else; a decode step writes one token a row, each at its own length, and
 attends to the rows' common prefix of positions, in which the caller masks what is beyond a row's
-length. Nothing is concatenated and no step allocates.
+length. Nothing is concatenated, and most steps allocate nothing.
 """
 
 from typing import Any
@@ -12,8 +12,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-ROUND_TO = 64
+ROUND_TO = 4
 """Positions are allocated in multiples of this."""
+
+HEADROOM = {"cpu": 1 / 16}
+"""Positions added at a growth, as a share of those there; 1 on other devices. A CPU reads keys of a
+layer as one stream, and unused positions between the rows break it up: with twice the positions a
+step took a fifth longer, more than it costs to copy the cache every 16th of its length."""
 
 
 class KVCache(Cache):
@@ -34,24 +39,28 @@ class KVCache(Cache):
         super().__init__(layers=[KVLayer(self) for _ in range(layers)])
         self.first_row = 0
         self.longest = 0
-        self.at: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.at: tuple[torch.Tensor, torch.Tensor] | int | None = None
+        """Where the next pass writes: rows and positions, one position for all, None: a prefill."""
 
     def begin_prefill(self, first_row: int, length: int) -> None:
         """The next forward pass holds contexts of ``length`` tokens, padding included, for the rows
         from ``first_row`` on."""
-        self._reserve(length)
+        self._reserve(length, 0.0)
         self.first_row, self.longest, self.at = first_row, length, None
 
-    def begin_decode(self, positions_n: torch.Tensor, longest: int) -> None:
+    def begin_decode(self, positions_n: torch.Tensor, shortest: int, longest: int) -> None:
         """The next forward pass holds one token for each of rows 0 .. n − 1.
 
         Args:
             positions_n: int64, where each row's token goes: the row's length before the step.
-            longest: positions to attend to, ``positions_n.max() + 1``.
+            shortest, longest: the rows' least and greatest length after the step.
         """
-        self._reserve(longest)
-        rows_n = torch.arange(len(positions_n), device=positions_n.device)
-        self.first_row, self.longest, self.at = 0, longest, (rows_n, positions_n)
+        self._reserve(longest, HEADROOM.get(positions_n.device.type, 1.0))
+        self.first_row, self.longest = 0, longest
+        if shortest == longest:
+            self.at = longest - 1
+        else:
+            self.at = torch.arange(len(positions_n), device=positions_n.device), positions_n
 
     def copy_rows(self, to_rows: torch.Tensor, from_rows: torch.Tensor, length: int) -> None:
         """Copy the first ``length`` positions between rows, int64 ``[m]`` each, disjoint."""
@@ -59,11 +68,11 @@ class KVCache(Cache):
             for buffer in (layer.keys, layer.values):
                 buffer[to_rows, :, :length] = buffer[from_rows, :, :length]
 
-    def _reserve(self, positions: int) -> None:
+    def _reserve(self, positions: int, headroom: float) -> None:
         if positions <= self.positions:
             return
         assert positions <= self.max_positions, (positions, self.max_positions)
-        positions = max(positions, min(2 * self.positions, self.max_positions))
+        positions = min(positions + int(headroom * self.positions), self.max_positions)
         self.positions = -(-positions // ROUND_TO) * ROUND_TO
         for layer in self.layers:
             layer.grow()
@@ -82,17 +91,15 @@ class KVLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys = self._allocate(key_states)
-        self.values = self._allocate(value_states)
+        self.keys = self._allocate(key_states[:, :, :0])
+        self.values = self._allocate(value_states[:, :, :0])
         self.is_initialized = True
 
     def grow(self) -> None:
         """Make room for ``cache.positions`` and carry over what is there."""
         if self.is_initialized:
-            old_keys, old_values = self.keys, self.values
-            self.lazy_initialization(old_keys, old_values)
-            self.keys[:, :, : old_keys.shape[2]] = old_keys
-            self.values[:, :, : old_values.shape[2]] = old_values
+            self.keys = self._allocate(self.keys)
+            self.values = self._allocate(self.values)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -106,9 +113,13 @@ class KVLayer(CacheLayerMixin):
             self.keys[rows, :, : cache.longest] = key_states
             self.values[rows, :, : cache.longest] = value_states
             return key_states, value_states
-        rows_n, positions_n = cache.at
-        self.keys[rows_n, :, positions_n] = key_states[:, :, 0]
-        self.values[rows_n, :, positions_n] = value_states[:, :, 0]
+        if isinstance(cache.at, int):  # a plain copy, 5 times as fast as scattered rows
+            self.keys[:n, :, cache.at] = key_states[:, :, 0]
+            self.values[:n, :, cache.at] = value_states[:, :, 0]
+        else:
+            rows_n, positions_n = cache.at
+            self.keys[rows_n, :, positions_n] = key_states[:, :, 0]
+            self.values[rows_n, :, positions_n] = value_states[:, :, 0]
         return self.keys[:n, :, : cache.longest], self.values[:n, :, : cache.longest]
 
     def get_seq_length(self) -> int:
@@ -121,7 +132,12 @@ class KVLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.cache.max_positions
 
-    def _allocate(self, states: torch.Tensor) -> torch.Tensor:
-        # Zeros, not empty: masked positions have weight 0, and 0 times a stray NaN is NaN.
-        _, heads, _, dim = states.shape
-        return states.new_zeros(self.cache.rows, heads, self.cache.positions, dim)
+    def _allocate(self, old: torch.Tensor) -> torch.Tensor:
+        """``old`` with ``cache.positions`` positions; ``[any, kv_heads, 0, head_dim]`` to begin."""
+        _, heads, length, dim = old.shape
+        new = old.new_empty(self.cache.rows, heads, self.cache.positions, dim)
+        if length:
+            new[:, :, :length] = old
+        # Not left as found: masked positions have weight 0, and 0 times a stray NaN is NaN.
+        new[:, :, length:] = 0
+        return new

@@ -38,46 +38,56 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def draw(
-    logits_nv: torch.Tensor, temperature: float, uniform_n: np.ndarray
+    logits_nv: torch.Tensor, temperature: float, uniform_n: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one token a row from ``softmax(logits / temperature)``.
 
     Args:
         logits_nv: any float dtype, any device; raised to fp32 here.
         temperature: 0 takes the most likely token and reports its log-prob at temperature 1.
-        uniform_n: float64, what ``uniforms`` returns; not read at temperature 0.
+        uniform_n: float64, what ``uniforms`` returns; None at temperature 0.
 
     Returns:
         Tokens int64 ``[n]`` and their log-probs float32 ``[n]`` in nats, never −inf.
     """
-    uniform = torch.from_numpy(uniform_n).to(logits_nv.device, non_blocking=True)
-    rows = max(1, MAX_ELEMENTS // logits_nv.shape[1])
-    drawn = [
-        _draw(block_nv, temperature, block_n)
-        for block_nv, block_n in zip(logits_nv.split(rows), uniform.split(rows), strict=True)
-    ]
-    # Token ids fit a float64 exactly, so that one transfer brings both.
-    tokens, logprobs = torch.cat(drawn, dim=1).cpu().numpy()
-    return tokens.astype(np.int64), logprobs.astype(np.float32)
-
-
-def _draw(logits_nv: torch.Tensor, temperature: float, uniform_n: torch.Tensor) -> torch.Tensor:
-    """``draw`` for rows that fit in memory at once; tokens and log-probs as float64 ``[2, n]``."""
-    scaled_nv = logits_nv.float() / (temperature or 1.0)
-    peak_n1, best_n1 = scaled_nv.max(dim=-1, keepdim=True)
-    shifted_nv = scaled_nv - peak_n1
-    weights_nv = shifted_nv.exp()
-    # The sum is taken in float64: torch's fp32 log_softmax is off by 2e-5 on peaked logits, always
-    # to the same side, which adds up over the thousands of tokens of a response.
+    blocks_nv = logits_nv.split(max(1, MAX_ELEMENTS // logits_nv.shape[1]))
     if temperature == 0:
-        token_n1 = best_n1
-        total_n1 = weights_nv.sum(dim=-1, keepdim=True, dtype=torch.float64)
+        drawn = [_most_likely(block_nv.float()) for block_nv in blocks_nv]
     else:
-        cumulative_nv = weights_nv.cumsum(dim=-1, dtype=torch.float64)
-        total_n1 = cumulative_nv[:, -1:].contiguous()
-        token_n1 = torch.searchsorted(cumulative_nv, uniform_n[:, None] * total_n1, right=True)
-        # A token of weight 0 is an empty interval and cannot be hit. A parallel scan, as on a GPU,
-        # need not be monotonic in its last bit, though, and a log-prob of -inf would end the run.
-        token_n1 = torch.where(weights_nv.gather(1, token_n1) > 0, token_n1, best_n1)
-    logprob_n1 = shifted_nv.gather(1, token_n1).double() - total_n1.log()
-    return torch.stack([token_n1[:, 0].double(), logprob_n1[:, 0]])
+        assert uniform_n is not None
+        uniform = torch.from_numpy(uniform_n).to(logits_nv.device, non_blocking=True)
+        uniform_blocks_n = uniform.split(len(blocks_nv[0]))
+        drawn = [
+            _from_cumulative(block_nv.float() / temperature, block_n)
+            for block_nv, block_n in zip(blocks_nv, uniform_blocks_n, strict=True)
+        ]
+    tokens, logprobs = (torch.cat(column).cpu().numpy() for column in zip(*drawn, strict=True))
+    return tokens, logprobs.astype(np.float32)
+
+
+# Both sum in float64: torch's fp32 log_softmax is off by 2e-5 on peaked logits, always to the same
+# side, which adds up over the thousands of tokens of a response.
+
+
+def _most_likely(logits_nv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token int64 ``[n]`` of the greatest fp32 logit, and its log-prob float64 ``[n]``."""
+    peak_n, best_n = logits_nv.max(dim=-1)
+    total_n = (logits_nv - peak_n[:, None]).exp_().sum(dim=-1, dtype=torch.float64)
+    return best_n, -total_n.log_()
+
+
+def _from_cumulative(
+    logits_nv: torch.Tensor, uniform_n: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the running sum of weights passes ``uniform_n`` of the total; as ``_most_likely``."""
+    peak_n1, best_n1 = logits_nv.max(dim=-1, keepdim=True)
+    shifted_nv = logits_nv - peak_n1
+    weights_nv = shifted_nv.exp()
+    cumulative_nv = weights_nv.cumsum(dim=-1, dtype=torch.float64)
+    total_n1 = cumulative_nv[:, -1:]
+    token_n1 = torch.searchsorted(cumulative_nv, uniform_n[:, None] * total_n1, right=True)
+    # A token of weight 0 is an empty interval and cannot be hit. A parallel scan, as on a GPU, need
+    # not be monotonic in its last bit, though, and a log-prob of -inf would end the run.
+    token_n1 = torch.where(weights_nv.gather(1, token_n1) > 0, token_n1, best_n1)
+    logprob_n1 = shifted_nv.gather(1, token_n1) - total_n1.log()
+    return token_n1[:, 0], logprob_n1[:, 0]

@@ -52,7 +52,7 @@ class TorchEngine:
         self.policy_version = policy_version
         self.decode_steps = 0
         self.layers, self.max_positions = _attention_layers(model)
-        self.vocab_size = model.get_input_embeddings().num_embeddings
+        self.embedding = model.get_input_embeddings()
         self.plain_head = True
         was_training = model.training
         model.eval()
@@ -134,7 +134,7 @@ class TorchEngine:
             for row, context in zip(ids_bs, batch, strict=True):
                 row[: len(context)] = context
             cache.begin_prefill(first_row + start, longest)
-            positions_bs = torch.arange(longest, device=self.model.device).expand(len(batch), -1)
+            positions_bs = self._tensor(np.arange(longest)).expand(len(batch), -1)
             last_b = self._tensor(np.array([len(context) - 1 for context in batch]))
             logits.append(self._logits(self._tensor(ids_bs), positions_bs, None, cache, last_b))
             start += len(batch)
@@ -145,16 +145,15 @@ class TorchEngine:
         """Logits ``[n, V]`` after each live row's newest token."""
         n = rows.count
         positions_n = rows.length[:n] - 1
-        longest = int(positions_n.max()) + 1
-        uniform_length = longest == int(positions_n.min()) + 1
+        shortest, longest = int(positions_n.min()) + 1, int(positions_n.max()) + 1
         positions = self._tensor(positions_n)
-        cache.begin_decode(positions, longest)
+        cache.begin_decode(positions, shortest, longest)
         mask_n11s = None  # faster where all rows are of one length: nothing is to be hidden
-        if not uniform_length:
+        if shortest != longest:
             # Additive, as that is what both eager and SDPA attention take.
             beyond_ns = torch.arange(longest, device=positions.device) > positions[:, None]
-            mask_ns = torch.zeros_like(beyond_ns, dtype=self.model.dtype)
-            mask_ns.masked_fill_(beyond_ns, torch.finfo(self.model.dtype).min)
+            mask_ns = torch.zeros_like(beyond_ns, dtype=self.embedding.weight.dtype)
+            mask_ns.masked_fill_(beyond_ns, torch.finfo(mask_ns.dtype).min)
             mask_n11s = mask_ns[:, None, None]
         newest = self._tensor(rows.newest[:n])
         return self._logits(newest[:, None], positions[:, None], mask_n11s, cache, None)
@@ -175,16 +174,16 @@ class TorchEngine:
             past_key_values=cache,
             use_cache=True,
         )
-        rows_b = torch.arange(len(ids_bs), device=ids_bs.device)
+        rows = range(len(ids_bs))
         if self.plain_head:
             hidden_bsd = self.model.base_model(**inputs).last_hidden_state
-            hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows_b, last_b]
+            hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows, last_b]
             return self.model.get_output_embeddings()(hidden_bd)
         # A head that scales or caps its logits: the model's own, at the positions any row needs.
         if last_b is None:
             return self.model(**inputs).logits[:, 0]
         keep, column_b = last_b.unique(return_inverse=True)
-        return self.model(**inputs, logits_to_keep=keep).logits[rows_b, column_b]
+        return self.model(**inputs, logits_to_keep=keep).logits[rows, column_b]
 
     def _append(
         self, rows: "_Rows", cache: KVCache, first_row: int, logits_nv: torch.Tensor
@@ -192,7 +191,9 @@ class TorchEngine:
         """Draw a token for every row from ``first_row`` on; yield and remove the rows that end."""
         sampling = rows.sampling
         live = slice(first_row, rows.count)
-        uniform_n = uniforms(sampling.seed, rows.trajectory_id[live], rows.length[live])
+        uniform_n = None
+        if sampling.temperature > 0:
+            uniform_n = uniforms(sampling.seed, rows.trajectory_id[live], rows.length[live])
         ended = rows.append(first_row, *draw(logits_nv, sampling.temperature, uniform_n))
         if not ended.any():
             return
@@ -208,7 +209,7 @@ class TorchEngine:
         cache.copy_rows(self._tensor(holes), self._tensor(movers), min(length, cache.positions))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
+        return torch.from_numpy(array).to(self.embedding.weight.device, non_blocking=True)
 
     def _check_request(self, request: Request) -> None:
         who, length = f"trajectory {request.trajectory_id}", len(request.token_ids)
@@ -220,10 +221,11 @@ class TorchEngine:
                 "both must be at least 1, leave finished trajectories out"
             )
         lowest, highest = int(request.token_ids.min()), int(request.token_ids.max())
-        if lowest < 0 or highest >= self.vocab_size:
+        if lowest < 0 or highest >= self.embedding.num_embeddings:
             raise ValueError(
                 f"Cannot extend {who}: token ids {lowest} to {highest} are not all within the "
-                f"model's vocabulary, 0 to {self.vocab_size - 1}; is this the model's tokenizer?"
+                f"model's vocabulary, 0 to {self.embedding.num_embeddings - 1}; is this the "
+                "model's tokenizer?"
             )
         if self.max_positions is not None and length + _steps(request) > self.max_positions:
             raise ValueError(
@@ -235,7 +237,7 @@ class TorchEngine:
     @torch.inference_mode()
     def _check_model(self) -> None:
         """Decode two short rows of different lengths through the cache; compare with no cache."""
-        contexts = [np.arange(4) % self.vocab_size, np.arange(2) % self.vocab_size]
+        contexts = [np.arange(length) % self.embedding.num_embeddings for length in (4, 2)]
         expected = [self.model(input_ids=self._tensor(c)[None]).logits[0, -1] for c in contexts]
         expected_bv = torch.stack(expected).float()
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
@@ -269,16 +271,18 @@ class _Rows:
         self.newest = np.zeros(capacity, np.int64)
         self.made = np.zeros(capacity, np.int64)
         """Tokens that this call has added."""
-        self.budget = np.zeros(capacity, np.int64)
-        self.remaining = np.zeros(capacity, np.int64)
+        self.limit = np.zeros(capacity, np.int64)
+        """Tokens that it may add ..."""
+        self.closes = np.zeros(capacity, bool)
+        """... and whether the response has then reached its total length limit."""
         self.stopped = np.zeros(capacity, bool)
         self.repeated = np.zeros(capacity, bool)
         # Pages of these that no row reaches are never touched, so a generous budget costs nothing.
         self.token_ids = np.zeros((capacity, max_steps), np.int32)
         self.logprobs = np.zeros((capacity, max_steps), np.float32)
         self.columns = [
-            *(self.detectors, self.trajectory_id, self.length, self.newest, self.made, self.budget),
-            *(self.remaining, self.stopped, self.repeated, self.token_ids, self.logprobs),
+            *(self.detectors, self.trajectory_id, self.length, self.newest, self.made, self.limit),
+            *(self.closes, self.stopped, self.repeated, self.token_ids, self.logprobs),
         ]
 
     def add(self, requests: list[Request]) -> None:
@@ -288,8 +292,8 @@ class _Rows:
         self.length[new] = [len(request.token_ids) for request in requests]
         self.newest[new] = [request.token_ids[-1] for request in requests]
         self.made[new] = 0
-        self.budget[new] = [request.budget for request in requests]
-        self.remaining[new] = [request.remaining for request in requests]
+        self.limit[new] = [_steps(request) for request in requests]
+        self.closes[new] = [request.remaining <= request.budget for request in requests]
         if self.sampling.repeat_window:
             self.detectors[new] = [self._detector(request) for request in requests]
         self.count = new.stop
@@ -305,9 +309,7 @@ class _Rows:
         self.made[new] += 1
         self.stopped[new] = (tokens[:, None] == self.stop).any(axis=1)
         ended = np.zeros(self.count, bool)
-        ended[new] = self.stopped[new] | (
-            self.made[new] >= np.minimum(self.budget[new], self.remaining[new])
-        )
+        ended[new] = self.stopped[new] | (self.made[new] == self.limit[new])
         if self.sampling.repeat_window:
             self.repeated[new] = _C.push_all(list(self.detectors[new]), tokens.astype(np.int32))
             ended[new] |= self.repeated[new]
@@ -320,7 +322,7 @@ class _Rows:
             reason = "stop"
         elif self.repeated[row]:
             reason = "repeat"
-        elif made == self.remaining[row]:
+        elif self.closes[row]:
             reason = "length"
         return Segment(
             trajectory_id=int(self.trajectory_id[row]),
