@@ -1,5 +1,6 @@
 """What a run would do and how much memory it would take, without doing it: ``--dry-run``."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kimi_core.rollout.worker import buffer_size
 from kimi_core.run import alphabet
 from kimi_core.run_folder import dump_toml
 from kimi_core.trainer.policy import trainable_parameters
+from kimi_core.types import Prompt
 
 BUFFER_BYTES = 13
 """Of a token in the buffer: id 4, log-prob 4, mask 1, policy version 4."""
@@ -49,12 +51,13 @@ def describe(config: Config) -> str:
     Raises:
         ValueError: the model or the prompts cannot be what the config says.
     """
+    prompts = load_prompts(config.prompts)
     found = _skeleton(config)
     if found is None:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
         return "\n".join([dump_toml(config), *remark, ""])
     model, tokenizer = found
-    parts = asdict(estimate(config, model, tokenizer))
+    parts = asdict(estimate(config, model, tokenizer, prompts))
     parts["total"] = sum(parts.values())
     trained = sum(parameter.numel() for parameter in trainable_parameters(model))
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -65,17 +68,22 @@ def describe(config: Config) -> str:
     return "\n".join([dump_toml(config), *lines, ""])
 
 
-def estimate(config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Memory:
+def estimate(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+) -> Memory:
     """Bytes that a run with this model needs; its parameters may be on torch's meta device.
 
     Raises:
-        ValueError: the prompts are malformed, or cannot be tokenized.
+        ValueError: a prompt or a stop string cannot be tokenized as it must.
     """
     codec = Codec(tokenizer, config.rollout.stop)
-    prompts = [codec.encode_prompt(prompt) for prompt in load_prompts(config.prompts)]
-    capacity, _ = buffer_size(prompts, config.rollout)
+    encoded = [codec.encode_prompt(prompt) for prompt in prompts]
+    capacity, _ = buffer_size(encoded, config.rollout)
     trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model))
-    longest = max(map(len, prompts)) + config.rollout.max_response_tokens
+    longest = max(map(len, encoded)) + config.rollout.max_response_tokens
     return Memory(
         weights=sum(p.numel() * p.element_size() for p in model.parameters()),
         gradients=trained,

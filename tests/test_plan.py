@@ -27,6 +27,8 @@ SMALL = [
     "prompts.held_out=7100",
 ]
 
+PROMPTS = multiply.prompts()
+
 
 def config(*overrides: str) -> Config:
     return load_config(None, [*SMALL, *overrides])
@@ -50,7 +52,7 @@ def test_weights_gradients_and_moments_are_those_of_the_real_model(dtype, layers
         state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
     ]
 
-    memory = estimate(given, parts.model, parts.tokenizer)
+    memory = estimate(given, parts.model, parts.tokenizer, PROMPTS)
 
     assert memory.weights == size(list(parts.model.parameters()))
     assert memory.gradients == size([parameter.grad for parameter in trained])
@@ -74,7 +76,7 @@ def test_cache_and_buffer_are_those_that_a_run_makes(monkeypatch):
         parts.loop.iterate()
     largest = max(size([x for y in cache.layers for x in (y.keys, y.values)]) for cache in made)
 
-    memory = estimate(given, parts.model, parts.tokenizer)
+    memory = estimate(given, parts.model, parts.tokenizer, PROMPTS)
 
     assert largest == memory.kv_cache
     assert memory.buffer == 13 * parts.loop.buffer.stats().capacity_tokens
@@ -82,8 +84,8 @@ def test_cache_and_buffer_are_those_that_a_run_makes(monkeypatch):
 
 def test_rows_of_the_cache_are_bounded_by_batch_rows():
     parts = build(config())
-    bounded = estimate(config("rollout.batch_rows=9"), parts.model, parts.tokenizer)
-    whole = estimate(config(), parts.model, parts.tokenizer)
+    bounded = estimate(config("rollout.batch_rows=9"), parts.model, parts.tokenizer, PROMPTS)
+    whole = estimate(config(), parts.model, parts.tokenizer, PROMPTS)
     assert bounded.kv_cache * 2 == whole.kv_cache  # 9 rows of 2 prompts x 3 samples x 3 iterations
 
 
@@ -100,7 +102,7 @@ def test_a_folder_counts_without_its_weights_being_read(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    expected = estimate(given, model, tokenizer)
+    expected = estimate(given, model, tokenizer, PROMPTS)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     text = describe(config(f"model.name={tmp_path}"))
