@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kimi_core.config import TrainerConfig
@@ -63,7 +63,8 @@ class Trainer:
     """Updates a model in place.
 
     Args:
-        model: the policy; parameters that require a gradient are trained.
+        model: the policy, in eval mode; parameters that require a gradient are trained. With
+            activation checkpointing its dropout probabilities are set to zero for good.
         config: the objective and its settings.
         temperature: the one that tokens are sampled with.
     """
@@ -80,6 +81,10 @@ class Trainer:
             # The frozen bottom of a model feeds activations that need no gradient; only the
             # non-reentrant kind carries gradients to parameters above them.
             model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers then also asks for a gradient of the embeddings' output, which only the
+            # reentrant kind needs: it would send the backward pass through every frozen layer.
+            model.disable_input_require_grads()
+            _remove_dropout(model)
 
     def train(
         self, data: TrainingData, *, policy_version: int, rng: np.random.Generator
@@ -157,7 +162,10 @@ class Trainer:
         total = 0.0
         met = np.full(len(reference), np.nan, np.float32)
         for micro in self._micro_batches(data.batch, counted, share):
+            # transformers checkpoints in training mode only, and says nothing otherwise.
+            self._policy.model.train(self._config.activation_checkpointing)
             logprobs_t = self._policy.logprobs(micro)
+            self._policy.model.eval()
             losses_n = self._losses(logprobs_t, self._responses(data, reference, micro))
             loss = losses_n.sum() / len(share)
             loss.backward()
@@ -228,6 +236,17 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
         return norm
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Let training mode compute what eval mode does: with dropout or jitter, trainer and engine
+    would disagree on the log-probs."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def _gap(own: np.ndarray, engines: np.ndarray, fresh: np.ndarray) -> tuple[float, float]:
