@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
@@ -63,11 +64,15 @@ def trained_by(parts: Parts, iterations: int) -> list[list[Trajectory]]:
     return trained
 
 
-@pytest.mark.parametrize("release", ["response", "group"])
-def test_a_budget_changes_when_tokens_come_and_not_which(release):
+@pytest.mark.parametrize(
+    ("release", "temperature"), [("response", 1.0), ("group", 1.0), ("response", 0.0)]
+)
+def test_a_budget_changes_when_tokens_come_and_not_which(release, temperature):
     """With frozen weights, whatever a budget cuts and continues is what is sampled at once."""
     whole = started(FROZEN)
     cut = started(FROZEN, f"rollout.token_budget={BUDGET}", f"trainer.release={release}")
+    for parts in (whole, cut):
+        parts.loop.sampling = replace(parts.loop.sampling, temperature=temperature)
     at_once = {t.trajectory_id: t for ts in trained_by(whole, 2) for t in ts}
     in_pieces = {t.trajectory_id: t for ts in trained_by(cut, 7) for t in ts}
     # Prompts are drawn by success rates, which a budget lets come later: the first iteration's
@@ -77,8 +82,11 @@ def test_a_budget_changes_when_tokens_come_and_not_which(release):
         np.testing.assert_array_equal(at_once[key].token_ids, in_pieces[key].token_ids)
         np.testing.assert_allclose(at_once[key].logprobs, in_pieces[key].logprobs, atol=1e-4)
         assert at_once[key].end_reason == in_pieces[key].end_reason
-    assert {t.end_reason for t in at_once.values()} >= {"length", "stop"}
     assert max(t.response_length for t in in_pieces.values()) > 2 * BUDGET
+    if temperature:
+        assert {t.end_reason for t in at_once.values()} >= {"length", "stop"}
+    else:
+        assert len({at_once[key].token_ids.tobytes() for key in range(12)}) == 4  # one a prompt
 
 
 @pytest.mark.parametrize("release", ["response", "group"])
@@ -189,8 +197,13 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(straight, tmp_pat
     assert iteration_lines(other)[0] != iteration_lines(straight)[0]
 
 
-# Says when each iteration's state is saved, and waits there for the test to say go.
+# Says when each iteration's state is saved. With DIE_IN=module:function it kills itself in the
+# fourth call of that function.
 STEPWISE = """
+    import importlib
+    import itertools
+    import os
+    import signal
     import sys
     from pathlib import Path
     from kimi_core import run
@@ -202,17 +215,27 @@ STEPWISE = """
         print("saved", parts.loop.iteration, flush=True)
     run._save = saved
 
+    if "DIE_IN" in os.environ:
+        module, name = os.environ["DIE_IN"].split(":")
+        module, calls = importlib.import_module(module), itertools.count(1)
+        original = getattr(module, name)
+        def deadly(*args, **named):
+            if next(calls) == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **named)
+        setattr(module, name, deadly)
+
     run.train(load_config(None, sys.argv[2:]), resume=sys.argv[1] == "resume")
     print("done", flush=True)
 """
 
 
-def start(how: str, overrides: list[str]) -> subprocess.Popen:
+def start(how: str, overrides: list[str], **environment: str) -> subprocess.Popen:
     root = str(Path(kimi_core.__file__).parents[1])
     code = "\n".join(line[4:] for line in STEPWISE.splitlines())
     return subprocess.Popen(
         [sys.executable, "-c", code, how, *overrides],
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -226,13 +249,25 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
     pytest.fail(f"It ended without {line!r}: {process.stderr.read()}")
 
 
-def test_a_killed_run_resumes_to_the_same_weights(straight, tmp_path):
-    """kill -9 somewhere in an iteration after the second: the run then ends as if nothing was."""
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "anywhere",
+        "kimi_core.loop:publish",  # trained, not counted
+        "kimi_core.run_folder:_swap",  # in metrics.jsonl, its state half saved
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_weights(straight, tmp_path, moment):
+    """kill -9 after the second iteration: the run then ends as if nothing had happened."""
     overrides = [*TINY, *RUN, f"runs={tmp_path}"]
-    process = start("new", overrides)
-    wait_for(process, f"saved {random.Random(os.getpid()).choice([2, 3, 4])}")
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
+    if moment == "anywhere":
+        process = start("new", overrides)
+        wait_for(process, f"saved {random.Random(os.getpid()).choice([2, 3, 4])}")
+        process.send_signal(signal.SIGKILL)
+    else:
+        process = start("new", overrides, DIE_IN=moment)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, errors
     assert not (tmp_path / "think" / "checkpoint").exists()
 
     folder = train(config(*RUN, f"runs={tmp_path}"), resume=True, console=Console(file=StringIO()))
