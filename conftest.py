@@ -7,6 +7,9 @@ import os
 import sys
 from pathlib import Path
 
+# The tests' tensors are tiny: threads that wait for each other would make them many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent
 
 if not any(ROOT.glob("kimi_core/_C*.so")):
