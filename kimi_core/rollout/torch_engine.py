@@ -23,9 +23,8 @@ from kimi_core.types import EndReason, Segment
 PREFILL_TOKENS = 4096
 """Tokens, padding included, in one forward pass of a prefill."""
 
-ENTER_TOGETHER = 8
-"""New rows enter once 1 / 8 of all rows are free: to prefill one short context at a time reads all
-weights for a few tokens, and an idle row costs nothing but the wait."""
+WORTH_A_PASS = 64
+"""Tokens that a prefill gathers: with fewer, reading the weights takes longer than using them."""
 
 
 class TorchEngine:
@@ -88,7 +87,7 @@ class TorchEngine:
         try:
             while waiting or rows.count:
                 free = rows.capacity - rows.count
-                if waiting and free >= min(len(waiting), rows.capacity / ENTER_TOGETHER):
+                if _time_to_enter(waiting, free, rows.capacity):
                     entering, waiting = waiting[-free:][::-1], waiting[:-free]
                     first_row = rows.count
                     logits_nv = self._enter(rows, cache, entering)
@@ -351,6 +350,20 @@ class _Rows:
 def _steps(request: Request) -> int:
     """The most tokens that the call may add to a request."""
     return min(request.budget, request.remaining)
+
+
+def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:
+    """Whether to prefill now or to let more rows come free.
+
+    Where a step's time goes with its rows an idle one costs nothing, hence an eighth at least;
+    where it does not, waiting for a full pass pays until half of the rows are idle.
+    """
+    if not waiting or not free:
+        return False
+    if free >= min(len(waiting), capacity / 2):
+        return True
+    tokens = sum(len(request.token_ids) for request in waiting[-free:])
+    return free >= capacity / 8 and tokens >= WORTH_A_PASS
 
 
 def _attention_layers(model: PreTrainedModel) -> tuple[int, int | None]:
