@@ -4,8 +4,12 @@ Sequences are sorted by length and laid into rows, longest first, each into the 
 (first-fit decreasing): short ones fill what long ones leave over, and little is padding. Several
 sequences in one row stay apart by their position ids, which start again at 0; transformers builds
 the block-diagonal mask from that.
+
+Responses to one prompt may share it: where prompts are long and responses short, a block holds the
+prompt once and the responses behind it as branches, each of which sees the prompt and itself.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +35,23 @@ class MicroBatch:
     """Index of each wanted token in the packed batch."""
     sequence_t: Tensor
     """Index of each wanted token's sequence in the packed batch."""
+    ids_t: Tensor
+    """The wanted tokens, int64."""
+    visible_rll: Tensor | None
+    """Which columns each column attends to, bool; None where the positions alone say it."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Sequences laid side by side behind their first ``prompt`` tokens, which stand once."""
+
+    sequences: list[int]
+    prompt: int
+    length: int
+
+
+SHARE_LIMIT = 4096
+"""Longest block, in tokens, that shares a prompt: its mask is quadratic."""
 
 
 def micro_batches(
@@ -39,10 +60,11 @@ def micro_batches(
     sequences: Sequence[int] | np.ndarray,
     *,
     max_tokens: int,
+    share_prompts: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[MicroBatch]:
     """Lay ``sequences`` of ``batch`` into micro-batches of at most ``max_tokens`` tokens, padding
-    included; a sequence longer than that gets a micro-batch of its own.
+    included; a sequence (or block) longer than that gets a micro-batch of its own.
 
     Args:
         batch: packed trajectories.
@@ -50,63 +72,98 @@ def micro_batches(
             nothing before it and cannot be.
         sequences: indices into the batch; those without a wanted token are left out.
         max_tokens: rows times columns at most.
+        share_prompts: lay a prompt once for all its responses, where that halves their tokens.
         device: where the tensors go.
     """
     starts = batch.cu_seqlens[:-1]
     lengths = batch.lengths
     counts = np.add.reduceat(wanted, starts) if len(batch) else np.empty(0)
-    kept = [index for index in sequences if counts[index]]
-    kept.sort(key=lambda index: (-lengths[index], index))
-    while kept:
-        width = int(lengths[kept[0]])
-        rows, kept = _fill_rows(kept, lengths, width, max(1, max_tokens // width))
+    kept = [int(index) for index in sequences if counts[index]]
+    blocks = [_Block([index], 0, int(lengths[index])) for index in kept]
+    if share_prompts:
+        blocks = _shared(batch, wanted, kept)
+    blocks.sort(key=lambda block: (-block.length, block.sequences))
+    while blocks:
+        width = blocks[0].length
+        rows, blocks = _fill_rows(blocks, width, max(1, max_tokens // width))
         yield _lay_out(batch, wanted, rows, width, device)
 
 
-def _fill_rows(
-    sequences: list[int], lengths: np.ndarray, width: int, max_rows: int
-) -> tuple[list[list[int]], list[int]]:
-    """First-fit decreasing into at most ``max_rows`` rows; returns the rows and what is left."""
-    rows: list[list[int]] = []
-    room: list[int] = []
-    left: list[int] = []
+def _shared(batch: Batch, wanted: np.ndarray, sequences: list[int]) -> list[_Block]:
+    """One block for each prompt whose responses gain by sharing it, one for each other sequence."""
+    siblings: dict[bytes, list[int]] = defaultdict(list)
     for index in sequences:
-        length = int(lengths[index])
-        fitting = next((row for row, free in enumerate(room) if free >= length), None)
-        if fitting is not None:
-            rows[fitting].append(index)
-            room[fitting] -= length
-        elif len(rows) < max_rows:
-            rows.append([index])
-            room.append(width - length)
+        start, end = batch.cu_seqlens[index : index + 2]
+        before = batch.token_ids[start : start + np.flatnonzero(wanted[start:end])[0]]
+        siblings[before.tobytes()].append(index)
+    blocks = []
+    for prompt_ids, members in siblings.items():
+        prompt = len(prompt_ids) // batch.token_ids.itemsize
+        apart = int(batch.lengths[members].sum())
+        together = apart - (len(members) - 1) * prompt
+        if 2 * together <= apart and together <= SHARE_LIMIT:
+            blocks.append(_Block(members, prompt, together))
         else:
-            left.append(index)
+            blocks.extend(_Block([one], 0, int(batch.lengths[one])) for one in members)
+    return blocks
+
+
+def _fill_rows(
+    blocks: list[_Block], width: int, max_rows: int
+) -> tuple[list[list[_Block]], list[_Block]]:
+    """First-fit decreasing into at most ``max_rows`` rows; returns the rows and what is left."""
+    rows: list[list[_Block]] = []
+    room: list[int] = []
+    left: list[_Block] = []
+    for block in blocks:
+        fitting = next((row for row, free in enumerate(room) if free >= block.length), None)
+        if fitting is not None:
+            rows[fitting].append(block)
+            room[fitting] -= block.length
+        elif len(rows) < max_rows:
+            rows.append([block])
+            room.append(width - block.length)
+        else:
+            left.append(block)
     return rows, left
 
 
 def _lay_out(
     batch: Batch,
     wanted: np.ndarray,
-    rows: list[list[int]],
+    rows: list[list[_Block]],
     width: int,
     device: torch.device | str,
 ) -> MicroBatch:
     ids_rl = np.zeros((len(rows), width), np.int64)
     # Padding counts up from 0 too: a sequence of its own, which nothing else attends to.
     positions_rl = np.tile(np.arange(width), (len(rows), 1))
+    # Which block each column belongs to, and which branch of it: 0 is the prompt they share.
+    block_rl = np.full((len(rows), width), -1)
+    branch_rl = np.zeros((len(rows), width), np.int64)
     parts: list[tuple[np.ndarray, ...]] = []
-    for row, sequences in enumerate(rows):
+    for row, blocks in enumerate(rows):
         column = 0
-        for index in sequences:
-            start, end = batch.cu_seqlens[index : index + 2]
-            stop = column + end - start
-            ids_rl[row, column:stop] = batch.token_ids[start:end]
-            positions_rl[row, column:stop] = np.arange(end - start)
-            positions_rl[row, stop:] = np.arange(width - stop)
-            offsets = np.flatnonzero(wanted[start:end])
-            whole = np.full_like(offsets, 1)
-            parts.append((row * whole, column + offsets - 1, start + offsets, index * whole))
-            column = stop
+        for number, block in enumerate(blocks):
+            trunk, column = column, column + block.prompt
+            first = batch.cu_seqlens[block.sequences[0]]
+            ids_rl[row, trunk:column] = batch.token_ids[first : first + block.prompt]
+            positions_rl[row, trunk:column] = np.arange(block.prompt)
+            block_rl[row, trunk : trunk + block.length] = number
+            for branch, index in enumerate(block.sequences, 1):
+                start, end = batch.cu_seqlens[index] + block.prompt, batch.cu_seqlens[index + 1]
+                stop = column + end - start
+                ids_rl[row, column:stop] = batch.token_ids[start:end]
+                positions_rl[row, column:stop] = block.prompt + np.arange(end - start)
+                branch_rl[row, column:stop] = branch
+                offsets = np.flatnonzero(wanted[start:end])
+                # A branch's first token is predicted at the end of the prompt.
+                before = np.where(offsets > 0, column + offsets, trunk + block.prompt) - 1
+                one = np.ones_like(offsets)
+                parts.append((row * one, before, start + offsets, index * one))
+                column = stop
+        positions_rl[row, column:] = np.arange(width - column)
+    shared = any(len(block.sequences) > 1 for blocks in rows for block in blocks)
     row_t, column_t, source_t, sequence_t = (
         torch.from_numpy(np.concatenate(column)).to(device) for column in zip(*parts, strict=True)
     )
@@ -117,4 +174,14 @@ def _lay_out(
         column_t=column_t,
         source_t=source_t,
         sequence_t=sequence_t,
+        ids_t=torch.from_numpy(batch.token_ids.astype(np.int64)).to(device)[source_t],
+        visible_rll=_visible(block_rl, branch_rl).to(device) if shared else None,
     )
+
+
+def _visible(block_rl: np.ndarray, branch_rl: np.ndarray) -> Tensor:
+    """Bool ``[r, l, l]``: a column sees what stands before it in its prompt and in its branch."""
+    same_block = block_rl[:, :, None] == block_rl[:, None, :]
+    on_path = (branch_rl[:, None, :] == 0) | (branch_rl[:, :, None] == branch_rl[:, None, :])
+    causal = np.tri(block_rl.shape[1], dtype=bool)
+    return torch.from_numpy(same_block & on_path & causal)

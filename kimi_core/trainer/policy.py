@@ -42,24 +42,35 @@ class Policy:
 
     def logprobs(self, micro: MicroBatch) -> Tensor:
         """Log-probs of the wanted tokens, float32 ``[t]``; differentiable unless under no_grad."""
-        body = self.model.base_model
-        hidden_rld = body(
-            input_ids=micro.ids_rl, position_ids=micro.positions_rl, use_cache=False
+        hidden_rld = self.model.base_model(
+            input_ids=micro.ids_rl,
+            attention_mask=self._mask(micro),
+            position_ids=micro.positions_rl,
+            use_cache=False,
         ).last_hidden_state
         return linear_logprob(
             hidden_rld[micro.row_t, micro.column_t],
             self._head.weight,
-            self.model_ids(micro),
+            micro.ids_t,
             temperature=self.temperature / self._scale,
             bias_v=self._head.bias,
             softcap=self._softcap,
             chunk=self.head_chunk,
         )
 
-    @staticmethod
-    def model_ids(micro: MicroBatch) -> Tensor:
-        """Ids of the wanted tokens, int64 ``[t]``: one to the right of the state before them."""
-        return micro.ids_rl[micro.row_t, micro.column_t + 1]
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether responses may share their prompt: a window per layer needs more than one mask."""
+        return getattr(self.model.config.get_text_config(), "sliding_window", None) is None
+
+    def _mask(self, micro: MicroBatch) -> Tensor | None:
+        """Additive ``[r, 1, l, l]``, as eager and SDPA attention take it; None: by position."""
+        if micro.visible_rll is None:
+            return None
+        dtype = self._head.weight.dtype
+        mask_rll = torch.zeros_like(micro.visible_rll, dtype=dtype)
+        mask_rll.masked_fill_(~micro.visible_rll, torch.finfo(dtype).min)
+        return mask_rll[:, None]
 
     @torch.no_grad()
     def _check_head(self) -> None:

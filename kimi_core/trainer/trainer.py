@@ -181,6 +181,7 @@ class Trainer:
             wanted,
             which,
             max_tokens=self._config.tokens_per_micro_batch,
+            share_prompts=self._policy.shares_prompts,
             device=self._device,
         )
 

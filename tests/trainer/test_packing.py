@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_core.trainer.packing import micro_batches
+from kimi_core.trainer.policy import Policy
 from kimi_core.types import Batch
 
 VOCAB = 40
@@ -156,3 +157,39 @@ def test_packing_changes_no_logprob(model, max_tokens):
             packed[start + 1 : end][wanted], alone[wanted], rtol=0, atol=1e-5
         )
     assert np.isnan(packed).tolist() == (batch.mask == 0).tolist()
+
+
+def siblings(prompts, responses, *, seed=0) -> Batch:
+    """``responses[i]`` lists the lengths of the responses to a prompt of ``prompts[i]`` tokens."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for prompt, lengths in zip(prompts, responses, strict=True):
+        prompt_ids = rng.integers(VOCAB, size=prompt)
+        for length in lengths:
+            ids = np.concatenate([prompt_ids, rng.integers(VOCAB, size=length)])
+            sequences.append((ids, np.arange(prompt + length) >= prompt))
+    return pack(sequences)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_a_shared_prompt_changes_no_logprob(name):
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    # Two prompts that gain by sharing, one whose responses are too long to, and a single one.
+    batch = siblings([9, 12, 2, 20], [[2, 3, 1], [1, 1, 4, 2], [9, 8], [3]])
+    policy = Policy(model, temperature=1.0, head_chunk=64)
+    results, tokens = [], []
+    for share in (False, True):
+        found = np.full(len(batch.token_ids), np.nan)
+        used = 0
+        for micro in micro_batches(
+            batch, batch.mask > 0, range(len(batch)), max_tokens=60, share_prompts=share
+        ):
+            used += micro.ids_rl.numel()
+            found[micro.source_t.numpy()] = policy.logprobs(micro).detach().numpy()
+            assert micro.ids_t.tolist() == batch.token_ids[micro.source_t.numpy()].tolist()
+        assert not np.isnan(found[batch.mask > 0]).any()
+        results.append(found[batch.mask > 0])
+        tokens.append(used)
+    np.testing.assert_allclose(results[1], results[0], atol=1e-5)
+    assert tokens[1] < 0.7 * tokens[0]

@@ -105,7 +105,7 @@ def test_the_token_before_predicts_the_wanted_one():
     batch = batch_of([5])
     policy = Policy(tiny("llama"), temperature=1.0, head_chunk=4)
     (micro,) = micro_batches(batch, np.arange(5) == 3, [0], max_tokens=100)
-    assert policy.model_ids(micro).tolist() == [batch.token_ids[3]]
+    assert micro.ids_t.tolist() == [batch.token_ids[3]]
     (own,) = policy.logprobs(micro).tolist()
     assert own == pytest.approx(
         log_softmax_of_logits(tiny("llama"), batch, 1.0)[2].item(), abs=1e-5
