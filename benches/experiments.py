@@ -83,8 +83,9 @@ def mixed_start(seed: int) -> list[str]:
     return [f"model.name={folder}/checkpoint", "sft.data=none"]
 
 
-ROOM = ["rollout.max_response_tokens=144", "model.context=160"]
-"""The four styles of ``multiply_lengths`` need more room than the default run has."""
+ROOM = ["rollout.max_response_tokens=144", "model.context=160", "rollout.repeat_count=5"]
+"""The styles of ``multiply_lengths`` need more room than the default run has, and one of them says
+the same three times over."""
 
 
 def lengths_start(seed: int) -> list[str]:

@@ -5,8 +5,11 @@ The SFT data mixes both, so that RL has to find out *when to think* (the report'
 
     prompt    7*384=
     terse     #2688
-    worked    7*4=28;7*80=560;7*300=2100;28+560=588;588+2100=2688#2688
-    checked   7*4=28; ... 588+2100=2688?2100+560=2660;2660+28=2688#2688
+    worked    7*4=28>8,2;7*8=56+2=58>8,5;7*3=21+5=26>26#2688
+    checked   7*4=28>8,2; ... 26>26?7*4=28>8,2; ... 26>26#2688
+
+A worked answer goes digit by digit from the right, as at school: product, carry added, the digit
+to write down and the carry to take along.
 """
 
 import random
@@ -14,7 +17,7 @@ from collections.abc import Sequence
 
 from kimi_core.types import Prompt
 
-ALPHABET = "0123456789*+=#;?"
+ALPHABET = "0123456789*+=>,;?#"
 """Every character of the prompts and of the SFT responses."""
 
 MIXED = {"terse": 0.60, "worked": 0.24, "checked": 0.16}
@@ -52,24 +55,32 @@ def response(prompt: str, style: str) -> str:
     >>> response("7*384=", "terse")
     '#2688'
     >>> response("7*384=", "worked")
-    '7*4=28;7*80=560;7*300=2100;28+560=588;588+2100=2688#2688'
+    '7*4=28>8,2;7*8=56+2=58>8,5;7*3=21+5=26>26#2688'
     """
     a, b = (int(number) for number in prompt.rstrip("=").split("*"))
-    ones, tens, hundreds = a * (b % 10), a * (b // 10 % 10 * 10), a * (b // 100 * 100)
     answer = f"#{a * b}"
+    worked = _school_method(a, b)
     if style == "terse":
         return answer
-    worked = (
-        f"{a}*{b % 10}={ones};{a}*{b // 10 % 10 * 10}={tens};{a}*{b // 100 * 100}={hundreds};"
-        f"{ones}+{tens}={ones + tens};{ones + tens}+{hundreds}={a * b}"
-    )
-    check = f"?{hundreds}+{tens}={hundreds + tens};{hundreds + tens}+{ones}={a * b}"
     if style == "worked":
         return worked + answer
-    if style == "checked":
-        return worked + check + answer
     if style == "restated":
-        return f"{a}*{b}={worked};{a}*{b}={a * b}{answer}"
+        return f"{a}*{b};{worked};{a * b}{answer}"
+    if style == "checked":
+        return f"{worked}?{worked}{answer}"
     if style == "checked twice":
-        return worked + check + check + answer
+        return f"{worked}?{worked}?{worked}{answer}"
     raise ValueError(f"No style {style!r}: {', '.join(sorted({*MIXED, *LENGTHS}))}")
+
+
+def _school_method(a: int, b: int) -> str:
+    steps, carry = [], 0
+    digits = [int(digit) for digit in reversed(str(b))]
+    for position, digit in enumerate(digits):
+        product = a * digit
+        total = product + carry
+        shown = f"{a}*{digit}={product}" + (f"+{carry}={total}" if position else "")
+        last = position == len(digits) - 1
+        steps.append(f"{shown}>{total}" if last else f"{shown}>{total % 10},{total // 10}")
+        carry = total // 10
+    return ";".join(steps)
