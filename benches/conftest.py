@@ -1,6 +1,6 @@
 """What the benchmarks share: ratios to a peer, printed as one table, required minima enforced.
 
-    pytest benches/ --benchmark-disable-gc [--write-baseline]
+    pytest benches/ [--write-baseline]
 
 Absolute times do not survive a change of machine, so a bench records ratios measured in one run.
 `--write-baseline` keeps this run's in `baselines/`, one file for each kind of hardware; a later run
@@ -50,6 +50,7 @@ class Ratios:
 
 
 RATIOS = pytest.StashKey[Ratios]()
+BEFORE = pytest.StashKey[dict[str, dict]]()
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +75,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RATIOS] = Ratios()
+    config.stash[BEFORE] = _baseline()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -81,13 +83,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if any(ratio.missed for ratio in ratios) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if ratios and session.config.getoption("--write-baseline"):
-        baseline = {**_baseline(), **{_key(ratio): asdict(ratio) for ratio in ratios}}
+        before = session.config.stash[BEFORE]
+        baseline = {**before, **{_key(ratio): asdict(ratio) for ratio in ratios}}
         BASELINES.mkdir(exist_ok=True)
         _baseline_path().write_text(json.dumps(baseline, indent=1, ensure_ascii=False) + "\n")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    ratios, baseline = terminalreporter.config.stash[RATIOS].all, _baseline()
+    stash = terminalreporter.config.stash
+    ratios, baseline = stash[RATIOS].all, stash[BEFORE]
     if not ratios:
         return
     write: Callable[..., None] = terminalreporter.write_line
