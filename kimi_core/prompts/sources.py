@@ -39,8 +39,9 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> lis
 
 
 def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Divide into (train, held out), both in the given order.
+    """Divide into (train in the given order, held out in random order).
 
+    The first so many of the held out, which evaluations during a run use, are thus a fair sample.
     Prompts with the same ``problem`` tag (or, without the tag, the same text) stay on one side, so
     no held-out question is seen in training in other clothes. Whole problems are drawn at random
     as long as they fit into ``held_out`` prompts.
@@ -58,18 +59,18 @@ def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Pro
         )
     order = list(problems)
     random.Random(seed).shuffle(order)
-    chosen: set[int] = set()
+    test: list[Prompt] = []
     for problem in order:
-        if len(chosen) + len(problems[problem]) <= held_out:
-            chosen.update(prompt.id for prompt in problems[problem])
-    if not chosen:
+        if len(test) + len(problems[problem]) <= held_out:
+            test.extend(problems[problem])
+    if not test:
         smallest = min(len(members) for members in problems.values())
         raise ValueError(
             f"Cannot hold out {held_out} prompts: each problem has at least {smallest}, which stay "
             "together; raise prompts.held_out"
         )
-    train = [prompt for prompt in prompts if prompt.id not in chosen]
-    return train, [prompt for prompt in prompts if prompt.id in chosen]
+    chosen = {prompt.id for prompt in test}
+    return [prompt for prompt in prompts if prompt.id not in chosen], test
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
