@@ -26,7 +26,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def main(given: argparse.Namespace, run: Callable[[Config], None]) -> int:
     """Load the config and call ``run``; 0 if all went well, 2 for bad input, 1 for a run that had
-    to stop. Errors that a user can act on are printed in one line, without a traceback."""
+    to stop, 130 for Ctrl-C. Errors that a user can act on are printed in one line, without a traceback."""
     files = [argument for argument in given.arguments if "=" not in argument]
     overrides = [argument for argument in given.arguments if "=" in argument]
     try:
@@ -44,6 +44,11 @@ def main(given: argparse.Namespace, run: Callable[[Config], None]) -> int:
         return _fail(error, 2)
     except (TrainingDiverged, LogprobMismatch, OSError) as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
+        print(
+            "interrupted: --resume goes on from the last state, if one was saved", file=sys.stderr
+        )
+        return 130
     return 0
 
 
