@@ -25,8 +25,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def main(given: argparse.Namespace, run: Callable[[Config], None]) -> int:
-    """Load the config and call ``run``; 0 if all went well, 2 for bad input, 1 for a run that had
-    to stop, 130 for Ctrl-C. Errors that a user can act on are printed in one line, without a traceback."""
+    """Load the config and call ``run``; returns the exit status.
+
+    0: all went well; 1: a run had to stop; 2: bad input; 130: Ctrl-C. Errors that a user can act on
+    are printed in one line, without a traceback.
+    """
     files = [argument for argument in given.arguments if "=" not in argument]
     overrides = [argument for argument in given.arguments if "=" in argument]
     try:
