@@ -177,7 +177,7 @@ class TorchEngine:
         if self.plain_head:
             hidden_bsd = self.model.base_model(**inputs).last_hidden_state
             hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows, last_b]
-            return self.model.get_output_embeddings()(hidden_bd)
+            return _head_logits(self.model.get_output_embeddings(), hidden_bd)
         # A head that scales or caps its logits: the model's own, at the positions any row needs.
         if last_b is None:
             return self.model(**inputs).logits[:, 0]
@@ -345,6 +345,26 @@ class _Rows:
         detector = _C.RepeatDetector(self.sampling.repeat_window, self.sampling.repeat_count)
         detector.extend(np.ascontiguousarray(request.token_ids[request.prompt_length :], np.int32))
         return detector
+
+
+def _head_logits(head: torch.nn.Module, hidden_bd: torch.Tensor) -> torch.Tensor:
+    """``head(hidden_bd)``, ``[b, V]``.
+
+    A large vocabulary on a CPU goes through oneDNN, which takes 0.7 to 0.8 of the time that torch's
+    own product does for up to 256 rows; that one packs the weights at every call. torch hands
+    float32 to oneDNN only by the operator that its compiler emits.
+    """
+    if _large(head) and hidden_bd.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        return linear(hidden_bd, head.weight, head.bias, "none", [], "")
+    return head(hidden_bd)
+
+
+def _large(head: torch.nn.Module) -> bool:
+    """Whether the product outweighs the 2 ms that oneDNN takes for each new number of rows."""
+    if type(head) is not torch.nn.Linear or head.weight.device.type != "cpu":
+        return False
+    return head.weight.numel() >= 1 << 24
 
 
 def _steps(request: Request) -> int:

@@ -226,6 +226,24 @@ def test_weights_are_the_trainers_own_and_its_mode_comes_back():
     model(input_ids=torch.tensor([[2, 3]]), labels=torch.tensor([[2, 3]])).loss.backward()
 
 
+def test_a_large_vocabulary_takes_its_own_path_to_the_same_log_probs(monkeypatch):
+    torch.manual_seed(0)
+    vocab = 1 << 19
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**LLAMA_LIKE, "vocab_size": vocab})).eval()
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(vocab))
+    engine = TorchEngine(model, batch_rows=4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)  # after the engine was made: it must read the newest weights
+    requests = requests_of(4, budget=6, remaining=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.lm_head, "forward", lambda _: pytest.fail("not its own path"))
+        segments = run(engine, requests, SAMPLED)
+    for request in requests:
+        segment = segments[request.trajectory_id]
+        expected, _ = plain_logprobs(model, request, segment, SAMPLED.temperature)
+        np.testing.assert_allclose(segment.logprobs, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
