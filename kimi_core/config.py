@@ -49,17 +49,17 @@ class ModelConfig(Section):
 
 class PromptsConfig(Section):
     source: str = "multiply"
-    """`multiply` (one digit times three), `addition` (few-shot), a JSONL file whose lines hold
-    `prompt` and `answer`, or `file.py:function` returning a list of `Prompt`."""
+    """`multiply` (one digit times three), `addition` or `maximum` (few-shot), a JSONL file whose
+    lines hold `prompt` and `answer`, or `file.py:function` returning a list of `Prompt`."""
     held_out: int = Field(500, ge=1)
     """Prompts kept out of training for evaluation, split off by `split_seed`. Prompts with the
     same `problem` tag (the same operands, say) stay on one side."""
     split_seed: int = 0
     """Fixes which prompts are held out; apart from `seed`, so that seeds share one test."""
     shots: int = Field(1, ge=0)
-    """Worked examples in front of each `addition` problem."""
+    """Worked examples in front of each `addition` or `maximum` problem."""
     largest: int = Field(40, ge=2)
-    """Largest operand of an `addition` problem."""
+    """Largest operand of an `addition` or `maximum` problem."""
 
 
 class CurriculumConfig(Section):

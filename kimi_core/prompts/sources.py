@@ -8,7 +8,7 @@ from typing import Any
 
 from kimi_core.config import PromptsConfig
 from kimi_core.plugins import load_function
-from kimi_core.prompts import addition, multiply
+from kimi_core.prompts import addition, maximum, multiply
 from kimi_core.types import Prompt
 
 
@@ -28,13 +28,15 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> lis
     if source == "addition":
         # The split's seed, so that runs that differ in `seed` are tested on the same prompts.
         return addition.prompts(config.shots, config.largest, config.split_seed)
+    if source == "maximum":
+        return maximum.prompts(config.shots, config.largest, config.split_seed)
     if source.endswith(".jsonl"):
         return read_prompts(Path(base_folder) / source)
     if ".py:" in source:
         return _check_prompts(load_function(source, base_folder)(), source)
     raise ValueError(
-        f"prompts.source = {source!r}; allowed are multiply, addition, a file that ends in .jsonl, "
-        "or file.py:function"
+        f"prompts.source = {source!r}; allowed are multiply, addition, maximum, a file that ends "
+        "in .jsonl, or file.py:function"
     )
 
 

@@ -1,12 +1,14 @@
 import json
 import re
+from collections import Counter
+from itertools import combinations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_core.config import PromptsConfig
-from kimi_core.prompts import addition, multiply
+from kimi_core.prompts import addition, maximum, multiply
 from kimi_core.prompts.sources import load_examples, load_prompts, read_prompts, split
 from kimi_core.types import Prompt
 
@@ -32,9 +34,11 @@ class TestDispatch:
     def test_multiply(self):
         assert load_prompts(PromptsConfig(source="multiply")) == multiply.prompts()
 
-    def test_addition_takes_its_settings(self):
-        config = PromptsConfig(source="addition", shots=2, largest=9, split_seed=3)
-        assert load_prompts(config) == addition.prompts(2, 9, 3)
+    @pytest.mark.parametrize("task", [addition, maximum])
+    def test_few_shot_tasks_take_their_settings(self, task):
+        source = task.__name__.rpartition(".")[2]
+        config = PromptsConfig(source=source, shots=2, largest=9, split_seed=3)
+        assert load_prompts(config) == task.prompts(2, 9, 3)
 
     def test_jsonl_is_relative_to_the_folder(self, lines):
         path = lines({"prompt": "1+1=", "answer": "2"})
@@ -157,6 +161,51 @@ class TestAddition:
     def test_bad_settings_are_named(self, shots, largest):
         with pytest.raises(ValueError, match=r"prompts\.(shots = -1|largest = 1)"):
             addition.prompts(shots, largest, 0)
+
+
+class TestMaximum:
+    @staticmethod
+    def numbers(line):
+        return [int(number) for number in re.findall(r"\d+", line.partition("=")[0])]
+
+    def test_no_two_problems_share_a_pair_of_numbers(self):
+        prompts = maximum.prompts(shots=1, largest=99, seed=0)
+        assert [prompt.id for prompt in prompts] == list(range(len(prompts)))
+        assert len(prompts) > 1500
+        pairs: list[tuple[int, int]] = []
+        for prompt in prompts:
+            numbers = sorted(self.numbers(prompt.text.split("\n")[-1]))
+            assert len(set(numbers)) == 3 and 1 <= numbers[0] and numbers[2] <= 99
+            assert prompt.answer == str(numbers[2])
+            assert prompt.tags["problem"] == ",".join(map(str, numbers))
+            pairs += combinations(numbers, 2)
+        assert len(set(pairs)) == len(pairs)
+
+    def test_the_maximum_stands_in_every_place_and_examples_are_right_and_others(self):
+        places = Counter()
+        for prompt in maximum.prompts(shots=2, largest=20, seed=0):
+            *examples, question = prompt.text.split("\n")
+            assert len(examples) == 2
+            places[self.numbers(question).index(int(prompt.answer))] += 1
+            for example in examples:
+                shown = self.numbers(example)
+                assert int(example.removesuffix("$").split("=")[1]) == max(shown)
+                assert not set(shown) & set(self.numbers(question))
+        assert min(places[place] for place in range(3)) > places.total() / 6
+
+    def test_layout(self):
+        first = maximum.prompts(shots=1, largest=9, seed=0)[0]
+        line = r"\$max\(\d, \d, \d\) = "
+        assert re.fullmatch(rf"{line}\d\$\n{line}", first.text)
+
+    def test_the_seed_decides(self):
+        assert maximum.prompts(1, 20, 1) == maximum.prompts(1, 20, 1)
+        assert maximum.prompts(1, 20, 1) != maximum.prompts(1, 20, 2)
+
+    @pytest.mark.parametrize(("shots", "largest"), [(-1, 9), (1, 5)])
+    def test_bad_settings_are_named(self, shots, largest):
+        with pytest.raises(ValueError, match=r"prompts\.(shots = -1|largest = 5)"):
+            maximum.prompts(shots, largest, 0)
 
 
 class TestJsonl:
