@@ -174,7 +174,8 @@ def test_engine(benchmark, ratios, name, shape, batch):
 
     # More where nobody waits: there the ratio is near 1, and a machine has neighbours.
     close = shape is even or batch == 1
-    rounds = (15 if close else 5) if name == "tiny" else (3 if close else 1)
+    few = 5 if batch <= 16 else 3
+    rounds = (15 if close else 5) if name == "tiny" else (few if close else 1)
     wall = time.perf_counter()
     given = benchmark.pedantic(lambda: ours(engine, work), setup=run_peers, rounds=rounds)
     wall = time.perf_counter() - wall

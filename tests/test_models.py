@@ -20,6 +20,7 @@ from kimi_core.models import (
     character_tokenizer,
     freeze_below,
     get_smollm2,
+    limit_threads,
     load_model,
     load_pretrained,
     scratch_model,
@@ -305,3 +306,23 @@ class TestSmolLM2:
         folder = get_smollm2()
         assert [path.name for path in folder.iterdir()] == ["first"]
         assert [path.name for path in empty_cache.iterdir()] == ["smollm2-135m"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "asked", "expected"), [(10**5, None, 1), (10**7, None, 2), (10**5, "2", 2)]
+)
+def test_small_models_run_on_one_thread_unless_told_otherwise(
+    monkeypatch, parameters, asked, expected
+):
+    model, _ = scratch_model(SMALL, ALPHABET, seed=0)
+    monkeypatch.setattr(model, "num_parameters", lambda: parameters)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        limit_threads(model)
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
