@@ -28,6 +28,11 @@ class Request:
     budget: int
     remaining: int
 
+    @property
+    def steps(self) -> int:
+        """The most tokens that the call may add."""
+        return min(self.budget, self.remaining)
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,6 +51,9 @@ class Sampling:
     """A response in which the same ``repeat_window`` tokens stand ``repeat_count`` times ends there
     with ``"repeat"``. 0 looks for nothing."""
     repeat_count: int = 0
+    stream_tokens: int = 0
+    """A response is handed over in segments of so many tokens while it grows, so that no more than
+    that is lost with the engine. 0: in one segment, when the call has extended it."""
 
 
 class Engine(Protocol):
@@ -59,6 +67,7 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
         """Extend every request by at most its budget; yield each segment as soon as it is complete.
 
-        Every request is answered by exactly one segment, in the order in which they end.
+        Every request is answered by at least one segment. The last one of a response says why it
+        ended; a response whose budget is spent first stays open.
         """
         ...

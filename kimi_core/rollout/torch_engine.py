@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kimi_core import _C
 from kimi_core.rollout.engine import Request, Sampling
 from kimi_core.rollout.kv_cache import KVCache
+from kimi_core.rollout.rows import Rows
 from kimi_core.rollout.sampling import draw, uniforms
-from kimi_core.types import EndReason, Segment
+from kimi_core.types import Segment
 
 PREFILL_TOKENS = 4096
 """Tokens, padding included, in one forward pass of a prefill."""
@@ -78,9 +78,13 @@ class TorchEngine:
             return
         # Shortest first, as entries are taken off the end; equal contexts stand side by side.
         waiting = sorted(requests, key=lambda r: (len(r.token_ids), r.token_ids.tobytes()))
-        rows = _Rows(min(self.batch_rows, len(requests)), max(map(_steps, requests)), sampling)
+        rows = Rows(
+            min(self.batch_rows, len(requests)),
+            max(request.steps for request in requests),
+            sampling,
+        )
         cache = KVCache(
-            self.layers, rows.capacity, max(len(r.token_ids) + _steps(r) for r in requests)
+            self.layers, rows.capacity, max(len(r.token_ids) + r.steps for r in requests)
         )
         was_training = self.model.training
         self.model.eval()
@@ -100,7 +104,7 @@ class TorchEngine:
             self.model.train(was_training)
 
     @torch.inference_mode()
-    def _enter(self, rows: "_Rows", cache: KVCache, entering: list[Request]) -> torch.Tensor:
+    def _enter(self, rows: "Rows", cache: KVCache, entering: list[Request]) -> torch.Tensor:
         """Give each request a row, its context in the cache; the rows' logits ``[m, V]``."""
         samples_of: dict[bytes, list[Request]] = {}
         for request in entering:
@@ -140,7 +144,7 @@ class TorchEngine:
         return torch.cat(logits)
 
     @torch.inference_mode()
-    def _decode(self, rows: "_Rows", cache: KVCache) -> torch.Tensor:
+    def _decode(self, rows: "Rows", cache: KVCache) -> torch.Tensor:
         """Logits ``[n, V]`` after each live row's newest token."""
         n = rows.count
         positions_n = rows.length[:n] - 1
@@ -185,18 +189,23 @@ class TorchEngine:
         return self.model(**inputs, logits_to_keep=keep).logits[rows, column_b]
 
     def _append(
-        self, rows: "_Rows", cache: KVCache, first_row: int, logits_nv: torch.Tensor
+        self, rows: "Rows", cache: KVCache, first_row: int, logits_nv: torch.Tensor
     ) -> Iterator[Segment]:
-        """Draw a token for every row from ``first_row`` on; yield and remove the rows that end."""
+        """Draw a token for every row from ``first_row`` on; yield what is complete, and remove the
+        rows that end."""
         sampling = rows.sampling
         live = slice(first_row, rows.count)
         uniform_n = None
         if sampling.temperature > 0:
             uniform_n = uniforms(sampling.seed, rows.trajectory_id[live], rows.length[live])
         ended = rows.append(first_row, *draw(logits_nv, sampling.temperature, uniform_n))
-        if not ended.any():
+        complete = ended | rows.due()
+        if not complete.any():
             return
-        segments = [rows.segment(int(row), self.policy_version) for row in np.flatnonzero(ended)]
+        segments = [
+            rows.segment(int(row), self.policy_version, ended=bool(ended[row]))
+            for row in np.flatnonzero(complete)
+        ]
         longest = int(rows.length[: rows.count].max())
         holes, movers = rows.remove(ended)
         if len(holes):
@@ -214,7 +223,7 @@ class TorchEngine:
         who, length = f"trajectory {request.trajectory_id}", len(request.token_ids)
         if length == 0:
             raise ValueError(f"Cannot extend {who}: token_ids is empty; give at least one token")
-        if _steps(request) < 1:
+        if request.steps < 1:
             raise ValueError(
                 f"Cannot extend {who}: budget = {request.budget}, remaining = {request.remaining}; "
                 "both must be at least 1, leave finished trajectories out"
@@ -226,9 +235,9 @@ class TorchEngine:
                 f"model's vocabulary, 0 to {self.embedding.num_embeddings - 1}; is this the "
                 "model's tokenizer?"
             )
-        if self.max_positions is not None and length + _steps(request) > self.max_positions:
+        if self.max_positions is not None and length + request.steps > self.max_positions:
             raise ValueError(
-                f"Cannot extend {who} from {length} tokens by up to {_steps(request)}: the model "
+                f"Cannot extend {who} from {length} tokens by up to {request.steps}: the model "
                 f"attends to {self.max_positions} positions; lower rollout.max_response_tokens or "
                 "rollout.token_budget, or drop the longest prompts"
             )
@@ -241,7 +250,7 @@ class TorchEngine:
         expected_bv = torch.stack(expected).float()
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
         for self.plain_head in (True, False):
-            rows = _Rows(2, 1, Sampling(temperature=0, seed=0, stop_token_ids=frozenset()))
+            rows = Rows(2, 1, Sampling(temperature=0, seed=0, stop_token_ids=frozenset()))
             cache = KVCache(self.layers, rows=2, max_positions=4)
             self._prefill([context[:-1] for context in contexts], 0, cache)
             rows.add([Request(0, context, 0, 1, 1) for context in contexts])
@@ -253,98 +262,6 @@ class TorchEngine:
             "differs from a plain forward pass. It needs a causal model whose only state is the "
             "keys and values of all positions and that takes position_ids and a 4D mask"
         )
-
-
-class _Rows:
-    """The rows being decoded, as parallel arrays; the live ones are 0 .. count − 1."""
-
-    def __init__(self, capacity: int, max_steps: int, sampling: Sampling):
-        self.capacity = capacity
-        self.count = 0
-        self.sampling = sampling
-        self.stop = np.array(sorted(sampling.stop_token_ids), np.int64)
-        self.detectors = np.full(capacity, None, object)
-        self.trajectory_id = np.zeros(capacity, np.int64)
-        self.length = np.zeros(capacity, np.int64)
-        """Tokens so far, the newest included; the newest one is not in the cache yet."""
-        self.newest = np.zeros(capacity, np.int64)
-        self.made = np.zeros(capacity, np.int64)
-        """Tokens that this call has added."""
-        self.limit = np.zeros(capacity, np.int64)
-        """Tokens that it may add ..."""
-        self.closes = np.zeros(capacity, bool)
-        """... and whether the response has then reached its total length limit."""
-        self.stopped = np.zeros(capacity, bool)
-        self.repeated = np.zeros(capacity, bool)
-        # Pages of these that no row reaches are never touched, so a generous budget costs nothing.
-        self.token_ids = np.zeros((capacity, max_steps), np.int32)
-        self.logprobs = np.zeros((capacity, max_steps), np.float32)
-        self.columns = [
-            *(self.detectors, self.trajectory_id, self.length, self.newest, self.made, self.limit),
-            *(self.closes, self.stopped, self.repeated, self.token_ids, self.logprobs),
-        ]
-
-    def add(self, requests: list[Request]) -> None:
-        """Append rows for requests whose contexts have been prefilled."""
-        new = slice(self.count, self.count + len(requests))
-        self.trajectory_id[new] = [request.trajectory_id for request in requests]
-        self.length[new] = [len(request.token_ids) for request in requests]
-        self.newest[new] = [request.token_ids[-1] for request in requests]
-        self.made[new] = 0
-        self.limit[new] = [_steps(request) for request in requests]
-        self.closes[new] = [request.remaining <= request.budget for request in requests]
-        if self.sampling.repeat_window:
-            self.detectors[new] = [self._detector(request) for request in requests]
-        self.count = new.stop
-
-    def append(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-        """Add a token to each row from ``first_row`` on; which of all rows have ended, ``[n]``."""
-        new = slice(first_row, self.count)
-        at = np.arange(first_row, self.count), self.made[new]
-        self.token_ids[at] = tokens
-        self.logprobs[at] = logprobs
-        self.newest[new] = tokens
-        self.length[new] += 1
-        self.made[new] += 1
-        self.stopped[new] = (tokens[:, None] == self.stop).any(axis=1)
-        ended = np.zeros(self.count, bool)
-        ended[new] = self.stopped[new] | (self.made[new] == self.limit[new])
-        if self.sampling.repeat_window:
-            self.repeated[new] = _C.push_all(list(self.detectors[new]), tokens.astype(np.int32))
-            ended[new] |= self.repeated[new]
-        return ended
-
-    def segment(self, row: int, policy_version: int) -> Segment:
-        made = int(self.made[row])
-        reason: EndReason | None = None
-        if self.stopped[row]:
-            reason = "stop"
-        elif self.repeated[row]:
-            reason = "repeat"
-        elif self.closes[row]:
-            reason = "length"
-        return Segment(
-            trajectory_id=int(self.trajectory_id[row]),
-            token_ids=self.token_ids[row, :made].copy(),
-            logprobs=self.logprobs[row, :made].copy(),
-            policy_version=policy_version,
-            end_reason=reason,
-        )
-
-    def remove(self, ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Close the gaps with the last live rows; which rows were filled and from which, int64."""
-        survivors = np.flatnonzero(~ended)
-        holes = np.flatnonzero(ended[: len(survivors)])
-        movers = survivors[survivors >= len(survivors)]
-        for column in self.columns:
-            column[holes] = column[movers]
-        self.count = len(survivors)
-        return holes, movers
-
-    def _detector(self, request: Request) -> "_C.RepeatDetector":
-        detector = _C.RepeatDetector(self.sampling.repeat_window, self.sampling.repeat_count)
-        detector.extend(np.ascontiguousarray(request.token_ids[request.prompt_length :], np.int32))
-        return detector
 
 
 def _head_logits(head: torch.nn.Module, hidden_bd: torch.Tensor) -> torch.Tensor:
@@ -365,11 +282,6 @@ def _large(head: torch.nn.Module) -> bool:
     if type(head) is not torch.nn.Linear or head.weight.device.type != "cpu":
         return False
     return head.weight.numel() >= 1 << 24
-
-
-def _steps(request: Request) -> int:
-    """The most tokens that the call may add to a request."""
-    return min(request.budget, request.remaining)
 
 
 def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:

@@ -1,5 +1,6 @@
 """The embedded engine beside plain forward passes of the same model."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -189,6 +190,26 @@ def test_budgets_are_per_row():
         assert len(segment) == requests[segment.trajectory_id].budget
         order.append(segment.trajectory_id)
     assert order == [0, 2, 3, 1, 4]  # as they end
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_streaming_hands_over_the_same_tokens_as_they_come(every):
+    """Nothing waits for more than ``every`` tokens, and only the last segment ends a response."""
+    engine = TorchEngine(model_of("llama"), batch_rows=6)
+    requests = requests_of(16, budget=17, remaining=23)
+    whole = run(engine, requests, SAMPLED)
+    parts: dict[int, list[Segment]] = {request.trajectory_id: [] for request in requests}
+    for segment in engine.generate(requests, replace(SAMPLED, stream_tokens=every)):
+        parts[segment.trajectory_id].append(segment)
+    assert {segment.end_reason for segment in whole.values()} == {"stop", None}
+    for trajectory_id, segments in parts.items():
+        expected = whole[trajectory_id]
+        *before, last = segments
+        assert all(len(one) == every and one.end_reason is None for one in before)
+        assert 1 <= len(last) <= every and last.end_reason == expected.end_reason
+        for name in ("token_ids", "logprobs"):
+            joined = np.concatenate([getattr(one, name) for one in segments])
+            np.testing.assert_array_equal(joined, getattr(expected, name))
 
 
 @pytest.mark.parametrize("budget", [100, 5])

@@ -1,0 +1,113 @@
+"""What the embedded engine keeps of each response that it is extending."""
+
+import numpy as np
+
+from kimi_core import _C
+from kimi_core.rollout.engine import Request, Sampling
+from kimi_core.types import EndReason, Segment
+
+
+class Rows:
+    """The rows being decoded, as parallel arrays; the live ones are 0 .. count − 1."""
+
+    def __init__(self, capacity: int, max_steps: int, sampling: Sampling):
+        self.capacity = capacity
+        self.count = 0
+        self.sampling = sampling
+        self.stop = np.array(sorted(sampling.stop_token_ids), np.int64)
+        self.detectors = np.full(capacity, None, object)
+        self.trajectory_id = np.zeros(capacity, np.int64)
+        self.length = np.zeros(capacity, np.int64)
+        """Tokens so far, the newest included; the newest one is not in the cache yet."""
+        self.newest = np.zeros(capacity, np.int64)
+        self.made = np.zeros(capacity, np.int64)
+        """Tokens that this call has added."""
+        self.sent = np.zeros(capacity, np.int64)
+        """How many of them have been yielded."""
+        self.limit = np.zeros(capacity, np.int64)
+        """Tokens that it may add ..."""
+        self.closes = np.zeros(capacity, bool)
+        """... and whether the response has then reached its total length limit."""
+        self.stopped = np.zeros(capacity, bool)
+        self.repeated = np.zeros(capacity, bool)
+        # Pages of these that no row reaches are never touched, so a generous budget costs nothing.
+        self.token_ids = np.zeros((capacity, max_steps), np.int32)
+        self.logprobs = np.zeros((capacity, max_steps), np.float32)
+        self.columns = [
+            *(self.detectors, self.trajectory_id, self.length, self.newest, self.made, self.sent),
+            *(self.limit, self.closes, self.stopped, self.repeated),
+            *(self.token_ids, self.logprobs),
+        ]
+
+    def add(self, requests: list[Request]) -> None:
+        """Append rows for requests whose contexts have been prefilled."""
+        new = slice(self.count, self.count + len(requests))
+        self.trajectory_id[new] = [request.trajectory_id for request in requests]
+        self.length[new] = [len(request.token_ids) for request in requests]
+        self.newest[new] = [request.token_ids[-1] for request in requests]
+        self.made[new] = 0
+        self.sent[new] = 0
+        self.limit[new] = [request.steps for request in requests]
+        self.closes[new] = [request.remaining <= request.budget for request in requests]
+        if self.sampling.repeat_window:
+            self.detectors[new] = [self._detector(request) for request in requests]
+        self.count = new.stop
+
+    def append(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
+        """Add a token to each row from ``first_row`` on; which of all rows have ended, ``[n]``."""
+        new = slice(first_row, self.count)
+        at = np.arange(first_row, self.count), self.made[new]
+        self.token_ids[at] = tokens
+        self.logprobs[at] = logprobs
+        self.newest[new] = tokens
+        self.length[new] += 1
+        self.made[new] += 1
+        self.stopped[new] = (tokens[:, None] == self.stop).any(axis=1)
+        ended = np.zeros(self.count, bool)
+        ended[new] = self.stopped[new] | (self.made[new] == self.limit[new])
+        if self.sampling.repeat_window:
+            self.repeated[new] = _C.push_all(list(self.detectors[new]), tokens.astype(np.int32))
+            ended[new] |= self.repeated[new]
+        return ended
+
+    def due(self) -> np.ndarray:
+        """Which rows have tokens enough for a segment that does not end them, bool ``[n]``."""
+        every = self.sampling.stream_tokens
+        if not every:
+            return np.zeros(self.count, bool)
+        return self.made[: self.count] - self.sent[: self.count] >= every
+
+    def segment(self, row: int, policy_version: int, *, ended: bool) -> Segment:
+        """The tokens of a row that have not been yielded."""
+        new = slice(int(self.sent[row]), int(self.made[row]))
+        self.sent[row] = self.made[row]
+        return Segment(
+            trajectory_id=int(self.trajectory_id[row]),
+            token_ids=self.token_ids[row, new].copy(),
+            logprobs=self.logprobs[row, new].copy(),
+            policy_version=policy_version,
+            end_reason=self._reason(row) if ended else None,
+        )
+
+    def _reason(self, row: int) -> EndReason | None:
+        """Why a row that ended did; None where only its budget is spent."""
+        if self.stopped[row]:
+            return "stop"
+        if self.repeated[row]:
+            return "repeat"
+        return "length" if self.closes[row] else None
+
+    def remove(self, ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Close the gaps with the last live rows; which rows were filled and from which, int64."""
+        survivors = np.flatnonzero(~ended)
+        holes = np.flatnonzero(ended[: len(survivors)])
+        movers = survivors[survivors >= len(survivors)]
+        for column in self.columns:
+            column[holes] = column[movers]
+        self.count = len(survivors)
+        return holes, movers
+
+    def _detector(self, request: Request) -> _C.RepeatDetector:
+        detector = _C.RepeatDetector(self.sampling.repeat_window, self.sampling.repeat_count)
+        detector.extend(np.ascontiguousarray(request.token_ids[request.prompt_length :], np.int32))
+        return detector
