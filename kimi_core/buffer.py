@@ -15,7 +15,7 @@ from typing import Self, get_args
 
 import numpy as np
 
-from kimi_core.types import Batch, EndReason, Trajectory
+from kimi_core.types import Batch, EndReason, Segment, Trajectory
 
 _COLUMNS = {
     "token_ids": np.int32,
@@ -62,6 +62,8 @@ class RolloutBuffer:
         self._slots: dict[int, _Slot] = {}
         self._next_id = 0
         self._tokens = 0
+        self.mark = 0
+        """A number that the owner leaves, to tell later what the buffer belongs to."""
 
     @classmethod
     def create(cls, *, capacity_tokens: int, max_trajectories: int) -> Self:
@@ -170,6 +172,26 @@ class RolloutBuffer:
         slot.length += length
         self._tokens += length
         return slot.length
+
+    def append_many(self, segments: Sequence[Segment]) -> None:
+        """Append what an engine yielded; a segment with an end reason ends its trajectory.
+
+        Raises: as :meth:`append`.
+        """
+        for segment in segments:
+            self.append(
+                segment.trajectory_id,
+                segment.token_ids,
+                segment.logprobs,
+                np.ones(len(segment), np.uint8),
+                policy_version=segment.policy_version,
+            )
+            if segment.end_reason is not None:
+                self.finish(segment.trajectory_id, segment.end_reason)
+
+    def set_mark(self, mark: int) -> None:
+        """Set :attr:`mark`."""
+        self.mark = mark
 
     def finish(self, trajectory_id: int, reason: EndReason) -> None:
         """Mark a trajectory as ended; it takes no more segments.

@@ -45,6 +45,9 @@ class Loop:
     samples_trained: int = 0
     """Responses trained so far."""
     next_group: int = 0
+    trained: list[int] = field(default_factory=list)
+    """Trajectories that the last iteration trained. They leave the buffer when the next one begins:
+    by then a state that counts them is on disk, and before it a crash must find them."""
     latest_groups: list[Group] = field(default_factory=list)
     """What the last iteration trained, for whoever wants to look at it."""
 
@@ -58,14 +61,14 @@ class Loop:
         wall, cpu = time.perf_counter(), time.process_time()
         version = WeightVersion(self.engine.policy_version)
 
-        for prompt in self._next_prompts():
-            self._begin(prompt)
+        self._forget_trained()
+        self._begin(self._next_prompts())
         rollout = roll_out(self.engine, self.buffer, self.config.rollout, self.sampling)
         sampled = time.perf_counter()
         groups = self._score()
         trained = self._train(groups, version)
         publish(self.engine, version.next())
-        self._forget(groups)
+        self._count(groups)
 
         self.iteration += 1
         self.latest_groups = groups
@@ -88,6 +91,7 @@ class Loop:
             "policy_version": self.engine.policy_version,
             "samples_trained": self.samples_trained,
             "next_group": self.next_group,
+            "trained": self.trained,
             "curriculum": {key: value.tolist() for key, value in self.curriculum.state().items()},
             "scorer": self.scorer.state(),
         }
@@ -98,6 +102,7 @@ class Loop:
         self.engine.policy_version = state["policy_version"]
         self.samples_trained = state["samples_trained"]
         self.next_group = state["next_group"]
+        self.trained = state["trained"]
         self.curriculum.load_state(
             {key: np.array(value) for key, value in state["curriculum"].items()}
         )
@@ -111,10 +116,30 @@ class Loop:
         count = self.config.rollout.prompts_per_iteration
         return self.curriculum.draw(count, iteration=self.iteration, rng=self._rng(0))
 
-    def _begin(self, prompt: Prompt) -> None:
-        samples = self.config.rollout.samples_per_prompt
-        group_id, self.next_group = self.next_group, self.next_group + 1
-        begin_group(self.buffer, prompt, self.encode(prompt), group_id=group_id, samples=samples)
+    def _forget_trained(self) -> None:
+        """Evict what the last iteration trained; what has not ended goes on."""
+        # First the mark: from here on the buffer is that of this iteration, and of no earlier one.
+        self.buffer.set_mark(self.iteration)
+        held = {*self.buffer.unfinished(), *self.buffer.finished()}
+        self.buffer.evict(key for key in self.trained if key in held)
+        self.trained = []
+
+    def _begin(self, prompts: Sequence[Prompt]) -> None:
+        """A group for each prompt; after a crash in this iteration some of them stand already."""
+        begun: dict[int, list[Trajectory]] = defaultdict(list)
+        for key in sorted([*self.buffer.unfinished(), *self.buffer.finished()]):
+            trajectory = self.buffer.read(key)
+            begun[trajectory.group_id].append(trajectory)
+        for prompt in prompts:
+            group_id, self.next_group = self.next_group, self.next_group + 1
+            begin_group(
+                self.buffer,
+                prompt,
+                self.encode(prompt),
+                group_id=group_id,
+                samples=self.config.rollout.samples_per_prompt,
+                begun=begun[group_id],
+            )
 
     def _score(self) -> list[Group]:
         """Groups of the responses that are to be trained now."""
@@ -153,13 +178,13 @@ class Loop:
         )
         return self.trainer.train(data, policy_version=version.number, rng=self._rng(1))
 
-    def _forget(self, groups: Sequence[Group]) -> None:
-        """Count and evict what was trained; what has not ended stays for the next iteration."""
+    def _count(self, groups: Sequence[Group]) -> None:
+        """Success rates, and what was trained."""
         for group in groups:
             for correctness in group.correctness:
                 self.curriculum.record(group.prompt.id, correctness)
-            self.buffer.evict(trajectory.trajectory_id for trajectory in group.trajectories)
-            self.samples_trained += len(group.trajectories)
+            self.trained += [trajectory.trajectory_id for trajectory in group.trajectories]
+        self.samples_trained += len(self.trained)
 
     def _report(
         self,

@@ -116,8 +116,11 @@ def test_continued_trajectories_carry_their_versions_and_are_trained_once(releas
         assert len(waiting) == report.trajectories_unfinished
         for one in waiting:
             check_versions(one, last=iteration)
-        held = parts.loop.buffer.finished()
-        assert not set(held) & set(seen)
+        # What was just trained leaves the buffer when the next iteration begins.
+        just_trained = {one.trajectory_id for one in trained}
+        assert set(parts.loop.trained) == just_trained <= set(parts.loop.buffer.finished())
+        held = set(parts.loop.buffer.finished()) - just_trained
+        assert not held & set(seen)
         if release == "response":
             assert not held  # Trained in the iteration in which they end.
         # Every trajectory begun is trained, or in the buffer, and never both.
@@ -139,6 +142,68 @@ def check_versions(one: Trajectory, *, last: int) -> None:
     assert np.all(counts[:-1] == BUDGET)
     assert counts[-1] <= BUDGET
     assert np.all(one.logprobs[one.prompt_length :] <= 0)
+
+
+class Killed(Exception):
+    """Stands for a process that dies while it samples."""
+
+
+@pytest.mark.parametrize("segments", [0, 1, 5, 11])
+@pytest.mark.parametrize("budget", [None, BUDGET])
+def test_a_rollout_cut_short_goes_on_from_its_last_segment(budget, segments):
+    """The third iteration dies after so many segments; nothing that arrived is sampled again."""
+    overrides = [] if budget is None else [f"rollout.token_budget={budget}"]
+    whole, cut = started(*overrides), started(*overrides)
+    for parts in (whole, cut):
+        parts.loop.sampling = replace(parts.loop.sampling, stream_tokens=3)
+        trained_by(parts, 2)
+    state = json.loads(json.dumps(cut.loop.state()))
+    policy = {name: tensor.clone() for name, tensor in cut.model.state_dict().items()}
+    generate = cut.loop.engine.generate
+    arrived = []
+
+    def dies(requests, sampling):
+        for segment in generate(requests, sampling):
+            if len(arrived) == segments:
+                raise Killed
+            arrived.append(segment)
+            yield segment
+
+    cut.loop.engine.generate = dies
+    with pytest.raises(Killed):
+        cut.loop.iterate()
+    expected = whole.loop.iterate()
+
+    again = started(*overrides)
+    again.model.load_state_dict(policy)
+    again.loop.sampling = cut.loop.sampling
+    again.loop.load_state(state, cut.loop.buffer)
+    report = again.loop.iterate()
+
+    assert report.tokens_sampled + sum(map(len, arrived)) == expected.tokens_sampled
+    assert report.reward_mean == pytest.approx(expected.reward_mean, nan_ok=True)
+    assert report.trajectories_unfinished == expected.trajectories_unfinished
+    assert again.loop.buffer.unfinished() == whole.loop.buffer.unfinished()
+    assert again.loop.trained == whole.loop.trained
+    for key in [*whole.loop.buffer.unfinished(), *whole.loop.trained]:
+        one, other = (parts.loop.buffer.read(key) for parts in (whole, again))
+        assert one.end_reason == other.end_reason
+        for name in ("token_ids", "mask", "policy_versions"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_groups_half_begun_are_completed():
+    """A crash between `begin` and the prompt's tokens, or between two samples of a group."""
+    whole, cut = started(), started()
+    prompts = whole.loop._next_prompts()
+    cut.loop.buffer.begin(prompts[0].id, 0)
+    reports = [parts.loop.iterate() for parts in (whole, cut)]
+    assert reports[0].tokens_sampled == reports[1].tokens_sampled
+    for key in range(12):
+        one, other = (parts.loop.buffer.read(key) for parts in (whole, cut))
+        assert (one.prompt_id, one.group_id) == (other.prompt_id, other.group_id)
+        np.testing.assert_array_equal(one.token_ids, other.token_ids)
 
 
 def test_tokens_of_older_versions_are_stale_in_the_metrics():
