@@ -53,7 +53,7 @@ class Policy:
             self._head.weight,
             micro.ids_t,
             temperature=self.temperature / self._scale,
-            bias_v=self._head.bias,
+            bias=self._head.bias,
             softcap=self._softcap,
             chunk=self.head_chunk,
         )

@@ -1,0 +1,416 @@
+"""Online mirror descent from hidden states to the loss and its gradient (section 2.3.2).
+
+ℓ_i = (A_i − τ·ρ_i)² / (2τ), where ρ_i = Σ_t [log π_θ − log π_i] over the counted tokens of a
+response. Its gradient in each of their log-probs is *one number a response*, c_i = −(A_i − τ·ρ_i),
+and what the log-probs pass on to hidden states and output matrix does not depend on it. So the
+gradient can be formed while the logits are there, in three GEMMs instead of four:
+
+* Responses that fit in a tile together: their c_i are known once the tile's statistics are.
+* A longer one: its tiles are worked off with coefficient 1 into a scratch of the size of the output
+  matrix, and c_i multiplies the sum. The first needs no scratch: the gradient itself is still
+  empty.
+
+That is ``one_pass``. ``two_pass`` is ``linear_logprob`` and the plain formula; the two are equal.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kimi_core.kernels.checks import check_cu_seqlens, check_finite, check_head, check_tokens
+from kimi_core.kernels.linear_logprob import linear_logprob_ref, logprobs_of
+from kimi_core.kernels.tiles import CHUNK, Head, Tiles, WeightSums, tiles_for
+
+Normalize = Literal["none", "length", "sqrt_length"]
+Schedule = Literal["auto", "one_pass", "two_pass"]
+
+WORKSPACE_BYTES = 1 << 30
+
+
+class OmdLoss(NamedTuple):
+    """The loss, and what the same pass knows besides; n responses, t tokens. Only ``loss`` carries
+    a gradient."""
+
+    loss: Tensor
+    """float64: the mean of ℓ_i over the responses."""
+    log_ratio_n: Tensor
+    """float64: ρ_i, normalised as the loss has it."""
+    coefficient_n: Tensor
+    """float64: ∂ℓ_i / ∂ log π_θ of each of the response's counted tokens."""
+    logprobs_t: Tensor
+    """float32: the policy's log-probs; 0 outside of the mask."""
+    entropy: Tensor
+    """float64: the mean over the counted tokens, in nats; 0 if there are none."""
+    rows_computed: int
+    rows_skipped: int
+    """Rows outside of the mask, which no GEMM saw."""
+
+
+def omd_loss_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    ref_logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    tau: float,
+    mask: Tensor | None = None,
+    normalize: Normalize = "none",
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    upcast: bool = False,
+) -> Tensor:
+    """The slow twin of ``omd_loss(...).loss``: all logits at once, one response after the other."""
+    logprobs_t, _ = linear_logprob_ref(
+        hidden,
+        weight,
+        ids,
+        temperature=temperature,
+        bias=bias,
+        softcap=softcap,
+        mask=mask,
+        upcast=upcast,
+    )
+    losses = []
+    for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        counted = torch.ones_like(ids[start:end]) > 0 if mask is None else mask[start:end]
+        delta_t = (logprobs_t[start:end] - ref_logprobs[start:end])[counted].double()
+        power = {"none": 0.0, "length": 1.0, "sqrt_length": 0.5}[normalize]
+        ratio = delta_t.sum() / max(1, len(delta_t)) ** power
+        losses.append((advantages[i].double() - tau * ratio) ** 2 / (2 * tau))
+    return torch.stack(losses).mean()
+
+
+def omd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    ref_logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    tau: float,
+    mask: Tensor | None = None,
+    normalize: Normalize = "none",
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    schedule: Schedule = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
+    chunk: int = CHUNK,
+    tp_group: dist.ProcessGroup | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> OmdLoss:
+    """The mean over responses of (A_i − τ·ρ_i)² / (2τ), differentiable in hidden, weight and bias.
+
+    Args:
+        hidden, weight, ids, temperature, bias, softcap, chunk, tp_group: as ``linear_logprob``
+            takes them; hidden states that predict the tokens of the responses, end to end.
+        ref_logprobs: ``[T]``, log π_i of the tokens, in nats.
+        advantages: ``[n]``, A_i = r_i − r̄.
+        cu_seqlens: ``[n + 1]`` integers from 0 to T: response i is tokens cu[i] to cu[i + 1].
+        tau: τ > 0.
+        mask: bool ``[T]``, tokens that count; the others cost and change nothing. A response
+            without any has ρ = 0 and no gradient.
+        normalize: divide ρ_i by the response's counted tokens, their root, or (the report) nothing.
+        schedule: ``one_pass`` forms the gradient in the forward, in three GEMMs, and can go
+            backward once; ``two_pass`` forms the logits again in the backward. ``auto``: one pass,
+            unless the scratch would exceed ``workspace_bytes`` or there is nothing to
+            differentiate.
+        workspace_bytes: bound on one pass's scratch, 4·V·D bytes, which it needs for the second
+            response longer than ``chunk``.
+        cp_group: ranks that hold each response's tokens between them. ``hidden``, ``ids`` and the
+            like are this rank's share, maybe none; ``advantages`` are the same on all. Every rank
+            gets the
+            same loss, and the gradient that its own tokens contribute to it: sum those of
+                ``weight``.
+
+    Raises:
+        ValueError: as ``linear_logprob``, and cu_seqlens do not cover the tokens, tau is not
+            positive, or ``one_pass`` was asked for and its scratch exceeds the bound.
+        FloatingPointError: a log-prob is NaN, as hidden or weight hold NaN or infinity.
+    """
+    head = check_head(
+        hidden,
+        weight,
+        ids,
+        temperature=temperature,
+        bias=bias,
+        softcap=softcap,
+        mask=mask,
+        chunk=chunk,
+        tp_group=tp_group,
+    )
+    check_tokens("ref_logprobs", ref_logprobs, len(ids))
+    _check_choices(tau, normalize, schedule, workspace_bytes)
+    edges = check_cu_seqlens(cu_seqlens, len(ids), len(advantages))
+    rows_skipped = 0
+    if mask is not None:
+        kept = mask.nonzero()[:, 0]
+        edges = torch.searchsorted(kept, torch.tensor(edges, device=kept.device)).tolist()
+        rows_skipped = len(ids) - len(kept)
+        hidden, ids, ref_logprobs = hidden[kept], ids[kept], ref_logprobs[kept]
+    terms = _terms(edges, advantages, ref_logprobs, tau, normalize, cp_group)
+    groups = _plan(edges, chunk, merge=cp_group is None)
+    if _choose(schedule, groups, head, hidden, workspace_bytes, cp_group) == "one_pass":
+        found = _OnePass.apply(hidden, weight, bias, ids.long(), head, terms, groups)
+    else:
+        found = _two_pass(hidden, ids.long(), head, terms, chunk)
+    loss, ratio_n, logprobs_t, entropy_t = found
+    check_finite(logprobs_t)
+    entropy = entropy_t.double().sum() / max(1, len(ids))
+    if mask is not None:
+        logprobs_t = logprobs_t.new_zeros(len(mask)).index_copy(0, kept, logprobs_t)
+    return OmdLoss(
+        loss, ratio_n, terms.coefficients(ratio_n), logprobs_t, entropy, len(ids), rows_skipped
+    )
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What the loss needs besides the log-probs; t counted tokens, n responses."""
+
+    ref_logprobs_t: Tensor
+    advantages_n: Tensor
+    norms_n: Tensor
+    response_t: Tensor
+    """Which response each token belongs to."""
+    tau: float
+    cp_group: dist.ProcessGroup | None
+
+    def ratios(self, logprobs_t: Tensor, rows: slice, responses: slice) -> Tensor:
+        """ρ of some responses, float64, from the log-probs of all of their tokens.
+
+        Sums are in float64, as the rounding errors of thousands of tokens add up.
+        """
+        delta_t = (logprobs_t[rows] - self.ref_logprobs_t[rows]).double()
+        sums_n = torch.zeros_like(self.norms_n[responses])
+        sums_n = sums_n.index_add(0, self.response_t[rows] - responses.start, delta_t)
+        if self.cp_group is not None:
+            # The value is that of all ranks, the gradient that of this rank's tokens.
+            all_n = sums_n.detach().clone()
+            dist.all_reduce(all_n, group=self.cp_group)
+            sums_n = sums_n + (all_n - sums_n.detach())
+        return sums_n / self.norms_n[responses]
+
+    def losses(self, ratio_n: Tensor) -> Tensor:
+        return (self.advantages_n - self.tau * ratio_n) ** 2 / (2 * self.tau)
+
+    def coefficients(self, ratio_n: Tensor, responses: slice = slice(None)) -> Tensor:
+        """∂ℓ_i / ∂ log π_θ, one for all tokens of a response."""
+        gap_n = self.advantages_n[responses] - self.tau * ratio_n
+        return -gap_n / self.norms_n[responses]
+
+
+class _Group(NamedTuple):
+    """Responses [first, last) whose coefficients become known together, and the tiles of their
+    rows: one for several short responses, several for one long response."""
+
+    first: int
+    last: int
+    rows: slice
+    tiles: list[slice]
+
+
+def _plan(edges: list[int], chunk: int, *, merge: bool) -> list[_Group]:
+    """Lay the responses into tiles, the longest first: that one needs no scratch. Without ``merge``
+    (context parallelism) every response is a group of its own, in an order that all ranks share."""
+    groups: list[_Group] = []
+    first = 0
+    while first < len(edges) - 1:
+        last = first + 1
+        while merge and last < len(edges) - 1 and edges[last + 1] - edges[first] <= chunk:
+            last += 1
+        rows = slice(edges[first], edges[last])
+        count = -(-(rows.stop - rows.start) // chunk)
+        cuts = [
+            rows.start + (rows.stop - rows.start) * i // max(1, count) for i in range(count + 1)
+        ]
+        tiles = [slice(start, stop) for start, stop in pairwise(cuts)]
+        groups.append(_Group(first, last, rows, tiles))
+        first = last
+    return sorted(groups, key=lambda group: -len(group.tiles)) if merge else groups
+
+
+def _choose(
+    schedule: Schedule,
+    groups: list[_Group],
+    head: Head,
+    hidden_td: Tensor,
+    workspace_bytes: int,
+    cp_group: dist.ProcessGroup | None,
+) -> Schedule:
+    parameters = [hidden_td, head.weight_vd, head.bias_v]
+    wanted = [p is not None and p.requires_grad and torch.is_grad_enabled() for p in parameters]
+    # The first group finds the gradient empty. An upcast tile sums in float32 also for 16 bits.
+    scratch = head.weight_vd.numel() * max(4, head.weight_vd.element_size())
+    needed = scratch if wanted[1] and any(len(group.tiles) > 1 for group in groups[1:]) else 0
+    if cp_group is not None:  # One schedule for all ranks, whatever their shares.
+        most = torch.tensor([needed, int(any(wanted))], device=hidden_td.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=cp_group)
+        needed, wanted = int(most[0]), [bool(most[1])]
+    if schedule == "one_pass" and needed > workspace_bytes:
+        raise ValueError(
+            f"one_pass needs a scratch of {needed:,} bytes (the output matrix in float32) for "
+            f"responses longer than a chunk, and workspace_bytes = {workspace_bytes:,}: raise it "
+            "or chunk, or take schedule 'auto'"
+        )
+    if schedule == "two_pass" or needed > workspace_bytes or not any(wanted):
+        return "two_pass"
+    return "one_pass"
+
+
+def _two_pass(
+    hidden_td: Tensor, ids_t: Tensor, head: Head, terms: _Terms, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs_t, entropy_t = logprobs_of(hidden_td, ids_t, head, chunk)
+    ratio_n = terms.ratios(logprobs_t, slice(None), slice(0, None))
+    return terms.losses(ratio_n).mean(), ratio_n.detach(), logprobs_t.detach(), entropy_t
+
+
+class _OnePass(torch.autograd.Function):
+    """The gradient of the mean loss is formed in the forward; the backward scales it."""
+
+    @staticmethod
+    def forward(ctx, hidden_td, weight_vd, bias_v, ids_t, head, terms, groups):  # type: ignore[no-untyped-def]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        rows = max((tile.stop - tile.start for group in groups for tile in group.tiles), default=0)
+        tiles = tiles_for(head, rows)
+        run = _Run(
+            tiles=tiles,
+            hidden_td=hidden_td,
+            ids_t=ids_t,
+            terms=terms,
+            logprobs_t=hidden_td.new_empty(len(ids_t), dtype=tiles.dtype),
+            entropy_t=hidden_td.new_empty(len(ids_t), dtype=tiles.dtype),
+            ratio_n=torch.zeros_like(terms.norms_n),
+            dhidden_td=torch.zeros_like(hidden_td) if need_hidden else None,
+            sums=WeightSums(tiles, weight=need_weight, bias=need_bias),
+            scratch=WeightSums(tiles, weight=need_weight, bias=need_bias),
+        )
+        for group in groups:
+            if len(group.tiles) > 1:
+                run.long_response(group)
+            else:
+                run.short_responses(group)
+        if run.dhidden_td is not None and head.tp_group is not None:
+            dist.all_reduce(run.dhidden_td, group=head.tp_group)
+        ctx.gradients = (run.dhidden_td, *run.sums.gradients())
+        loss = terms.losses(run.ratio_n).mean()
+        ctx.mark_non_differentiable(run.ratio_n, run.logprobs_t, run.entropy_t)
+        return loss, run.ratio_n, run.logprobs_t, run.entropy_t
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The gradient of a one-pass omd_loss can be taken once: it was formed in the "
+                "forward and given away. Use schedule='two_pass' to go backward again"
+            )
+        # Handed over, not kept: autograd then takes the buffers instead of copying them.
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = float(grad)
+        for gradient in gradients:
+            if gradient is not None and factor != 1:
+                gradient.mul_(factor)
+        return *gradients, None, None, None, None
+
+
+@dataclass
+class _Run:
+    """One forward of ``_OnePass``: its inputs, and what it fills group by group."""
+
+    tiles: Tiles
+    hidden_td: Tensor
+    ids_t: Tensor
+    terms: _Terms
+    logprobs_t: Tensor
+    entropy_t: Tensor
+    ratio_n: Tensor
+    dhidden_td: Tensor | None
+    sums: WeightSums
+    scratch: WeightSums
+
+    def short_responses(self, group: _Group) -> None:
+        """Coefficients first, then the gradient: no tile holds more than these responses."""
+        for rows in group.tiles:  # One, or none if no token counts.
+            top_c, total_c = self._statistics(rows)
+        coefficient_n = self._coefficients(group)
+        for rows in group.tiles:
+            outer_c = coefficient_n[self.terms.response_t[rows] - group.first]
+            if outer_c.any():
+                self._add_gradient(rows, top_c, total_c, outer_c, self.sums)
+
+    def long_response(self, group: _Group) -> None:
+        """The gradient with coefficient 1 first, as the tiles come and go; then its multiple."""
+        sums = self.sums if self.sums.empty else self.scratch
+        for rows in group.tiles:
+            top_c, total_c = self._statistics(rows)
+            self._add_gradient(rows, top_c, total_c, torch.ones_like(top_c), sums)
+        coefficient = float(self._coefficients(group))
+        if self.dhidden_td is not None:
+            self.dhidden_td[group.rows] *= coefficient
+        if sums is self.sums:
+            sums.scale(coefficient)
+        else:
+            self.sums.add_scaled(sums, coefficient)
+
+    def _statistics(self, rows: slice) -> tuple[Tensor, Tensor]:
+        self.tiles.load(self.hidden_td[rows])
+        found = self.tiles.statistics(self.ids_t[rows])
+        self.logprobs_t[rows], self.entropy_t[rows] = found.logprobs(), found.entropy()
+        return found.top_c, found.total_c
+
+    def _coefficients(self, group: _Group) -> Tensor:
+        """Of the mean loss over all responses; float64."""
+        responses = slice(group.first, group.last)
+        self.ratio_n[responses] = self.terms.ratios(self.logprobs_t, group.rows, responses)
+        found = self.terms.coefficients(self.ratio_n[responses], responses)
+        return found / len(self.ratio_n)
+
+    def _add_gradient(
+        self, rows: slice, top_c: Tensor, total_c: Tensor, outer_c: Tensor, sums: WeightSums
+    ) -> None:
+        dz_cv = self.tiles.gradient(self.ids_t[rows], top_c, total_c, outer_c)
+        if self.dhidden_td is not None:
+            self.tiles.put_dhidden(dz_cv, self.dhidden_td[rows])
+        sums.add(dz_cv, self.hidden_td[rows])
+
+
+def _terms(
+    edges: list[int],
+    advantages: Tensor,
+    ref_logprobs_t: Tensor,
+    tau: float,
+    normalize: Normalize,
+    cp_group: dist.ProcessGroup | None,
+) -> _Terms:
+    device = ref_logprobs_t.device
+    lengths_n = torch.tensor(edges, device=device).diff()
+    response_t = torch.repeat_interleave(torch.arange(len(lengths_n), device=device), lengths_n)
+    if cp_group is not None:
+        dist.all_reduce(lengths_n, group=cp_group)
+    norms_n = lengths_n.clamp(min=1).double()
+    if normalize != "length":
+        norms_n = norms_n.sqrt() if normalize == "sqrt_length" else torch.ones_like(norms_n)
+    advantages_n = advantages.to(device, torch.float64)
+    return _Terms(ref_logprobs_t, advantages_n, norms_n, response_t, tau, cp_group)
+
+
+def _check_choices(tau: float, normalize: str, schedule: str, workspace_bytes: int) -> None:
+    if not tau > 0:
+        raise ValueError(f"tau = {tau}: the regulariser must be greater than 0")
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"normalize = {normalize!r}: give one of {get_args(Normalize)}")
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule = {schedule!r}: give one of {get_args(Schedule)}")
+    if workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes = {workspace_bytes}: give at least 0")
