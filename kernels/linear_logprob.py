@@ -158,8 +158,8 @@ class _LinearLogProb(torch.autograd.Function):
         total_t = torch.empty_like(logprobs_t, dtype=torch.float64)
         for start in range(0, len(ids_t), chunk):
             rows = slice(start, start + chunk)
-            tiles.load(hidden_td[rows])
-            found = tiles.statistics(ids_t[rows])
+            tiles.load(hidden_td[rows], ids_t[rows], keep=False)
+            found = tiles.statistics()
             logprobs_t[rows], entropy_t[rows] = found.logprobs(), found.entropy()
             top_t[rows], total_t[rows] = found.top_c, found.total_c
         ctx.save_for_backward(hidden_td, weight_vd, bias_v, ids_t, top_t, total_t)
@@ -179,8 +179,8 @@ class _LinearLogProb(torch.autograd.Function):
         dhidden_td = torch.zeros_like(hidden_td) if need_hidden else None
         for rows in live.split(ctx.chunk):
             hidden_cd = hidden_td[rows]
-            tiles.load(hidden_cd)
-            dz_cv = tiles.gradient(ids_t[rows], top_t[rows], total_t[rows], grad_t[rows])
+            tiles.load(hidden_cd, ids_t[rows])
+            dz_cv = tiles.gradient(top_t[rows], total_t[rows], grad_t[rows])
             if dhidden_td is not None:
                 part_cd = torch.empty_like(hidden_cd)
                 tiles.put_dhidden(dz_cv, part_cd)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from kimi_core.kernels.checks import check_cu_seqlens, check_finite, check_head, check_tokens
 from kimi_core.kernels.linear_logprob import linear_logprob_ref, logprobs_of
-from kimi_core.kernels.tiles import CHUNK, Head, Tiles, WeightSums, tiles_for
+from kimi_core.kernels.tiles import CHUNK, Head, Tiles, WeightSums, response_sums, tiles_for
 
 Normalize = Literal["none", "length", "sqrt_length"]
 Schedule = Literal["auto", "one_pass", "two_pass"]
@@ -180,19 +180,18 @@ class _Terms:
     ref_logprobs_t: Tensor
     advantages_n: Tensor
     norms_n: Tensor
+    edges_n: Tensor
+    """Response i has tokens edges[i] to edges[i + 1], int64 ``[n + 1]``."""
     response_t: Tensor
     """Which response each token belongs to."""
     tau: float
     cp_group: dist.ProcessGroup | None
 
     def ratios(self, logprobs_t: Tensor, rows: slice, responses: slice) -> Tensor:
-        """ρ of some responses, float64, from the log-probs of all of their tokens.
-
-        Sums are in float64, as the rounding errors of thousands of tokens add up.
-        """
-        delta_t = (logprobs_t[rows] - self.ref_logprobs_t[rows]).double()
-        sums_n = torch.zeros_like(self.norms_n[responses])
-        sums_n = sums_n.index_add(0, self.response_t[rows] - responses.start, delta_t)
+        """ρ of some responses, float64, from the log-probs of all of their tokens."""
+        delta_t = logprobs_t[rows] - self.ref_logprobs_t[rows]
+        edges_n = self.edges_n[responses.start : responses.stop + 1] - rows.start
+        sums_n = response_sums(delta_t, edges_n)
         if self.cp_group is not None:
             # The value is that of all ranks, the gradient that of this rank's tokens.
             all_n = sums_n.detach().clone()
@@ -271,7 +270,8 @@ def _two_pass(
     hidden_td: Tensor, ids_t: Tensor, head: Head, terms: _Terms, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logprobs_t, entropy_t = logprobs_of(hidden_td, ids_t, head, chunk)
-    ratio_n = terms.ratios(logprobs_t, slice(None), slice(0, None))
+    everything = slice(0, len(ids_t)), slice(0, len(terms.norms_n))
+    ratio_n = terms.ratios(logprobs_t, *everything)
     return terms.losses(ratio_n).mean(), ratio_n.detach(), logprobs_t.detach(), entropy_t
 
 
@@ -364,8 +364,8 @@ class _Run:
             self.sums.add_scaled(sums, coefficient)
 
     def _statistics(self, rows: slice) -> tuple[Tensor, Tensor]:
-        self.tiles.load(self.hidden_td[rows])
-        found = self.tiles.statistics(self.ids_t[rows])
+        self.tiles.load(self.hidden_td[rows], self.ids_t[rows])
+        found = self.tiles.statistics()
         self.logprobs_t[rows], self.entropy_t[rows] = found.logprobs(), found.entropy()
         return found.top_c, found.total_c
 
@@ -379,7 +379,7 @@ class _Run:
     def _add_gradient(
         self, rows: slice, top_c: Tensor, total_c: Tensor, outer_c: Tensor, sums: WeightSums
     ) -> None:
-        dz_cv = self.tiles.gradient(self.ids_t[rows], top_c, total_c, outer_c)
+        dz_cv = self.tiles.gradient(top_c, total_c, outer_c)
         if self.dhidden_td is not None:
             self.tiles.put_dhidden(dz_cv, self.dhidden_td[rows])
         sums.add(dz_cv, self.hidden_td[rows])
@@ -394,7 +394,8 @@ def _terms(
     cp_group: dist.ProcessGroup | None,
 ) -> _Terms:
     device = ref_logprobs_t.device
-    lengths_n = torch.tensor(edges, device=device).diff()
+    edges_n = torch.tensor(edges, device=device)
+    lengths_n = edges_n.diff()
     response_t = torch.repeat_interleave(torch.arange(len(lengths_n), device=device), lengths_n)
     if cp_group is not None:
         dist.all_reduce(lengths_n, group=cp_group)
@@ -402,7 +403,7 @@ def _terms(
     if normalize != "length":
         norms_n = norms_n.sqrt() if normalize == "sqrt_length" else torch.ones_like(norms_n)
     advantages_n = advantages.to(device, torch.float64)
-    return _Terms(ref_logprobs_t, advantages_n, norms_n, response_t, tau, cp_group)
+    return _Terms(ref_logprobs_t, advantages_n, norms_n, edges_n, response_t, tau, cp_group)
 
 
 def _check_choices(tau: float, normalize: str, schedule: str, workspace_bytes: int) -> None:

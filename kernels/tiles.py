@@ -7,8 +7,9 @@ multiply that with the output matrix and the hidden states. ``Tiles`` does so in
 tokens, d hidden size, v vocabulary, c rows of a chunk.
 """
 
+import importlib.util
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -71,7 +72,7 @@ class Tiles:
         self.head = head
         weight_vd = head.weight_vd
         self.dtype = torch.float64 if weight_vd.dtype == torch.float64 else torch.float32
-        self._tile_cv = weight_vd.new_empty(rows, len(weight_vd), dtype=self.dtype)
+        self._tile_cv = weight_vd.new_empty(rows, len(weight_vd), dtype=self._tile_dtype)
         self._bias_v = (
             None if head.bias_v is None else head.bias_v.detach().to(self.dtype).contiguous()
         )
@@ -82,25 +83,30 @@ class Tiles:
             step = max(1, UPCAST_ELEMENTS // weight_vd.shape[1])
         self._parts = [slice(v, v + step) for v in range(0, len(weight_vd), step)]
 
-    def load(self, hidden_cd: Tensor) -> None:
-        """Form the logits of a chunk; they take the place of what the tile held."""
+    @property
+    def _tile_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def load(self, hidden_cd: Tensor, ids_c: Tensor, *, keep: bool = True) -> None:
+        """Form the logits of a chunk, whose targets are ``ids_c``; they take the place of what the
+        tile held. ``keep=False`` is for statistics alone, where no gradient will be asked for."""
         self._logits_cv = self._tile_cv[: len(hidden_cd)]
+        self._targets_c = self._targets(ids_c)
         x_cd = hidden_cd.to(self.dtype)
         for part in self._parts:
             weight_pd = self.head.weight_vd[part].to(self.dtype)
             torch.mm(x_cd, weight_pd.T, out=self._logits_cv[:, part])
 
-    def statistics(self, ids_c: Tensor) -> Statistics:
+    def statistics(self) -> Statistics:
         """Of the loaded logits, over the whole vocabulary; the logits stay."""
-        local_c = self._targets(ids_c)
-        mine = self._local_statistics(local_c)
+        mine, owned_c = self._local_statistics(), self._targets_c >= 0
         if self.head.tp_group is None:
             return mine
-        return _over_ranks(mine, local_c >= 0, self.head.temperature, self.head.tp_group)
+        return _over_ranks(mine, owned_c, self.head.temperature, self.head.tp_group)
 
-    def gradient(self, ids_c: Tensor, top_c: Tensor, total_c: Tensor, outer_c: Tensor) -> Tensor:
+    def gradient(self, top_c: Tensor, total_c: Tensor, outer_c: Tensor) -> Tensor:
         """Turn the loaded logits into the gradient of Σ outer·logprob in them; ``[c, V]``."""
-        return self._gradient(self._targets(ids_c), top_c, total_c, outer_c.to(self.dtype))
+        return self._gradient(top_c, total_c, outer_c.to(self.dtype))
 
     def put_dhidden(self, dz_cv: Tensor, out_cd: Tensor) -> None:
         """Write ``dz @ weight``; under vocabulary parallelism, this rank's share of it."""
@@ -128,8 +134,8 @@ class Tiles:
             scores_cv = self.head.softcap * torch.tanh(scores_cv / self.head.softcap)
         return scores_cv
 
-    def _local_statistics(self, targets_c: Tensor) -> Statistics:
-        scores_cv = self._scores()
+    def _local_statistics(self) -> Statistics:
+        scores_cv, targets_c = self._scores(), self._targets_c
         top_c = scores_cv.amax(dim=1)
         x_cv = (scores_cv - top_c[:, None]) / self.head.temperature
         picked_c = x_cv.gather(1, targets_c.clamp(min=0)[:, None])[:, 0]
@@ -139,9 +145,7 @@ class Tiles:
         weighted_c = e_cv.mul_(x_cv.clamp_(min=-1e4)).sum(dim=1, dtype=torch.float64)
         return Statistics(top_c, total_c, picked_c, weighted_c)
 
-    def _gradient(
-        self, targets_c: Tensor, top_c: Tensor, total_c: Tensor, outer_c: Tensor
-    ) -> Tensor:
+    def _gradient(self, top_c: Tensor, total_c: Tensor, outer_c: Tensor) -> Tensor:
         scores_cv = self._scores()
         outer_c = outer_c / self.head.temperature
         slope_cv = torch.ones_like(scores_cv)
@@ -149,8 +153,8 @@ class Tiles:
             slope_cv -= (scores_cv / self.head.softcap) ** 2
         dz_cv = ((scores_cv - top_c[:, None]) / self.head.temperature).exp_()
         dz_cv.mul_(-(outer_c / total_c.to(self.dtype))[:, None])
-        rows_c = torch.nonzero(targets_c >= 0)[:, 0]
-        dz_cv[rows_c, targets_c[rows_c]] += outer_c[rows_c]
+        rows_c = torch.nonzero(self._targets_c >= 0)[:, 0]
+        dz_cv[rows_c, self._targets_c[rows_c]] += outer_c[rows_c]
         return self._logits_cv.copy_(dz_cv.mul_(slope_cv))
 
 
@@ -158,20 +162,23 @@ class CpuTiles(Tiles):
     """float32 tiles on a CPU: torch's GEMM, then one C++ pass for all statistics and one for the
     gradient in place, with as many threads as torch has."""
 
-    def _local_statistics(self, targets_c: Tensor) -> Statistics:
-        logits, targets = self._logits_cv.numpy(), targets_c.numpy()
-        found = _C.tile_statistics(logits, targets, **self._settings())
+    def _local_statistics(self) -> Statistics:
+        found = _C.tile_statistics(self._logits_cv.numpy(), **self._settings())
         return Statistics(*map(torch.from_numpy, found))
 
-    def _gradient(
-        self, targets_c: Tensor, top_c: Tensor, total_c: Tensor, outer_c: Tensor
-    ) -> Tensor:
-        rows = (targets_c.numpy(), top_c.numpy(), total_c.numpy(), outer_c.contiguous().numpy())
-        _C.tile_gradient(self._logits_cv.numpy(), *rows, **self._settings())
+    def _gradient(self, top_c: Tensor, total_c: Tensor, outer_c: Tensor) -> Tensor:
+        _C.tile_gradient(
+            self._logits_cv.numpy(),
+            top=top_c.numpy(),
+            total=total_c.numpy(),
+            outer=outer_c.contiguous().numpy(),
+            **self._settings(),
+        )
         return self._logits_cv
 
-    def _settings(self) -> dict:
+    def _settings(self) -> dict[str, Any]:
         return {
+            "targets": self._targets_c.numpy(),
             "bias": None if self._bias_v is None else self._bias_v.numpy(),
             "softcap": self.head.softcap or 0.0,
             "temperature": self.head.temperature,
@@ -184,10 +191,34 @@ def tiles_for(head: Head, rows: int) -> Tiles:
 
     A GPU without Triton gets plain torch, which is right and slow.
     """
-    weight_vd = head.weight_vd
-    if weight_vd.dtype == torch.float64:
-        return Tiles(head, rows)
-    return CpuTiles(head, rows) if weight_vd.device.type == "cpu" else Tiles(head, rows)
+    device, dtype = head.weight_vd.device, head.weight_vd.dtype
+    if dtype != torch.float64 and device.type == "cpu":
+        return CpuTiles(head, rows)
+    if dtype != torch.float64 and device.type == "cuda" and has_triton():
+        from kimi_core.kernels.triton_tiles import TritonTiles, launch_for
+
+        return TritonTiles(head, rows, launch_for(head.weight_vd))
+    return Tiles(head, rows)
+
+
+def response_sums(values_t: Tensor, edges_n: Tensor) -> Tensor:
+    """Sums of a per-token value between edges, float64 ``[n]``, differentiable.
+
+    In float64: sequence-level sums add up thousands of per-token rounding errors.
+    """
+    if values_t.is_cuda and has_triton():
+        from kimi_core.kernels.triton_tiles import SegmentSum
+
+        sums_n: Tensor = SegmentSum.apply(values_t, edges_n)
+        return sums_n
+    lengths_n = edges_n.diff()
+    response_t = torch.arange(len(lengths_n), device=values_t.device).repeat_interleave(lengths_n)
+    zeros_n = torch.zeros(len(lengths_n), dtype=torch.float64, device=values_t.device)
+    return zeros_n.index_add(0, response_t, values_t.double())
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 class WeightSums:
