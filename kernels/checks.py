@@ -109,7 +109,7 @@ def check_finite(logprobs_t: Tensor) -> None:
     bad = logprobs_t.isnan()
     if bad.any():
         raise FloatingPointError(
-            f"{int(bad.sum())} of {len(bad)} log-probs are NaN, the first that of counted token "
+            f"{int(bad.sum())} of {len(bad)} log-probs are NaN, the first that of token "
             f"{int(bad.nonzero()[0])}: its hidden state or the output matrix holds NaN or infinity"
         )
 

@@ -135,15 +135,18 @@ def linear_logprob(
         logprobs_t, entropy_t = (
             values.new_zeros(len(ids)).index_copy(0, kept, values) for values in counted
         )
+    check_finite(logprobs_t)
     return (logprobs_t, entropy_t) if return_entropy else logprobs_t
 
 
 def logprobs_of(hidden_td: Tensor, ids_t: Tensor, head: Head, chunk: int) -> tuple[Tensor, Tensor]:
-    """Differentiable log-probs, and the entropy, of inputs that were checked; all rows count."""
+    """Differentiable log-probs, and the entropy, of inputs that were checked; all rows count.
+
+    What comes out is not checked: of ranks that go on to a collective, none may stop before it.
+    """
     logprobs_t, entropy_t = _LinearLogProb.apply(
         hidden_td, head.weight_vd, head.bias_v, ids_t, head, chunk
     )
-    check_finite(logprobs_t)
     return logprobs_t, entropy_t
 
 

@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from kimi_core.kernels.checks import check_cu_seqlens, check_finite, check_head, check_tokens
 from kimi_core.kernels.linear_logprob import linear_logprob_ref, logprobs_of
-from kimi_core.kernels.tiles import CHUNK, Head, Tiles, WeightSums, response_sums, tiles_for
+from kimi_core.kernels.omd_terms import Group, Normalize, Terms, make_terms, plan
+from kimi_core.kernels.tiles import CHUNK, Head, Tiles, WeightSums, tiles_for
 
-Normalize = Literal["none", "length", "sqrt_length"]
 Schedule = Literal["auto", "one_pass", "two_pass"]
 
 WORKSPACE_BYTES = 1 << 30
@@ -157,90 +157,25 @@ def omd_loss(
         edges = torch.searchsorted(kept, torch.tensor(edges, device=kept.device)).tolist()
         rows_skipped = len(ids) - len(kept)
         hidden, ids, ref_logprobs = hidden[kept], ids[kept], ref_logprobs[kept]
-    terms = _terms(edges, advantages, ref_logprobs, tau, normalize, cp_group)
-    groups = _plan(edges, chunk, merge=cp_group is None)
+    terms = make_terms(edges, advantages, ref_logprobs, tau, normalize, cp_group)
+    groups = plan(edges, chunk, merge=cp_group is None)
     if _choose(schedule, groups, head, hidden, workspace_bytes, cp_group) == "one_pass":
         found = _OnePass.apply(hidden, weight, bias, ids.long(), head, terms, groups)
     else:
         found = _two_pass(hidden, ids.long(), head, terms, chunk)
     loss, ratio_n, logprobs_t, entropy_t = found
-    check_finite(logprobs_t)
     entropy = entropy_t.double().sum() / max(1, len(ids))
     if mask is not None:
         logprobs_t = logprobs_t.new_zeros(len(mask)).index_copy(0, kept, logprobs_t)
+    check_finite(logprobs_t)
     return OmdLoss(
         loss, ratio_n, terms.coefficients(ratio_n), logprobs_t, entropy, len(ids), rows_skipped
     )
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """What the loss needs besides the log-probs; t counted tokens, n responses."""
-
-    ref_logprobs_t: Tensor
-    advantages_n: Tensor
-    norms_n: Tensor
-    edges_n: Tensor
-    """Response i has tokens edges[i] to edges[i + 1], int64 ``[n + 1]``."""
-    response_t: Tensor
-    """Which response each token belongs to."""
-    tau: float
-    cp_group: dist.ProcessGroup | None
-
-    def ratios(self, logprobs_t: Tensor, rows: slice, responses: slice) -> Tensor:
-        """ρ of some responses, float64, from the log-probs of all of their tokens."""
-        delta_t = logprobs_t[rows] - self.ref_logprobs_t[rows]
-        edges_n = self.edges_n[responses.start : responses.stop + 1] - rows.start
-        sums_n = response_sums(delta_t, edges_n)
-        if self.cp_group is not None:
-            # The value is that of all ranks, the gradient that of this rank's tokens.
-            all_n = sums_n.detach().clone()
-            dist.all_reduce(all_n, group=self.cp_group)
-            sums_n = sums_n + (all_n - sums_n.detach())
-        return sums_n / self.norms_n[responses]
-
-    def losses(self, ratio_n: Tensor) -> Tensor:
-        return (self.advantages_n - self.tau * ratio_n) ** 2 / (2 * self.tau)
-
-    def coefficients(self, ratio_n: Tensor, responses: slice = slice(None)) -> Tensor:
-        """∂ℓ_i / ∂ log π_θ, one for all tokens of a response."""
-        gap_n = self.advantages_n[responses] - self.tau * ratio_n
-        return -gap_n / self.norms_n[responses]
-
-
-class _Group(NamedTuple):
-    """Responses [first, last) whose coefficients become known together, and the tiles of their
-    rows: one for several short responses, several for one long response."""
-
-    first: int
-    last: int
-    rows: slice
-    tiles: list[slice]
-
-
-def _plan(edges: list[int], chunk: int, *, merge: bool) -> list[_Group]:
-    """Lay the responses into tiles, the longest first: that one needs no scratch. Without ``merge``
-    (context parallelism) every response is a group of its own, in an order that all ranks share."""
-    groups: list[_Group] = []
-    first = 0
-    while first < len(edges) - 1:
-        last = first + 1
-        while merge and last < len(edges) - 1 and edges[last + 1] - edges[first] <= chunk:
-            last += 1
-        rows = slice(edges[first], edges[last])
-        count = -(-(rows.stop - rows.start) // chunk)
-        cuts = [
-            rows.start + (rows.stop - rows.start) * i // max(1, count) for i in range(count + 1)
-        ]
-        tiles = [slice(start, stop) for start, stop in pairwise(cuts)]
-        groups.append(_Group(first, last, rows, tiles))
-        first = last
-    return sorted(groups, key=lambda group: -len(group.tiles)) if merge else groups
-
-
 def _choose(
     schedule: Schedule,
-    groups: list[_Group],
+    groups: list[Group],
     head: Head,
     hidden_td: Tensor,
     workspace_bytes: int,
@@ -267,7 +202,7 @@ def _choose(
 
 
 def _two_pass(
-    hidden_td: Tensor, ids_t: Tensor, head: Head, terms: _Terms, chunk: int
+    hidden_td: Tensor, ids_t: Tensor, head: Head, terms: Terms, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logprobs_t, entropy_t = logprobs_of(hidden_td, ids_t, head, chunk)
     everything = slice(0, len(ids_t)), slice(0, len(terms.norms_n))
@@ -331,7 +266,7 @@ class _Run:
     tiles: Tiles
     hidden_td: Tensor
     ids_t: Tensor
-    terms: _Terms
+    terms: Terms
     logprobs_t: Tensor
     entropy_t: Tensor
     ratio_n: Tensor
@@ -339,7 +274,7 @@ class _Run:
     sums: WeightSums
     scratch: WeightSums
 
-    def short_responses(self, group: _Group) -> None:
+    def short_responses(self, group: Group) -> None:
         """Coefficients first, then the gradient: no tile holds more than these responses."""
         for rows in group.tiles:  # One, or none if no token counts.
             top_c, total_c = self._statistics(rows)
@@ -349,7 +284,7 @@ class _Run:
             if outer_c.any():
                 self._add_gradient(rows, top_c, total_c, outer_c, self.sums)
 
-    def long_response(self, group: _Group) -> None:
+    def long_response(self, group: Group) -> None:
         """The gradient with coefficient 1 first, as the tiles come and go; then its multiple."""
         sums = self.sums if self.sums.empty else self.scratch
         for rows in group.tiles:
@@ -369,7 +304,7 @@ class _Run:
         self.logprobs_t[rows], self.entropy_t[rows] = found.logprobs(), found.entropy()
         return found.top_c, found.total_c
 
-    def _coefficients(self, group: _Group) -> Tensor:
+    def _coefficients(self, group: Group) -> Tensor:
         """Of the mean loss over all responses; float64."""
         responses = slice(group.first, group.last)
         self.ratio_n[responses] = self.terms.ratios(self.logprobs_t, group.rows, responses)
@@ -383,27 +318,6 @@ class _Run:
         if self.dhidden_td is not None:
             self.tiles.put_dhidden(dz_cv, self.dhidden_td[rows])
         sums.add(dz_cv, self.hidden_td[rows])
-
-
-def _terms(
-    edges: list[int],
-    advantages: Tensor,
-    ref_logprobs_t: Tensor,
-    tau: float,
-    normalize: Normalize,
-    cp_group: dist.ProcessGroup | None,
-) -> _Terms:
-    device = ref_logprobs_t.device
-    edges_n = torch.tensor(edges, device=device)
-    lengths_n = edges_n.diff()
-    response_t = torch.repeat_interleave(torch.arange(len(lengths_n), device=device), lengths_n)
-    if cp_group is not None:
-        dist.all_reduce(lengths_n, group=cp_group)
-    norms_n = lengths_n.clamp(min=1).double()
-    if normalize != "length":
-        norms_n = norms_n.sqrt() if normalize == "sqrt_length" else torch.ones_like(norms_n)
-    advantages_n = advantages.to(device, torch.float64)
-    return _Terms(ref_logprobs_t, advantages_n, norms_n, edges_n, response_t, tau, cp_group)
 
 
 def _check_choices(tau: float, normalize: str, schedule: str, workspace_bytes: int) -> None:
