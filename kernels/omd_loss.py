@@ -128,9 +128,8 @@ def omd_loss(
             response longer than ``chunk``.
         cp_group: ranks that hold each response's tokens between them. ``hidden``, ``ids`` and the
             like are this rank's share, maybe none; ``advantages`` are the same on all. Every rank
-            gets the
-            same loss, and the gradient that its own tokens contribute to it: sum those of
-                ``weight``.
+            gets the same loss, and the gradient that its own tokens contribute to it: sum those of
+            ``weight``.
 
     Raises:
         ValueError: as ``linear_logprob``, and cu_seqlens do not cover the tokens, tau is not
@@ -279,8 +278,9 @@ class _Run:
         for rows in group.tiles:  # One, or none if no token counts.
             top_c, total_c = self._statistics(rows)
         coefficient_n = self._coefficients(group)
+        lengths_n = self.terms.edges_n[group.first : group.last + 1].diff()
         for rows in group.tiles:
-            outer_c = coefficient_n[self.terms.response_t[rows] - group.first]
+            outer_c = coefficient_n.repeat_interleave(lengths_n)
             if outer_c.any():
                 self._add_gradient(rows, top_c, total_c, outer_c, self.sums)
 

@@ -22,8 +22,6 @@ class Terms:
     norms_n: Tensor
     edges_n: Tensor
     """Response i has tokens edges[i] to edges[i + 1], int64 ``[n + 1]``."""
-    response_t: Tensor
-    """Which response each token belongs to."""
     tau: float
     cp_group: dist.ProcessGroup | None
 
@@ -67,13 +65,11 @@ def plan(edges: list[int], chunk: int, *, merge: bool) -> list[Group]:
         last = first + 1
         while merge and last < len(edges) - 1 and edges[last + 1] - edges[first] <= chunk:
             last += 1
-        rows = slice(edges[first], edges[last])
-        count = -(-(rows.stop - rows.start) // chunk)
-        cuts = [
-            rows.start + (rows.stop - rows.start) * i // max(1, count) for i in range(count + 1)
-        ]
-        tiles = [slice(start, stop) for start, stop in pairwise(cuts)]
-        groups.append(Group(first, last, rows, tiles))
+        start, length = edges[first], edges[last] - edges[first]
+        count = -(-length // chunk)
+        cuts = [start + length * i // max(1, count) for i in range(count + 1)]
+        tiles = [slice(*cut) for cut in pairwise(cuts)]
+        groups.append(Group(first, last, slice(start, start + length), tiles))
         first = last
     return sorted(groups, key=lambda group: -len(group.tiles)) if merge else groups
 
@@ -89,11 +85,10 @@ def make_terms(
     device = ref_logprobs_t.device
     edges_n = torch.tensor(edges, device=device)
     lengths_n = edges_n.diff()
-    response_t = torch.repeat_interleave(torch.arange(len(lengths_n), device=device), lengths_n)
     if cp_group is not None:
         dist.all_reduce(lengths_n, group=cp_group)
     norms_n = lengths_n.clamp(min=1).double()
     if normalize != "length":
         norms_n = norms_n.sqrt() if normalize == "sqrt_length" else torch.ones_like(norms_n)
     advantages_n = advantages.to(device, torch.float64)
-    return Terms(ref_logprobs_t, advantages_n, norms_n, edges_n, response_t, tau, cp_group)
+    return Terms(ref_logprobs_t, advantages_n, norms_n, edges_n, tau, cp_group)

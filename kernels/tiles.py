@@ -26,7 +26,7 @@ UPCAST_ELEMENTS = 1 << 21
 
 @dataclass(frozen=True)
 class Head:
-    """The output matrix and what becomes of its logits: (·+ bias), softcap, temperature."""
+    """The output matrix, and what its logits go through: bias, then softcap, then temperature."""
 
     weight_vd: Tensor
     bias_v: Tensor | None
@@ -258,8 +258,7 @@ class WeightSums:
         other.empty = True
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """In the dtype of the parameters; zeros if no tile was added, None where none are
-        wanted."""
+        """In the parameters' dtype; zeros if no tile was added, None where none are wanted."""
         head = self._tiles.head
         pairs = ((self.weight_vd, head.weight_vd), (self.bias_v, head.bias_v))
         found: list[Tensor | None] = []
