@@ -280,8 +280,12 @@ def test_weight_gradients_of_16_bits_are_summed_in_float32():
 
 
 LONG = """
-import resource, torch
+import torch
 from kimi_core.kernels import linear_logprob_ref, omd_loss
+
+def status(key):  # bytes
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 tokens, vocab, width = 131072, 49152, 64
 draw = torch.Generator().manual_seed(0)
@@ -289,12 +293,12 @@ hidden = torch.randn(tokens, width, generator=draw).requires_grad_()
 weight = (torch.randn(vocab, width, generator=draw) / 8).requires_grad_()
 ids = torch.randint(vocab, (tokens,), generator=draw)
 cu_seqlens = torch.tensor([0, 65536, tokens])
-inputs = 4 * (hidden.numel() + weight.numel())
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+gradients = 4 * (hidden.numel() + weight.numel())
+before = status("VmRSS")
 ref = torch.full((tokens,), -11.0)
 found = omd_loss(hidden, weight, ids, ref, torch.ones(2), cu_seqlens, tau=0.1)
 found.loss.backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - inputs)
+print(status("VmHWM") - before - gradients)
 last = slice(tokens - 5, tokens)  # logits far past the 2^31st
 true, _ = linear_logprob_ref(hidden[last].double(), weight.double(), ids[last])
 torch.testing.assert_close(found.logprobs_t[last].double(), true.detach(), rtol=0, atol=1e-5)
@@ -302,12 +306,14 @@ torch.testing.assert_close(found.logprobs_t[last].double(), true.detach(), rtol=
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of a process")
 def test_131072_tokens_fit_in_a_gibibyte_beyond_inputs_and_gradients():
     """More rows than a 16-bit grid has, and 6.4e9 logits, offsets past 2^31."""
     command = [sys.executable, "-c", LONG]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
-    assert 0 < int(done.stdout) < 1 << 30
+    tile = 4 * 512 * 49152
+    assert 0.9 * tile < int(done.stdout) < 1 << 30
 
 
 def bad(**changes):
