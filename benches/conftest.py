@@ -8,6 +8,7 @@ on the same hardware prints them beside its own.
 """
 
 import json
+import math
 import os
 import platform
 import re
@@ -45,7 +46,10 @@ class Ratios:
     def record(
         self, name: str, peer: str, ratio: float, minimum: float | None = None, detail: str = ""
     ) -> None:
-        """Add a line to the table; below ``minimum`` (None: for information) the session fails."""
+        """Add a line to the table; below ``minimum`` (None: for information) the session fails.
+
+        A ratio of NaN is a peer that is missing; ``detail`` says how to get it.
+        """
         self.all.append(Ratio(name, peer, ratio, minimum, detail))
 
 
@@ -84,7 +88,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if ratios and session.config.getoption("--write-baseline"):
         before = session.config.stash[BEFORE]
-        baseline = {**before, **{_key(ratio): asdict(ratio) for ratio in ratios}}
+        found = {_key(ratio): asdict(ratio) for ratio in ratios if not math.isnan(ratio.ratio)}
+        baseline = {**before, **found}
         BASELINES.mkdir(exist_ok=True)
         _baseline_path().write_text(json.dumps(baseline, indent=1, ensure_ascii=False) + "\n")
 

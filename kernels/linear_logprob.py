@@ -1,147 +1,194 @@
 """Log-probs of given tokens from hidden states and the output matrix, without the logits.
 
 Logits ``[T, V]`` are formed ``chunk`` rows at a time, in the forward pass and again in the backward
-pass; what is kept between the two is two floats a token. Shape suffixes: t tokens, d hidden size,
-v vocabulary, c rows of a chunk.
+pass; what is kept between the two is two numbers a token.
 """
 
+from typing import Literal, overload
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kimi_core.kernels.checks import check_finite, check_head
+from kimi_core.kernels.tiles import CHUNK, Head, WeightSums, tiles_for
 
 
 def linear_logprob_ref(
-    hidden_td: Tensor,
-    weight_vd: Tensor,
-    ids_t: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
     *,
     temperature: float = 1.0,
-    bias_v: Tensor | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
-) -> Tensor:
-    """The slow twin: all logits at once, in the dtype that the inputs come in."""
-    logits_tv = hidden_td @ weight_vd.T
-    if bias_v is not None:
-        logits_tv = logits_tv + bias_v
+    mask: Tensor | None = None,
+    upcast: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The slow twin: all logits at once, in the inputs' dtype or, with ``upcast``, in float64.
+
+    Returns log-probs and entropy, ``[T]``; 0 outside of the mask.
+    """
+    if upcast:
+        hidden, weight = hidden.double(), weight.double()
+    logits_tv = hidden @ weight.T
+    if bias is not None:
+        logits_tv = logits_tv + bias.to(logits_tv.dtype)
     if softcap is not None:
         logits_tv = softcap * torch.tanh(logits_tv / softcap)
     logprobs_tv = torch.log_softmax(logits_tv / temperature, dim=-1)
-    return logprobs_tv.gather(1, ids_t.long()[:, None])[:, 0]
+    entropy_t = -(logprobs_tv.exp() * logprobs_tv).sum(dim=-1)
+    if mask is not None:
+        ids = ids.where(mask, 0)
+    logprobs_t = logprobs_tv.gather(1, ids.long()[:, None])[:, 0]
+    if mask is None:
+        return logprobs_t, entropy_t
+    return logprobs_t.where(mask, 0), entropy_t.where(mask, 0)
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+    chunk: int = ...,
+    tp_group: dist.ProcessGroup | None = ...,
+) -> Tensor: ...
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = ...,
+    bias: Tensor | None = ...,
+    softcap: float | None = ...,
+    mask: Tensor | None = ...,
+    return_entropy: Literal[True],
+    chunk: int = ...,
+    tp_group: dist.ProcessGroup | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_logprob(
-    hidden_td: Tensor,
-    weight_vd: Tensor,
-    ids_t: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
     *,
     temperature: float = 1.0,
-    bias_v: Tensor | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
-    chunk: int = 1024,
-) -> Tensor:
-    """Log-probs of ``ids_t`` under ``softmax(hidden @ weight.T / temperature)``.
+    mask: Tensor | None = None,
+    return_entropy: bool = False,
+    chunk: int = CHUNK,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of ``ids`` under ``softmax(hidden @ weight.T / temperature)``.
 
     Args:
-        hidden_td: ``[T, D]``, any floating dtype.
-        weight_vd: ``[V, D]``, the same dtype.
-        ids_t: ``[T]``, integers in ``[0, V)``.
+        hidden: ``[T, D]``; float32, bfloat16, float16 or float64 (which is slow).
+        weight: ``[V, D]``, the same dtype. With ``tp_group``, this rank's rows.
+        ids: ``[T]``, integers in ``[0, V)`` where the mask is set.
         temperature: > 0, the one the tokens were sampled with.
-        bias_v: ``[V]``, added to the logits.
+        bias: ``[V]``, added to the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)``, before the temperature.
+        mask: bool ``[T]``. Rows outside it are dropped before the GEMM: they cost nothing, and come
+            back as 0 with zero gradient.
+        return_entropy: also give the entropy of each row's distribution, without gradient.
         chunk: rows of logits that exist at once.
+        tp_group: ranks that hold the vocabulary's rows between them, in the order of their ranks,
+            with the same hidden states and ids on each. All of them get the same log-probs and the
+            same gradient of hidden; each gets that of its own rows.
 
     Returns:
-        ``[T]`` float32, in nats; differentiable in hidden, weight and bias.
+        ``[T]`` float32 in nats, differentiable in hidden, weight and bias; with ``return_entropy``
+        a pair of it and the entropy, ``[T]`` float32 in nats. (float64 for float64 inputs.)
 
     Raises:
-        ValueError: shapes do not fit, an id is out of range, or the temperature is not positive.
+        ValueError: shapes, dtypes or devices do not fit, an id is out of range, or a number is not
+            positive.
+        FloatingPointError: a log-prob is NaN, as hidden or weight hold NaN or infinity.
     """
-    dimensions = (hidden_td.dim(), weight_vd.dim(), ids_t.dim())
-    if dimensions != (2, 2, 1) or (len(ids_t), weight_vd.shape[1]) != tuple(hidden_td.shape):
-        raise ValueError(
-            f"Shapes do not fit: hidden {tuple(hidden_td.shape)} must be [T, D], "
-            f"weight {tuple(weight_vd.shape)} [V, D], ids {tuple(ids_t.shape)} [T]"
-        )
-    if not temperature > 0:
-        raise ValueError(f"temperature = {temperature}: log-probs need one greater than 0")
-    ids_t = ids_t.long()
-    if len(ids_t) and not (0 <= int(ids_t.min()) and int(ids_t.max()) < len(weight_vd)):
-        raise ValueError(
-            f"Token ids from {int(ids_t.min())} to {int(ids_t.max())}: "
-            f"the vocabulary has 0 to {len(weight_vd) - 1}"
-        )
-    result: Tensor = _LinearLogProb.apply(
-        hidden_td, weight_vd, bias_v, ids_t, temperature, softcap, chunk
+    head = check_head(
+        hidden,
+        weight,
+        ids,
+        temperature=temperature,
+        bias=bias,
+        softcap=softcap,
+        mask=mask,
+        chunk=chunk,
+        tp_group=tp_group,
     )
-    return result
+    if mask is None:
+        logprobs_t, entropy_t = logprobs_of(hidden, ids.long(), head, chunk)
+    else:
+        kept = mask.nonzero()[:, 0]
+        counted = logprobs_of(hidden[kept], ids[kept].long(), head, chunk)
+        logprobs_t, entropy_t = (
+            values.new_zeros(len(ids)).index_copy(0, kept, values) for values in counted
+        )
+    check_finite(logprobs_t)
+    return (logprobs_t, entropy_t) if return_entropy else logprobs_t
 
 
-def _logits(
-    hidden_cd: Tensor, weight_vd: Tensor, bias_v: Tensor | None, softcap: float | None
-) -> Tensor:
-    """float32 ``[C, V]``: the GEMM in the inputs' dtype, everything after it in float32."""
-    logits_cv = (hidden_cd @ weight_vd.T).float()
-    if bias_v is not None:
-        logits_cv += bias_v
-    if softcap is not None:
-        logits_cv.div_(softcap).tanh_().mul_(softcap)
-    return logits_cv
+def logprobs_of(hidden_td: Tensor, ids_t: Tensor, head: Head, chunk: int) -> tuple[Tensor, Tensor]:
+    """Differentiable log-probs, and the entropy, of inputs that were checked; all rows count.
+
+    What comes out is not checked: of ranks that go on to a collective, none may stop before it.
+    """
+    logprobs_t, entropy_t = _LinearLogProb.apply(
+        hidden_td, head.weight_vd, head.bias_v, ids_t, head, chunk
+    )
+    return logprobs_t, entropy_t
 
 
 class _LinearLogProb(torch.autograd.Function):
-    """Saves the inputs, and of each row its largest logit and the sum of exp(logit - largest).
-
-    The two stay apart: their log-sum-exp in one float32 would lose the sum's digits to a large
-    maximum. The backward forms the logits anew.
-    """
+    """Two passes: four GEMMs. Any gradient may come from above, one a token."""
 
     @staticmethod
-    def forward(ctx, hidden_td, weight_vd, bias_v, ids_t, temperature, softcap, chunk):  # type: ignore[no-untyped-def]
-        logprobs_t = hidden_td.new_empty(len(ids_t), dtype=torch.float32)
-        top_t, total_t = torch.empty_like(logprobs_t), torch.empty_like(logprobs_t)
+    def forward(ctx, hidden_td, weight_vd, bias_v, ids_t, head, chunk):  # type: ignore[no-untyped-def]
+        tiles = tiles_for(head, min(chunk, len(ids_t)))
+        logprobs_t = hidden_td.new_empty(len(ids_t), dtype=tiles.dtype)
+        entropy_t, top_t = torch.empty_like(logprobs_t), torch.empty_like(logprobs_t)
+        total_t = torch.empty_like(logprobs_t, dtype=torch.float64)
         for start in range(0, len(ids_t), chunk):
-            part = slice(start, start + chunk)
-            scaled_cv = _logits(hidden_td[part], weight_vd, bias_v, softcap).div_(temperature)
-            # Shifted by the maximum and summed in float64: float32 log_softmax on a CPU is biased
-            # on peaked rows, and a response sums thousands of these.
-            top_c = scaled_cv.amax(dim=1)
-            picked_c = scaled_cv.gather(1, ids_t[part, None])[:, 0] - top_c
-            total_c = scaled_cv.sub_(top_c[:, None]).exp_().sum(dim=1, dtype=torch.float64)
-            logprobs_t[part] = (picked_c - total_c.log()).float()
-            top_t[part], total_t[part] = top_c, total_c.float()
+            rows = slice(start, start + chunk)
+            tiles.load(hidden_td[rows], ids_t[rows], keep=False)
+            found = tiles.statistics()
+            logprobs_t[rows], entropy_t[rows] = found.logprobs(), found.entropy()
+            top_t[rows], total_t[rows] = found.top_c, found.total_c
         ctx.save_for_backward(hidden_td, weight_vd, bias_v, ids_t, top_t, total_t)
-        ctx.settings = (temperature, softcap, chunk)
-        return logprobs_t
+        ctx.head, ctx.chunk = head, chunk
+        ctx.mark_non_differentiable(entropy_t)
+        return logprobs_t, entropy_t
 
     @staticmethod
-    def backward(ctx, grad_t):  # type: ignore[no-untyped-def]
-        hidden_td, weight_vd, bias_v, ids_t, top_t, total_t = ctx.saved_tensors
-        temperature, softcap, chunk = ctx.settings
+    @once_differentiable
+    def backward(ctx, grad_t, _):  # type: ignore[no-untyped-def]
+        hidden_td, _, _, ids_t, top_t, total_t = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dhidden_td = torch.empty_like(hidden_td) if need_hidden else None
-        # Gradients of the weights are summed over many chunks: in float32, whatever the inputs are.
-        dweight_vd = torch.zeros_like(weight_vd, dtype=torch.float32) if need_weight else None
-        dbias_v = torch.zeros_like(bias_v, dtype=torch.float32) if need_bias else None
-        for start in range(0, len(ids_t), chunk):
-            part = slice(start, start + chunk)
-            logits_cv = _logits(hidden_td[part], weight_vd, bias_v, softcap)
-            # d logp / d z = (onehot - softmax) / temperature, and softcap's own slope on top.
-            slope_cv = None if softcap is None else 1 - (logits_cv / softcap) ** 2
-            outer_c = grad_t[part] / temperature
-            dz_cv = logits_cv.div_(temperature).sub_(top_t[part, None]).exp_()
-            dz_cv.mul_(-(outer_c / total_t[part])[:, None])
-            dz_cv[torch.arange(len(dz_cv), device=dz_cv.device), ids_t[part]] += outer_c
-            if slope_cv is not None:
-                dz_cv.mul_(slope_cv)
-            operand_cv = dz_cv.to(hidden_td.dtype)
+        # What counts for nothing (wrong answers under ReST, say) costs nothing.
+        live = grad_t.nonzero()[:, 0]
+        tiles = tiles_for(ctx.head, min(ctx.chunk, len(live)))
+        sums = WeightSums(tiles, weight=need_weight, bias=need_bias)
+        dhidden_td = torch.zeros_like(hidden_td) if need_hidden else None
+        for rows in live.split(ctx.chunk):
+            hidden_cd = hidden_td[rows]
+            tiles.load(hidden_cd, ids_t[rows])
+            dz_cv = tiles.gradient(top_t[rows], total_t[rows], grad_t[rows])
             if dhidden_td is not None:
-                dhidden_td[part] = operand_cv @ weight_vd
-            if dweight_vd is not None:
-                dweight_vd += operand_cv.T @ hidden_td[part]
-            if dbias_v is not None:
-                dbias_v += dz_cv.sum(dim=0)
-        return (
-            dhidden_td,
-            None if dweight_vd is None else dweight_vd.to(weight_vd.dtype),
-            None if dbias_v is None else dbias_v.to(bias_v.dtype),
-            *[None] * 4,
-        )
+                part_cd = torch.empty_like(hidden_cd)
+                tiles.put_dhidden(dz_cv, part_cd)
+                dhidden_td[rows] = part_cd
+            sums.add(dz_cv, hidden_cd)
+        if dhidden_td is not None and ctx.head.tp_group is not None:
+            dist.all_reduce(dhidden_td, group=ctx.head.tp_group)
+        return dhidden_td, *sums.gradients(), None, None, None

@@ -38,7 +38,7 @@ class Memory:
     """Of AdamW: two numbers a trained parameter, in the parameter's own dtype."""
     kv_cache: int
     logits: int
-    """``head_chunk`` rows over the vocabulary and their gradient, float32."""
+    """``head_chunk`` rows over the vocabulary, float32; their gradient takes their place."""
     buffer: int
 
 
@@ -89,7 +89,7 @@ def estimate(
         gradients=trained,
         optimizer_moments=2 * trained,
         kv_cache=_rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model),
-        logits=2 * 4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
+        logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
         buffer=BUFFER_BYTES * capacity,
     )
 

@@ -24,13 +24,19 @@ class Responses:
     ref_logprobs_t: Tensor
     """Log-prob of each counted token when it was sampled, float32: log π_i."""
     response_t: Tensor
-    """Which response each counted token belongs to, int64 in [0, n)."""
+    """Which response each counted token belongs to, int64 in [0, n), not decreasing."""
     advantages_n: Tensor
     """A_j = r_j − r̄."""
     scales_n: Tensor
     """Standard deviation of the rewards in the response's group; only GRPO divides by it."""
     correct_n: Tensor
     """1 for a right answer, else 0; only ReST asks."""
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Where each response's counted tokens begin, and the last one's end, int64 ``[n + 1]``."""
+        lengths_n = torch.bincount(self.response_t, minlength=len(self.advantages_n))
+        return torch.nn.functional.pad(lengths_n.cumsum(0), (1, 0))
 
     def sum(self, values_t: Tensor) -> Tensor:
         """Sum of a per-token value over each response, ``[n]``.
@@ -53,6 +59,8 @@ def omd(logprobs_t: Tensor, responses: Responses, *, tau: float, normalize: Norm
 
     ρ_j = Σ_t [log π_θ − log π_i] is the log-ratio of the whole response, so that the gradient of
     every counted token's log-prob is −(A_j − τ·ρ_j): the report's equation (3).
+
+    The trainer takes it together with the log-probs, as ``kernels.omd_loss``; this is the formula.
     """
     ratio_n = responses.sum(logprobs_t - responses.ref_logprobs_t) / responses.norms(normalize)
     return (responses.advantages_n - tau * ratio_n) ** 2 / (2 * tau)

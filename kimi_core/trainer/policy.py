@@ -1,15 +1,18 @@
-"""A Hugging Face causal LM as the trainer sees it: tokens in, log-probs of wanted tokens out."""
+"""A Hugging Face causal LM as the trainer sees it: tokens in, log-probs or a loss out."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kimi_core.kernels import linear_logprob
+from kimi_core.kernels import OmdLoss, linear_logprob, omd_loss
+from kimi_core.trainer.objective import Normalize, Responses
 from kimi_core.trainer.packing import MicroBatch
 
 
 class Policy:
-    """Runs the body of a model and hands its hidden states to ``linear_logprob``.
+    """Runs the body of a model and hands its hidden states to ``kimi_core.kernels``.
 
     The model's own head would form all logits; this one keeps the output matrix and what the
     architecture does to the logits (bias, scale, soft cap), and never holds more than
@@ -41,22 +44,50 @@ class Policy:
         self._check_head()
 
     def logprobs(self, micro: MicroBatch) -> Tensor:
-        """Log-probs of the wanted tokens, float32 ``[t]``; differentiable unless under no_grad."""
+        """Log-probs of the wanted tokens, float32 ``[t]``; differentiable unless under no_grad.
+
+        Raises:
+            FloatingPointError: a log-prob is NaN.
+        """
+        return linear_logprob(self._hidden(micro), **self._head_of(micro))
+
+    def omd_loss(
+        self, micro: MicroBatch, responses: Responses, *, tau: float, normalize: Normalize
+    ) -> OmdLoss:
+        """``objective.omd`` of the wanted tokens, averaged over the responses, as one operation.
+
+        Raises:
+            FloatingPointError: a log-prob is NaN.
+        """
+        return omd_loss(
+            self._hidden(micro),
+            **self._head_of(micro),
+            ref_logprobs=responses.ref_logprobs_t,
+            advantages=responses.advantages_n,
+            cu_seqlens=responses.cu_seqlens,
+            tau=tau,
+            normalize=normalize,
+        )
+
+    def _hidden(self, micro: MicroBatch) -> Tensor:
+        """Hidden states that predict the wanted tokens, ``[t, d]``."""
         hidden_rld = self.model.base_model(
             input_ids=micro.ids_rl,
             attention_mask=self._mask(micro),
             position_ids=micro.positions_rl,
             use_cache=False,
         ).last_hidden_state
-        return linear_logprob(
-            hidden_rld[micro.row_t, micro.column_t],
-            self._head.weight,
-            micro.ids_t,
-            temperature=self.temperature / self._scale,
-            bias_v=self._head.bias,
-            softcap=self._softcap,
-            chunk=self.head_chunk,
-        )
+        return hidden_rld[micro.row_t, micro.column_t]
+
+    def _head_of(self, micro: MicroBatch) -> dict[str, Any]:
+        return {
+            "weight": self._head.weight,
+            "ids": micro.ids_t,
+            "temperature": self.temperature / self._scale,
+            "bias": self._head.bias,
+            "softcap": self._softcap,
+            "chunk": self.head_chunk,
+        }
 
     @property
     def shares_prompts(self) -> bool:

@@ -59,7 +59,10 @@ def train_sft(
             order.extend(rng.permutation(len(examples)).tolist())
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         batch = pack_examples([examples[index] for index in chosen])
-        loss = _accumulate(policy, batch, trainer.tokens_per_micro_batch)
+        try:
+            loss = _accumulate(policy, batch, trainer.tokens_per_micro_batch)
+        except FloatingPointError:  # A log-prob is NaN; so is the loss, then.
+            loss = math.nan
         norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.grad_clip)
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
             raise TrainingDiverged(

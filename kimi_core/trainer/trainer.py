@@ -164,10 +164,13 @@ class Trainer:
         for micro in self._micro_batches(data.batch, counted, share):
             # transformers checkpoints in training mode only, and says nothing otherwise.
             self._policy.model.train(self._config.activation_checkpointing)
-            logprobs_t = self._policy.logprobs(micro)
-            self._policy.model.eval()
-            losses_n = self._losses(logprobs_t, self._responses(data, reference, micro))
-            loss = losses_n.sum() / len(share)
+            try:
+                mean, logprobs_t, count = self._loss(micro, data, reference)
+            except FloatingPointError as error:
+                raise self._diverged(str(error)) from error
+            finally:
+                self._policy.model.eval()
+            loss = mean * (count / len(share))
             loss.backward()
             total += float(loss.detach())
             met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
@@ -186,7 +189,8 @@ class Trainer:
         )
 
     def _responses(self, data: TrainingData, reference: np.ndarray, micro: MicroBatch) -> Responses:
-        members_n, response_t = torch.unique(micro.sequence_t, return_inverse=True)
+        # A sequence's wanted tokens lie side by side in a micro-batch.
+        members_n, response_t = torch.unique_consecutive(micro.sequence_t, return_inverse=True)
         rows = members_n.cpu().numpy()
 
         def tensor(values: np.ndarray) -> Tensor:
@@ -200,15 +204,26 @@ class Trainer:
             correct_n=tensor(data.correct[rows]),
         )
 
-    def _losses(self, logprobs_t: Tensor, responses: Responses) -> Tensor:
+    def _loss(
+        self, micro: MicroBatch, data: TrainingData, reference: np.ndarray
+    ) -> tuple[Tensor, Tensor, int]:
+        """Mean loss over the responses of a micro-batch, the log-probs met, how many responses."""
         config = self._config
+        responses = self._responses(data, reference, micro)
+        count = len(responses.advantages_n)
         if config.objective == "omd":
-            return objective.omd(logprobs_t, responses, tau=config.tau, normalize=config.normalize)
+            found = self._policy.omd_loss(
+                micro, responses, tau=config.tau, normalize=config.normalize
+            )
+            return found.loss, found.logprobs_t, count
+        logprobs_t = self._policy.logprobs(micro)
         if config.objective == "reinforce":
-            return objective.reinforce(logprobs_t, responses, normalize=config.normalize)
-        if config.objective == "grpo":
-            return objective.grpo(logprobs_t, responses)
-        return objective.rest(logprobs_t, responses, normalize=config.normalize)
+            losses_n = objective.reinforce(logprobs_t, responses, normalize=config.normalize)
+        elif config.objective == "grpo":
+            losses_n = objective.grpo(logprobs_t, responses)
+        else:
+            losses_n = objective.rest(logprobs_t, responses, normalize=config.normalize)
+        return losses_n.mean(), logprobs_t, count
 
     def _check_gap(self, mean: float) -> bool:
         """Whether the reference has to be recomputed."""
@@ -228,15 +243,19 @@ class Trainer:
     def _update(self, optimizer: torch.optim.Optimizer, loss: float) -> float:
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip))
         if not (math.isfinite(norm) and math.isfinite(loss)):
-            optimizer.zero_grad()
-            raise TrainingDiverged(
-                f"Loss {loss} with gradient norm {norm}: the update was not taken. Lower "
-                f"trainer.learning_rate (now {self._config.learning_rate}) or look at the rewards "
-                "and log-probs of this iteration's samples"
-            )
+            raise self._diverged(f"Loss {loss} with gradient norm {norm}")
         optimizer.step()
         optimizer.zero_grad()
         return norm
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        for parameter in self._parameters:
+            parameter.grad = None
+        return TrainingDiverged(
+            f"{what}: the update was not taken. Lower trainer.learning_rate (now "
+            f"{self._config.learning_rate}) or look at the rewards and log-probs of this "
+            "iteration's samples"
+        )
 
 
 def _remove_dropout(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The chunked log-probs against float64, with plain torch at the same dtype as the yardstick."""
+"""Log-probs in tiles against float64, with plain torch at the same dtype as the yardstick."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kimi_core.kernels import linear_logprob, linear_logprob_ref
+from kimi_core.kernels.tiles import UPCAST_ELEMENTS
 
 SIZES = {
     "one token": (1, 16, 101, 64),  # T = 1: a batch of one response of one token
@@ -16,6 +17,7 @@ SIZES = {
     "few words": (45, 12, 3, 16),  # V smaller than the chunk, and than D
     "one word": (5, 4, 1, 2),  # V = 1: every log-prob is 0 and so is every gradient
     "one feature": (33, 1, 65, 8),  # D = 1: a product instead of a sum
+    "past a vector": (9, 5, 129, 4),  # one column beyond eight vectors of 16: the shortest tail
 }
 OPTIONS = {
     "plain": {},
@@ -39,7 +41,9 @@ def run(function, inputs, ids, above, **options) -> list[Tensor]:
     """Log-probs and the gradients of hidden, weight and (where there is one) bias, in float64."""
     leaves = [value.detach().clone().requires_grad_() for value in inputs]
     bias = leaves[2] if len(leaves) > 2 else None
-    logprobs = function(leaves[0], leaves[1], ids, bias_v=bias, **options)
+    logprobs = function(leaves[0], leaves[1], ids, bias=bias, **options)
+    if function is linear_logprob_ref:
+        logprobs = logprobs[0]
     logprobs.backward(above.to(logprobs.dtype))
     return [logprobs.detach().double(), *(leaf.grad.double() for leaf in leaves)]
 
@@ -63,7 +67,7 @@ def assert_as_good_as_torch(inputs, ids, above, *, chunk, **options):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(("tokens", "width", "vocab", "chunk"), SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_at_most_twice_torchs(dtype, tokens, width, vocab, chunk, options):
     *inputs, ids, above = problem(tokens, width, vocab)
     for count in (2, 3):  # without and with a bias
@@ -86,11 +90,13 @@ def test_all_logits_negative():
     assert_as_good_as_torch(inputs, ids, above, chunk=16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_sums_over_peaked_logits_do_not_drift(seed):
+def test_sums_over_peaked_logits_do_not_drift(seed, dtype):
     """At most 0.05 nats over 32k tokens: ρ of the objective is such a sum."""
     tokens = 2048
     hidden, weight, _, _, _ = problem(tokens, 16, 4096, seed=seed, scale=6.0)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     logprobs_tv = torch.log_softmax(hidden.double() @ weight.double().T, dim=-1)
     draw = torch.Generator().manual_seed(seed)
     ids = torch.multinomial(logprobs_tv.exp(), 1, generator=draw)[:, 0]
@@ -107,7 +113,11 @@ def test_gradients_are_autograds_in_float64(options):
     slow = run(linear_logprob_ref, inputs, ids, above, **options)
     fast = run(linear_logprob, inputs, ids, above, chunk=8, **options)
     for own, true in zip(fast, slow, strict=True):
-        torch.testing.assert_close(own, true, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own, true, rtol=1e-12, atol=1e-12)
+    leaves = [value.requires_grad_() for value in inputs]
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_logprob(h, w, ids, bias=b, chunk=8, **options), leaves
+    )
 
 
 def test_chunk_changes_nothing_but_rounding():
@@ -118,6 +128,51 @@ def test_chunk_changes_nothing_but_rounding():
             run(linear_logprob, inputs, ids, above, chunk=chunk), whole, strict=True
         ):
             torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masked_rows_cost_and_change_nothing(dtype):
+    *inputs, ids, above = problem(40, 8, 50)
+    inputs = [value.to(dtype) for value in inputs]
+    mask = torch.rand(40, generator=torch.Generator().manual_seed(3)) < 0.5
+    kept = run(linear_logprob, [inputs[0][mask], *inputs[1:]], ids[mask], above[mask], chunk=8)
+    inputs[0][~mask] = torch.nan
+    ids[~mask] = -100
+    with LargestTensor() as seen:
+        masked = run(linear_logprob, inputs, ids, above, chunk=1000, mask=mask)
+    assert seen.elements == mask.sum() * 50
+    for one, other in zip(masked[:2], kept[:2], strict=True):
+        torch.testing.assert_close(one[mask], other, rtol=1e-5, atol=1e-5)
+        assert not one[~mask].any()
+    last_places = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(masked[2], kept[2], rtol=last_places, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_entropy_is_that_of_the_row_and_has_no_gradient(options):
+    hidden, weight, bias, ids, _ = problem(40, 8, 50, scale=3.0)
+    weight.requires_grad_()
+    mask = ids % 3 > 0
+    _, entropy = linear_logprob(
+        hidden, weight, ids, bias=bias, mask=mask, return_entropy=True, chunk=8, **options
+    )
+    _, true = linear_logprob_ref(hidden, weight, ids, bias=bias, mask=mask, upcast=True, **options)
+    assert entropy.dtype == torch.float32 and not entropy.requires_grad
+    torch.testing.assert_close(entropy.double(), true.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_matrix_of_16_bits_is_copied_a_piece_at_a_time():
+    width, vocab = 64, UPCAST_ELEMENTS // 64 + 100  # two pieces, the second one a short one
+    *inputs, ids, above = problem(5, width, vocab)
+    ids[0] = vocab - 1
+    inputs = [value.bfloat16() for value in inputs]
+    with LargestTensor() as seen:
+        run(linear_logprob, inputs[:2], ids, above, chunk=2)
+    # The gradient in bfloat16 and the sum that becomes it have the size of the matrix; no copy of
+    # the matrix itself has.
+    whole = [shape for shape, dtype in seen.made if shape == (vocab, width) and dtype.itemsize == 4]
+    assert len(whole) == 1
+    assert_as_good_as_torch(inputs, ids, above, chunk=2)
 
 
 def test_tokens_without_gradient_add_nothing():
@@ -134,7 +189,7 @@ def test_tokens_without_gradient_add_nothing():
 def test_frozen_inputs_get_no_gradient():
     hidden, weight, bias, ids, _ = problem(10, 8, 20)
     hidden.requires_grad_()
-    linear_logprob(hidden, weight, ids, bias_v=bias, chunk=4).sum().backward()
+    linear_logprob(hidden, weight, ids, bias=bias, chunk=4).sum().backward()
     assert hidden.grad is not None and weight.grad is None and bias.grad is None
 
 
@@ -164,15 +219,20 @@ def test_no_tokens():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the element count of the largest tensor that any operation returned."""
+    """Remembers what tensors operations made, and the element count of the largest."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+        self.made = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else [result]:
             if isinstance(value, Tensor):
                 self.elements = max(self.elements, value.numel())
+                if "empty" in str(function) or "to_copy" in str(function):
+                    self.made.append((tuple(value.shape), value.dtype))
         return result
 
 
@@ -208,6 +268,35 @@ def test_an_id_outside_the_vocabulary_is_named(wrong):
 def test_shapes_that_do_not_fit_are_named(hidden, weight, ids):
     with pytest.raises(ValueError, match="Shapes do not fit"):
         linear_logprob(torch.zeros(hidden), torch.zeros(weight), torch.zeros(ids, dtype=torch.long))
+
+
+WRONG = {
+    "dtypes that differ": (
+        {"hidden": torch.zeros(5, 8).half()},
+        "hidden is torch.float16 and weight",
+    ),
+    "integers": ({"hidden": torch.zeros(5, 8).long()}, "hidden is torch.int64"),
+    "bias": ({"bias": torch.zeros(19)}, r"bias is torch.float32 \(19,\).*\[20\]"),
+    "mask": ({"mask": torch.ones(4) > 0}, r"mask has shape \(4,\): it must be \[5\]"),
+    "ids": ({"ids": torch.zeros(5)}, "ids is torch.float32: it must hold integers"),
+    "softcap": ({"softcap": 0.0}, "softcap = 0.0"),
+    "chunk": ({"chunk": 0}, "chunk = 0"),
+    "device": ({"ids": torch.zeros(5, dtype=torch.long, device="meta")}, "ids is on meta"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
+def test_what_else_does_not_fit_is_named(changes, message):
+    hidden, weight, _, ids, _ = problem(5, 8, 20)
+    with pytest.raises(ValueError, match=message):
+        linear_logprob(**{"hidden": hidden, "weight": weight, "ids": ids, **changes})
+
+
+def test_what_is_not_finite_is_an_error():
+    hidden, weight, _, ids, _ = problem(5, 8, 20)
+    hidden[3, 2] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"1 of 5 log-probs are NaN, the first .* token 3"):
+        linear_logprob(hidden, weight, ids)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])

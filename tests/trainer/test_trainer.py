@@ -382,3 +382,17 @@ def test_a_bfloat16_model_trains():
     moved = np.nan_to_num(after - data.batch.logprobs)
     moved = np.add.reduceat(moved, data.batch.cu_seqlens[:-1])
     assert (moved * data.advantages).sum() > 0
+
+
+@pytest.mark.parametrize("name", ["omd", "grpo"])
+def test_log_probs_that_are_nan_leave_the_weights_alone(name):
+    model = llama()
+    trainer, data = trainer_of(model, objective=name), data_of(model)
+    with torch.no_grad():
+        model.lm_head.weight[3] = torch.nan
+    before = weights_of(model)
+    with pytest.raises(TrainingDiverged, match=r"log-probs are NaN.*the update was not taken"):
+        train(trainer, data)
+    for key, value in model.named_parameters():
+        assert torch.equal(value.nan_to_num(), before[key].nan_to_num()) and value.grad is None
+    assert not model.training

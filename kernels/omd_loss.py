@@ -1,0 +1,331 @@
+"""Online mirror descent from hidden states to the loss and its gradient (section 2.3.2).
+
+ℓ_i = (A_i − τ·ρ_i)² / (2τ), where ρ_i = Σ_t [log π_θ − log π_i] over the counted tokens of a
+response. Its gradient in each of their log-probs is *one number a response*, c_i = −(A_i − τ·ρ_i),
+and what the log-probs pass on to hidden states and output matrix does not depend on it. So the
+gradient can be formed while the logits are there, in three GEMMs instead of four:
+
+* Responses that fit in a tile together: their c_i are known once the tile's statistics are.
+* A longer one: its tiles are worked off with coefficient 1 into a scratch of the size of the output
+  matrix, and c_i multiplies the sum. The first needs no scratch: the gradient itself is still
+  empty.
+
+That is ``one_pass``. ``two_pass`` is ``linear_logprob`` and the plain formula; the two are equal.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kimi_core.kernels.checks import check_cu_seqlens, check_finite, check_head, check_tokens
+from kimi_core.kernels.linear_logprob import linear_logprob_ref, logprobs_of
+from kimi_core.kernels.omd_terms import Group, Normalize, Terms, make_terms, plan
+from kimi_core.kernels.tiles import CHUNK, Head, Tiles, WeightSums, tiles_for
+
+Schedule = Literal["auto", "one_pass", "two_pass"]
+
+WORKSPACE_BYTES = 1 << 30
+
+
+class OmdLoss(NamedTuple):
+    """The loss, and what the same pass knows besides; n responses, t tokens. Only ``loss`` carries
+    a gradient."""
+
+    loss: Tensor
+    """float64: the mean of ℓ_i over the responses."""
+    log_ratio_n: Tensor
+    """float64: ρ_i, normalised as the loss has it."""
+    coefficient_n: Tensor
+    """float64: ∂ℓ_i / ∂ log π_θ of each of the response's counted tokens."""
+    logprobs_t: Tensor
+    """float32: the policy's log-probs; 0 outside of the mask."""
+    entropy: Tensor
+    """float64: the mean over the counted tokens, in nats; 0 if there are none."""
+    rows_computed: int
+    rows_skipped: int
+    """Rows outside of the mask, which no GEMM saw."""
+
+
+def omd_loss_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    ref_logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    tau: float,
+    mask: Tensor | None = None,
+    normalize: Normalize = "none",
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    upcast: bool = False,
+) -> Tensor:
+    """The slow twin of ``omd_loss(...).loss``: all logits at once, one response after the other."""
+    logprobs_t, _ = linear_logprob_ref(
+        hidden,
+        weight,
+        ids,
+        temperature=temperature,
+        bias=bias,
+        softcap=softcap,
+        mask=mask,
+        upcast=upcast,
+    )
+    losses = []
+    for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        counted = torch.ones_like(ids[start:end]) > 0 if mask is None else mask[start:end]
+        delta_t = (logprobs_t[start:end] - ref_logprobs[start:end])[counted].double()
+        power = {"none": 0.0, "length": 1.0, "sqrt_length": 0.5}[normalize]
+        ratio = delta_t.sum() / max(1, len(delta_t)) ** power
+        losses.append((advantages[i].double() - tau * ratio) ** 2 / (2 * tau))
+    return torch.stack(losses).mean()
+
+
+def omd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    ref_logprobs: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    tau: float,
+    mask: Tensor | None = None,
+    normalize: Normalize = "none",
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    schedule: Schedule = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
+    chunk: int = CHUNK,
+    tp_group: dist.ProcessGroup | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> OmdLoss:
+    """The mean over responses of (A_i − τ·ρ_i)² / (2τ), differentiable in hidden, weight and bias.
+
+    Args:
+        hidden, weight, ids, temperature, bias, softcap, chunk, tp_group: as ``linear_logprob``
+            takes them; hidden states that predict the tokens of the responses, end to end.
+        ref_logprobs: ``[T]``, log π_i of the tokens, in nats.
+        advantages: ``[n]``, A_i = r_i − r̄.
+        cu_seqlens: ``[n + 1]`` integers from 0 to T: response i is tokens cu[i] to cu[i + 1].
+        tau: τ > 0.
+        mask: bool ``[T]``, tokens that count; the others cost and change nothing. A response
+            without any has ρ = 0 and no gradient.
+        normalize: divide ρ_i by the response's counted tokens, their root, or (the report) nothing.
+        schedule: ``one_pass`` forms the gradient in the forward, in three GEMMs, and can go
+            backward once; ``two_pass`` forms the logits again in the backward. ``auto``: one pass,
+            unless the scratch would exceed ``workspace_bytes`` or there is nothing to
+            differentiate.
+        workspace_bytes: bound on one pass's scratch, 4·V·D bytes, which it needs for the second
+            response longer than ``chunk``.
+        cp_group: ranks that hold each response's tokens between them. ``hidden``, ``ids`` and the
+            like are this rank's share, maybe none; ``advantages`` are the same on all. Every rank
+            gets the same loss, and the gradient that its own tokens contribute to it: sum those of
+            ``weight``.
+
+    Raises:
+        ValueError: as ``linear_logprob``, and cu_seqlens do not cover the tokens, tau is not
+            positive, or ``one_pass`` was asked for and its scratch exceeds the bound.
+        FloatingPointError: a log-prob is NaN, as hidden or weight hold NaN or infinity.
+    """
+    head = check_head(
+        hidden,
+        weight,
+        ids,
+        temperature=temperature,
+        bias=bias,
+        softcap=softcap,
+        mask=mask,
+        chunk=chunk,
+        tp_group=tp_group,
+    )
+    check_tokens("ref_logprobs", ref_logprobs, len(ids))
+    _check_choices(tau, normalize, schedule, workspace_bytes)
+    edges = check_cu_seqlens(cu_seqlens, len(ids), len(advantages))
+    rows_skipped = 0
+    if mask is not None:
+        kept = mask.nonzero()[:, 0]
+        edges = torch.searchsorted(kept, torch.tensor(edges, device=kept.device)).tolist()
+        rows_skipped = len(ids) - len(kept)
+        hidden, ids, ref_logprobs = hidden[kept], ids[kept], ref_logprobs[kept]
+    terms = make_terms(edges, advantages, ref_logprobs, tau, normalize, cp_group)
+    groups = plan(edges, chunk, merge=cp_group is None)
+    if _choose(schedule, groups, head, hidden, workspace_bytes, cp_group) == "one_pass":
+        found = _OnePass.apply(hidden, weight, bias, ids.long(), head, terms, groups)
+    else:
+        found = _two_pass(hidden, ids.long(), head, terms, chunk)
+    loss, ratio_n, logprobs_t, entropy_t = found
+    entropy = entropy_t.double().sum() / max(1, len(ids))
+    if mask is not None:
+        logprobs_t = logprobs_t.new_zeros(len(mask)).index_copy(0, kept, logprobs_t)
+    check_finite(logprobs_t)
+    return OmdLoss(
+        loss, ratio_n, terms.coefficients(ratio_n), logprobs_t, entropy, len(ids), rows_skipped
+    )
+
+
+def _choose(
+    schedule: Schedule,
+    groups: list[Group],
+    head: Head,
+    hidden_td: Tensor,
+    workspace_bytes: int,
+    cp_group: dist.ProcessGroup | None,
+) -> Schedule:
+    parameters = [hidden_td, head.weight_vd, head.bias_v]
+    wanted = [p is not None and p.requires_grad and torch.is_grad_enabled() for p in parameters]
+    # The first group finds the gradient empty. An upcast tile sums in float32 also for 16 bits.
+    scratch = head.weight_vd.numel() * max(4, head.weight_vd.element_size())
+    needed = scratch if wanted[1] and any(len(group.tiles) > 1 for group in groups[1:]) else 0
+    if cp_group is not None:  # One schedule for all ranks, whatever their shares.
+        most = torch.tensor([needed, int(any(wanted))], device=hidden_td.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=cp_group)
+        needed, wanted = int(most[0]), [bool(most[1])]
+    if schedule == "one_pass" and needed > workspace_bytes:
+        raise ValueError(
+            f"one_pass needs a scratch of {needed:,} bytes (the output matrix in float32) for "
+            f"responses longer than a chunk, and workspace_bytes = {workspace_bytes:,}: raise it "
+            "or chunk, or take schedule 'auto'"
+        )
+    if schedule == "two_pass" or needed > workspace_bytes or not any(wanted):
+        return "two_pass"
+    return "one_pass"
+
+
+def _two_pass(
+    hidden_td: Tensor, ids_t: Tensor, head: Head, terms: Terms, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs_t, entropy_t = logprobs_of(hidden_td, ids_t, head, chunk)
+    everything = slice(0, len(ids_t)), slice(0, len(terms.norms_n))
+    ratio_n = terms.ratios(logprobs_t, *everything)
+    return terms.losses(ratio_n).mean(), ratio_n.detach(), logprobs_t.detach(), entropy_t
+
+
+class _OnePass(torch.autograd.Function):
+    """The gradient of the mean loss is formed in the forward; the backward scales it."""
+
+    @staticmethod
+    def forward(ctx, hidden_td, weight_vd, bias_v, ids_t, head, terms, groups):  # type: ignore[no-untyped-def]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        rows = max((tile.stop - tile.start for group in groups for tile in group.tiles), default=0)
+        tiles = tiles_for(head, rows)
+        run = _Run(
+            tiles=tiles,
+            hidden_td=hidden_td,
+            ids_t=ids_t,
+            terms=terms,
+            logprobs_t=hidden_td.new_empty(len(ids_t), dtype=tiles.dtype),
+            entropy_t=hidden_td.new_empty(len(ids_t), dtype=tiles.dtype),
+            ratio_n=torch.zeros_like(terms.norms_n),
+            dhidden_td=torch.zeros_like(hidden_td) if need_hidden else None,
+            sums=WeightSums(tiles, weight=need_weight, bias=need_bias),
+            scratch=WeightSums(tiles, weight=need_weight, bias=need_bias),
+        )
+        for group in groups:
+            if len(group.tiles) > 1:
+                run.long_response(group)
+            else:
+                run.short_responses(group)
+        if run.dhidden_td is not None and head.tp_group is not None:
+            dist.all_reduce(run.dhidden_td, group=head.tp_group)
+        ctx.gradients = (run.dhidden_td, *run.sums.gradients())
+        loss = terms.losses(run.ratio_n).mean()
+        ctx.mark_non_differentiable(run.ratio_n, run.logprobs_t, run.entropy_t)
+        return loss, run.ratio_n, run.logprobs_t, run.entropy_t
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The gradient of a one-pass omd_loss can be taken once: it was formed in the "
+                "forward and given away. Use schedule='two_pass' to go backward again"
+            )
+        # Handed over, not kept: autograd then takes the buffers instead of copying them.
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = float(grad)
+        for gradient in gradients:
+            if gradient is not None and factor != 1:
+                gradient.mul_(factor)
+        return *gradients, None, None, None, None
+
+
+@dataclass
+class _Run:
+    """One forward of ``_OnePass``: its inputs, and what it fills group by group."""
+
+    tiles: Tiles
+    hidden_td: Tensor
+    ids_t: Tensor
+    terms: Terms
+    logprobs_t: Tensor
+    entropy_t: Tensor
+    ratio_n: Tensor
+    dhidden_td: Tensor | None
+    sums: WeightSums
+    scratch: WeightSums
+
+    def short_responses(self, group: Group) -> None:
+        """Coefficients first, then the gradient: no tile holds more than these responses."""
+        for rows in group.tiles:  # One, or none if no token counts.
+            top_c, total_c = self._statistics(rows)
+        coefficient_n = self._coefficients(group)
+        lengths_n = self.terms.edges_n[group.first : group.last + 1].diff()
+        for rows in group.tiles:
+            outer_c = coefficient_n.repeat_interleave(lengths_n)
+            if outer_c.any():
+                self._add_gradient(rows, top_c, total_c, outer_c, self.sums)
+
+    def long_response(self, group: Group) -> None:
+        """The gradient with coefficient 1 first, as the tiles come and go; then its multiple."""
+        sums = self.sums if self.sums.empty else self.scratch
+        for rows in group.tiles:
+            top_c, total_c = self._statistics(rows)
+            self._add_gradient(rows, top_c, total_c, torch.ones_like(top_c), sums)
+        coefficient = float(self._coefficients(group))
+        if self.dhidden_td is not None:
+            self.dhidden_td[group.rows] *= coefficient
+        if sums is self.sums:
+            sums.scale(coefficient)
+        else:
+            self.sums.add_scaled(sums, coefficient)
+
+    def _statistics(self, rows: slice) -> tuple[Tensor, Tensor]:
+        self.tiles.load(self.hidden_td[rows], self.ids_t[rows])
+        found = self.tiles.statistics()
+        self.logprobs_t[rows], self.entropy_t[rows] = found.logprobs(), found.entropy()
+        return found.top_c, found.total_c
+
+    def _coefficients(self, group: Group) -> Tensor:
+        """Of the mean loss over all responses; float64."""
+        responses = slice(group.first, group.last)
+        self.ratio_n[responses] = self.terms.ratios(self.logprobs_t, group.rows, responses)
+        found = self.terms.coefficients(self.ratio_n[responses], responses)
+        return found / len(self.ratio_n)
+
+    def _add_gradient(
+        self, rows: slice, top_c: Tensor, total_c: Tensor, outer_c: Tensor, sums: WeightSums
+    ) -> None:
+        dz_cv = self.tiles.gradient(top_c, total_c, outer_c)
+        if self.dhidden_td is not None:
+            self.tiles.put_dhidden(dz_cv, self.dhidden_td[rows])
+        sums.add(dz_cv, self.hidden_td[rows])
+
+
+def _check_choices(tau: float, normalize: str, schedule: str, workspace_bytes: int) -> None:
+    if not tau > 0:
+        raise ValueError(f"tau = {tau}: the regulariser must be greater than 0")
+    if normalize not in get_args(Normalize):
+        raise ValueError(f"normalize = {normalize!r}: give one of {get_args(Normalize)}")
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule = {schedule!r}: give one of {get_args(Schedule)}")
+    if workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes = {workspace_bytes}: give at least 0")

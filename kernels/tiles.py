@@ -1,0 +1,291 @@
+"""A tile of logits at a time: what ``linear_logprob`` and ``omd_loss`` are made of.
+
+Logits ``[T, V]`` never exist; ``chunk`` rows of them do, in one buffer. For each chunk: ``load``
+the logits, take ``statistics`` of their rows, turn the buffer in place into ``gradient``, and
+multiply that with the output matrix and the hidden states. ``Tiles`` does so in plain torch,
+``CpuTiles`` with the C++ passes of ``csrc/loss``, ``TritonTiles`` on a GPU. Shape suffixes: t
+tokens, d hidden size, v vocabulary, c rows of a chunk.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kimi_core import _C
+
+CHUNK = 512
+"""Rows of a tile unless told otherwise: enough for the GEMM, 100 MB at a vocabulary of 49,152."""
+
+UPCAST_ELEMENTS = 1 << 21
+"""Largest piece of a 16-bit matrix that is copied to float32 at once, for a GEMM on a CPU."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output matrix, and what its logits go through: bias, then softcap, then temperature."""
+
+    weight_vd: Tensor
+    bias_v: Tensor | None
+    temperature: float
+    softcap: float | None
+    tp_group: dist.ProcessGroup | None = None
+    """The ranks that hold the vocabulary's rows between them, in the order of their ranks."""
+    first: int = 0
+    """The token id of this rank's first row."""
+
+
+class Statistics(NamedTuple):
+    """Of each row: everything the log-prob of its target, its entropy and its gradient need."""
+
+    top_c: Tensor
+    """The largest score, after bias and cap and before the temperature."""
+    total_c: Tensor
+    """float64: sum over the vocabulary of exp(x), x = (score − top) / temperature. Kept apart from
+    ``top``: their log-sum-exp in one float32 would lose the sum's digits to a large maximum."""
+    picked_c: Tensor
+    """x of the target; 0 where another rank holds it."""
+    weighted_c: Tensor
+    """float64: sum over the vocabulary of exp(x)·x."""
+
+    def logprobs(self) -> Tensor:
+        """float64 ``[c]``."""
+        return self.picked_c - self.total_c.log()
+
+    def entropy(self) -> Tensor:
+        """float64 ``[c]``, in nats."""
+        return self.total_c.log() - self.weighted_c / self.total_c
+
+
+class Tiles:
+    """The tile in plain torch: for float64, and for devices without a kernel.
+
+    Args:
+        head: its tensors on one device; float32, float64 or a 16-bit type.
+        rows: of the largest chunk.
+    """
+
+    def __init__(self, head: Head, rows: int) -> None:
+        self.head = head
+        weight_vd = head.weight_vd
+        self.dtype = torch.float64 if weight_vd.dtype == torch.float64 else torch.float32
+        self._tile_cv = weight_vd.new_empty(rows, len(weight_vd), dtype=self._tile_dtype)
+        self._bias_v = (
+            None if head.bias_v is None else head.bias_v.detach().to(self.dtype).contiguous()
+        )
+        # 16-bit products have to be summed in float32 and stay so: rounded to 16 bits, the logits
+        # of a long response are nats away. A CPU's GEMM only does so on float32 copies.
+        step = len(weight_vd)
+        if weight_vd.dtype != self.dtype:
+            step = max(1, UPCAST_ELEMENTS // weight_vd.shape[1])
+        self._parts = [slice(v, v + step) for v in range(0, len(weight_vd), step)]
+
+    @property
+    def _tile_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def load(self, hidden_cd: Tensor, ids_c: Tensor, *, keep: bool = True) -> None:
+        """Form the logits of a chunk, whose targets are ``ids_c``; they take the place of what the
+        tile held. ``keep=False`` is for statistics alone, where no gradient will be asked for."""
+        self._logits_cv = self._tile_cv[: len(hidden_cd)]
+        self._targets_c = self._targets(ids_c)
+        x_cd = hidden_cd.to(self.dtype)
+        for part in self._parts:
+            weight_pd = self.head.weight_vd[part].to(self.dtype)
+            torch.mm(x_cd, weight_pd.T, out=self._logits_cv[:, part])
+
+    def statistics(self) -> Statistics:
+        """Of the loaded logits, over the whole vocabulary; the logits stay."""
+        mine, owned_c = self._local_statistics(), self._targets_c >= 0
+        if self.head.tp_group is None:
+            return mine
+        return _over_ranks(mine, owned_c, self.head.temperature, self.head.tp_group)
+
+    def gradient(self, top_c: Tensor, total_c: Tensor, outer_c: Tensor) -> Tensor:
+        """Turn the loaded logits into the gradient of Σ outer·logprob in them; ``[c, V]``."""
+        return self._gradient(top_c, total_c, outer_c.to(self.dtype))
+
+    def put_dhidden(self, dz_cv: Tensor, out_cd: Tensor) -> None:
+        """Write ``dz @ weight``; under vocabulary parallelism, this rank's share of it."""
+        if len(self._parts) == 1 and out_cd.dtype == dz_cv.dtype:
+            torch.mm(dz_cv, self.head.weight_vd, out=out_cd)
+            return
+        sum_cd = torch.zeros_like(out_cd, dtype=self.dtype)
+        for part in self._parts:
+            sum_cd.addmm_(dz_cv[:, part], self.head.weight_vd[part].to(self.dtype))
+        out_cd.copy_(sum_cd)
+
+    def add_dweight(self, dz_cv: Tensor, hidden_cd: Tensor, sum_vd: Tensor, beta: int) -> None:
+        """``sum = beta * sum + dz.T @ hidden``; beta 0 ignores what ``sum`` held."""
+        sum_vd.addmm_(dz_cv.T, hidden_cd.to(self.dtype), beta=beta)
+
+    def _targets(self, ids_c: Tensor) -> Tensor:
+        """The row of this rank's matrix that belongs to each id, −1 where another rank has it."""
+        local_c = ids_c - self.head.first
+        mine_c = (local_c >= 0) & (local_c < len(self.head.weight_vd))
+        return torch.where(mine_c, local_c, -1)
+
+    def _scores(self) -> Tensor:
+        scores_cv = self._logits_cv if self._bias_v is None else self._logits_cv + self._bias_v
+        if self.head.softcap is not None:
+            scores_cv = self.head.softcap * torch.tanh(scores_cv / self.head.softcap)
+        return scores_cv
+
+    def _local_statistics(self) -> Statistics:
+        scores_cv, targets_c = self._scores(), self._targets_c
+        top_c = scores_cv.amax(dim=1)
+        x_cv = (scores_cv - top_c[:, None]) / self.head.temperature
+        picked_c = x_cv.gather(1, targets_c.clamp(min=0)[:, None])[:, 0]
+        picked_c = torch.where(targets_c >= 0, picked_c, 0)
+        e_cv = x_cv.exp()
+        total_c = e_cv.sum(dim=1, dtype=torch.float64)
+        weighted_c = e_cv.mul_(x_cv.clamp_(min=-1e4)).sum(dim=1, dtype=torch.float64)
+        return Statistics(top_c, total_c, picked_c, weighted_c)
+
+    def _gradient(self, top_c: Tensor, total_c: Tensor, outer_c: Tensor) -> Tensor:
+        scores_cv = self._scores()
+        outer_c = outer_c / self.head.temperature
+        slope_cv = torch.ones_like(scores_cv)
+        if self.head.softcap is not None:
+            slope_cv -= (scores_cv / self.head.softcap) ** 2
+        dz_cv = ((scores_cv - top_c[:, None]) / self.head.temperature).exp_()
+        dz_cv.mul_(-(outer_c / total_c.to(self.dtype))[:, None])
+        rows_c = torch.nonzero(self._targets_c >= 0)[:, 0]
+        dz_cv[rows_c, self._targets_c[rows_c]] += outer_c[rows_c]
+        return self._logits_cv.copy_(dz_cv.mul_(slope_cv))
+
+
+class CpuTiles(Tiles):
+    """float32 tiles on a CPU: torch's GEMM, then one C++ pass for all statistics and one for the
+    gradient in place, with as many threads as torch has."""
+
+    def _local_statistics(self) -> Statistics:
+        found = _C.tile_statistics(self._logits_cv.numpy(), **self._settings())
+        return Statistics(*map(torch.from_numpy, found))
+
+    def _gradient(self, top_c: Tensor, total_c: Tensor, outer_c: Tensor) -> Tensor:
+        _C.tile_gradient(
+            self._logits_cv.numpy(),
+            top=top_c.numpy(),
+            total=total_c.numpy(),
+            outer=outer_c.contiguous().numpy(),
+            **self._settings(),
+        )
+        return self._logits_cv
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "targets": self._targets_c.numpy(),
+            "bias": None if self._bias_v is None else self._bias_v.numpy(),
+            "softcap": self.head.softcap or 0.0,
+            "temperature": self.head.temperature,
+            "threads": torch.get_num_threads(),
+        }
+
+
+def tiles_for(head: Head, rows: int) -> Tiles:
+    """The implementation for the head's device and dtype.
+
+    A GPU without Triton gets plain torch, which is right and slow.
+    """
+    device, dtype = head.weight_vd.device, head.weight_vd.dtype
+    if dtype != torch.float64 and device.type == "cpu":
+        return CpuTiles(head, rows)
+    if dtype != torch.float64 and device.type == "cuda" and has_triton():
+        from kimi_core.kernels.triton_tiles import TritonTiles, launch_for
+
+        return TritonTiles(head, rows, launch_for(head.weight_vd))
+    return Tiles(head, rows)
+
+
+def response_sums(values_t: Tensor, edges_n: Tensor) -> Tensor:
+    """Sums of a per-token value between edges, float64 ``[n]``, differentiable.
+
+    In float64: sequence-level sums add up thousands of per-token rounding errors.
+    """
+    if values_t.is_cuda and has_triton():
+        from kimi_core.kernels.triton_tiles import SegmentSum
+
+        sums_n: Tensor = SegmentSum.apply(values_t, edges_n)
+        return sums_n
+    lengths_n = edges_n.diff()
+    response_t = torch.arange(len(lengths_n), device=values_t.device).repeat_interleave(lengths_n)
+    zeros_n = torch.zeros(len(lengths_n), dtype=torch.float64, device=values_t.device)
+    return zeros_n.index_add(0, response_t, values_t.double())
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class WeightSums:
+    """Gradients of the output matrix and the bias, summed over tiles in float32.
+
+    Buffers are made at the first tile, which overwrites them: nothing is filled with zeros first.
+    """
+
+    def __init__(self, tiles: Tiles, *, weight: bool, bias: bool) -> None:
+        self._tiles = tiles
+        self._wants = (weight, bias)
+        self.weight_vd: Tensor | None = None
+        self.bias_v: Tensor | None = None
+        self.empty = True
+
+    def add(self, dz_cv: Tensor, hidden_cd: Tensor) -> None:
+        shape, dtype = self._tiles.head.weight_vd.shape, self._tiles.dtype
+        if self._wants[0]:
+            if self.weight_vd is None:
+                self.weight_vd = dz_cv.new_empty(shape, dtype=dtype)
+            self._tiles.add_dweight(dz_cv, hidden_cd, self.weight_vd, beta=int(not self.empty))
+        if self._wants[1]:
+            sum_v = dz_cv.sum(dim=0, dtype=dtype)
+            self.bias_v = sum_v if self.empty or self.bias_v is None else self.bias_v.add_(sum_v)
+        self.empty = False
+
+    def scale(self, factor: float) -> None:
+        for sums in (self.weight_vd, self.bias_v):
+            if sums is not None:
+                sums.mul_(factor)
+
+    def add_scaled(self, other: "WeightSums", factor: float) -> None:
+        """Add ``factor`` times another's sums to ones that are not empty, and empty the other."""
+        for mine, theirs in ((self.weight_vd, other.weight_vd), (self.bias_v, other.bias_v)):
+            if mine is not None and theirs is not None:
+                mine.add_(theirs, alpha=factor)
+        other.empty = True
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """In the parameters' dtype; zeros if no tile was added, None where none are wanted."""
+        head = self._tiles.head
+        pairs = ((self.weight_vd, head.weight_vd), (self.bias_v, head.bias_v))
+        found: list[Tensor | None] = []
+        for wanted, (sums, parameter) in zip(self._wants, pairs, strict=True):
+            if not wanted or parameter is None:
+                found.append(None)
+            elif sums is None or self.empty:
+                found.append(torch.zeros_like(parameter))
+            else:
+                found.append(sums.to(parameter.dtype))
+        return found[0], found[1]
+
+
+def _over_ranks(
+    mine: Statistics, owned_c: Tensor, temperature: float, group: dist.ProcessGroup
+) -> Statistics:
+    """Statistics of the whole vocabulary from those of each rank's part: two small all-reduces."""
+    top_c = mine.top_c.clone()
+    dist.all_reduce(top_c, dist.ReduceOp.MAX, group=group)
+    shift_c = (mine.top_c.double() - top_c) / temperature
+    scale_c = shift_c.exp()
+    sums = torch.stack(
+        [
+            scale_c * mine.total_c,
+            torch.where(owned_c, mine.picked_c + shift_c, 0),
+            scale_c * (mine.weighted_c + shift_c * mine.total_c),
+        ]
+    )
+    dist.all_reduce(sums, group=group)
+    return Statistics(top_c, *sums)
