@@ -7,6 +7,7 @@
 
 #include "base/shared.h"
 #include "buffer/checksum.h"
+#include "buffer/draw.h"
 
 namespace kimi {
 namespace {
@@ -220,6 +221,25 @@ std::pair<uint32_t, float> BufferReader::PromptCounts(uint64_t prompt) const {
   assert(prompt < layout_.max_prompts);
   const uint64_t value = Unseal(shared::Load(prompt_word(prompt))).value_or(0);
   return {static_cast<uint32_t>(value >> 32), std::bit_cast<float>(static_cast<uint32_t>(value))};
+}
+
+std::vector<int64_t> BufferReader::DrawPrompts(size_t count, uint64_t seed, double floor,
+                                               double prior_weight) const {
+  assert(floor > 0 && floor <= 1 && prior_weight > 0);
+  std::vector<std::pair<uint32_t, float>> counts(layout_.max_prompts);
+  double all_responses = 0, all_successes = 0;
+  for (uint64_t prompt = 0; prompt < counts.size(); ++prompt) {
+    counts[prompt] = PromptCounts(prompt);
+    all_responses += counts[prompt].first;
+    all_successes += counts[prompt].second;
+  }
+  const double prior = prior_weight * (all_successes + 1) / (all_responses + 2);
+  std::vector<uint64_t> weights(counts.size());
+  for (size_t prompt = 0; prompt < counts.size(); ++prompt) {
+    const auto [responses, successes] = counts[prompt];
+    weights[prompt] = FailureWeight((successes + prior) / (responses + prior_weight), floor);
+  }
+  return DrawDistinct(weights, count, seed);
 }
 
 void BufferReader::ThrowDamaged(const TrajectoryInfo& info, uint64_t from) const {

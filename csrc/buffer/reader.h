@@ -16,6 +16,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/mapped_file.h"
@@ -102,6 +103,13 @@ class BufferReader {
 
   BufferStats Stats() const;
   uint64_t mark() const;
+
+  // Draws up to `count` different prompts of 0 .. max_prompts - 1, each in proportion to
+  // max(1 - rate, floor); see DrawDistinct. A prompt's rate is its own, mixed with `prior_weight`
+  // responses' worth of the rate of all, so that one that was never tried counts as an average one.
+  // REQUIRES: 0 < floor <= 1 and prior_weight > 0.
+  std::vector<int64_t> DrawPrompts(size_t count, uint64_t seed, double floor,
+                                   double prior_weight) const;
 
   // Responses counted for a prompt, and the sum of their correctness.
   // REQUIRES: prompt < layout().max_prompts.

@@ -46,6 +46,8 @@ class Sampling:
     """A response in which the same ``repeat_window`` tokens stand ``repeat_count`` times ends there
     with ``"repeat"``. 0 looks for nothing."""
     repeat_count: int = 0
+    stream_tokens: int = 0
+    """A response is handed over every so many tokens while it grows. 0: only when it is done."""
 
 
 class Engine(Protocol):
@@ -56,9 +58,10 @@ class Engine(Protocol):
     decode_steps: int
     """Steps taken since the engine was made; one step adds at most one token to each trajectory."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
-        """Extend every request by at most its budget; yield each segment as soon as it is complete.
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
+        """Extend every request by at most its budget; yield segments as they are complete.
 
-        Every request is answered by exactly one segment, in the order in which they end.
+        Those of one step come together. Every request is answered by one segment, or by several in
+        order where ``sampling`` streams; each but its last has ``end_reason`` None.
         """
         ...

@@ -4,7 +4,8 @@
 2. Free rows are filled from there: each distinct context is prefilled once, in micro-batches of
    about equal lengths, and copied to the rows of the samples that share it.
 3. A decode step extends every row by one token. Rows that end leave, the last rows move into their
-   places, and the batch stays dense.
+   places, and the batch stays dense. What a row has gathered is handed over when it ends, and every
+   ``stream_tokens`` before that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,8 +61,8 @@ class TorchEngine:
         finally:
             model.train(was_training)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
-        """Extend every request by at most its budget; yield each segment as soon as it is complete.
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
+        """Extend every request by at most its budget; yield segments as they are complete.
 
         The model is in eval mode until the iterator is exhausted or closed.
 
@@ -73,7 +74,7 @@ class TorchEngine:
             self._check_request(request)
         return self._generate(requests, sampling)
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         if not requests:
             return
         # Shortest first, as entries are taken off the end; equal contexts stand side by side.
@@ -95,7 +96,8 @@ class TorchEngine:
                     first_row = 0
                     logits_nv = self._decode(rows, cache)
                 self.decode_steps += 1
-                yield from self._append(rows, cache, first_row, logits_nv)
+                if segments := self._append(rows, cache, first_row, logits_nv):
+                    yield segments
         finally:
             self.model.train(was_training)
 
@@ -186,22 +188,28 @@ class TorchEngine:
 
     def _append(
         self, rows: "_Rows", cache: KVCache, first_row: int, logits_nv: torch.Tensor
-    ) -> Iterator[Segment]:
-        """Draw a token for every row from ``first_row`` on; yield and remove the rows that end."""
+    ) -> list[Segment]:
+        """Draw a token for every row from ``first_row`` on; remove rows that end; what is ready."""
         sampling = rows.sampling
         live = slice(first_row, rows.count)
         uniform_n = None
         if sampling.temperature > 0:
             uniform_n = uniforms(sampling.seed, rows.trajectory_id[live], rows.length[live])
         ended = rows.append(first_row, *draw(logits_nv, sampling.temperature, uniform_n))
+        ready = ended | rows.due()
+        if not ready.any():
+            return []
+        segments = [
+            rows.segment(int(row), self.policy_version, ended=bool(ended[row]))
+            for row in np.flatnonzero(ready)
+        ]
         if not ended.any():
-            return
-        segments = [rows.segment(int(row), self.policy_version) for row in np.flatnonzero(ended)]
+            return segments
         longest = int(rows.length[: rows.count].max())
         holes, movers = rows.remove(ended)
         if len(holes):
             self._move(cache, holes, movers, longest)
-        yield from segments
+        return segments
 
     @torch.inference_mode()
     def _move(self, cache: KVCache, holes: np.ndarray, movers: np.ndarray, length: int) -> None:
@@ -270,6 +278,8 @@ class _Rows:
         self.newest = np.zeros(capacity, np.int64)
         self.made = np.zeros(capacity, np.int64)
         """Tokens that this call has added."""
+        self.sent = np.zeros(capacity, np.int64)
+        """Of these, how many have been handed over."""
         self.limit = np.zeros(capacity, np.int64)
         """Tokens that it may add ..."""
         self.closes = np.zeros(capacity, bool)
@@ -280,8 +290,8 @@ class _Rows:
         self.token_ids = np.zeros((capacity, max_steps), np.int32)
         self.logprobs = np.zeros((capacity, max_steps), np.float32)
         self.columns = [
-            *(self.detectors, self.trajectory_id, self.length, self.newest, self.made, self.limit),
-            *(self.closes, self.stopped, self.repeated, self.token_ids, self.logprobs),
+            *(self.detectors, self.trajectory_id, self.length, self.newest, self.made, self.sent),
+            *(self.limit, self.closes, self.stopped, self.repeated, self.token_ids, self.logprobs),
         ]
 
     def add(self, requests: list[Request]) -> None:
@@ -290,7 +300,7 @@ class _Rows:
         self.trajectory_id[new] = [request.trajectory_id for request in requests]
         self.length[new] = [len(request.token_ids) for request in requests]
         self.newest[new] = [request.token_ids[-1] for request in requests]
-        self.made[new] = 0
+        self.made[new] = self.sent[new] = 0
         self.limit[new] = [_steps(request) for request in requests]
         self.closes[new] = [request.remaining <= request.budget for request in requests]
         if self.sampling.repeat_window:
@@ -314,19 +324,28 @@ class _Rows:
             ended[new] |= self.repeated[new]
         return ended
 
-    def segment(self, row: int, policy_version: int) -> Segment:
-        made = int(self.made[row])
+    def due(self) -> np.ndarray:
+        """Which rows have gathered ``stream_tokens``, ``[n]``."""
+        if not self.sampling.stream_tokens:
+            return np.zeros(self.count, bool)
+        gathered = self.made[: self.count] - self.sent[: self.count]
+        return gathered >= self.sampling.stream_tokens
+
+    def segment(self, row: int, policy_version: int, *, ended: bool) -> Segment:
+        """Hand over what a row has gathered."""
+        new = slice(int(self.sent[row]), int(self.made[row]))
+        self.sent[row] = new.stop
         reason: EndReason | None = None
         if self.stopped[row]:
             reason = "stop"
         elif self.repeated[row]:
             reason = "repeat"
-        elif self.closes[row]:
+        elif ended and self.closes[row]:
             reason = "length"
         return Segment(
             trajectory_id=int(self.trajectory_id[row]),
-            token_ids=self.token_ids[row, :made].copy(),
-            logprobs=self.logprobs[row, :made].copy(),
+            token_ids=self.token_ids[row, new].copy(),
+            logprobs=self.logprobs[row, new].copy(),
             policy_version=policy_version,
             end_reason=reason,
         )

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from kimi_core.buffer import RolloutBuffer
+from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import RolloutConfig
 from kimi_core.rollout.engine import Engine, Request, Sampling
-from kimi_core.types import PROMPT_VERSION, Prompt
+from kimi_core.types import PROMPT_VERSION, Prompt, Segment, Trajectory
+
+SPARE_SEGMENTS = 100
+"""Room in each trajectory for the cuts that crashes make: one more segment each."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,23 @@ class RolloutReport:
 
 
 def begin_group(
-    buffer: RolloutBuffer, prompt: Prompt, prompt_ids: np.ndarray, *, group_id: int, samples: int
+    buffer: RolloutBuffer,
+    prompt: Prompt,
+    prompt_ids: np.ndarray,
+    *,
+    group_id: int,
+    samples: int,
+    begun: Sequence[TrajectoryInfo] = (),
 ) -> None:
-    """Open ``samples`` trajectories on one prompt; its tokens are their first segment, mask 0."""
+    """Open ``samples`` trajectories on one prompt; its tokens are their first segment, mask 0.
+
+    ``begun`` are those of the group that are in the buffer already, after a crash; one of them may
+    lack its prompt.
+    """
     nothing_sampled = np.zeros(len(prompt_ids), np.float32)
-    for _ in range(samples):
-        trajectory_id = buffer.begin(prompt.id, group_id)
+    empty = [info.trajectory_id for info in begun if not info.length]
+    new = (buffer.begin(prompt.id, group_id) for _ in range(samples - len(begun)))
+    for trajectory_id in chain(empty, new):
         buffer.append(
             trajectory_id,
             prompt_ids,
@@ -41,29 +56,47 @@ def begin_group(
 def roll_out(
     engine: Engine, buffer: RolloutBuffer, config: RolloutConfig, sampling: Sampling
 ) -> RolloutReport:
-    """Extend every unfinished trajectory in ``buffer``; each segment is appended as it arrives."""
-    requests = [_request(buffer, key, config) for key in buffer.unfinished()]
-    finished = repeats = tokens = 0
-    steps_before = engine.decode_steps
-    for segment in engine.generate(requests, sampling):
-        buffer.append(
-            segment.trajectory_id,
-            segment.token_ids,
-            segment.logprobs,
-            np.ones(len(segment), np.uint8),
-            policy_version=segment.policy_version,
-        )
-        if segment.end_reason is not None:
-            buffer.finish(segment.trajectory_id, segment.end_reason)
-        finished += segment.end_reason is not None
-        repeats += segment.end_reason == "repeat"
-        tokens += len(segment)
+    """Extend every unfinished trajectory in ``buffer``; segments are appended as they arrive.
+
+    What the engine's present version has sampled already, before a crash, counts: towards each
+    trajectory's budget, and in the report.
+    """
+    version, steps_before = engine.policy_version, engine.decode_steps
+    requests = [_request(buffer.read(key), config, version) for key in buffer.unfinished()]
+    requests = [request for request in requests if request.budget > 0]
+    for segments in engine.generate(requests, sampling):
+        _append(buffer, segments)
+    return _report(buffer, version, engine.decode_steps - steps_before)
+
+
+def _append(buffer: RolloutBuffer, segments: Sequence[Segment]) -> None:
+    """Store segments in one call; a response ends in the same instant as its last token."""
+    token_ids = np.concatenate([segment.token_ids for segment in segments])
+    buffer.append_many(
+        np.array([segment.trajectory_id for segment in segments]),
+        token_ids,
+        np.concatenate([segment.logprobs for segment in segments]),
+        np.ones(len(token_ids), np.uint8),
+        np.cumsum([0, *map(len, segments)], dtype=np.int32),
+        np.array([segment.policy_version for segment in segments], np.int32),
+        end_reasons=[segment.end_reason for segment in segments],
+    )
+
+
+def _report(buffer: RolloutBuffer, version: int, decode_steps: int) -> RolloutReport:
+    """What the buffer holds of one version; the steps are those of this process."""
+    tokens, reasons = 0, []
+    for info in buffer.trajectories():
+        sampled = int(np.count_nonzero(buffer.read(info.trajectory_id).policy_versions == version))
+        tokens += sampled
+        if sampled:
+            reasons.append(info.end_reason)
     return RolloutReport(
-        finished=finished,
-        unfinished=len(requests) - finished,
-        repeat_stops=repeats,
+        finished=len(reasons) - reasons.count(None),
+        unfinished=len(buffer.unfinished()),
+        repeat_stops=reasons.count("repeat"),
         tokens=tokens,
-        decode_steps=engine.decode_steps - steps_before,
+        decode_steps=decode_steps,
     )
 
 
@@ -77,17 +110,21 @@ def sampling_for(
         stop_token_ids=stop_token_ids,
         repeat_window=config.repeat_window,
         repeat_count=config.repeat_count,
+        stream_tokens=config.stream_tokens,
     )
 
 
-def _request(buffer: RolloutBuffer, trajectory_id: int, config: RolloutConfig) -> Request:
-    trajectory = buffer.read(trajectory_id)
+def _request(trajectory: Trajectory, config: RolloutConfig, version: int) -> Request:
     remaining = config.max_response_tokens - trajectory.response_length
+    budget = remaining
+    if config.token_budget is not None:
+        spent = int(np.count_nonzero(trajectory.policy_versions == version))
+        budget = min(config.token_budget - spent, remaining)
     return Request(
-        trajectory_id=trajectory_id,
+        trajectory_id=trajectory.trajectory_id,
         token_ids=trajectory.token_ids,
         prompt_length=trajectory.prompt_length,
-        budget=min(config.token_budget or remaining, remaining),
+        budget=budget,
         remaining=remaining,
     )
 
@@ -101,5 +138,6 @@ def buffer_size(prompts: Sequence[np.ndarray], config: RolloutConfig) -> tuple[i
     budget = config.token_budget or config.max_response_tokens
     iterations = -(-config.max_response_tokens // budget) + 1
     trajectories = iterations * config.prompts_per_iteration * config.samples_per_prompt
-    longest = max(len(ids) for ids in prompts)
-    return trajectories * (longest + config.max_response_tokens), trajectories
+    longest = max(len(ids) for ids in prompts) + config.max_response_tokens
+    segments = 1 + iterations * -(-budget // (config.stream_tokens or budget)) + SPARE_SEGMENTS
+    return trajectories * RolloutBuffer.tokens_taken(longest, segments), trajectories
