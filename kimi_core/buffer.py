@@ -11,7 +11,8 @@ the format and why it survives. The work is done in C++ (``csrc/buffer``); this 
     python -m kimi_core.buffer runs/think/buffer.bin      # what a buffer file holds
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,7 +20,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from kimi_core import _C
-from kimi_core.types import Batch, EndReason, Trajectory
+from kimi_core.types import PROMPT_VERSION, Batch, EndReason, Trajectory
 
 Durability = Literal["process", "machine"]
 
@@ -197,3 +198,55 @@ class RolloutBuffer(_C.RolloutBuffer):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def describe(buffer: RolloutBuffer) -> Iterator[str]:
+    """Lines about everything that a buffer holds; every token is read and its checksum compared."""
+    stats = buffer.stats()
+    yield f"{buffer.path}: mark {buffer.mark}"
+    yield (
+        f"  {stats.trajectories} of {stats.max_trajectories} trajectories, {stats.unfinished} "
+        f"unfinished; {stats.tokens} tokens in {stats.segments} segments"
+    )
+    yield f"  {stats.pages_free} of {stats.pages} pages of {stats.page_tokens} tokens free"
+    newest = max(stats.tokens_by_version, default=0)
+    for version, tokens in sorted(stats.tokens_by_version.items(), reverse=True):
+        yield f"  policy version {version}, age {newest - version}: {tokens} tokens"
+    for info in buffer.trajectories():
+        lengths: dict[int, list[str]] = {}
+        try:
+            for _, length, version in buffer.segments(info.trajectory_id):
+                lengths.setdefault(version, []).append(str(length))
+            buffer.read(info.trajectory_id)
+            state = "checksums ok"
+        except KeyError:
+            state = "evicted meanwhile"
+        except ValueError as error:
+            state = f"DAMAGED: {error}"
+        names = {v: "prompt" if v == PROMPT_VERSION else f"version {v}" for v in lengths}
+        parts = ", ".join(f"{names[v]}: {' + '.join(lengths[v])}" for v in lengths)
+        yield (
+            f"  trajectory {info.trajectory_id}, prompt {info.prompt_id}, group {info.group_id}: "
+            f"{info.length} tokens ({parts}), {info.end_reason or 'open'}; {state}"
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what a buffer file holds. 0: all sound; 1: some of it damaged; 2: it cannot be read."""
+    if len(arguments) != 1:
+        print("usage: python -m kimi_core.buffer PATH", file=sys.stderr)
+        return 2
+    status = 0
+    try:
+        with RolloutBuffer.open(arguments[0], readonly=True) as buffer:
+            for line in describe(buffer):
+                print(line)
+                status = max(status, int("DAMAGED" in line))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

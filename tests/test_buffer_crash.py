@@ -8,13 +8,15 @@ import os
 import random
 import signal
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kimi_core.buffer import RolloutBuffer
+from kimi_core.buffer import RolloutBuffer, main
 
 KILLS = int(os.environ.get("KIMI_KILLS", "100"))
 READS = 10_000
@@ -262,3 +264,32 @@ def test_a_flipped_bit_is_an_error_for_readers_and_a_stated_cut_for_the_writer(f
     with RolloutBuffer.open(filled) as buffer:
         assert buffer.recovery["cuts"] == []
         assert is_whole(buffer.read(0), 0)
+
+
+def test_the_inspect_command_beside_a_writer(filled, capsys):
+    with RolloutBuffer.open(filled) as buffer:
+        buffer.append(buffer.begin(1, 1), *tokens(1, 0, 5), policy_version=-1)
+        assert main([str(filled)]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 60 trajectories, 1 unfinished; 205 tokens in 5 segments" in shown
+    assert "933 of 938 pages of 64 tokens free" in shown
+    assert "policy version 0, age 3: 50 tokens" in shown
+    assert "trajectory 0, prompt 7, group 3: 200 tokens (version 0: 50, version 1: 50" in shown
+    assert "trajectory 1, prompt 1, group 1: 5 tokens (prompt: 5), open; checksums ok" in shown
+
+    spoil(filled, filled.read_bytes().index(tokens(0, 0, 200)[0][120:124].tobytes()), b"\xff")
+    before = filled.read_bytes()
+    assert main([str(filled)]) == 1
+    assert "stop; DAMAGED: " in capsys.readouterr().out
+    assert filled.read_bytes() == before
+
+
+def test_the_inspect_command_is_a_module(filled, tmp_path):
+    command = [sys.executable, "-m", "kimi_core.buffer"]
+    done = subprocess.run([*command, filled], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "checksums ok" in done.stdout
+    missing = [*command, tmp_path / "none"]
+    done = subprocess.run(missing, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: [Errno 2] Cannot open" in done.stderr
