@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -90,7 +91,9 @@ def ours(engine: TorchEngine, work: Work) -> list[np.ndarray]:
         Request(i, prompt, len(prompt), int(length), int(length))
         for i, (prompt, length) in enumerate(zip(work.prompts, work.lengths, strict=True))
     ]
-    segments = sorted(engine.generate(requests, GREEDY), key=lambda s: s.trajectory_id)
+    segments = sorted(
+        chain.from_iterable(engine.generate(requests, GREEDY)), key=lambda s: s.trajectory_id
+    )
     return [segment.token_ids for segment in segments]
 
 

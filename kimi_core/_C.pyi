@@ -6,7 +6,217 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['RepeatDetector', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
+__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'balance', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
+class SegmentView:
+    """
+    The tokens of one segment where they lie in the file, read-only.
+    
+    The arrays stay readable, but after an eviction other tokens may come to stand there: what was
+    computed from them holds if `is_current()` is true afterwards.
+    """
+    def is_current(self) -> bool:
+        """
+        Whether it has not been evicted.
+        """
+    @property
+    def parts(self) -> list:
+        """
+        (token_ids, logprobs, mask) for each page that it touches.
+        """
+    @property
+    def policy_version(self) -> int:
+        ...
+    @property
+    def start(self) -> int:
+        """
+        Position of its first token.
+        """
+class RolloutBuffer:
+    """
+    What kimi_core.buffer.RolloutBuffer is made from; use that one.
+    """
+    @staticmethod
+    def _create(path: str, capacity_tokens: typing.SupportsInt | typing.SupportsIndex, max_trajectories: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex, max_prompts: typing.SupportsInt | typing.SupportsIndex, sync_interval_ms: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    @staticmethod
+    def file_bytes(capacity_tokens: typing.SupportsInt | typing.SupportsIndex, max_trajectories: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex = 256) -> int:
+        """
+        Bytes of the file of such a buffer, on disk and mapped.
+        """
+    @staticmethod
+    def tokens_taken(tokens: typing.SupportsInt | typing.SupportsIndex, segments: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex = 256) -> int:
+        """
+        What a trajectory of so many tokens in so many segments takes of `capacity_tokens`.
+        
+        It takes whole pages, and further ones to list its pages and segments where they are many.
+        """
+    def __init__(self, path: str, readonly: bool) -> None:
+        ...
+    def _pack(self, trajectory_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], out: tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.uint8], numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.int32]] | None = None) -> tuple:
+        """
+        The columns, cu_seqlens, and how many tokens were packed.
+        """
+    def _read(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex) -> tuple:
+        """
+        Prompt, group, token_ids, logprobs, mask, policy_versions and end reason.
+        """
+    def _scan(self) -> list:
+        """
+        Trajectory, prompt, group, length, end reason; oldest first.
+        """
+    def _stats(self) -> dict:
+        ...
+    def append(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex, token_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], logprobs: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], mask: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], *, policy_version: typing.SupportsInt | typing.SupportsIndex, end_reason: str | None = None, lease: typing.SupportsInt | typing.SupportsIndex | None = None) -> int:
+        """
+        Add a segment and return the trajectory's new length.
+        
+        On return the segment survives the death of this process. Without it nothing of the segment is there.
+        
+        Args:
+            trajectory_id: an unfinished trajectory.
+            token_ids: int32 `[n]`.
+            logprobs: float32 `[n]`, nats, as sampled; 0 where the mask is 0.
+            mask: uint8 `[n]`, 1 for tokens that the policy sampled.
+            policy_version: of the weights that sampled them, `PROMPT_VERSION` for a prompt.
+            end_reason: ends the trajectory together with this segment; see `finish`.
+            lease: what `resume` returned; a newer lease makes this one void. None is not checked.
+        
+        Raises:
+            KeyError: there is no such trajectory.
+            ValueError: it has ended, the lengths differ, a log-prob is not finite, the lease is void, or the
+                buffer is full; nothing is appended then.
+            TypeError: a column does not convert without loss.
+        """
+    def append_many(self, trajectory_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], token_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], logprobs: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], mask: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], cu_seqlens: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], policy_versions: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], *, end_reasons: collections.abc.Sequence[str | None] | None = None, leases: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex | None] | None = None) -> numpy.typing.NDArray[numpy.int64]:
+        """
+        Add segments in one call, each as `append` does, in order.
+        
+        An error leaves everything as it was. A crash may leave the first few of them.
+        
+        Args:
+            trajectory_ids: int64 `[n]`; one may stand more than once.
+            token_ids, logprobs, mask: of all segments end to end, `[t]`.
+            cu_seqlens: int32 `[n + 1]`; segment `i` is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`.
+            policy_versions: int32 `[n]`.
+            end_reasons, leases: one a segment.
+        
+        Returns:
+            int64 `[n]`: the length of each trajectory behind its segment.
+        
+        Raises: as `append`.
+        """
+    def begin(self, prompt_id: typing.SupportsInt | typing.SupportsIndex, group_id: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        Open an empty trajectory and return its id. Ids count up from 0 and are never used twice.
+        
+        Raises:
+            ValueError: every slot is taken.
+        """
+    def close(self) -> None:
+        """
+        Unmap the file; once the views of it are gone, too. A closed buffer can be closed again.
+        """
+    def draw(self, count: typing.SupportsInt | typing.SupportsIndex, *, seed: typing.SupportsInt | typing.SupportsIndex, floor: typing.SupportsFloat | typing.SupportsIndex = 0.05, prior_weight: typing.SupportsFloat | typing.SupportsIndex = 2.0) -> list[int]:
+        """
+        Draw `count` different prompts of 0 .. max_prompts - 1, hard ones sooner.
+        
+        The chance of a prompt is in proportion to `max(1 - rate, floor)`. Its rate is that of the responses
+        counted, mixed with `prior_weight` responses' worth of the rate of all prompts. The same seed and
+        counts give the same draw everywhere.
+        
+        Raises:
+            ValueError: `floor` is not in (0, 1], or `prior_weight` not above 0.
+        """
+    def evict(self, trajectory_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], *, stale_before: typing.SupportsInt | typing.SupportsIndex | None = None, free_tokens: typing.SupportsInt | typing.SupportsIndex | None = None) -> list[int]:
+        """
+        Forget trajectories and free their pages; returns the ids, in this order:
+        
+        1. those of `trajectory_ids`: what has been consumed;
+        2. with `stale_before`, those whose newest policy version is older than that;
+        3. with `free_tokens`, the oldest, until pages for so many tokens are free.
+        
+        Raises:
+            KeyError: one of `trajectory_ids` does not exist; nothing is evicted then.
+        """
+    def finish(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex, reason: str) -> None:
+        """
+        End a trajectory by "stop", "length" or "repeat"; it takes no more segments.
+        
+        Raises:
+            KeyError: there is no such trajectory.
+            ValueError: the reason is unknown, or it has ended before.
+        """
+    def flush(self) -> None:
+        """
+        Return when everything appended so far is on disk.
+        
+        Raises:
+            OSError: the disk failed, now or in the background since the last call.
+        """
+    def prompt_counts(self, prompt_id: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
+        """
+        Responses counted for a prompt, and the sum of their correctness.
+        
+        Raises:
+            IndexError: `prompt_id` is not below `max_prompts`.
+        """
+    def record_result(self, prompt_id: typing.SupportsInt | typing.SupportsIndex, correctness: typing.SupportsFloat | typing.SupportsIndex) -> None:
+        """
+        Count one response to a prompt; correctness is clipped to [0, 1].
+        
+        Raises:
+            ValueError: `prompt_id` is not below `max_prompts`.
+        """
+    def resume(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex) -> int:
+        """
+        A new lease on an unfinished trajectory; appends that name an older one are refused.
+        
+        Raises:
+            KeyError: there is no such trajectory.
+            ValueError: it has ended.
+        """
+    def segments(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex) -> list:
+        """
+        The segments of a trajectory as (start, length, policy version), in order.
+        
+        Raises:
+            KeyError: there is no such trajectory.
+        """
+    def snapshot(self, path: str) -> None:
+        """
+        Write a copy to `path`, whole or not at all, and on disk on return. Free pages take no room.
+        
+        Raises:
+            OSError: there is no room, or any other fault of the disk.
+        """
+    def view(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex, segment: typing.SupportsInt | typing.SupportsIndex) -> SegmentView:
+        """
+        One segment in place, nothing copied.
+        
+        Raises:
+            KeyError: there is no such trajectory.
+            IndexError: it has no such segment.
+        """
+    @property
+    def mark(self) -> int:
+        """
+        A number of the owner's in the file, 0 to begin with and below 2^56.
+        """
+    @mark.setter
+    def mark(self, arg1: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    @property
+    def path(self) -> str:
+        ...
+    @property
+    def readonly(self) -> bool:
+        ...
+    @property
+    def recovery(self) -> dict:
+        """
+        What opening for writing found: `trajectories` and `tokens` that are sound, `cuts` as
+        (trajectory, tokens kept, tokens lost), `slots_lost` and `prompts_lost`.
+        """
 class RepeatDetector:
     """
     Notices when a sequence goes round in a loop.
@@ -48,6 +258,15 @@ class RepeatDetector:
     @property
     def window(self) -> int:
         ...
+def balance(sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], most: typing.SupportsInt | typing.SupportsIndex) -> list[list[int]]:
+    """
+    Distribute items over few batches of at most `most` each, of about the same size.
+    
+    Returns the indices of each batch's items, ascending.
+    
+    Raises:
+        ValueError: one item alone is larger.
+    """
 def instruction_sets() -> list[str]:
     """
     Instruction sets that the passes below can use here, the fastest last.

@@ -1,45 +1,28 @@
 """The partial-rollout buffer: trajectories that iterations extend until they end (section 2.6.2).
 
 Life of a trajectory: ``begin`` (a prompt and a group are named), ``append`` (the prompt's tokens
-with mask 0, then one segment an iteration), ``finish`` (why it ended), ``read`` or ``pack`` for
+with mask 0, then segments as they are sampled), ``finish`` (why it ended), ``read`` or ``pack`` for
 training, ``evict``. One that is not finished waits for the next iteration; ``unfinished`` lists it.
 
-This is the plain Python buffer: it lives in the process, and ``snapshot`` and ``open`` carry it
-over a restart. Nothing here depends on how it is stored.
+The buffer is a file, mapped into memory: what ``append`` returned from is there when the process
+is killed, and any number of other processes may read it meanwhile. ``docs/buffer_format.md`` has
+the format and why it survives. The work is done in C++ (``csrc/buffer``); this is its Python face.
+
+    python -m kimi_core.buffer runs/think/buffer.bin      # what a buffer file holds
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 
-from kimi_core.types import Batch, EndReason, Segment, Trajectory
+from kimi_core import _C
+from kimi_core.types import PROMPT_VERSION, Batch, EndReason, Trajectory
 
-_COLUMNS = {
-    "token_ids": np.int32,
-    "logprobs": np.float32,
-    "mask": np.uint8,
-    "policy_versions": np.int32,
-}
-
-
-@dataclass
-class _Slot:
-    """One trajectory; each column is the list of its segments."""
-
-    prompt_id: int
-    group_id: int
-    length: int = 0
-    end_reason: EndReason | None = None
-    columns: dict[str, list[np.ndarray]] = field(
-        default_factory=lambda: {name: [] for name in _COLUMNS}
-    )
-
-    def column(self, name: str) -> np.ndarray:
-        parts = self.columns[name]
-        return np.concatenate(parts) if parts else np.empty(0, _COLUMNS[name])
+Durability = Literal["process", "machine"]
 
 
 @dataclass(frozen=True)
@@ -49,243 +32,221 @@ class BufferStats:
     trajectories: int
     unfinished: int
     tokens: int
-    capacity_tokens: int
+    segments: int
+    pages: int
+    pages_free: int
+    page_tokens: int
+    max_trajectories: int
     tokens_by_version: dict[int, int]
 
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens in all its pages; a trajectory takes whole pages (``tokens_taken``)."""
+        return self.pages * self.page_tokens
 
-class RolloutBuffer:
-    """Trajectories by id. One writer; every array it returns is a copy."""
 
-    def __init__(self, *, capacity_tokens: int, max_trajectories: int) -> None:
-        self._capacity_tokens = capacity_tokens
-        self._max_trajectories = max_trajectories
-        self._slots: dict[int, _Slot] = {}
-        self._next_id = 0
-        self._tokens = 0
-        self.mark = 0
-        """A number that the owner leaves, to tell later what the buffer belongs to."""
+@dataclass(frozen=True)
+class TrajectoryInfo:
+    """A trajectory without its tokens."""
+
+    trajectory_id: int
+    prompt_id: int
+    group_id: int
+    length: int
+    """Tokens, the prompt's included."""
+    end_reason: EndReason | None
+
+
+class RolloutBuffer(_C.RolloutBuffer):
+    """Trajectories by id, in a file. One writer process with one thread at a time; any readers.
+
+    ``append``, ``finish`` and the other changes are documented in ``kimi_core._C``. Arrays go in as
+    numpy arrays or torch tensors on the CPU, and come out as numpy arrays; ``torch.from_numpy``
+    shares their memory.
+    """
 
     @classmethod
-    def create(cls, *, capacity_tokens: int, max_trajectories: int) -> Self:
-        """An empty buffer.
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        capacity_tokens: int,
+        max_trajectories: int,
+        page_tokens: int = 256,
+        durability: Durability = "process",
+        sync_interval_ms: int = 1000,
+        max_prompts: int = 0,
+    ) -> Self:
+        """Make an empty buffer and open it for writing. All its disk space is taken at once.
 
         Args:
-            capacity_tokens: tokens it can hold, prompts included, at least 1.
+            path: where no file is yet.
+            capacity_tokens: room for tokens, prompts included, at least 1; ``tokens_taken`` tells
+                what a trajectory takes of it.
             max_trajectories: trajectories it can hold, at least 1.
+            page_tokens: tokens a page, a multiple of 8.
+            durability: what an append survives: the death of the process, or also that of the
+                machine, if it came at least ``sync_interval_ms`` before that, or before a
+                ``flush``.
+            sync_interval_ms: at the machine level, how often the file is forced to disk.
+            max_prompts: prompts that ``record_result`` and ``draw`` know, numbered from 0.
 
         Raises:
-            ValueError: a size is less than 1.
+            ValueError: a size is out of range.
+            FileExistsError: there is a file already.
+            OSError: there is no room on the disk.
         """
-        if capacity_tokens < 1 or max_trajectories < 1:
-            raise ValueError(
-                f"A buffer of {capacity_tokens} tokens and {max_trajectories} trajectories "
-                "holds nothing; both must be at least 1"
-            )
-        return cls(capacity_tokens=capacity_tokens, max_trajectories=max_trajectories)
+        if durability not in ("process", "machine"):
+            raise ValueError(f"durability = {durability!r}: allowed are 'process' and 'machine'")
+        if durability == "machine" and sync_interval_ms < 1:
+            raise ValueError(f"sync_interval_ms = {sync_interval_ms}: it must be at least 1")
+        cls._create(
+            str(path),
+            capacity_tokens=capacity_tokens,
+            max_trajectories=max_trajectories,
+            page_tokens=page_tokens,
+            max_prompts=max_prompts,
+            sync_interval_ms=sync_interval_ms if durability == "machine" else 0,
+        )
+        return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """The buffer that :meth:`snapshot` wrote to ``path``.
+    def open(cls, path: str | Path, *, readonly: bool = False) -> Self:
+        """Open a buffer, for reading beside its writer or as the writer.
+
+        The writer checks every checksum: a trajectory that fails is cut to its longest sound
+        prefix and goes on from there. ``recovery`` says what was cut; it is empty unless the
+        machine went down or the file was damaged.
 
         Raises:
             FileNotFoundError: there is no such file.
+            ValueError: it is no buffer, damaged in its header, cut off, or of a newer format; or
+                another process has it open for writing.
         """
-        with np.load(path) as saved:
-            sizes = saved["sizes"].tolist()
-            buffer = cls(capacity_tokens=sizes[0], max_trajectories=sizes[1])
-            buffer._next_id = sizes[2]
-            columns = {name: saved[name] for name in _COLUMNS}
-            start = 0
-            for row, reason in zip(saved["slots"].tolist(), saved["reasons"].tolist(), strict=True):
-                trajectory_id, prompt_id, group_id, length = row
-                slot = _Slot(prompt_id, group_id, length, reason or None)
-                for name, column in columns.items():
-                    slot.columns[name] = [column[start : start + length].copy()]
-                buffer._slots[trajectory_id] = slot
-                start += length
-            buffer._tokens = start
-        return buffer
-
-    def begin(self, prompt_id: int, group_id: int) -> int:
-        """Make room for a trajectory and return its id; ids are never used twice.
-
-        Raises:
-            ValueError: every slot is taken.
-        """
-        if len(self._slots) >= self._max_trajectories:
-            raise ValueError(
-                f"Cannot begin a trajectory: all {self._max_trajectories} are in use; "
-                "raise max_trajectories or evict finished ones"
-            )
-        trajectory_id = self._next_id
-        self._next_id += 1
-        self._slots[trajectory_id] = _Slot(prompt_id, group_id)
-        return trajectory_id
-
-    def append(
-        self,
-        trajectory_id: int,
-        token_ids: np.ndarray,
-        logprobs: np.ndarray,
-        mask: np.ndarray,
-        *,
-        policy_version: int,
-    ) -> int:
-        """Add a segment and return the trajectory's new length.
-
-        Args:
-            trajectory_id: an unfinished trajectory.
-            token_ids: int32 ``[n]``.
-            logprobs: float32 ``[n]``, nats, as sampled; 0 where the mask is 0.
-            mask: uint8 ``[n]``, 1 for tokens that the policy sampled.
-            policy_version: of the weights that sampled them, ``PROMPT_VERSION`` for a prompt.
-
-        Raises:
-            KeyError: there is no such trajectory.
-            ValueError: it has ended, the lengths differ, a log-prob is not finite, or the buffer is
-                full; nothing is appended then.
-        """
-        slot = self._slot(trajectory_id)
-        if slot.end_reason is not None:
-            raise ValueError(
-                f"Cannot append to trajectory {trajectory_id}: it ended by {slot.end_reason!r}"
-            )
-        given = {"token_ids": token_ids, "logprobs": logprobs, "mask": mask}
-        length = len(token_ids)
-        if any(np.shape(column) != (length,) for column in given.values()):
-            shapes = {name: np.shape(column) for name, column in given.items()}
-            raise ValueError(f"Cannot append columns of different shapes: {shapes}")
-        if not np.isfinite(logprobs).all():
-            where = int(np.flatnonzero(~np.isfinite(logprobs))[0])
-            raise ValueError(
-                f"Cannot append to trajectory {trajectory_id}: log-prob {where} of the segment is "
-                f"{logprobs[where]}; the engine's weights or logits are broken"
-            )
-        if self._tokens + length > self._capacity_tokens:
-            raise ValueError(
-                f"Cannot append {length} tokens: {self._capacity_tokens - self._tokens} free of "
-                f"{self._capacity_tokens}; raise capacity_tokens or evict finished trajectories"
-            )
-        given["policy_versions"] = np.full(length, policy_version)
-        for name, column in given.items():
-            slot.columns[name].append(np.array(column, dtype=_COLUMNS[name]))
-        slot.length += length
-        self._tokens += length
-        return slot.length
-
-    def append_many(self, segments: Sequence[Segment]) -> None:
-        """Append what an engine yielded; a segment with an end reason ends its trajectory.
-
-        Raises: as :meth:`append`.
-        """
-        for segment in segments:
-            self.append(
-                segment.trajectory_id,
-                segment.token_ids,
-                segment.logprobs,
-                np.ones(len(segment), np.uint8),
-                policy_version=segment.policy_version,
-            )
-            if segment.end_reason is not None:
-                self.finish(segment.trajectory_id, segment.end_reason)
-
-    def set_mark(self, mark: int) -> None:
-        """Set :attr:`mark`."""
-        self.mark = mark
-
-    def finish(self, trajectory_id: int, reason: EndReason) -> None:
-        """Mark a trajectory as ended; it takes no more segments.
-
-        Raises:
-            KeyError: there is no such trajectory.
-            ValueError: the reason is unknown, or it has ended before.
-        """
-        slot = self._slot(trajectory_id)
-        if reason not in get_args(EndReason):
-            raise ValueError(f"Cannot finish by {reason!r}: allowed are {get_args(EndReason)}")
-        if slot.end_reason is not None:
-            raise ValueError(
-                f"Trajectory {trajectory_id} has ended already, by {slot.end_reason!r}"
-            )
-        slot.end_reason = reason
+        return cls(str(path), readonly=readonly)
 
     def read(self, trajectory_id: int) -> Trajectory:
         """A copy of one trajectory.
 
         Raises:
             KeyError: there is no such trajectory.
+            ValueError: the file is damaged there.
         """
-        slot = self._slot(trajectory_id)
+        prompt_id, group_id, token_ids, logprobs, mask, versions, reason = self._read(trajectory_id)
         return Trajectory(
-            trajectory_id=trajectory_id,
-            prompt_id=slot.prompt_id,
-            group_id=slot.group_id,
-            end_reason=slot.end_reason,
-            **{name: slot.column(name) for name in _COLUMNS},
+            trajectory_id, prompt_id, group_id, token_ids, logprobs, mask, versions, reason
         )
 
-    def pack(self, trajectory_ids: Sequence[int]) -> Batch:
+    def pack(self, trajectory_ids: Sequence[int], *, out: Batch | None = None) -> Batch:
         """Trajectories end to end, in the order given.
+
+        Args:
+            trajectory_ids: any number, also none; one may stand more than once.
+            out: arrays, or torch tensors on the CPU, to pack into, at least as long as needed;
+                what comes back are their beginnings. New arrays are made otherwise.
 
         Raises:
             KeyError: there is no such trajectory.
+            ValueError: ``out`` is too short, or the file is damaged.
+            TypeError: an array of ``out`` has another dtype or is not contiguous.
         """
-        slots = [self._slot(trajectory_id) for trajectory_id in trajectory_ids]
-        packed = {
-            name: np.concatenate([np.empty(0, dtype), *(slot.column(name) for slot in slots)])
-            for name, dtype in _COLUMNS.items()
-        }
-        lengths = [slot.length for slot in slots]
-        return Batch(cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32), **packed)
+        ids = np.asarray(trajectory_ids, np.int64)
+        names = ("token_ids", "logprobs", "mask", "policy_versions", "cu_seqlens")
+        given: Any = None
+        if out is not None:
+            given = tuple(np.asarray(getattr(out, name)) for name in names)
+        token_ids, logprobs, mask, versions, cu_seqlens, n = self._pack(ids, given)
+        ends = cu_seqlens[: len(ids) + 1]
+        return Batch(token_ids[:n], logprobs[:n], mask[:n], versions[:n], ends)
+
+    def pack_micro_batches(
+        self, trajectory_ids: Sequence[int], *, max_tokens: int
+    ) -> list[tuple[list[int], Batch]]:
+        """As few batches of at most ``max_tokens`` as can be found, of about the same size.
+
+        Returns each batch's trajectory ids, in the order given, with the batch.
+
+        Raises:
+            KeyError: there is no such trajectory.
+            ValueError: one trajectory alone is longer.
+        """
+        length_of = {info.trajectory_id: info.length for info in self.trajectories()}
+        if missing := [key for key in trajectory_ids if key not in length_of]:
+            raise KeyError(f"No trajectory {missing[0]}: never begun, or evicted")
+        split = _C.balance([length_of[key] for key in trajectory_ids], max_tokens)
+        batches = [[trajectory_ids[index] for index in indices] for indices in split]
+        return [(ids, self.pack(ids)) for ids in batches]
+
+    def trajectories(self) -> list[TrajectoryInfo]:
+        """Every trajectory without its tokens, oldest first."""
+        return [TrajectoryInfo(*row) for row in self._scan()]
 
     def unfinished(self) -> list[int]:
         """Ids of the trajectories that have not ended, oldest first."""
-        return [key for key, slot in self._slots.items() if slot.end_reason is None]
+        return [info.trajectory_id for info in self.trajectories() if info.end_reason is None]
 
     def finished(self) -> list[int]:
         """Ids of the trajectories that have ended, oldest first."""
-        return [key for key, slot in self._slots.items() if slot.end_reason is not None]
-
-    def evict(self, trajectory_ids: Iterable[int]) -> None:
-        """Forget trajectories and free their tokens.
-
-        Raises:
-            KeyError: there is no such trajectory; nothing is evicted then.
-        """
-        doomed = list(trajectory_ids)
-        for trajectory_id in doomed:
-            self._slot(trajectory_id)
-        for trajectory_id in doomed:
-            self._tokens -= self._slots.pop(trajectory_id).length
-
-    def snapshot(self, path: str | Path) -> None:
-        """Write everything to one ``.npz`` file; :meth:`open` gives the same buffer back."""
-        slots = [
-            (key, slot.prompt_id, slot.group_id, slot.length) for key, slot in self._slots.items()
-        ]
-        packed = self.pack(list(self._slots))
-        with Path(path).open("wb") as file:
-            np.savez(
-                file,
-                sizes=np.array([self._capacity_tokens, self._max_trajectories, self._next_id]),
-                slots=np.array(slots, np.int64).reshape(-1, 4),
-                reasons=np.array([slot.end_reason or "" for slot in self._slots.values()], "U8"),
-                **{name: getattr(packed, name) for name in _COLUMNS},
-            )
+        return [info.trajectory_id for info in self.trajectories() if info.end_reason is not None]
 
     def stats(self) -> BufferStats:
         """Counts; cheap enough to take once an iteration."""
-        packed = self.pack(list(self._slots))
-        versions, counts = np.unique(packed.policy_versions[packed.mask > 0], return_counts=True)
-        return BufferStats(
-            trajectories=len(self._slots),
-            unfinished=len(self.unfinished()),
-            tokens=self._tokens,
-            capacity_tokens=self._capacity_tokens,
-            tokens_by_version=dict(zip(versions.tolist(), counts.tolist(), strict=True)),
+        return BufferStats(**self._stats())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def describe(buffer: RolloutBuffer) -> Iterator[str]:
+    """Lines about everything that a buffer holds; every token is read and its checksum compared."""
+    stats = buffer.stats()
+    yield f"{buffer.path}: mark {buffer.mark}"
+    yield (
+        f"  {stats.trajectories} of {stats.max_trajectories} trajectories, {stats.unfinished} "
+        f"unfinished; {stats.tokens} tokens in {stats.segments} segments"
+    )
+    yield f"  {stats.pages_free} of {stats.pages} pages of {stats.page_tokens} tokens free"
+    newest = max(stats.tokens_by_version, default=0)
+    for version, tokens in sorted(stats.tokens_by_version.items(), reverse=True):
+        yield f"  policy version {version}, age {newest - version}: {tokens} tokens"
+    for info in buffer.trajectories():
+        lengths: dict[int, list[str]] = {}
+        try:
+            for _, length, version in buffer.segments(info.trajectory_id):
+                lengths.setdefault(version, []).append(str(length))
+            buffer.read(info.trajectory_id)
+            state = "checksums ok"
+        except KeyError:
+            state = "evicted meanwhile"
+        except ValueError as error:
+            state = f"DAMAGED: {error}"
+        names = {v: "prompt" if v == PROMPT_VERSION else f"version {v}" for v in lengths}
+        parts = ", ".join(f"{names[v]}: {' + '.join(lengths[v])}" for v in lengths)
+        yield (
+            f"  trajectory {info.trajectory_id}, prompt {info.prompt_id}, group {info.group_id}: "
+            f"{info.length} tokens ({parts}), {info.end_reason or 'open'}; {state}"
         )
 
-    def _slot(self, trajectory_id: int) -> _Slot:
-        if trajectory_id not in self._slots:
-            raise KeyError(f"No trajectory {trajectory_id}: never begun, or evicted")
-        return self._slots[trajectory_id]
+
+def main(arguments: Sequence[str]) -> int:
+    """Print what a buffer file holds. 0: all sound; 1: some of it damaged; 2: it cannot be read."""
+    if len(arguments) != 1:
+        print("usage: python -m kimi_core.buffer PATH", file=sys.stderr)
+        return 2
+    status = 0
+    try:
+        with RolloutBuffer.open(arguments[0], readonly=True) as buffer:
+            for line in describe(buffer):
+                print(line)
+                status = max(status, int("DAMAGED" in line))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -107,6 +107,9 @@ class RolloutConfig(Section):
     """Stop a response in which the same so many tokens in a row ... 0: never."""
     repeat_count: int = Field(3, ge=2)
     """... stand so many times."""
+    stream_tokens: int = Field(64, ge=0)
+    """A response under way is made durable every so many tokens, so a kill loses fewer of each.
+    0: only when it has ended or spent its budget."""
     batch_rows: int = Field(1024, ge=1)
     """Trajectories decoded side by side at most; bounds the memory of the key-value cache."""
 
@@ -196,7 +199,7 @@ class Config(Section):
     samples: int | None = Field(None, ge=1)
     """Stop once so many responses have been trained; unset: when `iterations` are done."""
     save_every: int = Field(1, ge=1)
-    """Iterations between saved states; what came after the last one is lost at a crash."""
+    """Iterations between saved states; above 1, a crash repeats those after the last one."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

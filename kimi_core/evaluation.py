@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -52,7 +53,8 @@ class Evaluator:
         )
 
     def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
-        return sampling_for(self.rollout, self.stop_token_ids, seed=seed, greedy=greedy)
+        sampling = sampling_for(self.rollout, self.stop_token_ids, seed=seed, greedy=greedy)
+        return replace(sampling, stream_tokens=0)  # Whole responses: nothing of them is kept.
 
     def _answer(
         self, prompts: Sequence[Prompt], sampling: Sampling
@@ -66,7 +68,7 @@ class Evaluator:
             )
         correctness = [0.0] * len(prompts)
         lengths = [0] * len(prompts)
-        for segment in self.engine.generate(requests, sampling):
+        for segment in chain.from_iterable(self.engine.generate(requests, sampling)):
             index = segment.trajectory_id
             text = self.response_text(segment.token_ids)
             correctness[index] = score(self.reward, prompts[index], text)

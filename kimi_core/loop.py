@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_core.buffer import RolloutBuffer
+from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics
 from kimi_core.prompts.curriculum import Curriculum
@@ -45,14 +45,17 @@ class Loop:
     samples_trained: int = 0
     """Responses trained so far."""
     next_group: int = 0
-    trained: list[int] = field(default_factory=list)
-    """Trajectories that the last iteration trained. They leave the buffer when the next one begins:
-    by then a state that counts them is on disk, and before it a crash must find them."""
+    consumed: list[int] = field(default_factory=list)
+    """Trajectories that the last iteration trained; still in the buffer until the next begins."""
     latest_groups: list[Group] = field(default_factory=list)
     """What the last iteration trained, for whoever wants to look at it."""
 
     def iterate(self) -> IterationMetrics:
         """Run one iteration and return what it did.
+
+        What it trained stays in the buffer until the next one begins, so that a state saved in
+        between comes before the loss. An iteration that a crash cut short goes on: what is in the
+        buffer of it already is neither begun nor sampled again.
 
         Raises:
             RewardError: the reward function failed; the sampled tokens stay in the buffer.
@@ -61,7 +64,7 @@ class Loop:
         wall, cpu = time.perf_counter(), time.process_time()
         version = WeightVersion(self.engine.policy_version)
 
-        self._forget_trained()
+        self._evict_consumed()
         self._begin(self._next_prompts())
         rollout = roll_out(self.engine, self.buffer, self.config.rollout, self.sampling)
         sampled = time.perf_counter()
@@ -91,23 +94,27 @@ class Loop:
             "policy_version": self.engine.policy_version,
             "samples_trained": self.samples_trained,
             "next_group": self.next_group,
-            "trained": self.trained,
+            "consumed": self.consumed,
             "curriculum": {key: value.tolist() for key, value in self.curriculum.state().items()},
             "scorer": self.scorer.state(),
         }
 
     def load_state(self, state: dict[str, Any], buffer: RolloutBuffer) -> None:
-        """Take over what :meth:`state` gave, and the buffer saved beside it."""
+        """Take over what :meth:`state` gave, and the buffer that belongs to it."""
         self.iteration = state["iteration"]
         self.engine.policy_version = state["policy_version"]
         self.samples_trained = state["samples_trained"]
         self.next_group = state["next_group"]
-        self.trained = state["trained"]
+        self.consumed = state["consumed"]
         self.curriculum.load_state(
             {key: np.array(value) for key, value in state["curriculum"].items()}
         )
         self.scorer.load_state(state["scorer"])
         self.buffer = buffer
+
+    def close(self) -> None:
+        """Give the buffer's file free."""
+        self.buffer.close()
 
     def _rng(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, self.iteration, purpose])
@@ -116,22 +123,18 @@ class Loop:
         count = self.config.rollout.prompts_per_iteration
         return self.curriculum.draw(count, iteration=self.iteration, rng=self._rng(0))
 
-    def _forget_trained(self) -> None:
-        """Evict what the last iteration trained; what has not ended goes on."""
-        # First the mark: from here on the buffer is that of this iteration, and of no earlier one.
-        self.buffer.set_mark(self.iteration)
-        held = {*self.buffer.unfinished(), *self.buffer.finished()}
-        self.buffer.evict(key for key in self.trained if key in held)
-        self.trained = []
+    def _evict_consumed(self) -> None:
+        """The mark comes first, and reaches the disk first: see ``live_buffer``."""
+        self.buffer.mark = self.iteration
+        self.buffer.flush()
+        there = {info.trajectory_id for info in self.buffer.trajectories()}
+        self.buffer.evict([key for key in self.consumed if key in there])
 
     def _begin(self, prompts: Sequence[Prompt]) -> None:
-        """A group for each prompt; after a crash in this iteration some of them stand already."""
-        begun: dict[int, list[Trajectory]] = defaultdict(list)
-        for key in sorted([*self.buffer.unfinished(), *self.buffer.finished()]):
-            trajectory = self.buffer.read(key)
-            begun[trajectory.group_id].append(trajectory)
-        for prompt in prompts:
-            group_id, self.next_group = self.next_group, self.next_group + 1
+        begun: dict[int, list[TrajectoryInfo]] = defaultdict(list)
+        for info in self.buffer.trajectories():
+            begun[info.group_id].append(info)
+        for group_id, prompt in enumerate(prompts, self.next_group):
             begin_group(
                 self.buffer,
                 prompt,
@@ -140,6 +143,7 @@ class Loop:
                 samples=self.config.rollout.samples_per_prompt,
                 begun=begun[group_id],
             )
+        self.next_group += len(prompts)
 
     def _score(self) -> list[Group]:
         """Groups of the responses that are to be trained now."""
@@ -179,12 +183,12 @@ class Loop:
         return self.trainer.train(data, policy_version=version.number, rng=self._rng(1))
 
     def _count(self, groups: Sequence[Group]) -> None:
-        """Success rates, and what was trained."""
+        """Count what was trained; what has not ended stays for the next iteration."""
         for group in groups:
             for correctness in group.correctness:
                 self.curriculum.record(group.prompt.id, correctness)
-            self.trained += [trajectory.trajectory_id for trajectory in group.trajectories]
-        self.samples_trained += len(self.trained)
+            self.samples_trained += len(group.trajectories)
+        self.consumed = [t.trajectory_id for group in groups for t in group.trajectories]
 
     def _report(
         self,

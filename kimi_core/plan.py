@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from kimi_core import models
+from kimi_core.buffer import RolloutBuffer
 from kimi_core.codec import Codec
 from kimi_core.config import Config
 from kimi_core.prompts.sources import load_prompts
@@ -23,9 +24,6 @@ from kimi_core.run import alphabet
 from kimi_core.run_folder import dump_toml
 from kimi_core.trainer.policy import trainable_parameters
 from kimi_core.types import Prompt
-
-BUFFER_BYTES = 13
-"""Of a token in the buffer: id 4, log-prob 4, mask 1, policy version 4."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class Memory:
     logits: int
     """``head_chunk`` rows over the vocabulary, float32; their gradient takes their place."""
     buffer: int
+    """As much again on the disk: it is a file."""
 
 
 def describe(config: Config) -> str:
@@ -81,7 +80,7 @@ def estimate(
     """
     codec = Codec(tokenizer, config.rollout.stop)
     encoded = [codec.encode_prompt(prompt) for prompt in prompts]
-    capacity, _ = buffer_size(encoded, config.rollout)
+    tokens, trajectories = buffer_size(encoded, config.rollout)
     trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model))
     longest = max(map(len, encoded)) + config.rollout.max_response_tokens
     return Memory(
@@ -90,7 +89,7 @@ def estimate(
         optimizer_moments=2 * trained,
         kv_cache=_rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model),
         logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
-        buffer=BUFFER_BYTES * capacity,
+        buffer=RolloutBuffer.file_bytes(tokens, trajectories),
     )
 
 

@@ -2,16 +2,18 @@
 
 Life of a run: the parts are built from the config; SFT runs if the config asks for it; the state of
 iteration 0 is saved and evaluated; then every iteration is reported and saved. Ctrl-C ends the
-iteration at hand and saves; ``resume`` goes on from the last state saved.
+iteration at hand and saves; ``resume`` goes on from the last state saved, and with the tokens that
+were sampled since.
 """
 
 import hashlib
 import json
 import random
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from time import perf_counter
@@ -22,6 +24,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kimi_core import live_buffer
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.codec import Codec
 from kimi_core.config import Config
@@ -36,7 +39,7 @@ from kimi_core.reward.function import load_reward
 from kimi_core.reward.scoring import GroupScorer
 from kimi_core.rollout.torch_engine import TorchEngine
 from kimi_core.rollout.worker import buffer_size, sampling_for
-from kimi_core.run_folder import RunFolder
+from kimi_core.run_folder import RunFolder, holds_state
 from kimi_core.trainer.sft import Example, train_sft
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt
@@ -61,10 +64,14 @@ class Parts:
     train_prompts: list[Prompt]
     evaluator: Evaluator
     loop: Loop
+    new_buffer: Callable[[Path], RolloutBuffer]
+    """Makes an empty buffer of the size that the run needs."""
 
 
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
     """Carry out the run that ``config`` describes and return its folder.
+
+    ``resume`` continues the run that is there; where there is none yet, it starts one.
 
     Raises:
         ValueError: anything in the config or the files it names that cannot work; before training.
@@ -74,10 +81,17 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     console = console or Console()
     parts = build(config)
     path = Path(config.runs) / config.name
-    with RunFolder.resume(path, config) if resume else RunFolder.create(path, config) as folder:
+    if resume and not holds_state(path):
+        console.print(f"no run to resume in {path}: starting it", highlight=False, soft_wrap=True)
+        resume = False
+    with (
+        RunFolder.resume(path, config) if resume else RunFolder.create(path, config) as folder,
+        closing(parts.loop),
+    ):
         if resume:
-            sft_s = _restore(parts, folder)
+            sft_s = _restore(parts, folder, console)
         else:
+            parts.loop.buffer = live_buffer.start(folder.buffer, parts.new_buffer)
             started = perf_counter()
             fine_tune(parts.model, parts.codec, config, parts.train_prompts, console)
             sft_s = perf_counter() - started
@@ -113,6 +127,9 @@ def build(config: Config) -> Parts:
     _check_context(model, encoded, config)
     engine = TorchEngine(model, batch_rows=config.rollout.batch_rows)
     tokens, trajectories = buffer_size(list(encoded.values()), config.rollout)
+    new_buffer = partial(
+        RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories
+    )
     loop = Loop(
         config=config,
         prompts={prompt.id: prompt for prompt in train_prompts},
@@ -120,7 +137,7 @@ def build(config: Config) -> Parts:
         curriculum=Curriculum(train_prompts, config.curriculum),
         engine=engine,
         sampling=sampling_for(config.rollout, codec.stop_token_ids, seed=config.seed),
-        buffer=RolloutBuffer.create(capacity_tokens=tokens, max_trajectories=trajectories),
+        buffer=live_buffer.nameless(new_buffer),
         scorer=GroupScorer(config, reward, codec.response_text),
         trainer=Trainer(model, config.trainer, temperature=config.rollout.temperature),
     )
@@ -133,7 +150,7 @@ def build(config: Config) -> Parts:
         rollout=config.rollout,
         stop_token_ids=codec.stop_token_ids,
     )
-    return Parts(model, tokenizer, codec, train_prompts, evaluator, loop)
+    return Parts(model, tokenizer, codec, train_prompts, evaluator, loop, new_buffer)
 
 
 def fine_tune(
@@ -271,20 +288,22 @@ def _save(parts: Parts, folder: RunFolder, sft_s: float) -> None:
     folder.save_state(
         parts.loop.iteration,
         trained,
-        {"buffer.npz": parts.loop.buffer.snapshot},
+        {"buffer.bin": lambda path: parts.loop.buffer.snapshot(str(path))},
         parts.loop.state() | {"sft_s": sft_s},
         fingerprint=_fingerprint(parts.model),
     )
 
 
-def _restore(parts: Parts, folder: RunFolder) -> float:
+def _restore(parts: Parts, folder: RunFolder, console: Console) -> float:
     """Take over the newest state; the seconds that SFT took, back when it ran."""
     saved = folder.load_state(_fingerprint(parts.model))
     with torch.no_grad():
         for name, parameter in parts.model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(saved.tensors[name])
-    parts.loop.load_state(saved.state, RolloutBuffer.open(saved.folder / "buffer.npz"))
+    buffer, remark = live_buffer.resume(folder.buffer, saved.folder / "buffer.bin", saved.iteration)
+    console.print(remark, highlight=False, soft_wrap=True)
+    parts.loop.load_state(saved.state, buffer)
     return float(saved.state["sft_s"])
 
 

@@ -5,6 +5,7 @@
     runs/think/
       lock            held by the process that runs; holds its pid
       config.toml     every setting of the run, resolved
+      buffer.bin      the rollout buffer, to which tokens are added as they are sampled
       states/000012/  what iteration 13 starts from: tensors.safetensors, state.json, other files
       checkpoint/     the policy in Hugging Face format
 
@@ -64,6 +65,7 @@ class RunFolder:
         self.path = Path(path)
         self.states = self.path / "states"
         self.checkpoint = self.path / "checkpoint"
+        self.buffer = self.path / "buffer.bin"
         self.states.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _take_lock(self.path)
         _finish_swap(self.checkpoint)
@@ -242,6 +244,13 @@ class RunFolder:
         if found is None:
             return "No state was saved before: make room there and start again"
         return f"The state of iteration {found[0]} is intact: make room there, then --resume"
+
+
+def holds_state(path: str | Path) -> bool:
+    """Whether there is a run at ``path`` that ``RunFolder.resume`` could go on with."""
+    path = Path(path)
+    has_folder = (path / "config.toml").is_file() and (path / "states").is_dir()
+    return has_folder and bool(_whole_states(path / "states"))
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

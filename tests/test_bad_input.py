@@ -219,8 +219,9 @@ def test_resume_refuses_another_config_and_another_model(run, tmp_path):
     assert run(*overrides, "iterations=2", resume=True) == (0, "")
 
 
-def test_resume_without_a_run(run):
-    assert_refused(run(resume=True), "No run to resume in runs/think")
+def test_resume_without_a_run_starts_it(run):
+    assert run("iterations=1", resume=True) == (0, "")
+    assert Path("runs/think/states/000001/state.json").is_file()
 
 
 def test_a_second_run_in_the_same_folder(run):

@@ -1,19 +1,20 @@
-"""The buffer against a model of it in plain dicts and lists: any order of calls, any sizes."""
+"""The buffer against its twin in plain Python: any order of calls, any sizes, and reopened."""
 
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from buffer_model import COLUMNS, BufferModel
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from kimi_core.buffer import RolloutBuffer
-from kimi_core.types import PROMPT_VERSION
+from kimi_core.types import PROMPT_VERSION, Batch
 
-NAMES = ("token_ids", "logprobs", "mask", "policy_versions")
-DTYPES = {"token_ids": "int32", "logprobs": "float32", "mask": "uint8", "policy_versions": "int32"}
+REASONS = st.sampled_from([None, None, None, "stop", "length", "repeat"])
 
 
 def columns(n: int, seed: int = 0, sampled: bool = True) -> tuple[np.ndarray, ...]:
@@ -25,141 +26,240 @@ def columns(n: int, seed: int = 0, sampled: bool = True) -> tuple[np.ndarray, ..
     )
 
 
-class Buffers(RuleBasedStateMachine):
-    """``slots`` is the model: id to its prompt, group, rows of four values, and why it ended."""
+def rows_of(found) -> list[tuple]:
+    for name, dtype in COLUMNS.items():
+        assert getattr(found, name).dtype == dtype
+    return list(zip(*(getattr(found, name).tolist() for name in COLUMNS), strict=True))
 
+
+class Buffers(RuleBasedStateMachine):
     ids = Bundle("ids")
 
-    @initialize(capacity=st.integers(1, 60), most=st.integers(1, 6))
-    def create(self, capacity, most):
-        self.buffer = RolloutBuffer.create(capacity_tokens=capacity, max_trajectories=most)
-        self.capacity, self.most = capacity, most
-        self.slots: dict[int, dict] = {}
-        self.begun = 0
+    @initialize(pages=st.integers(1, 60), most=st.integers(1, 6), page=st.sampled_from([8, 16]))
+    def create(self, pages, most, page):
+        self.folder = tempfile.TemporaryDirectory()
+        self.path = Path(self.folder.name) / "buffer.bin"
+        sizes = {"page_tokens": page, "max_trajectories": most}
+        self.buffer = RolloutBuffer.create(self.path, capacity_tokens=pages * page, **sizes)
+        self.model = BufferModel(pages=pages, **sizes)
+
+    def teardown(self):
+        if hasattr(self, "buffer"):
+            self.buffer.close()
+            self.folder.cleanup()
 
     @rule(target=ids, prompt=st.integers(0, 1 << 40), group=st.integers(0, 1 << 40))
     def begin(self, prompt, group):
-        if len(self.slots) >= self.most:
-            with pytest.raises(ValueError, match=f"all {self.most} are in use"):
+        if len(self.model.slots) >= self.model.max_trajectories:
+            with pytest.raises(ValueError, match=f"all {self.model.max_trajectories} are in use"):
                 self.buffer.begin(prompt, group)
             return multiple()
         trajectory_id = self.buffer.begin(prompt, group)
-        assert trajectory_id == self.begun
-        self.begun += 1
-        self.slots[trajectory_id] = {"prompt": prompt, "group": group, "rows": [], "reason": None}
+        assert trajectory_id == self.model.begin(prompt, group)
         return trajectory_id
 
     @rule(
         key=ids,
-        n=st.integers(0, 20),
+        n=st.integers(0, 40),
         seed=st.integers(0, 99),
         sampled=st.booleans(),
         version=st.integers(PROMPT_VERSION, 9),
+        reason=REASONS,
+        lease=st.sampled_from([None, None, 0, 1]),
     )
-    def append(self, key, n, seed, sampled, version):
+    def append(self, key, n, seed, sampled, version, reason, lease):
         given = columns(n, seed, sampled)
-        if key not in self.slots:
-            with pytest.raises(KeyError, match=f"No trajectory {key}"):
-                self.buffer.append(key, *given, policy_version=version)
-        elif self.slots[key]["reason"]:
-            with pytest.raises(ValueError, match="it ended by"):
-                self.buffer.append(key, *given, policy_version=version)
-        elif self.tokens() + n > self.capacity:
-            with pytest.raises(ValueError, match=f"Cannot append {n} tokens"):
-                self.buffer.append(key, *given, policy_version=version)
-        else:
-            rows = self.slots[key]["rows"]
-            rows.extend((*row, version) for row in zip(*(c.tolist() for c in given), strict=True))
-            assert self.buffer.append(key, *given, policy_version=version) == len(rows)
-            for column in given:
-                column[:] = 1  # The buffer has a copy.
+        named = {"policy_version": version, "end_reason": reason, "lease": lease}
+        if refusal := self.model.refusal(key, n, lease):
+            with pytest.raises((KeyError, ValueError), match=refusal):
+                self.buffer.append(key, *given, **named)
+            return
+        length = self.model.append(key, *given, version, reason)
+        assert self.buffer.append(key, *given, **named) == length
+        for column in given:
+            column[:] = 1  # The buffer has a copy.
 
-    @rule(key=ids, reason=st.sampled_from(["stop", "length", "repeat", "bored"]))
+    @rule(
+        parts=st.lists(st.tuples(ids, st.integers(0, 20), REASONS), max_size=5),
+        seed=st.integers(0, 99),
+    )
+    def append_many(self, parts, seed):
+        given = columns(sum(n for _, n, _ in parts), seed)
+        keys = np.array([key for key, _, _ in parts], np.int64)
+        ends = np.cumsum([0, *(n for _, n, _ in parts)], dtype=np.int32)
+        versions = np.arange(len(parts), dtype=np.int32)
+        reasons = [reason for _, _, reason in parts]
+        backup = {key: (list(s.rows), list(s.segments), s.end_reason) for key, s in self.slots()}
+        lengths = []
+        for i, (key, n, reason) in enumerate(parts):
+            if refusal := self.model.refusal(key, n, None):
+                for old, slot in self.slots():  # All or nothing.
+                    slot.rows, slot.segments, slot.end_reason = backup[old]
+                refusal = r"Cannot append \d+ tokens" if "tokens" in refusal else refusal
+                # Room is looked at last, so another fault further on may be named in its stead.
+                with pytest.raises((KeyError, ValueError), match=f"{refusal}|No traj|it ended by"):
+                    self.buffer.append_many(keys, *given, ends, versions, end_reasons=reasons)
+                return
+            part = (column[ends[i] : ends[i + 1]] for column in given)
+            lengths.append(self.model.append(key, *part, i, reason))
+        done = self.buffer.append_many(keys, *given, ends, versions, end_reasons=reasons)
+        assert done.tolist() == lengths
+
+    @rule(key=ids, reason=st.sampled_from(["stop", "length", "repeat", "bored", ""]))
     def finish(self, key, reason):
-        if key not in self.slots:
+        if reason in ("bored", ""):
+            with pytest.raises(ValueError, match=f"Cannot finish by '{reason}'"):
+                self.buffer.finish(key, reason)
+        elif key not in self.model.slots:
             with pytest.raises(KeyError):
                 self.buffer.finish(key, reason)
-        elif reason == "bored" or self.slots[key]["reason"]:
-            with pytest.raises(ValueError, match=r"ended already|Cannot finish by 'bored'"):
+        elif self.model.slots[key].end_reason:
+            with pytest.raises(ValueError, match="has ended already"):
                 self.buffer.finish(key, reason)
         else:
             self.buffer.finish(key, reason)
-            self.slots[key]["reason"] = reason
+            self.model.slots[key].end_reason = reason
 
-    @rule(keys=st.lists(ids, max_size=4, unique=True))
-    def evict(self, keys):
-        if all(key in self.slots for key in keys):
-            self.buffer.evict(keys)
-            for key in keys:
-                del self.slots[key]
+    @rule(key=ids)
+    def resume(self, key):
+        slot = self.model.slots.get(key)
+        if slot is None or slot.end_reason:
+            with pytest.raises((KeyError, ValueError), match=r"No trajectory|Cannot resume"):
+                self.buffer.resume(key)
+        else:
+            slot.lease += 1
+            assert self.buffer.resume(key) == slot.lease
+
+    @rule(
+        keys=st.lists(ids, max_size=4),
+        stale_before=st.none() | st.integers(0, 5),
+        free_tokens=st.none() | st.integers(0, 400),
+    )
+    def evict(self, keys, stale_before, free_tokens):
+        policy = {"stale_before": stale_before, "free_tokens": free_tokens}
+        if all(key in self.model.slots for key in keys):
+            assert self.buffer.evict(keys, **policy) == self.model.evict(keys, **policy)
         else:
             with pytest.raises(KeyError):
-                self.buffer.evict(keys)
+                self.buffer.evict(keys, **policy)
 
-    @rule(keys=st.lists(ids, max_size=4))
-    def pack(self, keys):
-        if not all(key in self.slots for key in keys):
+    @rule(keys=st.lists(ids, max_size=4), spare=st.none() | st.integers(-1, 3))
+    def pack(self, keys, spare):
+        if not all(key in self.model.slots for key in keys):
             with pytest.raises(KeyError):
                 self.buffer.pack(keys)
             return
-        batch = self.buffer.pack(keys)
-        assert batch.lengths.tolist() == [len(self.slots[key]["rows"]) for key in keys]
+        expected = [self.model.slots[key].rows for key in keys]
+        total = sum(map(len, expected))
+        out = None
+        if spare is not None and total + spare >= 0:
+            arrays = (np.empty(total + spare, dtype) for dtype in COLUMNS.values())
+            out = Batch(*arrays, np.empty(len(keys) + 1, np.int32))
+            if spare < 0:
+                with pytest.raises(ValueError, match=f"Cannot pack {total} tokens"):
+                    self.buffer.pack(keys, out=out)
+                return
+        batch = self.buffer.pack(keys, out=out)
+        assert batch.lengths.tolist() == list(map(len, expected))
         assert batch.cu_seqlens.dtype == np.int32
-        assert self.rows_of(batch) == [row for key in keys for row in self.slots[key]["rows"]]
+        assert rows_of(batch) == [row for rows in expected for row in rows]
+        assert out is None or np.shares_memory(batch.token_ids, out.token_ids) or not total
 
-    @rule()
-    def reopen(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "buffer.npz"
-            self.buffer.snapshot(path)
-            self.buffer = RolloutBuffer.open(path)
+    @rule(key=ids)
+    def views(self, key):
+        if key not in self.model.slots:
+            return
+        slot = self.model.slots[key]
+        for index, (start, n, version) in enumerate(slot.segments):
+            view = self.buffer.view(key, index)
+            assert (view.start, view.policy_version, view.is_current()) == (start, version, True)
+            whole = [np.concatenate(column) for column in zip(*view.parts, strict=True)]
+            found = list(zip(*(column.tolist() for column in whole), strict=True))
+            assert found == [row[:3] for row in slot.rows[start : start + n]]
+        with pytest.raises(IndexError, match=f"no number {len(slot.segments)}"):
+            self.buffer.view(key, len(slot.segments))
+
+    @rule(readonly=st.booleans(), snapshot=st.booleans())
+    def reopen(self, readonly, snapshot):
+        if snapshot:
+            self.path = self.path.with_suffix(".copy" if self.path.suffix == ".bin" else ".bin")
+            self.buffer.snapshot(str(self.path))
+        if readonly:
+            with RolloutBuffer.open(self.path, readonly=True) as beside:
+                assert beside.trajectories() == self.buffer.trajectories()
+                with pytest.raises(ValueError, match="is open for reading"):
+                    beside.begin(0, 0)
+        self.buffer.close()
+        with pytest.raises(ValueError, match="is closed"):
+            self.buffer.unfinished()
+        self.buffer = RolloutBuffer.open(self.path)
+        assert self.buffer.recovery["cuts"] == []
+        assert self.buffer.recovery["trajectories"] == len(self.model.slots)
 
     @invariant()
     def reads_back(self):
-        for key, slot in self.slots.items():
-            found = self.buffer.read(key)
-            assert self.rows_of(found) == slot["rows"]
-            assert (found.trajectory_id, found.prompt_id, found.group_id, found.end_reason) == (
-                key,
-                slot["prompt"],
-                slot["group"],
-                slot["reason"],
-            )
+        for key, slot in self.slots():
+            found, expected = self.buffer.read(key), self.model.read(key)
+            assert rows_of(found) == slot.rows
+            for name in ("trajectory_id", "prompt_id", "group_id", "end_reason"):
+                assert getattr(found, name) == getattr(expected, name)
+            assert self.buffer.segments(key) == slot.segments
             found.token_ids[:] = -5  # The caller has a copy.
 
     @invariant()
     def counts(self):
-        open_ids = [key for key, slot in self.slots.items() if slot["reason"] is None]
+        slots = self.model.slots
+        open_ids = [key for key, slot in slots.items() if slot.end_reason is None]
         assert self.buffer.unfinished() == open_ids
-        assert self.buffer.finished() == [key for key in self.slots if key not in open_ids]
+        assert self.buffer.finished() == [key for key in slots if key not in open_ids]
         stats = self.buffer.stats()
-        assert (stats.trajectories, stats.unfinished) == (len(self.slots), len(open_ids))
-        assert (stats.tokens, stats.capacity_tokens) == (self.tokens(), self.capacity)
-        versions = [row[3] for slot in self.slots.values() for row in slot["rows"] if row[2]]
+        assert (stats.trajectories, stats.unfinished) == (len(slots), len(open_ids))
+        assert stats.tokens == sum(len(slot.rows) for slot in slots.values())
+        assert (stats.pages, stats.pages_free) == (self.model.pages, self.model.pages_free())
+        versions = [row[3] for s in slots.values() for row in s.rows if row[3] >= 0]
         assert stats.tokens_by_version == {v: versions.count(v) for v in versions}
 
-    def tokens(self) -> int:
-        return sum(len(slot["rows"]) for slot in self.slots.values())
-
-    def rows_of(self, found) -> list[tuple]:
-        for name in NAMES:
-            assert getattr(found, name).dtype == DTYPES[name]
-        return list(zip(*(getattr(found, name).tolist() for name in NAMES), strict=True))
+    def slots(self):
+        return self.model.slots.items()
 
 
 TestBuffers = Buffers.TestCase
 TestBuffers.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-@pytest.mark.parametrize(("tokens", "trajectories"), [(0, 1), (1, 0), (-1, 5)])
-def test_an_empty_size_is_refused(tokens, trajectories):
-    with pytest.raises(ValueError, match="both must be at least 1"):
-        RolloutBuffer.create(capacity_tokens=tokens, max_trajectories=trajectories)
+@pytest.fixture
+def make(tmp_path):
+    """Makes a small buffer; named settings override its sizes."""
+
+    def create(name: str = "buffer.bin", **sizes) -> RolloutBuffer:
+        sizes = {"capacity_tokens": 64, "max_trajectories": 2, "page_tokens": 8} | sizes
+        return RolloutBuffer.create(tmp_path / name, **sizes)
+
+    return create
+
+
+@pytest.mark.parametrize(
+    ("sizes", "complaint"),
+    [
+        ({"capacity_tokens": 0}, "both must be at least 1"),
+        ({"capacity_tokens": -1}, "both must be at least 1"),
+        ({"max_trajectories": 0}, "both must be at least 1"),
+        ({"page_tokens": 12}, "page_tokens = 12: it must be a multiple of 8"),
+        ({"page_tokens": 0}, "page_tokens = 0"),
+        ({"capacity_tokens": 1 << 62}, "too large"),
+        ({"durability": "forever"}, "durability = 'forever'"),
+        ({"durability": "machine", "sync_interval_ms": 0}, "sync_interval_ms = 0"),
+    ],
+)
+def test_a_size_out_of_range_is_refused(make, tmp_path, sizes, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make(**sizes)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_logprob_that_is_not_finite_is_refused_and_nothing_kept(bad):
-    buffer = RolloutBuffer.create(capacity_tokens=9, max_trajectories=1)
+def test_a_logprob_that_is_not_finite_is_refused_and_nothing_kept(make, bad):
+    buffer = make()
     key = buffer.begin(0, 0)
     token_ids, logprobs, mask = columns(3)
     logprobs[1] = bad
@@ -170,8 +270,8 @@ def test_a_logprob_that_is_not_finite_is_refused_and_nothing_kept(bad):
 
 
 @pytest.mark.parametrize("short", [0, 1, 2])
-def test_columns_of_different_shapes_are_refused(short):
-    buffer = RolloutBuffer.create(capacity_tokens=9, max_trajectories=1)
+def test_columns_of_different_shapes_are_refused(make, short):
+    buffer = make()
     key = buffer.begin(0, 0)
     given = list(columns(3))
     given[short] = given[short][:2]
@@ -180,13 +280,136 @@ def test_columns_of_different_shapes_are_refused(short):
     assert buffer.stats().tokens == 0
 
 
-def test_no_file_to_open(tmp_path):
+def test_what_would_lose_precision_is_refused(make):
+    buffer = make()
+    key = buffer.begin(0, 0)
+    token_ids, logprobs, mask = columns(3)
+    with pytest.raises(TypeError):
+        buffer.append(key, token_ids.astype(np.int64), logprobs, mask, policy_version=0)
+    with pytest.raises(TypeError):
+        buffer.append(key, token_ids, logprobs.astype(np.float64), mask, policy_version=0)
+
+
+def test_torch_tensors_go_in_and_are_packed_into(make):
+    buffer = make()
+    key = buffer.begin(0, 0)
+    given = [torch.from_numpy(column) for column in columns(20)]
+    buffer.append(key, *given, policy_version=0)
+    tensors = [torch.zeros(30, dtype=d) for d in (torch.int32, torch.float32, torch.uint8)]
+    out = Batch(*tensors, torch.zeros(30, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))
+    batch = buffer.pack([key], out=out)
+    assert torch.equal(tensors[1][:20], given[1])
+    assert torch.from_numpy(batch.logprobs).data_ptr() == tensors[1].data_ptr()
+    wrong = Batch(tensors[1], *tensors[1:], tensors[0], tensors[0])
+    with pytest.raises(TypeError):
+        buffer.pack([key], out=wrong)
+
+
+def test_micro_batches_hold_everything_once_and_are_even(make):
+    buffer = make(capacity_tokens=20_000, max_trajectories=50)
+    for n in range(1, 50):
+        buffer.append(buffer.begin(0, 0), *columns(4 * n, n), policy_version=0)
+    keys = buffer.unfinished()[::-1]
+    batches = buffer.pack_micro_batches(keys, max_tokens=600)
+    assert sorted(key for ids, _ in batches for key in ids) == sorted(keys)
+    sizes = [len(batch.token_ids) for _, batch in batches]
+    assert max(sizes) <= 600
+    assert max(sizes) - min(sizes) < 100
+    for ids, batch in batches:
+        assert batch.lengths.tolist() == [len(buffer.read(key).token_ids) for key in ids]
+    with pytest.raises(ValueError, match="alone has 196; raise max_tokens"):
+        buffer.pack_micro_batches(keys, max_tokens=195)
+    with pytest.raises(KeyError, match="No trajectory 99"):
+        buffer.pack_micro_batches([0, 99], max_tokens=600)
+
+
+def test_views_outlive_closing_and_know_of_eviction(make, tmp_path):
+    buffer = make()
+    key = buffer.begin(0, 0)
+    buffer.append(key, *columns(5), policy_version=3)
+    view = buffer.view(key, 0)
+    token_ids = view.parts[0][0]
+    with pytest.raises(ValueError, match="read-only"):
+        token_ids[0] = 1
+    assert view.is_current()
+    buffer.evict([key])
+    assert not view.is_current()
+    buffer.close()
+    assert token_ids.tolist() == columns(5)[0].tolist()
+    with pytest.raises(ValueError, match="open for writing already"):
+        RolloutBuffer.open(tmp_path / "buffer.bin")
+    del view, token_ids  # The last of them unlocks the file.
+    RolloutBuffer.open(tmp_path / "buffer.bin").close()
+
+
+def test_no_file_to_open_and_one_too_many(make, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        RolloutBuffer.open(tmp_path / "nothing.bin")
+    buffer = make()
+    with pytest.raises(FileExistsError):
+        make()
+    with pytest.raises(ValueError, match="open for writing already"):
+        RolloutBuffer.open(tmp_path / "buffer.bin")
+    RolloutBuffer.open(tmp_path / "buffer.bin", readonly=True).close()
     with pytest.raises(FileNotFoundError):
-        RolloutBuffer.open(tmp_path / "buffer.npz")
+        buffer.snapshot(str(tmp_path / "nowhere" / "copy"))
 
 
-def test_ids_go_on_where_they_were_after_a_restart(tmp_path):
-    buffer = RolloutBuffer.create(capacity_tokens=9, max_trajectories=2)
-    buffer.evict([buffer.begin(0, 0), buffer.begin(0, 0)])
-    buffer.snapshot(tmp_path / "buffer.npz")
-    assert RolloutBuffer.open(tmp_path / "buffer.npz").begin(0, 0) == 2
+def test_draws_follow_failures_and_survive(make, tmp_path):
+    buffer = make(max_prompts=4)
+    for _ in range(200):
+        buffer.record_result(0, 1.0)
+        buffer.record_result(1, 0.5)
+        buffer.record_result(2, -3.0)  # Clipped to 0.
+    assert buffer.prompt_counts(1) == (200, 100.0)
+    firsts = np.bincount([buffer.draw(1, seed=s)[0] for s in range(4000)], minlength=4) / 4000
+    # Rates 1, 0.5, 0, and for the prompt never tried that of all, 0.5; the floor is 0.05.
+    np.testing.assert_allclose(firsts, np.array([0.05, 0.5, 1, 0.5]) / 2.05, atol=0.04)
+    drawn = buffer.draw(9, seed=1)
+    assert sorted(drawn) == [0, 1, 2, 3]
+    buffer.close()
+    with RolloutBuffer.open(tmp_path / "buffer.bin") as again:
+        assert again.draw(9, seed=1) == drawn
+        with pytest.raises(ValueError, match="raise max_prompts"):
+            again.record_result(4, 1.0)
+        with pytest.raises(ValueError, match="floor = 0"):
+            again.draw(1, seed=0, floor=0)
+
+
+def test_a_whole_long_context(tmp_path):
+    """131,072 tokens in 512 partial segments, beside what the slots cannot list themselves."""
+    taken = RolloutBuffer.tokens_taken(131_072, 512)
+    path = tmp_path / "buffer.bin"
+    with RolloutBuffer.create(path, capacity_tokens=taken, max_trajectories=1) as buffer:
+        whole = columns(131_072)
+        key = buffer.begin(0, 0)
+        for part in range(512):
+            at = slice(256 * part, 256 * (part + 1))
+            end = buffer.append(key, *(c[at] for c in whole), policy_version=part)
+        assert end == 131_072
+        assert buffer.stats().pages_free == 0
+        with pytest.raises(ValueError, match="Cannot append 1 tokens: they take"):
+            buffer.append(key, *columns(1), policy_version=0)
+    with RolloutBuffer.open(path) as buffer:
+        found = buffer.read(key)
+        for name, column in zip(COLUMNS, whole, strict=False):
+            np.testing.assert_array_equal(getattr(found, name), column)
+        np.testing.assert_array_equal(found.policy_versions, np.arange(512).repeat(256))
+
+
+def test_ten_thousand_trajectories(tmp_path):
+    path, n = tmp_path / "buffer.bin", 10_000
+    sizes = {"capacity_tokens": n * 64, "max_trajectories": n, "page_tokens": 64}
+    with RolloutBuffer.create(path, **sizes) as buffer:
+        for key in range(n):
+            assert buffer.begin(key // 8, key // 8) == key
+        ends = np.arange(n + 1, dtype=np.int32) * 5
+        many = np.arange(n), *columns(5 * n), ends, np.zeros(n, np.int32)
+        assert buffer.append_many(*many).tolist() == [5] * n
+        with pytest.raises(ValueError, match="all 10000 are in use"):
+            buffer.begin(0, 0)
+        buffer.evict(list(range(0, n, 2)))
+        assert [buffer.begin(0, 0) for _ in range(3)] == [n, n + 1, n + 2]
+    with RolloutBuffer.open(path) as buffer:
+        assert len(buffer.unfinished()) == n // 2 + 3
+        np.testing.assert_array_equal(buffer.read(9_999).token_ids, columns(5 * n)[0][-5:])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,8 +17,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import kimi_core
+from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, load_config
 from kimi_core.metrics import read_metrics
+from kimi_core.rollout.engine import Request
+from kimi_core.rollout.torch_engine import TorchEngine
 from kimi_core.run import Parts, build, fine_tune, train
 from kimi_core.types import PROMPT_VERSION, Trajectory
 
@@ -116,10 +118,9 @@ def test_continued_trajectories_carry_their_versions_and_are_trained_once(releas
         assert len(waiting) == report.trajectories_unfinished
         for one in waiting:
             check_versions(one, last=iteration)
-        # What was just trained leaves the buffer when the next iteration begins.
-        just_trained = {one.trajectory_id for one in trained}
-        assert set(parts.loop.trained) == just_trained <= set(parts.loop.buffer.finished())
-        held = set(parts.loop.buffer.finished()) - just_trained
+        # What was trained stays until the next iteration begins, so that a state can be saved.
+        assert sorted(parts.loop.consumed) == sorted(t.trajectory_id for t in trained)
+        held = set(parts.loop.buffer.finished()) - set(parts.loop.consumed)
         assert not held & set(seen)
         if release == "response":
             assert not held  # Trained in the iteration in which they end.
@@ -144,68 +145,6 @@ def check_versions(one: Trajectory, *, last: int) -> None:
     assert np.all(one.logprobs[one.prompt_length :] <= 0)
 
 
-class Killed(Exception):
-    """Stands for a process that dies while it samples."""
-
-
-@pytest.mark.parametrize("segments", [0, 1, 5, 11])
-@pytest.mark.parametrize("budget", [None, BUDGET])
-def test_a_rollout_cut_short_goes_on_from_its_last_segment(budget, segments):
-    """The third iteration dies after so many segments; nothing that arrived is sampled again."""
-    overrides = [] if budget is None else [f"rollout.token_budget={budget}"]
-    whole, cut = started(*overrides), started(*overrides)
-    for parts in (whole, cut):
-        parts.loop.sampling = replace(parts.loop.sampling, stream_tokens=3)
-        trained_by(parts, 2)
-    state = json.loads(json.dumps(cut.loop.state()))
-    policy = {name: tensor.clone() for name, tensor in cut.model.state_dict().items()}
-    generate = cut.loop.engine.generate
-    arrived = []
-
-    def dies(requests, sampling):
-        for segment in generate(requests, sampling):
-            if len(arrived) == segments:
-                raise Killed
-            arrived.append(segment)
-            yield segment
-
-    cut.loop.engine.generate = dies
-    with pytest.raises(Killed):
-        cut.loop.iterate()
-    expected = whole.loop.iterate()
-
-    again = started(*overrides)
-    again.model.load_state_dict(policy)
-    again.loop.sampling = cut.loop.sampling
-    again.loop.load_state(state, cut.loop.buffer)
-    report = again.loop.iterate()
-
-    assert report.tokens_sampled + sum(map(len, arrived)) == expected.tokens_sampled
-    assert report.reward_mean == pytest.approx(expected.reward_mean, nan_ok=True)
-    assert report.trajectories_unfinished == expected.trajectories_unfinished
-    assert again.loop.buffer.unfinished() == whole.loop.buffer.unfinished()
-    assert again.loop.trained == whole.loop.trained
-    for key in [*whole.loop.buffer.unfinished(), *whole.loop.trained]:
-        one, other = (parts.loop.buffer.read(key) for parts in (whole, again))
-        assert one.end_reason == other.end_reason
-        for name in ("token_ids", "mask", "policy_versions"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
-
-
-def test_groups_half_begun_are_completed():
-    """A crash between `begin` and the prompt's tokens, or between two samples of a group."""
-    whole, cut = started(), started()
-    prompts = whole.loop._next_prompts()
-    cut.loop.buffer.begin(prompts[0].id, 0)
-    reports = [parts.loop.iterate() for parts in (whole, cut)]
-    assert reports[0].tokens_sampled == reports[1].tokens_sampled
-    for key in range(12):
-        one, other = (parts.loop.buffer.read(key) for parts in (whole, cut))
-        assert (one.prompt_id, one.group_id) == (other.prompt_id, other.group_id)
-        np.testing.assert_array_equal(one.token_ids, other.token_ids)
-
-
 def test_tokens_of_older_versions_are_stale_in_the_metrics():
     parts = started(f"rollout.token_budget={BUDGET}")
     reports = [parts.loop.iterate() for _ in range(5)]
@@ -217,6 +156,8 @@ def test_tokens_of_older_versions_are_stale_in_the_metrics():
 
 
 TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s")
+OF_THE_PROCESS = ("decode_steps",)
+"""Not of the run: a resumed process takes only the steps that were left."""
 
 
 def lines(folder: Path) -> list[dict]:
@@ -226,7 +167,8 @@ def lines(folder: Path) -> list[dict]:
 
 
 def iteration_lines(folder: Path) -> list[dict]:
-    return [line for line in lines(folder) if line["kind"] == "iteration"]
+    found = [line for line in lines(folder) if line["kind"] == "iteration"]
+    return [{k: v for k, v in line.items() if k not in OF_THE_PROCESS} for line in found]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -240,7 +182,12 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-RUN = [f"rollout.token_budget={BUDGET}", "iterations=6", "trainer.learning_rate=1e-3"]
+RUN = [
+    f"rollout.token_budget={BUDGET}",
+    "rollout.stream_tokens=3",
+    "iterations=6",
+    "trainer.learning_rate=1e-3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +209,8 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(straight, tmp_pat
     assert iteration_lines(other)[0] != iteration_lines(straight)[0]
 
 
-# Says when each iteration's state is saved. With DIE_IN=module:function it kills itself in the
-# fourth call of that function.
+# Says when each iteration's state is saved. With DIE_IN=module:function:n it kills itself in the
+# nth call of that function after the state of iteration DIE_AFTER.
 STEPWISE = """
     import importlib
     import itertools
@@ -274,21 +221,27 @@ STEPWISE = """
     from kimi_core import run
     from kimi_core.config import load_config
 
-    save = run._save
+    save, calls = run._save, None
     def saved(parts, folder, *rest):
+        global calls
         save(parts, folder, *rest)
         print("saved", parts.loop.iteration, flush=True)
+        if parts.loop.iteration == int(os.environ.get("DIE_AFTER", 2)):
+            calls = itertools.count(1)
     run._save = saved
 
     if "DIE_IN" in os.environ:
-        module, name = os.environ["DIE_IN"].split(":")
-        module, calls = importlib.import_module(module), itertools.count(1)
-        original = getattr(module, name)
+        module, path, fatal = os.environ["DIE_IN"].split(":")
+        *owners, name = path.split(".")
+        owner = importlib.import_module(module)
+        for attribute in owners:
+            owner = getattr(owner, attribute)
+        original = getattr(owner, name)
         def deadly(*args, **named):
-            if next(calls) == 4:
+            if calls and next(calls) == int(fatal):
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*args, **named)
-        setattr(module, name, deadly)
+        setattr(owner, name, deadly)
 
     run.train(load_config(None, sys.argv[2:]), resume=sys.argv[1] == "resume")
     print("done", flush=True)
@@ -314,25 +267,27 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
     pytest.fail(f"It ended without {line!r}: {process.stderr.read()}")
 
 
+def killed(overrides: list[str], **environment: str) -> None:
+    """A run that kills itself, as ``environment`` says."""
+    process = start("new", overrides, **environment)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == -signal.SIGKILL, errors
+
+
 @pytest.mark.parametrize(
     "moment",
     [
-        "anywhere",
-        "kimi_core.loop:publish",  # trained, not counted
-        "kimi_core.run_folder:_swap",  # in metrics.jsonl, its state half saved
+        "kimi_core.loop:publish:1",  # trained, not counted
+        "kimi_core.run_folder:_swap:1",  # in metrics.jsonl, its state half saved
+        "kimi_core.loop:Loop._evict_consumed:1",  # saved, and the buffer is still as it was
+        "kimi_core.loop:Loop._begin:1",  # evicted, nothing begun
+        "kimi_core.buffer:RolloutBuffer.append:5",  # a trajectory begun without its prompt
     ],
 )
-def test_a_killed_run_resumes_to_the_same_weights(straight, tmp_path, moment):
-    """kill -9 after the second iteration: the run then ends as if nothing had happened."""
-    overrides = [*TINY, *RUN, f"runs={tmp_path}"]
-    if moment == "anywhere":
-        process = start("new", overrides)
-        wait_for(process, f"saved {random.Random(os.getpid()).choice([2, 3, 4])}")
-        process.send_signal(signal.SIGKILL)
-    else:
-        process = start("new", overrides, DIE_IN=moment)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, errors
+def test_a_run_killed_between_rollouts_resumes_to_the_same_weights(straight, tmp_path, moment):
+    """kill -9 where whole rollouts are in the buffer: the run ends bit for bit as if nothing had
+    happened."""
+    killed([*TINY, *RUN, f"runs={tmp_path}"], DIE_IN=moment)
     assert not (tmp_path / "think" / "checkpoint").exists()
 
     folder = train(config(*RUN, f"runs={tmp_path}"), resume=True, console=Console(file=StringIO()))
@@ -346,6 +301,65 @@ def test_a_killed_run_resumes_to_the_same_weights(straight, tmp_path, moment):
     assert summary["wall_s"] > sum(i.wall_s for i in iterations) + sum(
         e.wall_s for e in evaluations
     )
+
+
+@pytest.mark.parametrize("calls", [3, 5])
+def test_a_run_killed_in_a_rollout_continues_from_the_last_token(
+    straight, tmp_path, monkeypatch, calls
+):
+    """kill -9 between two segments: what was acknowledged is the beginning of what goes on."""
+    killed([*TINY, *RUN, f"runs={tmp_path}"], DIE_IN=f"kimi_core.rollout.worker:_append:{calls}")
+    saved = int(next((tmp_path / "think" / "states").iterdir()).name)
+    with RolloutBuffer.open(tmp_path / "think" / "buffer.bin", readonly=True) as buffer:
+        left = {key: buffer.read(key) for key in buffer.unfinished()}
+    sampled = {key: int((t.policy_versions == saved).sum()) for key, t in left.items()}
+    assert saved == 2
+    assert set(sampled.values()) & set(range(1, BUDGET))
+
+    requests: list[list[Request]] = []
+    generate = TorchEngine.generate
+
+    def recorded(self, given, sampling):
+        if sampling.stream_tokens:  # Evaluations do not stream.
+            requests.append(list(given))
+        return generate(self, given, sampling)
+
+    monkeypatch.setattr(TorchEngine, "generate", recorded)
+    resumed = config(*RUN, f"runs={tmp_path}")
+    folder = train(resumed, resume=True, console=Console(file=StringIO()))
+
+    first = {request.trajectory_id: request for request in requests[0]}
+    assert set(first) == {key for key in left if sampled[key] < BUDGET}
+    for key, request in first.items():
+        assert request.token_ids.tolist() == left[key].token_ids.tolist()
+        assert request.budget == min(BUDGET - sampled[key], request.remaining)
+    # The first token to go on with comes from a prefill, not a decode step, and rounds otherwise.
+    mine, theirs = iteration_lines(folder), iteration_lines(straight)
+    assert [line["tokens_sampled"] for line in mine] == [line["tokens_sampled"] for line in theirs]
+    for one, other in zip(mine, theirs, strict=True):
+        for key, value in one.items():
+            assert value == other[key] or value == pytest.approx(other[key], rel=1e-3, abs=1e-5)
+    for name, tensor in weights(folder).items():
+        torch.testing.assert_close(tensor, weights(straight)[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("spoilt", ["ahead", "missing", "damaged"])
+def test_a_live_buffer_that_does_not_fit_gives_way_to_the_snapshot(straight, tmp_path, spoilt):
+    """With ``save_every`` = 3 a kill in iteration 5 finds a buffer of weights that are lost."""
+    overrides = [*RUN, f"runs={tmp_path}", "save_every=3"]
+    killed([*TINY, *overrides], DIE_IN="kimi_core.loop:publish:2", DIE_AFTER="3")
+    live = tmp_path / "think" / "buffer.bin"
+    if spoilt == "missing":
+        live.unlink()
+    elif spoilt == "damaged":
+        live.write_bytes(live.read_bytes()[:5000])
+    said = Console(file=StringIO())
+    folder = train(config(*overrides), resume=True, console=said)
+    reason = {"ahead": "is of iteration 4", "missing": "is missing", "damaged": "is cut off"}
+    assert f"{reason[spoilt]}" in said.file.getvalue()
+    assert "restored from" in said.file.getvalue()
+    assert iteration_lines(folder) == iteration_lines(straight)
+    assert_same_weights(folder, straight)
 
 
 def test_ctrl_c_ends_the_iteration_saves_and_can_be_resumed(straight, tmp_path):

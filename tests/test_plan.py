@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kimi_core import models
+from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, load_config
 from kimi_core.models import load_model
 from kimi_core.plan import describe, estimate
@@ -79,7 +80,8 @@ def test_cache_and_buffer_are_those_that_a_run_makes(monkeypatch):
     memory = estimate(given, parts.model, parts.tokenizer, PROMPTS)
 
     assert largest == memory.kv_cache
-    assert memory.buffer == 13 * parts.loop.buffer.stats().capacity_tokens
+    stats = parts.loop.buffer.stats()
+    assert memory.buffer == RolloutBuffer.file_bytes(stats.capacity_tokens, stats.max_trajectories)
 
 
 def test_rows_of_the_cache_are_bounded_by_batch_rows():

@@ -52,8 +52,7 @@ class Sampling:
     with ``"repeat"``. 0 looks for nothing."""
     repeat_count: int = 0
     stream_tokens: int = 0
-    """A response is handed over in segments of so many tokens while it grows, so that no more than
-    that is lost with the engine. 0: in one segment, when the call has extended it."""
+    """A response is handed over every so many tokens while it grows. 0: only when it is done."""
 
 
 class Engine(Protocol):
@@ -64,10 +63,10 @@ class Engine(Protocol):
     decode_steps: int
     """Steps taken since the engine was made; one step adds at most one token to each trajectory."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
-        """Extend every request by at most its budget; yield each segment as soon as it is complete.
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
+        """Extend every request by at most its budget; yield segments as they are complete.
 
-        Every request is answered by at least one segment. The last one of a response says why it
-        ended; a response whose budget is spent first stays open.
+        Those of one step come together. Every request is answered by one segment, or by several in
+        order where ``sampling`` streams; each but its last has ``end_reason`` None.
         """
         ...

@@ -4,7 +4,8 @@
 2. Free rows are filled from there: each distinct context is prefilled once, in micro-batches of
    about equal lengths, and copied to the rows of the samples that share it.
 3. A decode step extends every row by one token. Rows that end leave, the last rows move into their
-   places, and the batch stays dense.
+   places, and the batch stays dense. What a row has gathered is handed over when it ends, and every
+   ``stream_tokens`` before that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -60,8 +61,8 @@ class TorchEngine:
         finally:
             model.train(was_training)
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
-        """Extend every request by at most its budget; yield each segment as soon as it is complete.
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
+        """Extend every request by at most its budget; yield segments as they are complete.
 
         The model is in eval mode until the iterator is exhausted or closed.
 
@@ -73,7 +74,7 @@ class TorchEngine:
             self._check_request(request)
         return self._generate(requests, sampling)
 
-    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Segment]:
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         if not requests:
             return
         # Shortest first, as entries are taken off the end; equal contexts stand side by side.
@@ -99,12 +100,13 @@ class TorchEngine:
                     first_row = 0
                     logits_nv = self._decode(rows, cache)
                 self.decode_steps += 1
-                yield from self._append(rows, cache, first_row, logits_nv)
+                if segments := self._append(rows, cache, first_row, logits_nv):
+                    yield segments
         finally:
             self.model.train(was_training)
 
     @torch.inference_mode()
-    def _enter(self, rows: "Rows", cache: KVCache, entering: list[Request]) -> torch.Tensor:
+    def _enter(self, rows: Rows, cache: KVCache, entering: list[Request]) -> torch.Tensor:
         """Give each request a row, its context in the cache; the rows' logits ``[m, V]``."""
         samples_of: dict[bytes, list[Request]] = {}
         for request in entering:
@@ -144,7 +146,7 @@ class TorchEngine:
         return torch.cat(logits)
 
     @torch.inference_mode()
-    def _decode(self, rows: "Rows", cache: KVCache) -> torch.Tensor:
+    def _decode(self, rows: Rows, cache: KVCache) -> torch.Tensor:
         """Logits ``[n, V]`` after each live row's newest token."""
         n = rows.count
         positions_n = rows.length[:n] - 1
@@ -189,28 +191,29 @@ class TorchEngine:
         return self.model(**inputs, logits_to_keep=keep).logits[rows, column_b]
 
     def _append(
-        self, rows: "Rows", cache: KVCache, first_row: int, logits_nv: torch.Tensor
-    ) -> Iterator[Segment]:
-        """Draw a token for every row from ``first_row`` on; yield what is complete, and remove the
-        rows that end."""
+        self, rows: Rows, cache: KVCache, first_row: int, logits_nv: torch.Tensor
+    ) -> list[Segment]:
+        """Draw a token for every row from ``first_row`` on; remove rows that end; what is ready."""
         sampling = rows.sampling
         live = slice(first_row, rows.count)
         uniform_n = None
         if sampling.temperature > 0:
             uniform_n = uniforms(sampling.seed, rows.trajectory_id[live], rows.length[live])
         ended = rows.append(first_row, *draw(logits_nv, sampling.temperature, uniform_n))
-        complete = ended | rows.due()
-        if not complete.any():
-            return
+        ready = ended | rows.due()
+        if not ready.any():
+            return []
         segments = [
             rows.segment(int(row), self.policy_version, ended=bool(ended[row]))
-            for row in np.flatnonzero(complete)
+            for row in np.flatnonzero(ready)
         ]
+        if not ended.any():
+            return segments
         longest = int(rows.length[: rows.count].max())
         holes, movers = rows.remove(ended)
         if len(holes):
             self._move(cache, holes, movers, longest)
-        yield from segments
+        return segments
 
     @torch.inference_mode()
     def _move(self, cache: KVCache, holes: np.ndarray, movers: np.ndarray, length: int) -> None:

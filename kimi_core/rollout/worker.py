@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
-from kimi_core.buffer import RolloutBuffer
+from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import RolloutConfig
 from kimi_core.rollout.engine import Engine, Request, Sampling
-from kimi_core.types import PROMPT_VERSION, Prompt, Trajectory
+from kimi_core.types import PROMPT_VERSION, Prompt, Segment, Trajectory
 
-STREAM_TOKENS = 64
-"""While a response grows, it goes to the buffer so many tokens at a time; a crash loses fewer."""
+SPARE_SEGMENTS = 100
+"""Room in each trajectory for the cuts that crashes make: one more segment each."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,17 @@ def begin_group(
     *,
     group_id: int,
     samples: int,
-    begun: Sequence[Trajectory] = (),
+    begun: Sequence[TrajectoryInfo] = (),
 ) -> None:
     """Open ``samples`` trajectories on one prompt; its tokens are their first segment, mask 0.
 
-    ``begun`` are those of the group that are in the buffer already, as after a crash: they get what
-    they lack.
+    ``begun`` are those of the group that are in the buffer already, after a crash; one of them may
+    lack its prompt.
     """
     nothing_sampled = np.zeros(len(prompt_ids), np.float32)
-    empty = [one.trajectory_id for one in begun if not len(one.token_ids)]
-    empty += [buffer.begin(prompt.id, group_id) for _ in range(samples - len(begun))]
-    for trajectory_id in empty:
+    empty = [info.trajectory_id for info in begun if not info.length]
+    new = (buffer.begin(prompt.id, group_id) for _ in range(samples - len(begun)))
+    for trajectory_id in chain(empty, new):
         buffer.append(
             trajectory_id,
             prompt_ids,
@@ -55,31 +56,52 @@ def begin_group(
 def roll_out(
     engine: Engine, buffer: RolloutBuffer, config: RolloutConfig, sampling: Sampling
 ) -> RolloutReport:
-    """Extend every unfinished trajectory in ``buffer``; each segment is appended as it arrives."""
-    requests = [_request(buffer, key, config, engine.policy_version) for key in buffer.unfinished()]
-    finished = repeats = tokens = 0
-    steps_before = engine.decode_steps
-    for segment in engine.generate([r for r in requests if r.budget > 0], sampling):
-        buffer.append_many([segment])
-        finished += segment.end_reason is not None
-        repeats += segment.end_reason == "repeat"
-        tokens += len(segment)
+    """Extend every unfinished trajectory in ``buffer``; segments are appended as they arrive.
+
+    What the engine's present version has sampled already, before a crash, counts: towards each
+    trajectory's budget, and in the report.
+    """
+    version, steps_before = engine.policy_version, engine.decode_steps
+    requests = [_request(buffer.read(key), config, version) for key in buffer.unfinished()]
+    requests = [request for request in requests if request.budget > 0]
+    for segments in engine.generate(requests, sampling):
+        _append(buffer, segments)
+    return _report(buffer, version, engine.decode_steps - steps_before)
+
+
+def _append(buffer: RolloutBuffer, segments: Sequence[Segment]) -> None:
+    """Store segments in one call; a response ends in the same instant as its last token."""
+    token_ids = np.concatenate([segment.token_ids for segment in segments])
+    buffer.append_many(
+        np.array([segment.trajectory_id for segment in segments]),
+        token_ids,
+        np.concatenate([segment.logprobs for segment in segments]),
+        np.ones(len(token_ids), np.uint8),
+        np.cumsum([0, *map(len, segments)], dtype=np.int32),
+        np.array([segment.policy_version for segment in segments], np.int32),
+        end_reasons=[segment.end_reason for segment in segments],
+    )
+
+
+def _report(buffer: RolloutBuffer, version: int, decode_steps: int) -> RolloutReport:
+    """What the buffer holds of one version; the steps are those of this process."""
+    tokens, reasons = 0, []
+    for info in buffer.trajectories():
+        sampled = int(np.count_nonzero(buffer.read(info.trajectory_id).policy_versions == version))
+        tokens += sampled
+        if sampled:
+            reasons.append(info.end_reason)
     return RolloutReport(
-        finished=finished,
-        unfinished=len(requests) - finished,
-        repeat_stops=repeats,
+        finished=len(reasons) - reasons.count(None),
+        unfinished=len(buffer.unfinished()),
+        repeat_stops=reasons.count("repeat"),
         tokens=tokens,
-        decode_steps=engine.decode_steps - steps_before,
+        decode_steps=decode_steps,
     )
 
 
 def sampling_for(
-    config: RolloutConfig,
-    stop_token_ids: frozenset[int],
-    *,
-    seed: int,
-    greedy: bool = False,
-    stream_tokens: int = 0,
+    config: RolloutConfig, stop_token_ids: frozenset[int], *, seed: int, greedy: bool = False
 ) -> Sampling:
     """The engine's settings for this run."""
     return Sampling(
@@ -88,24 +110,21 @@ def sampling_for(
         stop_token_ids=stop_token_ids,
         repeat_window=config.repeat_window,
         repeat_count=config.repeat_count,
-        stream_tokens=stream_tokens,
+        stream_tokens=config.stream_tokens,
     )
 
 
-def _request(
-    buffer: RolloutBuffer, trajectory_id: int, config: RolloutConfig, policy_version: int
-) -> Request:
-    trajectory = buffer.read(trajectory_id)
+def _request(trajectory: Trajectory, config: RolloutConfig, version: int) -> Request:
     remaining = config.max_response_tokens - trajectory.response_length
     budget = remaining
     if config.token_budget is not None:
-        # After a crash in this iteration, what was sampled before it counts.
-        budget = config.token_budget - int((trajectory.policy_versions == policy_version).sum())
+        spent = int(np.count_nonzero(trajectory.policy_versions == version))
+        budget = min(config.token_budget - spent, remaining)
     return Request(
-        trajectory_id=trajectory_id,
+        trajectory_id=trajectory.trajectory_id,
         token_ids=trajectory.token_ids,
         prompt_length=trajectory.prompt_length,
-        budget=min(budget, remaining),
+        budget=budget,
         remaining=remaining,
     )
 
@@ -119,5 +138,6 @@ def buffer_size(prompts: Sequence[np.ndarray], config: RolloutConfig) -> tuple[i
     budget = config.token_budget or config.max_response_tokens
     iterations = -(-config.max_response_tokens // budget) + 1
     trajectories = iterations * config.prompts_per_iteration * config.samples_per_prompt
-    longest = max(len(ids) for ids in prompts)
-    return trajectories * (longest + config.max_response_tokens), trajectories
+    longest = max(len(ids) for ids in prompts) + config.max_response_tokens
+    segments = 1 + iterations * -(-budget // (config.stream_tokens or budget)) + SPARE_SEGMENTS
+    return trajectories * RolloutBuffer.tokens_taken(longest, segments), trajectories

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def requests_of(n: int, budget: int = 40, remaining: int = 40, twins: int = 2) -
 
 
 def run(engine: TorchEngine, requests: list[Request], sampling: Sampling) -> dict[int, Segment]:
-    segments = list(engine.generate(requests, sampling))
+    segments = list(chain.from_iterable(engine.generate(requests, sampling)))
     assert sorted(s.trajectory_id for s in segments) == sorted(r.trajectory_id for r in requests)
     return {segment.trajectory_id: segment for segment in segments}
 
@@ -186,30 +187,35 @@ def test_budgets_are_per_row():
     ]
     order = []
     engine = TorchEngine(model_of("llama"), batch_rows=5)
-    for segment in engine.generate(requests, Sampling(1.0, 0, frozenset())):
+    for segment in chain.from_iterable(engine.generate(requests, Sampling(1.0, 0, frozenset()))):
         assert len(segment) == requests[segment.trajectory_id].budget
         order.append(segment.trajectory_id)
     assert order == [0, 2, 3, 1, 4]  # as they end
 
 
-@pytest.mark.parametrize("every", [1, 5])
-def test_streaming_hands_over_the_same_tokens_as_they_come(every):
-    """Nothing waits for more than ``every`` tokens, and only the last segment ends a response."""
-    engine = TorchEngine(model_of("llama"), batch_rows=6)
-    requests = requests_of(16, budget=17, remaining=23)
+@pytest.mark.parametrize("stream", [1, 3, 7, 100])
+def test_streaming_hands_the_same_tokens_over_in_parts(stream):
+    """Every ``stream`` tokens, those of one step together, and the last part says how it ended."""
+    engine = TorchEngine(model_of("llama"), batch_rows=4)
+    requests = requests_of(9, budget=20)
     whole = run(engine, requests, SAMPLED)
     parts: dict[int, list[Segment]] = {request.trajectory_id: [] for request in requests}
-    for segment in engine.generate(requests, replace(SAMPLED, stream_tokens=every)):
-        parts[segment.trajectory_id].append(segment)
-    assert {segment.end_reason for segment in whole.values()} == {"stop", None}
-    for trajectory_id, segments in parts.items():
-        expected = whole[trajectory_id]
-        *before, last = segments
-        assert all(len(one) == every and one.end_reason is None for one in before)
-        assert 1 <= len(last) <= every and last.end_reason == expected.end_reason
-        for name in ("token_ids", "logprobs"):
-            joined = np.concatenate([getattr(one, name) for one in segments])
-            np.testing.assert_array_equal(joined, getattr(expected, name))
+    for segments in engine.generate(requests, replace(SAMPLED, stream_tokens=stream)):
+        assert len({segment.trajectory_id for segment in segments}) == len(segments) > 0
+        for segment in segments:
+            parts[segment.trajectory_id].append(segment)
+    for key, segments in parts.items():
+        assert (
+            np.concatenate([s.token_ids for s in segments]).tolist()
+            == whole[key].token_ids.tolist()
+        )
+        assert (
+            np.concatenate([s.logprobs for s in segments]).tolist() == whole[key].logprobs.tolist()
+        )
+        assert [len(s) for s in segments[:-1]] == [stream] * (len(segments) - 1)
+        assert 0 < len(segments[-1]) <= stream
+        assert [s.end_reason for s in segments[:-1]] == [None] * (len(segments) - 1)
+        assert segments[-1].end_reason == whole[key].end_reason
 
 
 @pytest.mark.parametrize("budget", [100, 5])

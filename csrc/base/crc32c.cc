@@ -1,0 +1,101 @@
+#include "base/crc32c.h"
+
+#include <array>
+#include <cstring>
+
+#if defined(__aarch64__)
+#include <arm_acle.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+#endif
+
+namespace kimi::crc32c {
+namespace {
+
+constexpr uint32_t kPolynomial = 0x82f63b78;  // Bits reversed, as CRC32C is defined.
+
+// kTable[k][b] is the checksum of byte b followed by k zero bytes, so that 8 look-ups take in 8
+// bytes at once.
+constexpr std::array<std::array<uint32_t, 256>, 8> MakeTable() {
+  std::array<std::array<uint32_t, 256>, 8> table{};
+  for (uint32_t byte = 0; byte < 256; ++byte) {
+    uint32_t crc = byte;
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) ? kPolynomial : 0);
+    table[0][byte] = crc;
+  }
+  for (size_t k = 1; k < 8; ++k) {
+    for (size_t byte = 0; byte < 256; ++byte) {
+      const uint32_t crc = table[k - 1][byte];
+      table[k][byte] = (crc >> 8) ^ table[0][crc & 0xff];
+    }
+  }
+  return table;
+}
+
+constexpr auto kTable = MakeTable();
+
+uint64_t LoadWord(const unsigned char* data) {
+  uint64_t word;
+  std::memcpy(&word, data, sizeof(word));
+  return word;
+}
+
+#if defined(__x86_64__)
+#define KIMI_CRC_TARGET __attribute__((target("sse4.2")))
+KIMI_CRC_TARGET uint32_t TakeWord(uint32_t crc, uint64_t word) {
+  return static_cast<uint32_t>(__builtin_ia32_crc32di(crc, word));
+}
+KIMI_CRC_TARGET uint32_t TakeByte(uint32_t crc, unsigned char byte) {
+  return __builtin_ia32_crc32qi(crc, byte);
+}
+bool CpuHasInstruction() { return __builtin_cpu_supports("sse4.2"); }
+#elif defined(__aarch64__)
+#define KIMI_CRC_TARGET __attribute__((target("+crc")))
+KIMI_CRC_TARGET uint32_t TakeWord(uint32_t crc, uint64_t word) { return __crc32cd(crc, word); }
+KIMI_CRC_TARGET uint32_t TakeByte(uint32_t crc, unsigned char byte) { return __crc32cb(crc, byte); }
+#if defined(__linux__)
+bool CpuHasInstruction() { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
+#else
+bool CpuHasInstruction() { return true; }  // Every 64-bit Apple CPU.
+#endif
+#endif
+
+#if defined(KIMI_CRC_TARGET)
+KIMI_CRC_TARGET uint32_t ExtendByInstruction(uint32_t crc, const void* bytes, size_t size) {
+  auto data = static_cast<const unsigned char*>(bytes);
+  crc = ~crc;
+  for (; size >= 8; data += 8, size -= 8) crc = TakeWord(crc, LoadWord(data));
+  for (; size > 0; ++data, --size) crc = TakeByte(crc, *data);
+  return ~crc;
+}
+#else
+bool CpuHasInstruction() { return false; }
+constexpr auto* ExtendByInstruction = &ExtendByTable;
+#endif
+
+}  // namespace
+
+bool HasInstruction() {
+  static const bool has = CpuHasInstruction();
+  return has;
+}
+
+uint32_t Extend(uint32_t crc, const void* data, size_t size) {
+  return HasInstruction() ? ExtendByInstruction(crc, data, size) : ExtendByTable(crc, data, size);
+}
+
+uint32_t ExtendByTable(uint32_t crc, const void* bytes, size_t size) {
+  auto data = static_cast<const unsigned char*>(bytes);
+  crc = ~crc;
+  for (; size >= 8; data += 8, size -= 8) {
+    const uint64_t word = LoadWord(data) ^ crc;
+    crc = 0;
+    for (size_t k = 0; k < 8; ++k) crc ^= kTable[7 - k][(word >> (8 * k)) & 0xff];
+  }
+  for (; size > 0; ++data, --size) crc = (crc >> 8) ^ kTable[0][(crc ^ *data) & 0xff];
+  return ~crc;
+}
+
+}  // namespace kimi::crc32c

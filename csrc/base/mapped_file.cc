@@ -1,0 +1,136 @@
+#include "base/mapped_file.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <filesystem>
+#include <stdexcept>
+#include <system_error>
+
+namespace kimi {
+namespace {
+
+constexpr size_t kMemoryPage = 4096;
+
+int OpenOrThrow(const std::string& path, int flags, const std::string& what) {
+  const int fd = open(path.c_str(), flags | O_CLOEXEC, 0644);
+  if (fd < 0) ThrowErrno(errno, what, path);
+  return fd;
+}
+
+void SyncFolderOf(const std::string& path) {
+  const auto folder = std::filesystem::absolute(path).parent_path().string();
+  const int fd = OpenOrThrow(folder, O_RDONLY | O_DIRECTORY, "open");
+  const int error = fsync(fd) == 0 ? 0 : errno;
+  close(fd);
+  if (error) ThrowErrno(error, "force to disk", folder);
+}
+
+// Writes a byte of each page of memory as it is: a page that is present and dirty costs a later
+// store nothing.
+void TouchEveryPage(std::byte* data, size_t size) {
+  for (size_t at = 0; at < size; at += kMemoryPage) {
+    __atomic_fetch_or(reinterpret_cast<unsigned char*>(data + at), 0, __ATOMIC_RELAXED);
+  }
+}
+
+}  // namespace
+
+void ThrowErrno(int error, const std::string& what, const std::string& path) {
+  throw std::system_error(error, std::generic_category(), "Cannot " + what + " " + path);
+}
+
+MappedFile::MappedFile(const std::string& path, Mode mode) : path_(path) {
+  fd_ = OpenOrThrow(path, mode == Mode::kWrite ? O_RDWR : O_RDONLY, "open");
+  try {
+    if (mode == Mode::kWrite) LockForWriting();
+    Map(mode);
+  } catch (...) {  // The destructor does not run for an object that was not made.
+    close(fd_);
+    throw;
+  }
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) munmap(data_, size_);
+  close(fd_);
+}
+
+void MappedFile::LockForWriting() {
+  if (flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
+  if (errno != EWOULDBLOCK) ThrowErrno(errno, "lock", path_);
+  throw std::invalid_argument(path_ +
+                              " is open for writing already: close it there or stop that process, "
+                              "or open it here with readonly=True");
+}
+
+void MappedFile::Map(Mode mode) {
+  struct stat info;
+  if (fstat(fd_, &info) != 0) ThrowErrno(errno, "measure", path_);
+  size_ = static_cast<size_t>(info.st_size);
+  if (size_ == 0) return;  // Nothing can be mapped; whoever looks at the size will complain.
+  const bool writes = mode == Mode::kWrite;
+  if (writes) {
+    const int error = posix_fallocate(fd_, 0, info.st_size);
+    if (error) {
+      ThrowErrno(error, "take " + std::to_string(size_) + " bytes of disk space for", path_);
+    }
+  }
+  void* data =
+      mmap(nullptr, size_, writes ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd_, 0);
+  if (data == MAP_FAILED) ThrowErrno(errno, "map", path_);
+  data_ = static_cast<std::byte*>(data);
+  if (writes) TouchEveryPage(data_, size_);
+}
+
+void MappedFile::Sync() const {
+  // On Linux fdatasync takes in the pages that were dirtied through a mapping.
+  if (fdatasync(fd_) != 0) ThrowErrno(errno, "force to disk", path_);
+}
+
+NewFile::NewFile(const std::string& path, size_t size) : path_(path), partial_(path + ".tmp") {
+  fd_ = OpenOrThrow(partial_, O_RDWR | O_CREAT | O_TRUNC, "create");
+  if (ftruncate(fd_, static_cast<off_t>(size)) != 0) {
+    const int error = errno;
+    close(fd_);
+    unlink(partial_.c_str());
+    ThrowErrno(error, "give " + std::to_string(size) + " bytes to", partial_);
+  }
+}
+
+NewFile::~NewFile() {
+  if (fd_ < 0) return;
+  close(fd_);
+  unlink(partial_.c_str());
+}
+
+void NewFile::Write(size_t offset, const void* data, size_t size) {
+  auto bytes = static_cast<const char*>(data);
+  while (size > 0) {
+    const ssize_t written = pwrite(fd_, bytes, size, static_cast<off_t>(offset));
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) ThrowErrno(errno, "write", partial_);
+    bytes += written;
+    offset += static_cast<size_t>(written);
+    size -= static_cast<size_t>(written);
+  }
+}
+
+void NewFile::Publish(Existing existing) {
+  if (fsync(fd_) != 0) ThrowErrno(errno, "force to disk", partial_);
+  if (existing == Existing::kReplace) {
+    if (rename(partial_.c_str(), path_.c_str()) != 0) ThrowErrno(errno, "rename to", path_);
+  } else {  // A hard link, unlike a rename, refuses a name that is taken.
+    if (link(partial_.c_str(), path_.c_str()) != 0) ThrowErrno(errno, "create", path_);
+    unlink(partial_.c_str());
+  }
+  close(fd_);
+  fd_ = -1;
+  SyncFolderOf(path_);
+}
+
+}  // namespace kimi

@@ -1,0 +1,219 @@
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/py_buffer.h"
+
+namespace kimi {
+namespace {
+
+EndReason ParseReason(const std::string& name) {
+  const auto found = std::find(kReasons.begin() + 1, kReasons.end(), name);
+  if (found == kReasons.end()) {
+    throw py::value_error("Cannot finish by '" + name + "': allowed are stop, length and repeat");
+  }
+  return static_cast<EndReason>(found - kReasons.begin());
+}
+
+EndReason ParseReason(const OptionalReason& name) {
+  return name ? ParseReason(*name) : EndReason::kOpen;
+}
+
+void CheckColumns(const py::array& token_ids, const py::array& logprobs, const py::array& mask) {
+  if (token_ids.ndim() == 1 && logprobs.ndim() == 1 && mask.ndim() == 1 &&
+      logprobs.size() == token_ids.size() && mask.size() == token_ids.size()) {
+    return;
+  }
+  throw py::value_error("Cannot append columns of different shapes: token_ids " +
+                        ShapeOf(token_ids) + ", logprobs " + ShapeOf(logprobs) + ", mask " +
+                        ShapeOf(mask) + "; give one-dimensional ones of one length");
+}
+
+uint64_t append(PyBuffer& buffer, int64_t trajectory_id, const Array<int32_t>& token_ids,
+                const Array<float>& logprobs, const Array<uint8_t>& mask, int32_t policy_version,
+                const OptionalReason& end_reason, std::optional<uint64_t> lease) {
+  CheckColumns(token_ids, logprobs, mask);
+  BufferWriter& writer = buffer.writer();
+  const NewSegment segment{.trajectory_id = trajectory_id,
+                           .token_ids = token_ids.data(),
+                           .logprobs = logprobs.data(),
+                           .mask = mask.data(),
+                           .length = static_cast<size_t>(token_ids.size()),
+                           .policy_version = policy_version,
+                           .reason = ParseReason(end_reason),
+                           .lease = lease};
+  uint64_t length = 0;
+  const py::gil_scoped_release release;
+  writer.Append({&segment, 1}, &length);
+  return length;
+}
+
+Array<int64_t> append_many(PyBuffer& buffer, const Array<int64_t>& trajectory_ids,
+                           const Array<int32_t>& token_ids, const Array<float>& logprobs,
+                           const Array<uint8_t>& mask, const Array<int32_t>& cu_seqlens,
+                           const Array<int32_t>& policy_versions,
+                           const std::optional<std::vector<OptionalReason>>& end_reasons,
+                           const std::optional<std::vector<std::optional<uint64_t>>>& leases) {
+  CheckColumns(token_ids, logprobs, mask);
+  const auto ids = SpanOf(trajectory_ids, "trajectory_ids"), n = ids;
+  const auto ends = SpanOf(cu_seqlens, "cu_seqlens"),
+             versions = SpanOf(policy_versions, "policy_versions");
+  if (ends.size() != n.size() + 1 || versions.size() != n.size() ||
+      (end_reasons && end_reasons->size() != n.size()) || (leases && leases->size() != n.size())) {
+    throw py::value_error("Cannot append " + std::to_string(n.size()) +
+                          " segments: give that many policy_versions (and end_reasons and leases, "
+                          "if any), and one more of cu_seqlens");
+  }
+  if (ends.front() != 0 || ends.back() != token_ids.size() ||
+      !std::is_sorted(ends.begin(), ends.end())) {
+    throw py::value_error("cu_seqlens must rise from 0 to the number of tokens, " +
+                          std::to_string(token_ids.size()));
+  }
+  BufferWriter& writer = buffer.writer();
+  std::vector<NewSegment> segments;
+  segments.reserve(ids.size());
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const auto start = static_cast<size_t>(ends[i]);
+    segments.push_back({.trajectory_id = ids[i],
+                        .token_ids = token_ids.data() + start,
+                        .logprobs = logprobs.data() + start,
+                        .mask = mask.data() + start,
+                        .length = static_cast<size_t>(ends[i + 1]) - start,
+                        .policy_version = versions[i],
+                        .reason = end_reasons ? ParseReason((*end_reasons)[i]) : EndReason::kOpen,
+                        .lease = leases ? (*leases)[i] : std::nullopt});
+  }
+  std::vector<uint64_t> lengths(ids.size());
+  {
+    const py::gil_scoped_release release;
+    writer.Append(segments, lengths.data());
+  }
+  Array<int64_t> result(static_cast<py::ssize_t>(lengths.size()));
+  std::copy(lengths.begin(), lengths.end(), result.mutable_data());
+  return result;
+}
+
+std::vector<int64_t> evict(PyBuffer& buffer, const std::vector<int64_t>& trajectory_ids,
+                           std::optional<int32_t> stale_before,
+                           std::optional<uint64_t> free_tokens) {
+  BufferWriter& writer = buffer.writer();
+  const py::gil_scoped_release release;
+  return writer.Evict(trajectory_ids, stale_before, free_tokens);
+}
+
+}  // namespace
+
+void register_buffer_writing(py::class_<PyBuffer>& buffer) {
+  buffer
+      .def(
+          "begin",
+          [](PyBuffer& self, int64_t prompt_id, int64_t group_id) {
+            return self.writer().Begin(prompt_id, group_id);
+          },
+          py::arg("prompt_id"), py::arg("group_id"),
+          R"(Open an empty trajectory and return its id. Ids count up from 0 and are never used twice.
+
+Raises:
+    ValueError: every slot is taken.)")
+      .def("append", &append, py::arg("trajectory_id"), py::arg("token_ids"), py::arg("logprobs"),
+           py::arg("mask"), py::kw_only(), py::arg("policy_version"),
+           py::arg("end_reason") = py::none(), py::arg("lease") = py::none(),
+           R"(Add a segment and return the trajectory's new length.
+
+On return the segment survives the death of this process. Without it nothing of the segment is there.
+
+Args:
+    trajectory_id: an unfinished trajectory.
+    token_ids: int32 `[n]`.
+    logprobs: float32 `[n]`, nats, as sampled; 0 where the mask is 0.
+    mask: uint8 `[n]`, 1 for tokens that the policy sampled.
+    policy_version: of the weights that sampled them, `PROMPT_VERSION` for a prompt.
+    end_reason: ends the trajectory together with this segment; see `finish`.
+    lease: what `resume` returned; a newer lease makes this one void. None is not checked.
+
+Raises:
+    KeyError: there is no such trajectory.
+    ValueError: it has ended, the lengths differ, a log-prob is not finite, the lease is void, or the
+        buffer is full; nothing is appended then.
+    TypeError: a column does not convert without loss.)")
+      .def("append_many", &append_many, py::arg("trajectory_ids"), py::arg("token_ids"),
+           py::arg("logprobs"), py::arg("mask"), py::arg("cu_seqlens"), py::arg("policy_versions"),
+           py::kw_only(), py::arg("end_reasons") = py::none(), py::arg("leases") = py::none(),
+           R"(Add segments in one call, each as `append` does, in order.
+
+An error leaves everything as it was. A crash may leave the first few of them.
+
+Args:
+    trajectory_ids: int64 `[n]`; one may stand more than once.
+    token_ids, logprobs, mask: of all segments end to end, `[t]`.
+    cu_seqlens: int32 `[n + 1]`; segment `i` is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`.
+    policy_versions: int32 `[n]`.
+    end_reasons, leases: one a segment.
+
+Returns:
+    int64 `[n]`: the length of each trajectory behind its segment.
+
+Raises: as `append`.)")
+      .def(
+          "finish",
+          [](PyBuffer& self, int64_t trajectory_id, const std::string& reason) {
+            self.writer().Finish(trajectory_id, ParseReason(reason));
+          },
+          py::arg("trajectory_id"), py::arg("reason"),
+          R"(End a trajectory by "stop", "length" or "repeat"; it takes no more segments.
+
+Raises:
+    KeyError: there is no such trajectory.
+    ValueError: the reason is unknown, or it has ended before.)")
+      .def(
+          "resume",
+          [](PyBuffer& self, int64_t trajectory_id) { return self.writer().Resume(trajectory_id); },
+          py::arg("trajectory_id"),
+          R"(A new lease on an unfinished trajectory; appends that name an older one are refused.
+
+Raises:
+    KeyError: there is no such trajectory.
+    ValueError: it has ended.)")
+      .def("evict", &evict, py::arg("trajectory_ids"), py::kw_only(),
+           py::arg("stale_before") = py::none(), py::arg("free_tokens") = py::none(),
+           R"(Forget trajectories and free their pages; returns the ids, in this order:
+
+1. those of `trajectory_ids`: what has been consumed;
+2. with `stale_before`, those whose newest policy version is older than that;
+3. with `free_tokens`, the oldest, until pages for so many tokens are free.
+
+Raises:
+    KeyError: one of `trajectory_ids` does not exist; nothing is evicted then.)")
+      .def(
+          "record_result",
+          [](PyBuffer& self, uint64_t prompt_id, double correctness) {
+            self.writer().RecordResult(prompt_id, correctness);
+          },
+          py::arg("prompt_id"), py::arg("correctness"),
+          R"(Count one response to a prompt; correctness is clipped to [0, 1].
+
+Raises:
+    ValueError: `prompt_id` is not below `max_prompts`.)")
+      .def(
+          "flush", [](PyBuffer& self) { self.writer().Flush(); },
+          py::call_guard<py::gil_scoped_release>(),
+          R"(Return when everything appended so far is on disk.
+
+Raises:
+    OSError: the disk failed, now or in the background since the last call.)")
+      .def(
+          "snapshot", [](PyBuffer& self, const std::string& path) { self.writer().Snapshot(path); },
+          py::arg("path"), py::call_guard<py::gil_scoped_release>(),
+          R"(Write a copy to `path`, whole or not at all, and on disk on return. Free pages take no room.
+
+Raises:
+    OSError: there is no room, or any other fault of the disk.)")
+      .def_property(
+          "mark", [](const PyBuffer& self) { return self.reader()->mark(); },
+          [](PyBuffer& self, uint64_t mark) { self.writer().SetMark(mark); },
+          "A number of the owner's in the file, 0 to begin with and below 2^56.");
+}
+
+}  // namespace kimi

@@ -1,0 +1,251 @@
+#include "buffer/reader.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cassert>
+#include <cstring>
+
+#include "base/shared.h"
+#include "buffer/checksum.h"
+#include "buffer/draw.h"
+
+namespace kimi {
+namespace {
+
+[[noreturn]] void Refuse(const std::string& path, const std::string& why) {
+  throw std::invalid_argument(path + " " + why);
+}
+
+// Returns the header of `file` if all that never changes in it is sound.
+const Header& CheckedHeader(const MappedFile& file) {
+  const std::string& path = file.path();
+  if (file.size() < sizeof(Header) || std::memcmp(file.data(), kMagic, sizeof(kMagic)) != 0) {
+    Refuse(path, "is no rollout buffer: it does not begin with KIMIROLL");
+  }
+  const auto& header = *reinterpret_cast<const Header*>(file.data());
+  if (header.version > kFormatVersion) {
+    Refuse(path, "has format version " + std::to_string(header.version) + ", and this kimi_core " +
+                     "reads up to " + std::to_string(kFormatVersion) +
+                     ": open it with the kimi_core that wrote it, or a newer one");
+  }
+  const uint64_t expected = Layout(header).FileBytes();
+  if (header.crc != HeaderCrc(header)) {
+    Refuse(path, "has a damaged header (its checksum is wrong): restore a snapshot");
+  }
+  if (file.size() < expected) {
+    Refuse(path, "is cut off: it has " + std::to_string(file.size()) + " of " +
+                     std::to_string(expected) + " bytes; restore a snapshot");
+  }
+  for (const uint64_t* word : {&header.next_id, &header.mark, &header.max_probe}) {
+    if (!Unseal(shared::Load(*word))) {
+      Refuse(path, "has a damaged header (a counter's check byte is wrong): restore a snapshot");
+    }
+  }
+  return header;
+}
+
+}  // namespace
+
+NotFound::NotFound(int64_t trajectory_id)
+    : std::runtime_error("No trajectory " + std::to_string(trajectory_id) +
+                         ": never begun, or evicted") {}
+
+BufferReader::BufferReader(const std::string& path, MappedFile::Mode mode)
+    : file_(path, mode), layout_(CheckedHeader(file_)) {}
+
+// A slot's fields are read between two looks at its generation.
+std::optional<TrajectoryInfo> BufferReader::Look(uint64_t index) const {
+  const Slot& at = slot(index);
+  const auto generation = Unseal(shared::LoadAcquire(at.generation));
+  if (!generation || *generation % 2 == 0) return std::nullopt;
+  const auto commit = Commit::Unpack(shared::LoadAcquire(at.commit));
+  TrajectoryInfo info{.slot = static_cast<uint32_t>(index),
+                      .generation = *generation,
+                      .trajectory_id = shared::Load(at.trajectory_id),
+                      .prompt_id = shared::Load(at.prompt_id),
+                      .group_id = shared::Load(at.group_id),
+                      .lease = Unseal(shared::Load(at.lease)).value_or(0),
+                      .commit = commit.value_or(Commit{})};
+  const uint32_t crc = shared::Load(at.identity_crc);
+  if (!IsCurrent(info)) return std::nullopt;
+  if (!commit ||
+      crc != IdentityCrc(info.generation, info.trajectory_id, info.prompt_id, info.group_id)) {
+    ThrowDamaged(info, 0);
+  }
+  return info;
+}
+
+bool BufferReader::IsCurrent(const TrajectoryInfo& info) const {
+  // Pairs with the fence after an eviction: whoever has seen a byte of a reused page sees the new
+  // generation here.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  return shared::Load(slot(info.slot).generation) == Seal(info.generation);
+}
+
+std::optional<TrajectoryInfo> BufferReader::Find(int64_t trajectory_id) const {
+  if (trajectory_id < 0) return std::nullopt;
+  const uint64_t home = static_cast<uint64_t>(trajectory_id) % layout_.max_trajectories;
+  const uint64_t furthest = Unseal(shared::LoadAcquire(header().max_probe)).value_or(0);
+  for (uint64_t probe = 0; probe <= furthest && probe < layout_.max_trajectories; ++probe) {
+    const uint64_t index = (home + probe) % layout_.max_trajectories;
+    // The id first: it is the cheaper test, and only a hint until Look has read all.
+    if (shared::Load(slot(index).trajectory_id) != trajectory_id) continue;
+    const auto info = Look(index);
+    if (info && info->trajectory_id == trajectory_id) return info;
+  }
+  return std::nullopt;
+}
+
+TrajectoryInfo BufferReader::Get(int64_t trajectory_id) const {
+  const auto info = Find(trajectory_id);
+  if (!info) throw NotFound(trajectory_id);
+  return *info;
+}
+
+std::vector<TrajectoryInfo> BufferReader::Scan() const {
+  std::vector<TrajectoryInfo> found;
+  for (uint64_t index = 0; index < layout_.max_trajectories; ++index) {
+    if (const auto info = Look(index)) found.push_back(*info);
+  }
+  std::sort(found.begin(), found.end(),
+            [](const auto& a, const auto& b) { return a.trajectory_id < b.trajectory_id; });
+  return found;
+}
+
+std::optional<Record> BufferReader::RecordAt(const Slot& at, uint32_t index) const {
+  const void* record = nullptr;
+  if (index < kInlineRecords) {
+    record = &at.records[index];
+  } else {
+    const uint64_t entry = index - kInlineRecords, per_page = layout_.RecordsPerPage();
+    const uint32_t number = PageAt(at.record_pages, entry / per_page);
+    if (number == kNoPage) return std::nullopt;
+    record = page(number) + entry % per_page * sizeof(Record);
+  }
+  Record copy;
+  shared::CopyOut(&copy, record, sizeof(copy));
+  return copy;
+}
+
+bool BufferReader::ReadRecords(const TrajectoryInfo& info, std::vector<Record>& records) const {
+  records.clear();
+  records.reserve(info.commit.segments);
+  uint64_t end = 0;
+  bool sound = true;
+  for (uint32_t i = 0; i < info.commit.segments && sound; ++i) {
+    const auto record = RecordAt(slot(info.slot), i);
+    sound = record && record->start == end && record->length <= info.commit.length - end;
+    if (!sound) break;
+    end += record->length;
+    records.push_back(*record);
+  }
+  if (!IsCurrent(info)) return false;
+  if (!sound || end != info.commit.length) ThrowDamaged(info, end);
+  return true;
+}
+
+bool BufferReader::Read(const TrajectoryInfo& info, const Destination& to) const {
+  // One for each thread, as most trajectories have few segments and allocating takes longer.
+  thread_local std::vector<Record> records;
+  if (!ReadRecords(info, records)) return false;
+
+  const uint64_t length = info.commit.length, per_page = layout_.page_tokens;
+  uint64_t done = 0;
+  for (uint64_t n; done < length; done += n) {
+    n = std::min(per_page, length - done);
+    const uint32_t number = PageAt(slot(info.slot).token_pages, done / per_page);
+    if (number == kNoPage) break;
+    const std::byte* at = page(number);
+    shared::CopyOut(to.token_ids + done, at, 4 * n);
+    shared::CopyOut(to.logprobs + done, at + 4 * per_page, 4 * n);
+    shared::CopyOut(to.mask + done, at + 8 * per_page, n);
+  }
+  if (!IsCurrent(info)) return false;
+  if (done < length) ThrowDamaged(info, done);
+
+  for (const Record& record : records) {
+    SegmentCrc crc(info.trajectory_id, info.generation, record);
+    const uint64_t start = record.start;
+    crc.Add(to.token_ids + start, to.logprobs + start, to.mask + start, record.length);
+    if (crc.value() != record.crc) ThrowDamaged(info, start);
+    std::fill_n(to.policy_versions + start, record.length, record.policy_version);
+  }
+  return true;
+}
+
+bool BufferReader::Locate(const TrajectoryInfo& info, const Record& record,
+                          std::vector<SegmentPart>& parts) const {
+  parts.clear();
+  const uint64_t per_page = layout_.page_tokens, end = uint64_t{record.start} + record.length;
+  bool sound = true;
+  for (uint64_t start = record.start; start < end && sound;) {
+    const uint64_t offset = start % per_page, n = std::min(per_page - offset, end - start);
+    const uint32_t number = PageAt(slot(info.slot).token_pages, start / per_page);
+    sound = number != kNoPage;
+    if (!sound) break;
+    const std::byte* at = page(number);
+    parts.push_back({.token_ids = reinterpret_cast<const int32_t*>(at) + offset,
+                     .logprobs = reinterpret_cast<const float*>(at + 4 * per_page) + offset,
+                     .mask = reinterpret_cast<const uint8_t*>(at + 8 * per_page) + offset,
+                     .length = n});
+    start += n;
+  }
+  if (!IsCurrent(info)) return false;
+  if (!sound) ThrowDamaged(info, record.start);
+  return true;
+}
+
+BufferStats BufferReader::Stats() const {
+  BufferStats stats;
+  stats.pages = stats.pages_free = layout_.pages;
+  std::vector<Record> records;
+  for (const TrajectoryInfo& info : Scan()) {
+    if (!ReadRecords(info, records)) continue;  // Evicted since.
+    ++stats.trajectories;
+    stats.unfinished += info.commit.reason == EndReason::kOpen;
+    stats.tokens += info.commit.length;
+    stats.segments += info.commit.segments;
+    stats.pages_free -= layout_.PagesOf(info.commit.length, info.commit.segments);
+    for (const Record& record : records) {
+      if (record.policy_version >= 0) {
+        stats.tokens_by_version[record.policy_version] += record.length;
+      }
+    }
+  }
+  return stats;
+}
+
+uint64_t BufferReader::mark() const { return Unseal(shared::LoadAcquire(header().mark)).value(); }
+
+std::pair<uint32_t, float> BufferReader::PromptCounts(uint64_t prompt) const {
+  assert(prompt < layout_.max_prompts);
+  const uint64_t value = Unseal(shared::Load(prompt_word(prompt))).value_or(0);
+  return {static_cast<uint32_t>(value >> 32), std::bit_cast<float>(static_cast<uint32_t>(value))};
+}
+
+std::vector<int64_t> BufferReader::DrawPrompts(size_t count, uint64_t seed, double floor,
+                                               double prior_weight) const {
+  assert(floor > 0 && floor <= 1 && prior_weight > 0);
+  std::vector<std::pair<uint32_t, float>> counts(layout_.max_prompts);
+  double all_responses = 0, all_successes = 0;
+  for (uint64_t prompt = 0; prompt < counts.size(); ++prompt) {
+    counts[prompt] = PromptCounts(prompt);
+    all_responses += counts[prompt].first;
+    all_successes += counts[prompt].second;
+  }
+  const double prior = prior_weight * (all_successes + 1) / (all_responses + 2);
+  std::vector<uint64_t> weights(counts.size());
+  for (size_t prompt = 0; prompt < counts.size(); ++prompt) {
+    const auto [responses, successes] = counts[prompt];
+    weights[prompt] = FailureWeight((successes + prior) / (responses + prior_weight), floor);
+  }
+  return DrawDistinct(weights, count, seed);
+}
+
+void BufferReader::ThrowDamaged(const TrajectoryInfo& info, uint64_t from) const {
+  Refuse(path(), "is damaged: trajectory " + std::to_string(info.trajectory_id) +
+                     " fails its checksum from token " + std::to_string(from) +
+                     " on; opening the file for writing cuts it there, or restore a snapshot");
+}
+
+}  // namespace kimi

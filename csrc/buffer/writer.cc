@@ -1,0 +1,356 @@
+#include "buffer/writer.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+#include "base/shared.h"
+#include "buffer/checksum.h"
+
+namespace kimi {
+namespace {
+
+std::string Number(uint64_t value) { return std::to_string(value); }
+
+[[noreturn]] void Refuse(const std::string& why) { throw std::invalid_argument(why); }
+
+const char* Name(EndReason reason) {
+  constexpr const char* kNames[] = {"nothing", "'stop'", "'length'", "'repeat'"};
+  return kNames[static_cast<size_t>(reason)];
+}
+
+// The first entry that is not finite, or n. Adds exponents up, which the compiler turns into vector
+// instructions, and looks for the place only where there is one.
+size_t FirstNotFinite(const float* values, size_t n) {
+  constexpr uint32_t kExponent = 0x7f800000;
+  const auto is_bad = [](float value) {
+    return (std::bit_cast<uint32_t>(value) & kExponent) == kExponent;
+  };
+  uint32_t bad = 0;
+  for (size_t i = 0; i < n; ++i) bad += is_bad(values[i]);
+  if (bad == 0) return n;
+  return static_cast<size_t>(std::find_if(values, values + n, is_bad) - values);
+}
+
+}  // namespace
+
+// Held by every change; refuses a second thread instead of waiting for the first.
+class BufferWriter::Turn {
+ public:
+  explicit Turn(BufferWriter& writer) : writer_(writer) {
+    if (writer_.busy_.exchange(true, std::memory_order_acquire)) {
+      throw std::logic_error("Two threads write to " + writer_.path() +
+                             " at once: let one thread do it, or take turns by a lock");
+    }
+  }
+  ~Turn() { writer_.busy_.store(false, std::memory_order_release); }
+
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  BufferWriter& writer_;
+};
+
+Header BufferWriter::HeaderOf(const BufferSizes& sizes) {
+  constexpr uint64_t kMost = uint64_t{1} << 31;  // Of anything that is counted in 32 bits.
+  if (sizes.capacity_tokens < 1 || sizes.max_trajectories < 1) {
+    Refuse("A buffer of " + Number(sizes.capacity_tokens) + " tokens and " +
+           Number(sizes.max_trajectories) + " trajectories holds nothing; both must be at least 1");
+  }
+  if (sizes.page_tokens < 8 || sizes.page_tokens % 8 != 0 || sizes.page_tokens > 65536) {
+    Refuse("page_tokens = " + Number(sizes.page_tokens) +
+           ": it must be a multiple of 8, from 8 to 65536");
+  }
+  const uint64_t pages = (sizes.capacity_tokens - 1) / sizes.page_tokens + 1;
+  if (pages >= kMost || sizes.max_trajectories >= kMost || sizes.max_prompts >= kMost ||
+      sizes.sync_interval_ms >= kMost) {
+    Refuse("A buffer of " + Number(pages) + " pages, " + Number(sizes.max_trajectories) +
+           " trajectories and " + Number(sizes.max_prompts) + " prompts, synced every " +
+           Number(sizes.sync_interval_ms) + " ms, is too large: each must be below " +
+           Number(kMost));
+  }
+  Header header{};
+  std::copy(std::begin(kMagic), std::end(kMagic), header.magic);
+  header.version = kFormatVersion;
+  header.page_tokens = static_cast<uint32_t>(sizes.page_tokens);
+  header.pages = static_cast<uint32_t>(pages);
+  header.max_trajectories = static_cast<uint32_t>(sizes.max_trajectories);
+  header.max_prompts = static_cast<uint32_t>(sizes.max_prompts);
+  header.sync_interval_ms = static_cast<uint32_t>(sizes.sync_interval_ms);
+  header.crc = HeaderCrc(header);
+  return header;
+}
+
+void BufferWriter::Create(const std::string& path, const BufferSizes& sizes) {
+  const Header header = HeaderOf(sizes);
+  NewFile file(path, Layout(header).FileBytes());
+  file.Write(0, &header, sizeof(header));
+  file.Publish(NewFile::Existing::kRefuse);
+}
+
+BufferWriter::BufferWriter(const std::string& path)
+    : BufferReader(path, MappedFile::Mode::kWrite),
+      planned_(layout_.max_trajectories),
+      syncer_(file_, std::chrono::milliseconds(header().sync_interval_ms)) {
+  Recover();
+}
+
+int64_t BufferWriter::Begin(int64_t prompt_id, int64_t group_id) {
+  const Turn turn(*this);
+  const uint64_t id = Unseal(header().next_id).value(), most = layout_.max_trajectories;
+  const auto is_free = [&](uint64_t probe) {
+    return Unseal(slot((id + probe) % most).generation).value() % 2 == 0;
+  };
+  uint64_t probe = 0;
+  while (probe < most && !is_free(probe)) ++probe;
+  if (probe == most) {
+    Refuse("Cannot begin a trajectory: all " + Number(most) +
+           " are in use; raise max_trajectories or evict finished ones");
+  }
+  // The slot is free, so nobody believes what is in it until its generation says so.
+  Slot& at = mutable_slot((id + probe) % most);
+  const uint64_t generation = Unseal(at.generation).value() + 1;
+  const auto trajectory_id = static_cast<int64_t>(id);
+  shared::Store(at.commit, Commit().Pack());
+  shared::Store(at.trajectory_id, trajectory_id);
+  shared::Store(at.prompt_id, prompt_id);
+  shared::Store(at.group_id, group_id);
+  shared::Store(at.lease, Seal(0));
+  shared::Store(at.identity_crc, IdentityCrc(generation, trajectory_id, prompt_id, group_id));
+  if (probe > Unseal(header().max_probe).value()) {
+    shared::StoreRelease(mutable_header().max_probe, Seal(probe));
+  }
+  shared::StoreRelease(at.generation, Seal(generation));
+  // After the slot: the number of a begin that a kill cut in two is then not skipped.
+  shared::StoreRelease(mutable_header().next_id, Seal(id + 1));
+  return trajectory_id;
+}
+
+void BufferWriter::Append(std::span<const NewSegment> segments, uint64_t* lengths) {
+  const Turn turn(*this);
+  ++calls_;
+  infos_.clear();
+  uint64_t pages = 0, tokens = 0;
+  for (const NewSegment& segment : segments) {
+    const TrajectoryInfo& info = infos_.emplace_back(Get(segment.trajectory_id));
+    Commit& planned = PlannedFor(info);
+    CheckSegment(segment, info, planned);
+    pages -= layout_.PagesOf(planned.length, planned.segments);
+    planned.length += static_cast<uint32_t>(segment.length);
+    planned.segments += segment.length > 0;
+    planned.reason = segment.reason;
+    pages += layout_.PagesOf(planned.length, planned.segments);
+    tokens += segment.length;
+  }
+  CheckRoom(pages, tokens);
+  for (size_t i = 0; i < segments.size(); ++i) lengths[i] = AppendOne(infos_[i], segments[i]);
+}
+
+Commit& BufferWriter::PlannedFor(const TrajectoryInfo& info) {
+  Planned& planned = planned_[info.slot];
+  if (planned.call != calls_) planned = {.call = calls_, .commit = info.commit};
+  return planned.commit;
+}
+
+void BufferWriter::CheckSegment(const NewSegment& segment, const TrajectoryInfo& info,
+                                const Commit& planned) const {
+  const auto refuse = [&](const std::string& why) {
+    Refuse("Cannot append to trajectory " + std::to_string(segment.trajectory_id) + ": " + why);
+  };
+  if (planned.reason != EndReason::kOpen) {
+    refuse(std::string("it ended by ") + Name(planned.reason));
+  }
+  if (segment.lease && *segment.lease != info.lease) {
+    refuse("lease " + Number(*segment.lease) + " was given, and it is under lease " +
+           Number(info.lease) + " now: someone else continues it");
+  }
+  const size_t bad = FirstNotFinite(segment.logprobs, segment.length);
+  if (bad < segment.length) {
+    refuse("log-prob " + Number(bad) + " of the segment is " +
+           std::to_string(segment.logprobs[bad]) + "; the engine's weights or logits are broken");
+  }
+  if (segment.length > layout_.MaxLength() - planned.length) {
+    refuse(Number(segment.length) + " tokens after " + Number(planned.length) + " are more than " +
+           Number(layout_.MaxLength()) + ", which a slot can list; raise page_tokens");
+  }
+  if (segment.length > 0 && planned.segments >= layout_.MaxSegments()) {
+    refuse("it has " + Number(planned.segments) +
+           " segments, as many as a slot can list; append more tokens at a time");
+  }
+}
+
+void BufferWriter::CheckRoom(uint64_t pages, uint64_t tokens) const {
+  if (pages <= free_pages_.size()) return;
+  Refuse("Cannot append " + Number(tokens) + " tokens: they take " + Number(pages) + " pages of " +
+         Number(layout_.page_tokens) + ", and " + Number(free_pages_.size()) + " of " +
+         Number(layout_.pages) + " are free; raise capacity_tokens or evict finished trajectories");
+}
+
+// REQUIRES: checked, and there is room.
+uint64_t BufferWriter::AppendOne(const TrajectoryInfo& info, const NewSegment& segment) {
+  Slot& at = mutable_slot(info.slot);
+  Commit commit = Commit::Unpack(at.commit).value();
+  if (segment.length > 0) {
+    Record record{.start = commit.length,
+                  .length = static_cast<uint32_t>(segment.length),
+                  .policy_version = segment.policy_version,
+                  .crc = 0};
+    SegmentCrc crc(info.trajectory_id, info.generation, record);
+    crc.Add(segment.token_ids, segment.logprobs, segment.mask, segment.length);
+    record.crc = crc.value();
+    CopyTokens(at, commit.length, segment);
+    PutRecord(at, commit.segments, record);
+    commit.length += record.length;
+    ++commit.segments;
+  }
+  commit.reason = segment.reason;
+  shared::StoreRelease(at.commit, commit.Pack());  // The acknowledgement.
+  return commit.length;
+}
+
+void BufferWriter::CopyTokens(Slot& at, uint64_t start, const NewSegment& segment) {
+  const uint64_t per_page = layout_.page_tokens;
+  for (uint64_t done = 0, n; done < segment.length; done += n) {
+    const uint64_t position = start + done, offset = position % per_page;
+    n = std::min(per_page - offset, segment.length - done);
+    if (offset == 0) SetPage(at.token_pages, position / per_page, TakePage());
+    std::byte* to = page(PageAt(at.token_pages, position / per_page));
+    shared::CopyIn(to + 4 * offset, segment.token_ids + done, 4 * n);
+    shared::CopyIn(to + 4 * (per_page + offset), segment.logprobs + done, 4 * n);
+    shared::CopyIn(to + 8 * per_page + offset, segment.mask + done, n);
+  }
+}
+
+void BufferWriter::PutRecord(Slot& at, uint32_t index, const Record& record) {
+  void* to = nullptr;
+  if (index < kInlineRecords) {
+    to = &at.records[index];
+  } else {
+    const uint64_t entry = index - kInlineRecords, per_page = layout_.RecordsPerPage();
+    if (entry % per_page == 0) SetPage(at.record_pages, entry / per_page, TakePage());
+    to = page(PageAt(at.record_pages, entry / per_page)) + entry % per_page * sizeof(record);
+  }
+  shared::CopyIn(to, &record, sizeof(record));
+}
+
+// Entries are set in order, each when the first byte behind it is written. What an append that was
+// never committed had set is set anew, so it does not matter what stands there.
+template <typename Table>
+void BufferWriter::SetPage(Table& table, uint64_t ordinal, uint32_t number) {
+  if (ordinal < Table::kDirectEntries) {
+    shared::Store(table.direct[ordinal], number);
+    return;
+  }
+  const uint64_t entry = ordinal - Table::kDirectEntries, per_page = layout_.EntriesPerPage();
+  uint32_t& root = table.roots[entry / per_page];
+  if (entry % per_page == 0) shared::Store(root, TakePage());
+  shared::Store(reinterpret_cast<shared::Half*>(page(root))[entry % per_page], number);
+}
+
+uint32_t BufferWriter::TakePage() {
+  assert(!free_pages_.empty());
+  const uint32_t number = free_pages_.back();
+  free_pages_.pop_back();
+  return number;
+}
+
+void BufferWriter::Finish(int64_t trajectory_id, EndReason reason) {
+  const Turn turn(*this);
+  const TrajectoryInfo info = Get(trajectory_id);
+  Commit commit = info.commit;
+  if (commit.reason != EndReason::kOpen) {
+    Refuse("Trajectory " + std::to_string(trajectory_id) + " has ended already, by " +
+           Name(commit.reason));
+  }
+  commit.reason = reason;
+  shared::StoreRelease(mutable_slot(info.slot).commit, commit.Pack());
+}
+
+uint64_t BufferWriter::Resume(int64_t trajectory_id) {
+  const Turn turn(*this);
+  const TrajectoryInfo info = Get(trajectory_id);
+  if (info.commit.reason != EndReason::kOpen) {
+    Refuse("Cannot resume trajectory " + std::to_string(trajectory_id) + ": it ended by " +
+           Name(info.commit.reason));
+  }
+  shared::StoreRelease(mutable_slot(info.slot).lease, Seal(info.lease + 1));
+  return info.lease + 1;
+}
+
+std::vector<int64_t> BufferWriter::Evict(std::span<const int64_t> consumed,
+                                         std::optional<int32_t> stale_before,
+                                         std::optional<uint64_t> free_tokens) {
+  const Turn turn(*this);
+  std::vector<int64_t> evicted;
+  for (const int64_t id : consumed) Get(id);  // All of them, before the first is gone.
+  const auto evict = [&](const TrajectoryInfo& info) {
+    EvictOne(info);
+    evicted.push_back(info.trajectory_id);
+  };
+  for (const int64_t id : consumed) {
+    if (const auto info = Find(id)) evict(*info);  // Once, where it was named twice.
+  }
+  if (stale_before) {
+    for (const TrajectoryInfo& info : Scan()) {
+      if (info.commit.segments == 0) continue;
+      const auto newest = RecordAt(slot(info.slot), info.commit.segments - 1);
+      if (newest && newest->policy_version < *stale_before) evict(info);
+    }
+  }
+  if (free_tokens) {
+    for (const TrajectoryInfo& info : Scan()) {
+      if (free_pages_.size() * layout_.page_tokens >= *free_tokens) break;
+      evict(info);
+    }
+  }
+  return evicted;
+}
+
+void BufferWriter::EvictOne(const TrajectoryInfo& info) {
+  const Slot& at = slot(info.slot);
+  shared::StoreRelease(mutable_slot(info.slot).generation, Seal(info.generation + 1));
+  // Before any store into the pages, which the next append may reuse: see IsCurrent.
+  std::atomic_thread_fence(std::memory_order_release);
+  VisitPages(at, info.commit, [this](uint32_t number) { free_pages_.push_back(number); });
+}
+
+void BufferWriter::SetMark(uint64_t mark) {
+  const Turn turn(*this);
+  if (mark >> kSealedBits) Refuse("mark = " + Number(mark) + ": it must be below 2^56");
+  shared::StoreRelease(mutable_header().mark, Seal(mark));
+}
+
+void BufferWriter::RecordResult(uint64_t prompt, double correctness) {
+  const Turn turn(*this);
+  if (prompt >= layout_.max_prompts) {
+    Refuse("Cannot count a response to prompt " + Number(prompt) + ": the file has room for " +
+           Number(layout_.max_prompts) + ", numbered from 0; raise max_prompts");
+  }
+  constexpr uint32_t kMostCounted = (uint32_t{1} << 24) - 1;
+  const auto [responses, successes] = PromptCounts(prompt);
+  if (responses == kMostCounted) return;  // The rate has long settled.
+  const float sum = successes + static_cast<float>(std::clamp(correctness, 0.0, 1.0));
+  const uint64_t value = uint64_t{responses + 1} << 32 | std::bit_cast<uint32_t>(sum);
+  shared::StoreRelease(const_cast<uint64_t&>(prompt_word(prompt)), Seal(value));
+}
+
+void BufferWriter::Snapshot(const std::string& path) {
+  const Turn turn(*this);
+  std::vector<bool> is_free(layout_.pages, false);
+  for (const uint32_t number : free_pages_) is_free[number] = true;
+  NewFile file(path, layout_.FileBytes());
+  file.Write(0, file_.data(), layout_.PagesAt());
+  for (uint32_t first = 0; first < layout_.pages;) {
+    uint32_t last = first;  // Of a run of pages in use.
+    while (last < layout_.pages && !is_free[last]) ++last;
+    const uint64_t from = layout_.PagesAt() + first * layout_.PageBytes();
+    file.Write(from, file_.data() + from, (last - first) * layout_.PageBytes());
+    first = last + 1;
+  }
+  file.Publish(NewFile::Existing::kReplace);
+}
+
+}  // namespace kimi

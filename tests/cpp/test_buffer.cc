@@ -1,0 +1,430 @@
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <vector>
+
+#include "buffer/draw.h"
+#include "buffer/writer.h"
+#include "buffer_testing.h"
+#include "check.h"
+
+namespace kimi {
+namespace {
+
+using test::AppendNext;
+using test::IsSound;
+using test::MessageOf;
+using test::Tokens;
+
+BufferSizes Sizes(uint64_t tokens, uint64_t trajectories, uint64_t page_tokens = 8) {
+  return {.capacity_tokens = tokens,
+          .max_trajectories = trajectories,
+          .page_tokens = page_tokens,
+          .max_prompts = 10,
+          .sync_interval_ms = 0};
+}
+
+std::set<int64_t> Ids(const BufferReader& buffer) {
+  std::set<int64_t> ids;
+  for (const auto& info : buffer.Scan()) ids.insert(info.trajectory_id);
+  return ids;
+}
+
+void TestSealedWordsNoticeEveryFlippedBit() {
+  for (const uint64_t value : {uint64_t{0}, uint64_t{1}, uint64_t{0x123456789abcde}}) {
+    CHECK_EQ(Unseal(Seal(value)).value(), value);
+    for (int bit = 0; bit < 64; ++bit) CHECK(!Unseal(Seal(value) ^ uint64_t{1} << bit));
+  }
+  const Commit commit{.length = kMaxLength, .segments = kMaxSegments, .reason = EndReason::kRepeat};
+  const auto back = Commit::Unpack(commit.Pack()).value();
+  CHECK(back.length == kMaxLength && back.segments == kMaxSegments);
+  CHECK(back.reason == EndReason::kRepeat);
+}
+
+// Odd lengths over odd numbers of pages, until records and page numbers need pages of their own.
+void TestTrajectoriesReadBack() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(12000, 5));
+  BufferWriter writer(folder / "b");
+  for (int64_t id = 0; id < 5; ++id) CHECK_EQ(writer.Begin(id, id / 2), id);
+  uint64_t length[5] = {};
+  for (uint64_t round = 0; round < 130; ++round) {
+    for (int64_t id = 0; id < 5; ++id) {
+      const uint64_t n = (round * 7 + static_cast<uint64_t>(id) * 3) % 19;
+      length[id] += n;
+      CHECK_EQ(AppendNext(writer, id, n, static_cast<int32_t>(round)), length[id]);
+    }
+  }
+  const BufferReader reader(folder / "b");
+  uint64_t tokens = 0, pages = 0;
+  for (int64_t id = 0; id < 5; ++id) {
+    const TrajectoryInfo info = reader.Get(id);
+    CHECK_EQ(info.commit.length, length[id]);
+    CHECK(info.commit.length > 36 * 8 && info.commit.segments > 12 + 12 * 4);
+    CHECK(IsSound(reader, info) && IsSound(writer, info));
+    tokens += info.commit.length;
+    pages += reader.layout().PagesOf(info.commit.length, info.commit.segments);
+  }
+  const BufferStats stats = reader.Stats();
+  CHECK_EQ(stats.tokens, tokens);
+  CHECK_EQ(stats.pages - stats.pages_free, pages);
+  CHECK_EQ(stats.tokens_by_version.size(), 130u);
+  CHECK_EQ(stats.unfinished, 5u);
+}
+
+void TestPartsOfASegmentAreInPlace() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(100, 2));
+  BufferWriter writer(folder / "b");
+  const int64_t id = writer.Begin(0, 0);
+  AppendNext(writer, id, 5);
+  AppendNext(writer, id, 20);
+  const TrajectoryInfo info = writer.Get(id);
+  std::vector<Record> records;
+  std::vector<SegmentPart> parts;
+  CHECK(writer.ReadRecords(info, records));
+  CHECK(writer.Locate(info, records[1], parts));
+  std::vector<size_t> lengths;
+  std::vector<int32_t> ids;
+  for (const SegmentPart& part : parts) {
+    lengths.push_back(part.length);
+    ids.insert(ids.end(), part.token_ids, part.token_ids + part.length);
+  }
+  CHECK((lengths == std::vector<size_t>{3, 8, 8, 1}));
+  CHECK(ids == Tokens(id, 5, 20).ids);
+  writer.Evict({{id}}, std::nullopt, std::nullopt);
+  CHECK(!writer.IsCurrent(info));
+  CHECK(!writer.Locate(info, records[1], parts));
+  CHECK(!test::CopyOf(writer, info).read);
+}
+
+void TestErrorsComeBeforeAnythingIsAppended() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(32, 2));
+  BufferWriter writer(folder / "b");
+  const int64_t a = writer.Begin(0, 0), b = writer.Begin(0, 0);
+  const auto refused = [&](std::vector<NewSegment> segments) {
+    std::vector<uint64_t> lengths(segments.size());
+    const auto append = [&] { writer.Append(segments, lengths.data()); };
+    const std::string message = MessageOf<std::invalid_argument>(append);
+    CHECK_EQ(writer.Stats().tokens, 0u);
+    CHECK_EQ(writer.Stats().pages_free, 4u);
+    return message;
+  };
+  const Tokens few(a, 0, 9), others(b, 0, 17);
+  CHECK_EQ(refused({few.Segment(a, 0), others.Segment(b, 0)}),
+           "Cannot append 26 tokens: they take 5 pages of 8, and 4 of 4 are free; raise "
+           "capacity_tokens or evict finished trajectories");
+  Tokens broken(a, 9, 3);
+  broken.logprobs[2] = std::numeric_limits<float>::quiet_NaN();
+  CHECK_EQ(refused({few.Segment(a, 0), broken.Segment(a, 0)}),
+           "Cannot append to trajectory 0: log-prob 2 of the segment is nan; the engine's weights "
+           "or logits are broken");
+  NewSegment last = few.Segment(a, 0);
+  last.reason = EndReason::kStop;
+  CHECK_EQ(refused({last, few.Segment(a, 0)}), "Cannot append to trajectory 0: it ended by 'stop'");
+  NewSegment stale = few.Segment(a, 0);
+  stale.lease = 0;
+  CHECK_EQ(writer.Resume(a), 1u);
+  CHECK_EQ(refused({stale}),
+           "Cannot append to trajectory 0: lease 0 was given, and it is under lease 1 now: someone "
+           "else continues it");
+  CHECK_EQ(MessageOf<NotFound>([&] { AppendNext(writer, 7, 1); }),
+           "No trajectory 7: never begun, or evicted");
+  CHECK_EQ(MessageOf<std::invalid_argument>([&] { writer.Begin(0, 0); }),
+           "Cannot begin a trajectory: all 2 are in use; raise max_trajectories or evict finished "
+           "ones");
+}
+
+void TestATrajectoryCannotOutgrowItsTables() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(4000, 1));
+  BufferWriter writer(folder / "b");
+  const int64_t id = writer.Begin(0, 0);
+  const uint64_t longest = writer.layout().MaxLength(), most = writer.layout().MaxSegments();
+  CHECK_EQ(longest, (32 + 16 * 18) * 8u);
+  CHECK_EQ(most, 12 + (12 + 6 * 18) * 4u);
+  CHECK_EQ(AppendNext(writer, id, longest - most + 1), longest - most + 1);
+  for (uint64_t i = 1; i < most; ++i) AppendNext(writer, id, 1);
+  CHECK_EQ(
+      MessageOf<std::invalid_argument>([&] { AppendNext(writer, id, 1); }),
+      "Cannot append to trajectory 0: 1 tokens after 2560 are more than 2560, which a slot can "
+      "list; raise page_tokens");
+  CHECK(IsSound(writer, writer.Get(id)));
+}
+
+void TestEvictionFreesAndForgetsInOrder() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(80, 8));
+  BufferWriter writer(folder / "b");
+  for (int32_t version : {3, 0, 1, 5, 4}) {
+    AppendNext(writer, writer.Begin(0, 0), 16, version);
+  }
+  CHECK_EQ(writer.Stats().pages_free, 0u);
+  CHECK_EQ(MessageOf<NotFound>([&] {
+             const std::vector<int64_t> some = {3, 9};
+             writer.Evict(some, 9, 80);
+           }),
+           "No trajectory 9: never begun, or evicted");
+  CHECK_EQ(Ids(writer).size(), 5u);
+  const std::vector<int64_t> consumed = {3, 3};
+  CHECK((writer.Evict(consumed, 2, 64) == std::vector<int64_t>{3, 1, 2, 0}));
+  CHECK((Ids(writer) == std::set<int64_t>{4}));
+  CHECK_EQ(writer.Stats().pages_free, 8u);
+  // Slots behind one that lives on are found again; ids are new.
+  for (int64_t id = 5; id < 12; ++id) CHECK_EQ(writer.Begin(0, 0), id);
+  for (int64_t id = 4; id < 12; ++id) CHECK(writer.Find(id).has_value());
+}
+
+// Ids wrap round the slots beside ones that stay, and displaced ones are found after a restart,
+// too.
+void TestIdsGoOnAcrossRestarts() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(400, 4));
+  std::mt19937 random(3);
+  int64_t next = 0;
+  std::set<int64_t> alive;
+  for (int round = 0; round < 30; ++round) {
+    BufferWriter writer(folder / "b");
+    while (alive.size() < 4) {
+      CHECK_EQ(writer.Begin(0, 0), next);
+      AppendNext(writer, next, random() % 30);
+      alive.insert(next++);
+    }
+    for (const int64_t id : std::set<int64_t>(alive)) {
+      if (random() % 3) continue;
+      writer.Evict({{id}}, std::nullopt, std::nullopt);
+      alive.erase(id);
+    }
+    CHECK(Ids(BufferReader(folder / "b")) == alive);
+    for (const int64_t id : alive) CHECK(IsSound(writer, writer.Get(id)));
+  }
+}
+
+void TestOneWriterAtATimeAndNoBusyThread() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(8, 1));
+  {
+    const BufferWriter writer(folder / "b");
+    CHECK(
+        MessageOf<std::invalid_argument>([&] { BufferWriter(folder / "b"); })
+            .ends_with("is open for writing already: close it there or stop that process, or open "
+                       "it here with readonly=True"));
+    const BufferReader reader(folder / "b");
+  }
+  const BufferWriter again(folder / "b");
+}
+
+void TestFilesThatAreNoSoundBufferAreRefused() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(8, 1));
+  const std::string path = folder / "b", sound = test::Contents(path);
+  const auto complaint = [&](const std::string& contents) {
+    test::SetContents(path, contents);
+    const std::string read = MessageOf<std::invalid_argument>([&] { BufferReader{path}; });
+    CHECK_EQ(MessageOf<std::invalid_argument>([&] { BufferWriter{path}; }), read);
+    return read.substr(std::min(read.size(), path.size() + 1));
+  };
+  CHECK_EQ(complaint(sound), "");
+  CHECK_EQ(complaint(""), "is no rollout buffer: it does not begin with KIMIROLL");
+  CHECK_EQ(complaint("PK" + sound.substr(2)),
+           "is no rollout buffer: it does not begin with KIMIROLL");
+  std::string newer = sound;
+  newer[8] = 2;
+  CHECK_EQ(
+      complaint(newer),
+      "has format version 2, and this kimi_core reads up to 1: open it with the kimi_core that "
+      "wrote it, or a newer one");
+  CHECK_EQ(complaint(sound.substr(0, sound.size() - 1)),
+           "is cut off: it has 12359 of 12360 bytes; restore a snapshot");
+  for (size_t at = 12; at < sizeof(Header); ++at) {
+    std::string flipped = sound;
+    flipped[at] = static_cast<char>(flipped[at] ^ 4);
+    CHECK(at == 36 || at == 37 || at == 38 || at == 39 ||  // The unused word.
+          complaint(flipped).starts_with("has a damaged header"));
+  }
+  CHECK(MessageOf<std::system_error>([&] {
+          BufferReader{folder / "none"};
+        }).starts_with("Cannot open "));
+  CHECK(MessageOf<std::system_error>([&] {
+          BufferWriter::Create(path, Sizes(8, 1));
+        }).starts_with("Cannot create "));
+}
+
+// Whatever bit flips, opening the file says so, or nothing that it holds has changed.
+void TestAFlippedBitIsNeverSilent() {
+  const test::TemporaryFolder folder;
+  const std::string path = folder / "b";
+  BufferWriter::Create(path, Sizes(6000, 6));
+  {
+    BufferWriter writer(path);
+    for (int64_t id = 0; id < 4; ++id) {
+      writer.Begin(id, id);
+      for (int i = 0; i < 80; ++i) AppendNext(writer, id, 9);
+      writer.Finish(id, EndReason::kLength);
+    }
+    writer.RecordResult(3, 0.5);
+    const std::vector<int64_t> gone = {1};
+    writer.Evict(gone, std::nullopt, std::nullopt);
+  }
+  const std::string sound = test::Contents(path);
+  std::mt19937_64 random(5);
+  int noticed = 0;
+  for (int trial = 0; trial < 400; ++trial) {
+    std::string flipped = sound;
+    // Half of them in the header, the counts and the slots, which are a small part of the file.
+    const uint64_t at = random() % (trial % 2 ? flipped.size() : 12288);
+    flipped[at] = static_cast<char>(flipped[at] ^ (1 << (random() % 8)));
+    test::SetContents(path, flipped);
+    bool said = false;
+    try {
+      const BufferWriter writer(path);
+      const Recovery& recovery = writer.recovery();
+      said = !recovery.cuts.empty() || recovery.slots_lost || recovery.prompts_lost;
+      uint64_t tokens = 0;
+      for (const auto& info : writer.Scan()) {
+        CHECK(IsSound(writer, info));
+        CHECK(info.prompt_id == info.trajectory_id && info.group_id == info.trajectory_id);
+        tokens += info.commit.length;
+        if (!said) CHECK(info.commit.reason == EndReason::kLength);
+      }
+      if (!said) CHECK_EQ(tokens, 3 * 80 * 9u);
+      if (!said) CHECK(writer.PromptCounts(3) == std::pair(1u, 0.5f));
+    } catch (const std::invalid_argument&) {
+      said = true;
+    }
+    noticed += said;
+  }
+  CHECK(noticed > 50);  // The rest hit what is unused.
+}
+
+// Pages of 4 KiB that were not synced come back as they were: what remains is a sound prefix, and
+// of what was there at the sync and has not been evicted nothing is missing.
+void TestLostPagesLeaveSoundPrefixes() {
+  const test::TemporaryFolder folder;
+  const std::string path = folder / "b";
+  std::mt19937 random(9);
+  uint64_t cuts = 0;
+  for (int trial = 0; trial < 30; ++trial) {
+    std::filesystem::remove(path);
+    BufferWriter::Create(path, Sizes(20000, 40, 16));
+    std::string synced, newest;
+    std::set<int64_t> evicted;
+    std::vector<uint64_t> length_at_sync;
+    {
+      BufferWriter writer(path);
+      const auto work = [&](int steps) {
+        for (int step = 0; step < steps; ++step) {
+          const auto all = writer.Scan();
+          if (all.size() < 30) {
+            writer.Begin(0, 0);
+          } else if (random() % 20 == 0) {
+            const int64_t id = all[random() % all.size()].trajectory_id;
+            writer.Evict({{id}}, std::nullopt, std::nullopt);
+            evicted.insert(id);
+          } else if (writer.Stats().pages_free > 20) {
+            AppendNext(writer, all[random() % all.size()].trajectory_id, random() % 120);
+          }
+        }
+      };
+      work(200);
+      writer.Flush();
+      synced = test::Contents(path);
+      for (const auto& info : writer.Scan()) {
+        length_at_sync.resize(static_cast<size_t>(info.trajectory_id) + 1);
+        length_at_sync.back() = info.commit.length;
+      }
+      evicted.clear();
+      work(100);
+      newest = test::Contents(path);
+    }
+    for (size_t at = 4096; at < newest.size(); at += 4096) {
+      if (random() % 2) newest.replace(at, 4096, synced.substr(at, 4096));
+    }
+    test::SetContents(path, newest);
+    BufferWriter writer(path);
+    CHECK_EQ(writer.recovery().slots_lost, 0u);
+    cuts += writer.recovery().cuts.size();
+    uint64_t tokens = 0;
+    for (const auto& info : writer.Scan()) {
+      CHECK(IsSound(writer, info));
+      tokens += info.commit.length;
+      const auto id = static_cast<size_t>(info.trajectory_id);
+      if (id < length_at_sync.size() && !evicted.contains(info.trajectory_id)) {
+        CHECK(info.commit.length >= length_at_sync[id]);
+        length_at_sync[id] = 0;
+      }
+    }
+    for (size_t id = 0; id < length_at_sync.size(); ++id) {
+      CHECK(length_at_sync[id] == 0 || evicted.contains(static_cast<int64_t>(id)));
+    }
+    CHECK_EQ(writer.recovery().tokens, tokens);
+    // And it goes on from there: no page is in two places.
+    for (const auto& info : writer.Scan()) {
+      if (writer.Stats().pages_free > 10) AppendNext(writer, info.trajectory_id, 40);
+    }
+    for (const auto& info : writer.Scan()) CHECK(IsSound(writer, info));
+  }
+  CHECK(cuts > 30);
+}
+
+void TestASnapshotIsTheSameBuffer() {
+  const test::TemporaryFolder folder;
+  BufferWriter::Create(folder / "b", Sizes(400, 4));
+  BufferWriter writer(folder / "b");
+  for (int64_t id = 0; id < 3; ++id) {
+    writer.Begin(id, 0);
+    AppendNext(writer, id, 50);
+  }
+  const std::vector<int64_t> gone = {1};
+  writer.Evict(gone, std::nullopt, std::nullopt);
+  writer.SetMark(17);
+  writer.RecordResult(2, 1);
+  writer.Snapshot(folder / "s");
+  AppendNext(writer, 0, 5);
+  writer.Snapshot(folder / "s");  // Replaces the first.
+  BufferWriter copy(folder / "s");
+  CHECK_EQ(copy.Get(0).commit.length, 55u);
+  CHECK((Ids(copy) == std::set<int64_t>{0, 2}));
+  for (const auto& info : copy.Scan()) CHECK(IsSound(copy, info));
+  CHECK_EQ(copy.mark(), 17u);
+  CHECK(copy.PromptCounts(2) == std::pair(1u, 1.0f));
+  CHECK_EQ(copy.Begin(0, 0), 3);
+}
+
+void TestAMachineLevelBufferIsSynced() {
+  const test::TemporaryFolder folder;
+  BufferSizes sizes = Sizes(400, 2);
+  sizes.sync_interval_ms = 1;
+  BufferWriter::Create(folder / "b", sizes);
+  BufferWriter writer(folder / "b");
+  const int64_t id = writer.Begin(0, 0);
+  for (int i = 0; i < 50; ++i) AppendNext(writer, id, 1);
+  writer.Flush();
+  CHECK(IsSound(writer, writer.Get(id)));
+}
+
+}  // namespace
+}  // namespace kimi
+
+int main() {
+  kimi::TestSealedWordsNoticeEveryFlippedBit();
+  kimi::TestTrajectoriesReadBack();
+  kimi::TestPartsOfASegmentAreInPlace();
+  kimi::TestErrorsComeBeforeAnythingIsAppended();
+  kimi::TestATrajectoryCannotOutgrowItsTables();
+  kimi::TestEvictionFreesAndForgetsInOrder();
+  kimi::TestIdsGoOnAcrossRestarts();
+  kimi::TestOneWriterAtATimeAndNoBusyThread();
+  kimi::TestFilesThatAreNoSoundBufferAreRefused();
+  kimi::TestAFlippedBitIsNeverSilent();
+  kimi::TestLostPagesLeaveSoundPrefixes();
+  kimi::TestASnapshotIsTheSameBuffer();
+  kimi::TestAMachineLevelBufferIsSynced();
+  return kimi::test::Failures();
+}

@@ -1,0 +1,60 @@
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "base/crc32c.h"
+#include "check.h"
+
+namespace kimi {
+namespace {
+
+uint32_t Bitwise(const std::vector<unsigned char>& data, size_t offset, size_t size) {
+  uint32_t crc = ~uint32_t{0};
+  for (size_t i = offset; i < offset + size; ++i) {
+    crc ^= data[i];
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) ? 0x82f63b78 : 0);
+  }
+  return ~crc;
+}
+
+void TestPublishedValues() {
+  const std::string digits = "123456789";
+  CHECK_EQ(crc32c::Extend(0, digits.data(), digits.size()), 0xe3069283u);
+  const std::vector<unsigned char> zeros(32, 0), ones(32, 0xff);  // RFC 3720, B.4.
+  CHECK_EQ(crc32c::Extend(0, zeros.data(), 32), 0x8a9136aau);
+  CHECK_EQ(crc32c::Extend(0, ones.data(), 32), 0x62a8ab43u);
+}
+
+void TestInstructionTableAndDefinitionAgree() {
+  std::mt19937 random(1);
+  std::vector<unsigned char> data(600);
+  for (auto& byte : data) byte = static_cast<unsigned char>(random());
+  for (size_t size = 0; size < 70; ++size) {  // Every remainder of 8, at every alignment.
+    for (size_t offset = 0; offset < 9; ++offset) {
+      const uint32_t expected = Bitwise(data, offset, size);
+      CHECK_EQ(crc32c::Extend(0, data.data() + offset, size), expected);
+      CHECK_EQ(crc32c::ExtendByTable(0, data.data() + offset, size), expected);
+    }
+  }
+}
+
+void TestPartsGiveTheWhole() {
+  const std::vector<unsigned char> data(100, 7);
+  const uint32_t whole = crc32c::Extend(0, data.data(), 100);
+  for (size_t cut = 0; cut <= 100; ++cut) {
+    const uint32_t first = crc32c::Extend(0, data.data(), cut);
+    CHECK_EQ(crc32c::ExtendByTable(first, data.data() + cut, 100 - cut), whole);
+  }
+}
+
+}  // namespace
+}  // namespace kimi
+
+int main() {
+  std::cout << "instruction: " << kimi::crc32c::HasInstruction() << '\n';
+  kimi::TestPublishedValues();
+  kimi::TestInstructionTableAndDefinitionAgree();
+  kimi::TestPartsGiveTheWhole();
+  return kimi::test::Failures();
+}
