@@ -60,9 +60,10 @@ class TrajectoryInfo:
 class RolloutBuffer(_C.RolloutBuffer):
     """Trajectories by id, in a file. One writer process with one thread at a time; any readers.
 
-    ``append``, ``finish`` and the other changes are documented in ``kimi_core._C``. Arrays go in as
-    numpy arrays or torch tensors on the CPU, and come out as numpy arrays; ``torch.from_numpy``
-    shares their memory.
+    ``begin``, ``append_many``, ``finish``, ``resume``, ``evict``, ``view``, ``flush``, ``snapshot``
+    and the prompts' counts are those of ``kimi_core._C.RolloutBuffer``, documented there. Arrays go
+    in as numpy arrays or torch tensors on the CPU, and come out as numpy arrays, whose memory
+    ``torch.from_numpy`` shares.
     """
 
     @classmethod
@@ -124,6 +125,41 @@ class RolloutBuffer(_C.RolloutBuffer):
                 another process has it open for writing.
         """
         return cls(str(path), readonly=readonly)
+
+    def append(
+        self,
+        trajectory_id: int,
+        token_ids: Any,
+        logprobs: Any,
+        mask: Any,
+        *,
+        policy_version: int,
+        end_reason: EndReason | None = None,
+        lease: int | None = None,
+    ) -> int:
+        """Add a segment and return the trajectory's new length.
+
+        On return the segment survives the death of this process. A process that dies before leaves
+        nothing of it.
+
+        Args:
+            trajectory_id: an unfinished trajectory.
+            token_ids: int32 ``[n]``.
+            logprobs: float32 ``[n]``, nats, as sampled; 0 where the mask is 0.
+            mask: uint8 ``[n]``, 1 for tokens that the policy sampled.
+            policy_version: of the weights that sampled them, ``PROMPT_VERSION`` for a prompt.
+            end_reason: ends the trajectory in the same instant; as ``finish``.
+            lease: what ``resume`` returned; a newer lease makes it void. None is not checked.
+
+        Raises:
+            KeyError: there is no such trajectory.
+            ValueError: it has ended, the lengths differ, a log-prob is not finite, the lease is
+                void, or the buffer is full; nothing is appended then.
+            TypeError: a column does not convert without loss.
+        """
+        return self._append(
+            trajectory_id, token_ids, logprobs, mask, policy_version, end_reason, lease
+        )
 
     def read(self, trajectory_id: int) -> Trajectory:
         """A copy of one trajectory.

@@ -70,9 +70,27 @@ KIMI_CRC_TARGET uint32_t ExtendByInstruction(uint32_t crc, const void* bytes, si
   for (; size > 0; ++data, --size) crc = TakeByte(crc, *data);
   return ~crc;
 }
+
+KIMI_CRC_TARGET void ExtendTwoByInstruction(uint32_t* crc_a, const void* bytes_a, uint32_t* crc_b,
+                                            const void* bytes_b, size_t size) {
+  auto a = static_cast<const unsigned char*>(bytes_a);
+  auto b = static_cast<const unsigned char*>(bytes_b);
+  uint32_t sum_a = ~*crc_a, sum_b = ~*crc_b;
+  for (; size >= 8; a += 8, b += 8, size -= 8) {
+    sum_a = TakeWord(sum_a, LoadWord(a));
+    sum_b = TakeWord(sum_b, LoadWord(b));
+  }
+  for (; size > 0; ++a, ++b, --size) {
+    sum_a = TakeByte(sum_a, *a);
+    sum_b = TakeByte(sum_b, *b);
+  }
+  *crc_a = ~sum_a;
+  *crc_b = ~sum_b;
+}
 #else
 bool CpuHasInstruction() { return false; }
 constexpr auto* ExtendByInstruction = &ExtendByTable;
+void ExtendTwoByInstruction(uint32_t*, const void*, uint32_t*, const void*, size_t) {}
 #endif
 
 }  // namespace
@@ -84,6 +102,15 @@ bool HasInstruction() {
 
 uint32_t Extend(uint32_t crc, const void* data, size_t size) {
   return HasInstruction() ? ExtendByInstruction(crc, data, size) : ExtendByTable(crc, data, size);
+}
+
+void ExtendTwo(uint32_t* crc_a, const void* a, uint32_t* crc_b, const void* b, size_t size) {
+  if (HasInstruction()) {
+    ExtendTwoByInstruction(crc_a, a, crc_b, b, size);
+  } else {
+    *crc_a = ExtendByTable(*crc_a, a, size);
+    *crc_b = ExtendByTable(*crc_b, b, size);
+  }
 }
 
 uint32_t ExtendByTable(uint32_t crc, const void* bytes, size_t size) {

@@ -9,6 +9,9 @@
 namespace kimi {
 namespace {
 
+// An append of more tokens, some 10 microseconds, lets other threads run meanwhile.
+constexpr size_t kReleaseTokens = 4096;
+
 EndReason ParseReason(const std::string& name) {
   const auto found = std::find(kReasons.begin() + 1, kReasons.end(), name);
   if (found == kReasons.end()) {
@@ -31,9 +34,34 @@ void CheckColumns(const py::array& token_ids, const py::array& logprobs, const p
                         ShapeOf(mask) + "; give one-dimensional ones of one length");
 }
 
-uint64_t append(PyBuffer& buffer, int64_t trajectory_id, const Array<int32_t>& token_ids,
-                const Array<float>& logprobs, const Array<uint8_t>& mask, int32_t policy_version,
-                const OptionalReason& end_reason, std::optional<uint64_t> lease) {
+// What pybind11 does for an argument of type Array<T>, without the conversion that numpy would make
+// of an array that fits already: that took longer than the append.
+template <typename T>
+Array<T> ColumnOf(const py::object& given, const char* name) {
+  if (py::isinstance<py::array>(given)) {
+    const auto array = py::reinterpret_borrow<py::array>(given);
+    if (array.dtype().num() == py::dtype::num_of<T>() && (array.flags() & py::array::c_style)) {
+      return py::reinterpret_borrow<Array<T>>(given);
+    }
+  }
+  auto converted = Array<T>::ensure(given);
+  if (!converted) {
+    PyErr_Clear();
+    const std::string wanted = py::str(py::dtype::of<T>());
+    throw py::type_error(std::string(name) + " does not convert to " + wanted +
+                         " without loss: give an array or a CPU tensor of " + wanted);
+  }
+  return converted;
+}
+
+// Positional arguments only, as the Python face passes them: pybind11 takes long over names.
+uint64_t append(PyBuffer& buffer, int64_t trajectory_id, const py::object& given_ids,
+                const py::object& given_logprobs, const py::object& given_mask,
+                int32_t policy_version, const OptionalReason& end_reason,
+                std::optional<uint64_t> lease) {
+  const auto token_ids = ColumnOf<int32_t>(given_ids, "token_ids");
+  const auto logprobs = ColumnOf<float>(given_logprobs, "logprobs");
+  const auto mask = ColumnOf<uint8_t>(given_mask, "mask");
   CheckColumns(token_ids, logprobs, mask);
   BufferWriter& writer = buffer.writer();
   const NewSegment segment{.trajectory_id = trajectory_id,
@@ -45,7 +73,8 @@ uint64_t append(PyBuffer& buffer, int64_t trajectory_id, const Array<int32_t>& t
                            .reason = ParseReason(end_reason),
                            .lease = lease};
   uint64_t length = 0;
-  const py::gil_scoped_release release;
+  std::optional<py::gil_scoped_release> release;  // Takes longer than a short append itself.
+  if (segment.length > kReleaseTokens) release.emplace();
   writer.Append({&segment, 1}, &length);
   return length;
 }
@@ -57,12 +86,13 @@ Array<int64_t> append_many(PyBuffer& buffer, const Array<int64_t>& trajectory_id
                            const std::optional<std::vector<OptionalReason>>& end_reasons,
                            const std::optional<std::vector<std::optional<uint64_t>>>& leases) {
   CheckColumns(token_ids, logprobs, mask);
-  const auto ids = SpanOf(trajectory_ids, "trajectory_ids"), n = ids;
+  const auto ids = SpanOf(trajectory_ids, "trajectory_ids");
   const auto ends = SpanOf(cu_seqlens, "cu_seqlens"),
              versions = SpanOf(policy_versions, "policy_versions");
-  if (ends.size() != n.size() + 1 || versions.size() != n.size() ||
-      (end_reasons && end_reasons->size() != n.size()) || (leases && leases->size() != n.size())) {
-    throw py::value_error("Cannot append " + std::to_string(n.size()) +
+  const size_t n = ids.size();
+  if (ends.size() != n + 1 || versions.size() != n || (end_reasons && end_reasons->size() != n) ||
+      (leases && leases->size() != n)) {
+    throw py::value_error("Cannot append " + std::to_string(n) +
                           " segments: give that many policy_versions (and end_reasons and leases, "
                           "if any), and one more of cu_seqlens");
   }
@@ -73,8 +103,8 @@ Array<int64_t> append_many(PyBuffer& buffer, const Array<int64_t>& trajectory_id
   }
   BufferWriter& writer = buffer.writer();
   std::vector<NewSegment> segments;
-  segments.reserve(ids.size());
-  for (size_t i = 0; i < ids.size(); ++i) {
+  segments.reserve(n);
+  for (size_t i = 0; i < n; ++i) {
     const auto start = static_cast<size_t>(ends[i]);
     segments.push_back({.trajectory_id = ids[i],
                         .token_ids = token_ids.data() + start,
@@ -85,12 +115,12 @@ Array<int64_t> append_many(PyBuffer& buffer, const Array<int64_t>& trajectory_id
                         .reason = end_reasons ? ParseReason((*end_reasons)[i]) : EndReason::kOpen,
                         .lease = leases ? (*leases)[i] : std::nullopt});
   }
-  std::vector<uint64_t> lengths(ids.size());
+  std::vector<uint64_t> lengths(n);
   {
     const py::gil_scoped_release release;
     writer.Append(segments, lengths.data());
   }
-  Array<int64_t> result(static_cast<py::ssize_t>(lengths.size()));
+  Array<int64_t> result(static_cast<py::ssize_t>(n));
   std::copy(lengths.begin(), lengths.end(), result.mutable_data());
   return result;
 }
@@ -117,31 +147,11 @@ void register_buffer_writing(py::class_<PyBuffer>& buffer) {
 
 Raises:
     ValueError: every slot is taken.)")
-      .def("append", &append, py::arg("trajectory_id"), py::arg("token_ids"), py::arg("logprobs"),
-           py::arg("mask"), py::kw_only(), py::arg("policy_version"),
-           py::arg("end_reason") = py::none(), py::arg("lease") = py::none(),
-           R"(Add a segment and return the trajectory's new length.
-
-On return the segment survives the death of this process. Without it nothing of the segment is there.
-
-Args:
-    trajectory_id: an unfinished trajectory.
-    token_ids: int32 `[n]`.
-    logprobs: float32 `[n]`, nats, as sampled; 0 where the mask is 0.
-    mask: uint8 `[n]`, 1 for tokens that the policy sampled.
-    policy_version: of the weights that sampled them, `PROMPT_VERSION` for a prompt.
-    end_reason: ends the trajectory together with this segment; see `finish`.
-    lease: what `resume` returned; a newer lease makes this one void. None is not checked.
-
-Raises:
-    KeyError: there is no such trajectory.
-    ValueError: it has ended, the lengths differ, a log-prob is not finite, the lease is void, or the
-        buffer is full; nothing is appended then.
-    TypeError: a column does not convert without loss.)")
+      .def("_append", &append)
       .def("append_many", &append_many, py::arg("trajectory_ids"), py::arg("token_ids"),
            py::arg("logprobs"), py::arg("mask"), py::arg("cu_seqlens"), py::arg("policy_versions"),
            py::kw_only(), py::arg("end_reasons") = py::none(), py::arg("leases") = py::none(),
-           R"(Add segments in one call, each as `append` does, in order.
+           R"(Add segments in one call, each as `append` does, in order; several times as fast.
 
 An error leaves everything as it was. A crash may leave the first few of them.
 

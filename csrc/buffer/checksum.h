@@ -33,8 +33,8 @@ class SegmentCrc {
   }
 
   void Add(const int32_t* token_ids, const float* logprobs, const uint8_t* mask, size_t n) {
-    columns_[0] = crc32c::Extend(columns_[0], token_ids, n * sizeof(*token_ids));
-    columns_[1] = crc32c::Extend(columns_[1], logprobs, n * sizeof(*logprobs));
+    static_assert(sizeof(*token_ids) == sizeof(*logprobs));
+    crc32c::ExtendTwo(&columns_[0], token_ids, &columns_[1], logprobs, n * sizeof(*token_ids));
     columns_[2] = crc32c::Extend(columns_[2], mask, n * sizeof(*mask));
   }
 

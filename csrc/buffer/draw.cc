@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <functional>
 #include <numeric>
 #include <queue>
@@ -87,8 +86,8 @@ std::vector<int64_t> DrawDistinct(std::span<const uint64_t> weights, size_t coun
 
 uint64_t FailureWeight(double rate, double floor) {
   constexpr double kOne = 1 << 30;  // 2^31 prompts of this weight still add up in 64 bits.
-  const auto weight = std::llround(kOne * std::clamp(1 - rate, floor, 1.0));
-  return static_cast<uint64_t>(std::max(weight, 1LL));
+  const auto weight = static_cast<uint64_t>(kOne * std::clamp(1 - rate, floor, 1.0) + 0.5);
+  return std::max(weight, uint64_t{1});
 }
 
 std::vector<std::vector<size_t>> Balance(std::span<const uint64_t> sizes, uint64_t most) {

@@ -114,6 +114,10 @@ struct Slot {
 
 static_assert(sizeof(Header) == 64 && sizeof(Record) == 16);
 static_assert(sizeof(Slot) == 512, "a slot fills one sector of a disk, which is written whole");
+// As docs/buffer_format.md says.
+static_assert(offsetof(Header, crc) == 32 && offsetof(Header, next_id) == 40);
+static_assert(offsetof(Slot, identity_crc) == 48 && offsetof(Slot, records) == 56);
+static_assert(offsetof(Slot, token_pages) == 248 && offsetof(Slot, record_pages) == 440);
 
 // ---- Where things are
 

@@ -17,7 +17,7 @@ namespace {
 
 constexpr uint64_t kReads = 10'000;
 constexpr int kReaders = 3;
-constexpr uint64_t kEvictions = 2'000;
+constexpr uint64_t kEvictions = 5'000;
 
 struct Tally {
   uint64_t whole = 0, gone = 0, torn = 0;
@@ -58,13 +58,13 @@ void Write(BufferWriter& writer, std::atomic<uint64_t>& evictions, const std::at
       ++evictions;
     }
     const int64_t id = alive[random() % alive.size()];
-    if (writer.Get(id).commit.length < 400) test::AppendNext(writer, id, random() % 60);
+    if (writer.Get(id).commit.length < 3000) test::AppendNext(writer, id, random() % 600);
   }
 }
 
 void TestReadersNeverSeeHalfATrajectory() {
   const test::TemporaryFolder folder;
-  BufferWriter::Create(folder / "b", {.capacity_tokens = 12 * 600,
+  BufferWriter::Create(folder / "b", {.capacity_tokens = 12 * 4000,
                                       .max_trajectories = 14,
                                       .page_tokens = 16,
                                       .max_prompts = 0,

@@ -35,6 +35,10 @@ void TestInstructionTableAndDefinitionAgree() {
       const uint32_t expected = Bitwise(data, offset, size);
       CHECK_EQ(crc32c::Extend(0, data.data() + offset, size), expected);
       CHECK_EQ(crc32c::ExtendByTable(0, data.data() + offset, size), expected);
+      uint32_t one = 0, other = 5;
+      crc32c::ExtendTwo(&one, data.data() + offset, &other, data.data() + 100, size);
+      CHECK_EQ(one, expected);
+      CHECK_EQ(other, crc32c::ExtendByTable(5, data.data() + 100, size));
     }
   }
 }

@@ -1,0 +1,507 @@
+"""The rollout buffer beside memcpy and beside what one would use in its place.
+
+    pip install '.[bench]' && pytest benches/bench_buffer.py      # about 2 minutes; 4 GB of memory
+
+The work is the report's: trajectories of lognormal lengths, appended in segments of 256 tokens that
+are interleaved over 64 open ones, then packed 64 at a time at random. Every peer stores the same
+four columns, and what it stored is compared with the source after the clock has stopped. Time is
+CPU time of this process, kernel included, in tokens per microsecond; rounds of ours and of the
+peers alternate, and the best round of each counts, as a busy machine only ever slows one down.
+
+memcpy is the same bytes in the same pieces from one warm block of memory to another: the physical
+limit. The buffer is populated when it is made, and so are the peers that can be.
+"""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kimi_core.buffer import RolloutBuffer
+from kimi_core.types import Batch
+
+TRAJECTORIES = 10_000
+MEAN, LONGEST, SPREAD = 2_000, 32_768, 1.0
+SEGMENT, OPEN, PACKED = 256, 64, 64
+ROUNDS = 3
+NAMES = ("token_ids", "logprobs", "mask", "policy_versions")
+PAYLOAD = 9
+"""Bytes a token; the policy version is that of its segment."""
+
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Work:
+    """Lengths, one trajectory's worth of each column to take tokens from, and the order of it all.
+
+    ``segments`` are (trajectory, start, end). A token's values follow from its trajectory and
+    position, so that what a peer gives back can be checked.
+    """
+
+    def __init__(self, trajectories: int) -> None:
+        rng = np.random.default_rng(0)
+        drawn = rng.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, trajectories)
+        self.lengths = np.clip(drawn, 1, LONGEST).astype(np.int64)
+        self.tokens = int(self.lengths.sum())
+        self.source = (
+            rng.integers(0, 150_000, 2 * LONGEST).astype(np.int32),
+            -rng.random(2 * LONGEST, np.float32),
+            (rng.random(2 * LONGEST) < 0.9).astype(np.uint8),
+        )
+        self.segments = list(self._interleave(rng))
+        self.packs = [rng.choice(trajectories, PACKED, replace=False) for _ in range(40)]
+
+    def _interleave(self, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
+        """Steps of 64 segments, one of each trajectory that is open."""
+        done = np.zeros(len(self.lengths), np.int64)
+        waiting = list(rng.permutation(len(self.lengths)))
+        opened = [waiting.pop() for _ in range(min(OPEN, len(waiting)))]
+        while opened:
+            for key in opened:
+                start = int(done[key])
+                done[key] = min(start + SEGMENT, self.lengths[key])
+                yield int(key), start, int(done[key])
+            opened = [key for key in opened if done[key] < self.lengths[key]]
+            opened += [waiting.pop() for _ in range(min(OPEN - len(opened), len(waiting)))]
+
+    def columns(self, key: int, start: int, end: int) -> Columns:
+        """Views of the source, so that giving tokens away costs nothing."""
+        at = key % LONGEST
+        ids, logprobs, mask = self.source
+        return (
+            ids[at + start : at + end],
+            logprobs[at + start : at + end],
+            mask[at + start : at + end],
+        )
+
+
+@pytest.fixture(scope="module")
+def work() -> Work:
+    return Work(TRAJECTORIES)
+
+
+@pytest.fixture(scope="module")
+def less() -> Work:
+    """For peers that would take hours; speeds a token compare all the same."""
+    return Work(100)
+
+
+class Ours:
+    """The buffer; ``append`` is one call a segment."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        counts = [-(-length // SEGMENT) for length in work.lengths]
+        taken = sum(map(RolloutBuffer.tokens_taken, work.lengths.tolist(), counts))
+        self.buffer = RolloutBuffer.create(
+            folder / "ours.bin", capacity_tokens=taken, max_trajectories=len(work.lengths)
+        )
+        for key in range(len(work.lengths)):
+            self.buffer.begin(key, key)
+        self.out = Batch(*_room(work))
+
+    def append(self, key: int, columns: Columns, version: int) -> None:
+        ids, logprobs, mask = columns
+        self.buffer.append(key, ids, logprobs, mask, policy_version=version)
+
+    def pack(self, keys: np.ndarray) -> Batch:
+        return self.buffer.pack(keys, out=self.out)
+
+    def close(self) -> None:
+        self.buffer.close()
+
+
+class Memmap:
+    """numpy: one memory-mapped array a column, a row for each trajectory; touched before use."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        self.starts = np.cumsum([0, *work.lengths])
+        types = (np.int32, np.float32, np.uint8, np.int32)
+        self.columns = [
+            np.memmap(folder / name, dtype, "w+", shape=(work.tokens,))
+            for name, dtype in zip(NAMES, types, strict=True)
+        ]
+        for column in self.columns:
+            column[:] = 0
+        self.lengths = np.memmap(folder / "lengths", np.int64, "w+", shape=work.lengths.shape)
+
+    def append(self, key: int, columns: Columns, version: int) -> None:
+        start = self.starts[key] + self.lengths[key]
+        end = start + len(columns[0])
+        for mine, given in zip(self.columns, columns, strict=False):
+            mine[start:end] = given
+        self.columns[3][start:end] = version
+        self.lengths[key] += len(columns[0])
+
+    def pack(self, keys: np.ndarray) -> Batch:
+        spans = [slice(self.starts[k], self.starts[k] + self.lengths[k]) for k in keys]
+        return _batch([[column[span] for span in spans] for column in self.columns])
+
+    def close(self) -> None:
+        pass
+
+
+class Lists:
+    """Plain Python lists of numpy arrays, in the process: as fast as it gets, and lost with it."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        self.parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in work.lengths]
+
+    def append(self, key: int, columns: Columns, version: int) -> None:
+        copies = [column.copy() for column in columns]
+        self.parts[key].append((*copies, np.full(len(copies[0]), version, np.int32)))
+
+    def pack(self, keys: np.ndarray) -> Batch:
+        whole = [[np.concatenate(c) for c in zip(*self.parts[k], strict=True)] for k in keys]
+        return _batch([list(column) for column in zip(*whole, strict=True)])
+
+    def close(self) -> None:
+        pass
+
+
+class Lmdb:
+    """LMDB, one entry a segment, without sync; 64 segments a transaction, as it likes it."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        import lmdb
+
+        self.database = lmdb.open(
+            str(folder / "lmdb"), map_size=1 << 34, sync=False, metasync=False, writemap=True
+        )
+        self.counts = [0] * len(work.lengths)
+        self.transaction: Any = None
+        self.open = 0
+
+    def append(self, key: int, columns: Columns, version: int) -> None:
+        if self.open == 0:
+            self.transaction = self.database.begin(write=True)
+        name = key.to_bytes(4, "big") + self.counts[key].to_bytes(4, "big")
+        values = version.to_bytes(4, "little") + b"".join(map(np.ndarray.tobytes, columns))
+        self.transaction.put(name, values)
+        self.counts[key] += 1
+        self.open = (self.open + 1) % OPEN
+        if self.open == 0:
+            self.transaction.commit()
+
+    def pack(self, keys: np.ndarray) -> Batch:
+        if self.open:
+            self.transaction.commit()
+            self.open = 0
+        columns: list[list[list[np.ndarray]]] = [[], [], [], []]
+        with self.database.begin(buffers=True) as reading:
+            for key in keys:
+                parts = [self._parts(reading, int(key), i) for i in range(self.counts[key])]
+                for column, pieces in zip(columns, zip(*parts, strict=True), strict=True):
+                    column.append(np.concatenate(pieces))  # type: ignore[arg-type]
+            return _batch(columns)  # type: ignore[arg-type]
+
+    def _parts(self, reading: Any, key: int, index: int) -> tuple[np.ndarray, ...]:
+        value = reading.get(key.to_bytes(4, "big") + index.to_bytes(4, "big"))
+        n = (len(value) - 4) // PAYLOAD
+        version = int.from_bytes(value[:4], "little")
+        return (
+            np.frombuffer(value, np.int32, n, 4),
+            np.frombuffer(value, np.float32, n, 4 + 4 * n),
+            np.frombuffer(value, np.uint8, n, 4 + 8 * n),
+            np.full(n, version, np.int32),
+        )
+
+    def close(self) -> None:
+        self.database.close()
+
+
+class TorchRl:
+    """TorchRL's ReplayBuffer over LazyMemmapStorage: an entry a segment, padded to 256 tokens."""
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        import torch
+        from tensordict import TensorDict
+        from torchrl.data import LazyMemmapStorage, ReplayBuffer
+
+        self.torch, self.dict = torch, TensorDict
+        storage = LazyMemmapStorage(len(work.segments), scratch_dir=str(folder / "torchrl"))
+        self.replay = ReplayBuffer(storage=storage)
+        self.entries: list[list[int]] = [[] for _ in work.lengths]
+
+    def append(self, key: int, columns: Columns, version: int) -> None:
+        n = len(columns[0])
+        padded = [np.zeros(SEGMENT, column.dtype) for column in columns]
+        for room, column in zip(padded, columns, strict=True):
+            room[:n] = column
+        fields: dict = dict(zip(NAMES, map(self.torch.from_numpy, padded), strict=False))
+        entry = self.dict(
+            {**fields, "n": self.torch.tensor(n), "version": self.torch.tensor(version)}
+        )
+        self.entries[key].append(int(self.replay.add(entry)))
+
+    def pack(self, keys: np.ndarray) -> Batch:
+        whole: list[list[np.ndarray]] = [[], [], [], []]
+        for key in keys:
+            found = self.replay[self.torch.tensor(self.entries[key])]
+            kept = self.torch.arange(SEGMENT) < found["n"][:, None]
+            for column, name in zip(whole[:3], NAMES, strict=False):
+                column.append(found[name][kept].numpy())
+            versions = found["version"][:, None].expand(-1, SEGMENT)[kept]
+            whole[3].append(versions.to(self.torch.int32).numpy())
+        return _batch(whole)
+
+    def close(self) -> None:
+        pass
+
+
+def _room(work: Work) -> tuple[np.ndarray, ...]:
+    """Arrays that any pack fits into, touched; a trainer packs into the same ones every time."""
+    most = int(np.sort(work.lengths)[-PACKED:].sum())
+    types = (np.int32, np.float32, np.uint8, np.int32)
+    return (*(np.ones(most, dtype) for dtype in types), np.ones(PACKED + 1, np.int32))
+
+
+def _batch(columns: list[list[np.ndarray]]) -> Batch:
+    cu_seqlens = np.cumsum([0, *map(len, columns[0])], dtype=np.int32)
+    return Batch(*(np.concatenate(column) for column in columns), cu_seqlens)
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="bench-buffer-"))
+    yield path
+    shutil.rmtree(path)
+
+
+def cpu_us(run: Callable[[], object]) -> float:
+    started = time.process_time()
+    run()
+    return 1e6 * (time.process_time() - started)
+
+
+def version_of(start: int) -> int:
+    return start // SEGMENT
+
+
+def fill(peer: Any, work: Work) -> float:
+    """Append everything, a call a segment; tokens/µs."""
+    given = [(k, work.columns(k, a, b), version_of(a)) for k, a, b in work.segments]
+
+    def run() -> None:
+        for key, columns, version in given:
+            peer.append(key, columns, version)
+
+    return work.tokens / cpu_us(run)
+
+
+def steps_of(work: Work) -> list[tuple[np.ndarray, ...]]:
+    """The arguments of ``append_many``, 64 segments each. An engine that samples side by side has
+    them end to end, so laying them so is not timed."""
+    calls = []
+    for first in range(0, len(work.segments), OPEN):
+        step = work.segments[first : first + OPEN]
+        columns = zip(*(work.columns(*segment) for segment in step), strict=True)
+        ends = np.cumsum([0, *(b - a for _, a, b in step)], dtype=np.int32)
+        versions = np.array([version_of(a) for _, a, _ in step], np.int32)
+        keys = np.array([k for k, _, _ in step])
+        calls.append((keys, *(np.concatenate(column) for column in columns), ends, versions))
+    return calls
+
+
+def fill_by_steps(ours: Ours, work: Work, calls: list[tuple[np.ndarray, ...]]) -> float:
+    """Append everything, 64 segments a call; tokens/µs."""
+
+    def run() -> None:
+        for call in calls:
+            ours.buffer.append_many(*call)
+
+    return work.tokens / cpu_us(run)
+
+
+def pack_all(peer: Any, work: Work) -> float:
+    """All packs; tokens/µs."""
+    packs = [keys % len(work.lengths) for keys in work.packs]
+    spent = cpu_us(lambda: [peer.pack(keys) and None for keys in packs])
+    return sum(int(work.lengths[keys].sum()) for keys in packs) / spent
+
+
+def check(peer: Any, work: Work) -> None:
+    for keys in work.packs[:3]:
+        batch = peer.pack(keys)
+        assert batch.lengths.tolist() == work.lengths[keys].tolist()
+        for key, start, end in zip(keys, batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
+            for name, column in zip(NAMES, work.columns(key, 0, end - start), strict=False):
+                np.testing.assert_array_equal(getattr(batch, name)[start:end], column)
+            versions = np.arange(end - start) // SEGMENT
+            np.testing.assert_array_equal(batch.policy_versions[start:end], versions)
+
+
+def memcpy_in(work: Work) -> float:
+    """The payload in pieces of a segment's bytes into warm memory that holds all of it."""
+    target = np.ones(PAYLOAD * work.tokens, np.uint8)
+    source = np.ones(PAYLOAD * 2 * LONGEST, np.uint8)
+    pieces, at = [], 0
+    for key, start, end in work.segments:
+        size, begin = PAYLOAD * (end - start), PAYLOAD * (key % LONGEST + start)
+        pieces.append((target[at : at + size], source[begin : begin + size]))
+        at += size
+
+    def run() -> None:
+        for to, given in pieces:
+            to[...] = given
+
+    return work.tokens / cpu_us(run)
+
+
+def memcpy_steps(work: Work, calls: list[tuple[np.ndarray, ...]]) -> float:
+    """The columns of each call, from where ``append_many`` reads them, into warm memory."""
+    target = np.ones(PAYLOAD * work.tokens, np.uint8)
+    pieces, at = [], 0
+    for call in calls:
+        for column in call[1:4]:
+            pieces.append((target[at : at + column.nbytes], column.view(np.uint8)))
+            at += column.nbytes
+    assert at == len(target)
+
+    def run() -> None:
+        for to, given in pieces:
+            to[...] = given
+
+    return work.tokens / cpu_us(run)
+
+
+def memcpy_out(work: Work) -> float:
+    """The bytes of all packs, trajectory by trajectory, into the same room each time."""
+    stored = np.ones(13 * work.tokens, np.uint8)
+    starts = 13 * np.cumsum([0, *work.lengths])
+    room = np.ones(13 * max(int(work.lengths[keys].sum()) for keys in work.packs), np.uint8)
+
+    def run() -> None:
+        for keys in work.packs:
+            at = 0
+            for key in keys:
+                size = 13 * work.lengths[key]
+                room[at : at + size] = stored[starts[key] : starts[key] + size]
+                at += size
+
+    return sum(int(work.lengths[keys].sum()) for keys in work.packs) / cpu_us(run)
+
+
+def missing(ratios, name: str, peer: str, error: ImportError) -> None:
+    ratios.record(name, peer, float("nan"), detail=f"MISSING: {error}; pip install '.[bench]'")
+
+
+def test_append_many_pack_and_size(work, folder, ratios, benchmark):
+    speeds: dict[str, list[float]] = {name: [] for name in ("in", "memcpy in", "out", "memcpy out")}
+    calls = steps_of(work)
+
+    def one_round() -> None:
+        ours = Ours(work, folder)
+        speeds["in"].append(fill_by_steps(ours, work, calls))
+        speeds["memcpy in"].append(memcpy_steps(work, calls))
+        pack_all(ours, work)  # The first one faults the mapping's pages in again.
+        speeds["out"].append(pack_all(ours, work))
+        speeds["memcpy out"].append(memcpy_out(work))
+        check(ours, work)
+        stats = ours.buffer.stats()
+        assert stats.tokens == work.tokens and stats.pages_free == 0
+        speeds["size"] = [(folder / "ours.bin").stat().st_size / work.tokens]
+        ours.close()
+        (folder / "ours.bin").unlink()
+
+    benchmark.pedantic(one_round, rounds=ROUNDS)
+    best = {name: max(values) for name, values in speeds.items()}
+    for name, kind in (("append_many", "in"), ("pack", "out")):
+        ratios.record(
+            f"buffer {name}",
+            "memcpy",
+            best[kind] / best[f"memcpy {kind}"],
+            minimum=0.3,
+            detail=f"{best[kind]:.0f} against {best[f'memcpy {kind}']:.0f} tokens/CPU-µs",
+        )
+    ratios.record(
+        "buffer bytes",
+        "10.5 bytes a token",
+        10.5 / best["size"],
+        minimum=1.0,
+        detail=f"{best['size']:.2f} bytes a token on disk at {PAYLOAD} of payload",
+    )
+
+
+def compare(peer: type, name: str, work: Work, folder: Path, ratios, minimum=None) -> None:
+    """One call a segment and packs of 64: ours and the peer in turn on the same work."""
+    speeds: dict[str, list[float]] = {"ours in": [], "in": [], "ours out": [], "out": []}
+    for index in range(ROUNDS):
+        place = folder / str(index)
+        place.mkdir()
+        for prefix, kind in (("ours ", Ours), ("", peer)):
+            try:
+                one = kind(work, place)
+            except ImportError as error:
+                missing(ratios, "buffer append", name, error)
+                missing(ratios, "buffer pack", name, error)
+                return
+            speeds[f"{prefix}in"].append(fill(one, work))
+            pack_all(one, work)
+            speeds[f"{prefix}out"].append(pack_all(one, work))
+            check(one, work)
+            one.close()
+        shutil.rmtree(place)
+    best = {kind: max(values) for kind, values in speeds.items()}
+    for what, kind, needed in (("append", "in", minimum), ("pack", "out", None)):
+        ours, theirs = best[f"ours {kind}"], best[kind]
+        detail = f"{ours:.3g} against {theirs:.3g} tokens/CPU-µs"
+        ratios.record(f"buffer {what}", name, ours / theirs, minimum=needed, detail=detail)
+
+
+def test_beside_memcpy_a_segment(work, folder, ratios):
+    ours = Ours(work, folder)
+    speed, limit = fill(ours, work), memcpy_in(work)
+    ours.close()
+    detail = f"{speed:.0f} against {limit:.0f} tokens/CPU-µs"
+    ratios.record("buffer append", "numpy copy of a segment", speed / limit, detail=detail)
+
+
+def test_beside_numpy_memmap(work, folder, ratios):
+    compare(Memmap, "numpy memmap", work, folder, ratios, minimum=3.0)
+
+
+def test_beside_python_lists(work, folder, ratios):
+    compare(Lists, "python lists", work, folder, ratios)
+
+
+def test_beside_lmdb(work, folder, ratios):
+    compare(Lmdb, "lmdb without sync", work, folder, ratios)
+
+
+def test_beside_torchrl(less, folder, ratios):
+    compare(TorchRl, "torchrl memmap", less, folder, ratios, minimum=50.0)
+
+
+def test_a_draw_is_quick(folder, ratios):
+    prompts = 100_000
+    rng = np.random.default_rng(0)
+    sizes = {"capacity_tokens": 1, "max_trajectories": 1, "max_prompts": prompts}
+    with RolloutBuffer.create(folder / "ours.bin", **sizes) as buffer:
+        for prompt in range(prompts):
+            buffer.record_result(prompt, float(rng.random() < 0.5))
+        spent = [cpu_us(lambda seed=seed: buffer.draw(64, seed=seed)) for seed in range(50)]
+        assert len(set(buffer.draw(64, seed=0))) == 64
+    middle = float(np.median(spent)) / 1000
+    detail = f"{middle:.2f} CPU ms for 64 of 100,000"
+    ratios.record("buffer draw", "1 ms", 1 / middle, minimum=1.0, detail=detail)
+
+
+def test_open_and_recover_is_quick(work, folder, ratios):
+    ours = Ours(work, folder)
+    fill_by_steps(ours, work, steps_of(work))
+    ours.close()
+    spent = []
+    for _ in range(ROUNDS):
+        started = time.process_time()
+        buffer = RolloutBuffer.open(folder / "ours.bin")
+        spent.append(time.process_time() - started)
+        assert buffer.recovery["tokens"] == work.tokens
+        buffer.close()
+    seconds = min(spent) * 20e6 / work.tokens
+    detail = f"{seconds:.3f} CPU s for 20 M tokens, every checksum compared"
+    ratios.record("buffer open and recover", "0.5 s", 0.5 / seconds, minimum=1.0, detail=detail)
