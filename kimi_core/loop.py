@@ -95,6 +95,7 @@ class Loop:
             "samples_trained": self.samples_trained,
             "next_group": self.next_group,
             "consumed": self.consumed,
+            "gaps_over_limit": self.trainer.gaps_over_limit,
             "curriculum": {key: value.tolist() for key, value in self.curriculum.state().items()},
             "scorer": self.scorer.state(),
         }
@@ -106,6 +107,7 @@ class Loop:
         self.samples_trained = state["samples_trained"]
         self.next_group = state["next_group"]
         self.consumed = state["consumed"]
+        self.trainer.gaps_over_limit = state["gaps_over_limit"]
         self.curriculum.load_state(
             {key: np.array(value) for key, value in state["curriculum"].items()}
         )

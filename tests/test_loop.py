@@ -155,6 +155,13 @@ def test_tokens_of_older_versions_are_stale_in_the_metrics():
     assert reports[4].max_staleness == 4  # ceil(30 / 7) pieces of the longest
 
 
+def test_a_resumed_run_remembers_how_long_engine_and_trainer_have_differed():
+    before, after = started(), started()
+    before.loop.trainer.gaps_over_limit = 2
+    after.loop.load_state(json.loads(json.dumps(before.loop.state())), before.loop.buffer)
+    assert after.loop.trainer.gaps_over_limit == 2
+
+
 TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s")
 OF_THE_PROCESS = ("decode_steps",)
 """Not of the run: a resumed process takes only the steps that were left."""

@@ -67,6 +67,7 @@ def test_package_without_its_core_names_the_command(tmp_path: Path) -> None:
     (tmp_path / "kimi_core").mkdir()
     (tmp_path / "kimi_core" / "__init__.py").write_text(source.read_text())
     script = "import sys; sys.path.insert(0, '.'); import kimi_core"
-    imported = run(sys.executable, "-c", script, cwd=tmp_path)
+    # -S: an editable installation finds the core from anywhere.
+    imported = run(sys.executable, "-S", "-c", script, cwd=tmp_path)
     assert imported.returncode != 0
     assert "pip install ." in imported.stderr

@@ -76,7 +76,8 @@ class Trainer:
         self._policy = Policy(model, temperature=temperature, head_chunk=config.head_chunk)
         self._parameters = trainable_parameters(model)
         self._device = self._parameters[0].device
-        self._gaps_over_limit = 0
+        self.gaps_over_limit = 0
+        """Iterations running in which the gap was over its limit; of a run's state."""
         if config.activation_checkpointing:
             # The frozen bottom of a model feeds activations that need no gradient; only the
             # non-reentrant kind carries gradients to parameters above them.
@@ -228,10 +229,10 @@ class Trainer:
     def _check_gap(self, mean: float) -> bool:
         """Whether the reference has to be recomputed."""
         if mean <= self._config.logprob_gap_limit:
-            self._gaps_over_limit = 0
+            self.gaps_over_limit = 0
             return False
-        self._gaps_over_limit += 1
-        if self._gaps_over_limit >= PATIENCE:
+        self.gaps_over_limit += 1
+        if self.gaps_over_limit >= PATIENCE:
             raise LogprobMismatch(
                 f"Engine and trainer differ by {mean:.3g} nats a token (limit "
                 f"{self._config.logprob_gap_limit}) for {PATIENCE} iterations running: the engine "
