@@ -1,6 +1,6 @@
 """The rollout buffer beside memcpy and beside what one would use in its place.
 
-    pip install '.[bench]' && pytest benches/bench_buffer.py      # about 2 minutes; 4 GB of memory
+    pip install '.[bench]' && pytest benches/bench_buffer.py      # half a minute
 
 The work is the report's: trajectories of lognormal lengths, appended in segments of 256 tokens that
 are interleaved over 64 open ones, then packed 64 at a time at random. Every peer stores the same
@@ -8,8 +8,8 @@ four columns, and what it stored is compared with the source after the clock has
 CPU time of this process, kernel included, in tokens per microsecond; rounds of ours and of the
 peers alternate, and the best round of each counts, as a busy machine only ever slows one down.
 
-memcpy is the same bytes in the same pieces from one warm block of memory to another: the physical
-limit. The buffer is populated when it is made, and so are the peers that can be.
+memcpy is the physical limit: the same bytes, read from where ours reads them, into warm memory. The
+buffer is populated when it is made, and so are the peers that can be.
 """
 
 import shutil
@@ -21,63 +21,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from buffer_peers import (
+    LONGEST,
+    NAMES,
+    OPEN,
+    PAYLOAD,
+    SEGMENT,
+    Lists,
+    Lmdb,
+    Memmap,
+    Ours,
+    TorchRl,
+    Work,
+)
 
 from kimi_core.buffer import RolloutBuffer
-from kimi_core.types import Batch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TRAJECTORIES = 10_000
-MEAN, LONGEST, SPREAD = 2_000, 32_768, 1.0
-SEGMENT, OPEN, PACKED = 256, 64, 64
 ROUNDS = 3
-NAMES = ("token_ids", "logprobs", "mask", "policy_versions")
-PAYLOAD = 9
-"""Bytes a token; the policy version is that of its segment."""
-
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-class Work:
-    """Lengths, one trajectory's worth of each column to take tokens from, and the order of it all.
-
-    ``segments`` are (trajectory, start, end). A token's values follow from its trajectory and
-    position, so that what a peer gives back can be checked.
-    """
-
-    def __init__(self, trajectories: int) -> None:
-        rng = np.random.default_rng(0)
-        drawn = rng.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, trajectories)
-        self.lengths = np.clip(drawn, 1, LONGEST).astype(np.int64)
-        self.tokens = int(self.lengths.sum())
-        self.source = (
-            rng.integers(0, 150_000, 2 * LONGEST).astype(np.int32),
-            -rng.random(2 * LONGEST, np.float32),
-            (rng.random(2 * LONGEST) < 0.9).astype(np.uint8),
-        )
-        self.segments = list(self._interleave(rng))
-        self.packs = [rng.choice(trajectories, PACKED, replace=False) for _ in range(40)]
-
-    def _interleave(self, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
-        """Steps of 64 segments, one of each trajectory that is open."""
-        done = np.zeros(len(self.lengths), np.int64)
-        waiting = list(rng.permutation(len(self.lengths)))
-        opened = [waiting.pop() for _ in range(min(OPEN, len(waiting)))]
-        while opened:
-            for key in opened:
-                start = int(done[key])
-                done[key] = min(start + SEGMENT, self.lengths[key])
-                yield int(key), start, int(done[key])
-            opened = [key for key in opened if done[key] < self.lengths[key]]
-            opened += [waiting.pop() for _ in range(min(OPEN - len(opened), len(waiting)))]
-
-    def columns(self, key: int, start: int, end: int) -> Columns:
-        """Views of the source, so that giving tokens away costs nothing."""
-        at = key % LONGEST
-        ids, logprobs, mask = self.source
-        return (
-            ids[at + start : at + end],
-            logprobs[at + start : at + end],
-            mask[at + start : at + end],
-        )
 
 
 @pytest.fixture(scope="module")
@@ -89,180 +52,6 @@ def work() -> Work:
 def less() -> Work:
     """For peers that would take hours; speeds a token compare all the same."""
     return Work(100)
-
-
-class Ours:
-    """The buffer; ``append`` is one call a segment."""
-
-    def __init__(self, work: Work, folder: Path) -> None:
-        counts = [-(-length // SEGMENT) for length in work.lengths]
-        taken = sum(map(RolloutBuffer.tokens_taken, work.lengths.tolist(), counts))
-        self.buffer = RolloutBuffer.create(
-            folder / "ours.bin", capacity_tokens=taken, max_trajectories=len(work.lengths)
-        )
-        for key in range(len(work.lengths)):
-            self.buffer.begin(key, key)
-        self.out = Batch(*_room(work))
-
-    def append(self, key: int, columns: Columns, version: int) -> None:
-        ids, logprobs, mask = columns
-        self.buffer.append(key, ids, logprobs, mask, policy_version=version)
-
-    def pack(self, keys: np.ndarray) -> Batch:
-        return self.buffer.pack(keys, out=self.out)
-
-    def close(self) -> None:
-        self.buffer.close()
-
-
-class Memmap:
-    """numpy: one memory-mapped array a column, a row for each trajectory; touched before use."""
-
-    def __init__(self, work: Work, folder: Path) -> None:
-        self.starts = np.cumsum([0, *work.lengths])
-        types = (np.int32, np.float32, np.uint8, np.int32)
-        self.columns = [
-            np.memmap(folder / name, dtype, "w+", shape=(work.tokens,))
-            for name, dtype in zip(NAMES, types, strict=True)
-        ]
-        for column in self.columns:
-            column[:] = 0
-        self.lengths = np.memmap(folder / "lengths", np.int64, "w+", shape=work.lengths.shape)
-
-    def append(self, key: int, columns: Columns, version: int) -> None:
-        start = self.starts[key] + self.lengths[key]
-        end = start + len(columns[0])
-        for mine, given in zip(self.columns, columns, strict=False):
-            mine[start:end] = given
-        self.columns[3][start:end] = version
-        self.lengths[key] += len(columns[0])
-
-    def pack(self, keys: np.ndarray) -> Batch:
-        spans = [slice(self.starts[k], self.starts[k] + self.lengths[k]) for k in keys]
-        return _batch([[column[span] for span in spans] for column in self.columns])
-
-    def close(self) -> None:
-        pass
-
-
-class Lists:
-    """Plain Python lists of numpy arrays, in the process: as fast as it gets, and lost with it."""
-
-    def __init__(self, work: Work, folder: Path) -> None:
-        self.parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in work.lengths]
-
-    def append(self, key: int, columns: Columns, version: int) -> None:
-        copies = [column.copy() for column in columns]
-        self.parts[key].append((*copies, np.full(len(copies[0]), version, np.int32)))
-
-    def pack(self, keys: np.ndarray) -> Batch:
-        whole = [[np.concatenate(c) for c in zip(*self.parts[k], strict=True)] for k in keys]
-        return _batch([list(column) for column in zip(*whole, strict=True)])
-
-    def close(self) -> None:
-        pass
-
-
-class Lmdb:
-    """LMDB, one entry a segment, without sync; 64 segments a transaction, as it likes it."""
-
-    def __init__(self, work: Work, folder: Path) -> None:
-        import lmdb
-
-        self.database = lmdb.open(
-            str(folder / "lmdb"), map_size=1 << 34, sync=False, metasync=False, writemap=True
-        )
-        self.counts = [0] * len(work.lengths)
-        self.transaction: Any = None
-        self.open = 0
-
-    def append(self, key: int, columns: Columns, version: int) -> None:
-        if self.open == 0:
-            self.transaction = self.database.begin(write=True)
-        name = key.to_bytes(4, "big") + self.counts[key].to_bytes(4, "big")
-        values = version.to_bytes(4, "little") + b"".join(map(np.ndarray.tobytes, columns))
-        self.transaction.put(name, values)
-        self.counts[key] += 1
-        self.open = (self.open + 1) % OPEN
-        if self.open == 0:
-            self.transaction.commit()
-
-    def pack(self, keys: np.ndarray) -> Batch:
-        if self.open:
-            self.transaction.commit()
-            self.open = 0
-        columns: list[list[list[np.ndarray]]] = [[], [], [], []]
-        with self.database.begin(buffers=True) as reading:
-            for key in keys:
-                parts = [self._parts(reading, int(key), i) for i in range(self.counts[key])]
-                for column, pieces in zip(columns, zip(*parts, strict=True), strict=True):
-                    column.append(np.concatenate(pieces))  # type: ignore[arg-type]
-            return _batch(columns)  # type: ignore[arg-type]
-
-    def _parts(self, reading: Any, key: int, index: int) -> tuple[np.ndarray, ...]:
-        value = reading.get(key.to_bytes(4, "big") + index.to_bytes(4, "big"))
-        n = (len(value) - 4) // PAYLOAD
-        version = int.from_bytes(value[:4], "little")
-        return (
-            np.frombuffer(value, np.int32, n, 4),
-            np.frombuffer(value, np.float32, n, 4 + 4 * n),
-            np.frombuffer(value, np.uint8, n, 4 + 8 * n),
-            np.full(n, version, np.int32),
-        )
-
-    def close(self) -> None:
-        self.database.close()
-
-
-class TorchRl:
-    """TorchRL's ReplayBuffer over LazyMemmapStorage: an entry a segment, padded to 256 tokens."""
-
-    def __init__(self, work: Work, folder: Path) -> None:
-        import torch
-        from tensordict import TensorDict
-        from torchrl.data import LazyMemmapStorage, ReplayBuffer
-
-        self.torch, self.dict = torch, TensorDict
-        storage = LazyMemmapStorage(len(work.segments), scratch_dir=str(folder / "torchrl"))
-        self.replay = ReplayBuffer(storage=storage)
-        self.entries: list[list[int]] = [[] for _ in work.lengths]
-
-    def append(self, key: int, columns: Columns, version: int) -> None:
-        n = len(columns[0])
-        padded = [np.zeros(SEGMENT, column.dtype) for column in columns]
-        for room, column in zip(padded, columns, strict=True):
-            room[:n] = column
-        fields: dict = dict(zip(NAMES, map(self.torch.from_numpy, padded), strict=False))
-        entry = self.dict(
-            {**fields, "n": self.torch.tensor(n), "version": self.torch.tensor(version)}
-        )
-        self.entries[key].append(int(self.replay.add(entry)))
-
-    def pack(self, keys: np.ndarray) -> Batch:
-        whole: list[list[np.ndarray]] = [[], [], [], []]
-        for key in keys:
-            found = self.replay[self.torch.tensor(self.entries[key])]
-            kept = self.torch.arange(SEGMENT) < found["n"][:, None]
-            for column, name in zip(whole[:3], NAMES, strict=False):
-                column.append(found[name][kept].numpy())
-            versions = found["version"][:, None].expand(-1, SEGMENT)[kept]
-            whole[3].append(versions.to(self.torch.int32).numpy())
-        return _batch(whole)
-
-    def close(self) -> None:
-        pass
-
-
-def _room(work: Work) -> tuple[np.ndarray, ...]:
-    """Arrays that any pack fits into, touched; a trainer packs into the same ones every time."""
-    most = int(np.sort(work.lengths)[-PACKED:].sum())
-    types = (np.int32, np.float32, np.uint8, np.int32)
-    return (*(np.ones(most, dtype) for dtype in types), np.ones(PACKED + 1, np.int32))
-
-
-def _batch(columns: list[list[np.ndarray]]) -> Batch:
-    cu_seqlens = np.cumsum([0, *map(len, columns[0])], dtype=np.int32)
-    return Batch(*(np.concatenate(column) for column in columns), cu_seqlens)
 
 
 @pytest.fixture

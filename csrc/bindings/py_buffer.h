@@ -66,7 +66,7 @@ class PyBuffer {
   const std::string& path() const { return path_; }
   bool readonly() const { return writer_ == nullptr; }
 
-  const std::shared_ptr<const BufferReader> reader() const {
+  std::shared_ptr<const BufferReader> reader() const {
     if (!reader_) throw py::value_error(path_ + " is closed: open it again");
     return reader_;
   }
