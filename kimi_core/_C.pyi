@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import numpy
 import numpy.typing
+import os
 import typing
 __all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'balance', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
 class SegmentView:
@@ -163,7 +164,7 @@ class RolloutBuffer:
         Raises:
             KeyError: there is no such trajectory.
         """
-    def snapshot(self, path: str) -> None:
+    def snapshot(self, path: os.PathLike | str | bytes) -> None:
         """
         Write a copy to `path`, whole or not at all, and on disk on return. Free pages take no room.
         

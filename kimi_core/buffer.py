@@ -11,6 +11,7 @@ the format and why it survives. The work is done in C++ (``csrc/buffer``); this 
     python -m kimi_core.buffer runs/think/buffer.bin      # what a buffer file holds
 """
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,8 @@ def main(arguments: Sequence[str]) -> int:
             for line in describe(buffer):
                 print(line)
                 status = max(status, int("DAMAGED" in line))
+    except BrokenPipeError:  # `| head` has seen enough; nor can the interpreter write the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

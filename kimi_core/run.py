@@ -288,7 +288,7 @@ def _save(parts: Parts, folder: RunFolder, sft_s: float) -> None:
     folder.save_state(
         parts.loop.iteration,
         trained,
-        {"buffer.bin": lambda path: parts.loop.buffer.snapshot(str(path))},
+        {"buffer.bin": parts.loop.buffer.snapshot},
         parts.loop.state() | {"sft_s": sft_s},
         fingerprint=_fingerprint(parts.model),
     )

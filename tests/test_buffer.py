@@ -183,7 +183,7 @@ class Buffers(RuleBasedStateMachine):
     def reopen(self, readonly, snapshot):
         if snapshot:
             self.path = self.path.with_suffix(".copy" if self.path.suffix == ".bin" else ".bin")
-            self.buffer.snapshot(str(self.path))
+            self.buffer.snapshot(self.path)
         if readonly:
             with RolloutBuffer.open(self.path, readonly=True) as beside:
                 assert beside.trajectories() == self.buffer.trajectories()
@@ -352,7 +352,7 @@ def test_no_file_to_open_and_one_too_many(make, tmp_path):
         RolloutBuffer.open(tmp_path / "buffer.bin")
     RolloutBuffer.open(tmp_path / "buffer.bin", readonly=True).close()
     with pytest.raises(FileNotFoundError):
-        buffer.snapshot(str(tmp_path / "nowhere" / "copy"))
+        buffer.snapshot(tmp_path / "nowhere" / "copy")
 
 
 def test_draws_follow_failures_and_survive(make, tmp_path):

@@ -1,5 +1,8 @@
+#include <pybind11/stl/filesystem.h>
+
 #include <algorithm>
 #include <cstdint>
+#include <filesystem>
 #include <optional>
 #include <string>
 #include <vector>
@@ -214,7 +217,10 @@ Raises:
 Raises:
     OSError: the disk failed, now or in the background since the last call.)")
       .def(
-          "snapshot", [](PyBuffer& self, const std::string& path) { self.writer().Snapshot(path); },
+          "snapshot",
+          [](PyBuffer& self, const std::filesystem::path& path) {
+            self.writer().Snapshot(path.string());
+          },
           py::arg("path"), py::call_guard<py::gil_scoped_release>(),
           R"(Write a copy to `path`, whole or not at all, and on disk on return. Free pages take no room.
 
