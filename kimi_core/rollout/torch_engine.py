@@ -209,10 +209,10 @@ class TorchEngine:
         ]
         if not ended.any():
             return segments
-        longest = int(rows.length[: rows.count].max())
         holes, movers = rows.remove(ended)
         if len(holes):
-            self._move(cache, holes, movers, longest)
+            # As long as those that move, not as the longest: the last rows are the shortest ones.
+            self._move(cache, holes, movers, int(rows.length[holes].max()))
         return segments
 
     @torch.inference_mode()
