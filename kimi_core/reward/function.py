@@ -20,6 +20,15 @@ class RewardError(ValueError):
     """
 
 
+class InfrastructureError(RuntimeError):
+    """A verdict could not be reached, for a reason that is not the response's.
+
+    A time-out of the checker, a sandbox that did not start, a judge whose verdict cannot be read.
+    Raised after the retries that make sense. Nothing is known of the response, so it is never
+    scored as wrong.
+    """
+
+
 def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> RewardFunction:
     """The function that ``config.function`` names.
 
@@ -49,10 +58,13 @@ def score(function: RewardFunction, prompt: Prompt, response: str) -> float:
 
     Raises:
         RewardError: it raised (the cause is chained), or returned no finite number.
+        InfrastructureError: it raised one.
     """
     name = getattr(function, "__name__", repr(function))
     try:
         value = function(prompt, response)
+    except InfrastructureError:
+        raise
     except Exception as error:  # the user's code, so it may raise anything
         raise RewardError(
             f"Reward function {name} raised {type(error).__name__} on prompt {prompt.id} "

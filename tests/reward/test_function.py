@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kimi_core.config import RewardConfig
-from kimi_core.reward.function import RewardError, load_reward, match, score
+from kimi_core.reward.function import InfrastructureError, RewardError, load_reward, match, score
 from kimi_core.types import Prompt
 
 PROMPT = Prompt(id=7, text="3*214=", answer="642")
@@ -86,3 +86,11 @@ def test_ctrl_c_in_a_reward_function_is_not_swallowed():
 
     with pytest.raises(KeyboardInterrupt):
         score(interrupted, PROMPT, "642")
+
+
+def test_a_verdict_that_could_not_be_reached_is_no_fault_of_the_function():
+    def function(prompt, response):
+        raise InfrastructureError("the sandbox did not start")
+
+    with pytest.raises(InfrastructureError, match="did not start"):
+        score(function, PROMPT, "5")
