@@ -97,15 +97,12 @@ class Rows:
             return "repeat"
         return "length" if self.closes[row] else None
 
-    def remove(self, ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Close the gaps with the last live rows; which rows were filled and from which, int64."""
-        survivors = np.flatnonzero(~ended)
-        holes = np.flatnonzero(ended[: len(survivors)])
-        movers = survivors[survivors >= len(survivors)]
+    def keep(self, order: np.ndarray) -> None:
+        """Only these rows stay, in this order; int64 ``[m]``."""
+        to = np.flatnonzero(order != np.arange(len(order)))
         for column in self.columns:
-            column[holes] = column[movers]
-        self.count = len(survivors)
-        return holes, movers
+            column[to] = column[order[to]]
+        self.count = len(order)
 
     def _detector(self, request: Request) -> _C.RepeatDetector:
         detector = _C.RepeatDetector(self.sampling.repeat_window, self.sampling.repeat_count)

@@ -2,21 +2,24 @@
 
 1. Requests wait in order of their context's length, the longest first.
 2. Free rows are filled from there: each distinct context is prefilled once, in micro-batches of
-   about equal lengths, and copied to the rows of the samples that share it.
-3. A decode step extends every row by one token. Rows that end leave, the last rows move into their
-   places, and the batch stays dense. What a row has gathered is handed over when it ends, and every
-   ``stream_tokens`` before that.
+   about equal lengths, and stored in the rows of all the samples that share it.
+3. A decode step extends every row by one token; rows of about one length attend side by side (see
+   ``kv_cache``). Rows that end leave, others move into their places, and the batch stays dense.
+   What a row has gathered is handed over when it ends, and every ``stream_tokens`` before that.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, product
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kimi_core.rollout import attention
 from kimi_core.rollout.engine import Request, Sampling
-from kimi_core.rollout.kv_cache import KVCache
+from kimi_core.rollout.kv_cache import WORTH_A_COHORT, KVCache
 from kimi_core.rollout.rows import Rows
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.types import Segment
@@ -54,17 +57,18 @@ class TorchEngine:
         self.layers, self.max_positions = _attention_layers(model)
         self.embedding = model.get_input_embeddings()
         self.plain_head = True
-        was_training = model.training
-        model.eval()
-        try:
+        self.split = (
+            model.config._attn_implementation == "sdpa" and model._supports_attention_backend
+        )
+        self.position_bytes = WORTH_A_COHORT  # as long as it is not known
+        with self._lent():
             self._check_model()
-        finally:
-            model.train(was_training)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         """Extend every request by at most its budget; yield segments as they are complete.
 
-        The model is in eval mode until the iterator is exhausted or closed.
+        The model is in eval mode, and attends by ``attention``, until the iterator is exhausted or
+        closed.
 
         Raises:
             ValueError: a request is empty, out of the model's vocabulary or longer than its
@@ -84,12 +88,8 @@ class TorchEngine:
             max(request.steps for request in requests),
             sampling,
         )
-        cache = KVCache(
-            self.layers, rows.capacity, max(len(r.token_ids) + r.steps for r in requests)
-        )
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        cache = self._cache()
+        with self._lent():
             while waiting or rows.count:
                 free = rows.capacity - rows.count
                 if _time_to_enter(waiting, free, rows.capacity):
@@ -102,65 +102,72 @@ class TorchEngine:
                 self.decode_steps += 1
                 if segments := self._append(rows, cache, first_row, logits_nv):
                     yield segments
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
+        """The model in eval mode and with our attention, and afterwards as it was."""
+        model, was_training = self.model, self.model.training
+        implementation = model.config._attn_implementation
+        model.eval()
+        if self.split:
+            model.config._attn_implementation = attention.NAME
+        try:
+            yield
         finally:
-            self.model.train(was_training)
+            model.config._attn_implementation = implementation
+            model.train(was_training)
+
+    def _cache(self) -> KVCache:
+        like = self.embedding.weight
+        return KVCache(self.layers, like, self.position_bytes, split=self.split)
 
     @torch.inference_mode()
     def _enter(self, rows: Rows, cache: KVCache, entering: list[Request]) -> torch.Tensor:
-        """Give each request a row, its context in the cache; the rows' logits ``[m, V]``."""
-        samples_of: dict[bytes, list[Request]] = {}
-        for request in entering:
-            samples_of.setdefault(request.token_ids.tobytes(), []).append(request)
-        groups = list(samples_of.values())
-        logits_nv = self._prefill([group[0].token_ids for group in groups], rows.count, cache)
-        # The first sample of each context has the row that was prefilled; its twins copy that row.
-        twins = [(index, twin) for index, group in enumerate(groups) for twin in group[1:]]
-        placed = [group[0] for group in groups] + [twin for _, twin in twins]
-        if twins:
-            source_m = torch.tensor([index for index, _ in twins], device=logits_nv.device)
-            to_m = torch.arange(len(groups), len(placed), device=logits_nv.device)
-            longest = max(len(twin.token_ids) for _, twin in twins)
-            cache.copy_rows(rows.count + to_m, rows.count + source_m, longest)
-            logits_nv = torch.cat([logits_nv, logits_nv[source_m]])
-        rows.add(placed)
-        return logits_nv
+        """Give each request, longest first, a row with its context; the rows' logits ``[m, V]``."""
+        lengths = np.array([len(request.token_ids) for request in entering])
+        logits = []
+        for part in cache.cut(lengths):
+            bound = max(len(request.token_ids) + request.steps for request in entering[part])
+            cache.add(lengths[part], bound)
+            logits += self._prefill(cache, [request.token_ids for request in entering[part]])
+        rows.add(entering)
+        return torch.cat(logits)
 
-    def _prefill(self, contexts: list[np.ndarray], first_row: int, cache: KVCache) -> torch.Tensor:
-        """Run contexts, longest first, into the rows from ``first_row`` on; last logits ``[n, V]``.
+    def _prefill(self, cache: KVCache, contexts: list[np.ndarray]) -> list[torch.Tensor]:
+        """Fill the rows of the newest cohort, longest first, equal contexts side by side; each
+        pass's logits, ``[m, V]``.
 
         Padding is on the right, so that causal attention alone hides it and no mask is needed.
         """
+        samples = [list(equal) for _, equal in groupby(contexts, key=lambda ids: ids.tobytes())]
         logits = []
-        start = 0
-        while start < len(contexts):
-            longest = len(contexts[start])
-            batch = contexts[start : start + max(1, PREFILL_TOKENS // longest)]
-            ids_bs = np.zeros((len(batch), longest), np.int64)
-            for row, context in zip(ids_bs, batch, strict=True):
-                row[: len(context)] = context
-            cache.begin_prefill(first_row + start, longest)
-            positions_bs = self._tensor(np.arange(longest)).expand(len(batch), -1)
-            last_b = self._tensor(np.array([len(context) - 1 for context in batch]))
-            logits.append(self._logits(self._tensor(ids_bs), positions_bs, None, cache, last_b))
+        first_row = start = 0
+        while start < len(samples):
+            longest = len(samples[start][0])
+            batch = samples[start : start + max(1, PREFILL_TOKENS // longest)]
             start += len(batch)
-        return torch.cat(logits)
+            ids_bs = np.zeros((len(batch), longest), np.int64)
+            for row, (context, *_) in zip(ids_bs, batch, strict=True):
+                row[: len(context)] = context
+            counts_b = np.array([len(equal) for equal in batch])
+            shared = counts_b.max() > 1
+            context_m = self._tensor(np.arange(len(batch)).repeat(counts_b)) if shared else None
+            rows = slice(first_row, first_row := first_row + int(counts_b.sum()))
+            cache.begin_prefill(rows, longest, context_m)
+            positions_bs = self._tensor(np.arange(longest)).expand(len(batch), -1)
+            last_b = self._tensor(np.array([len(context) - 1 for context, *_ in batch]))
+            logits_bv = self._logits(self._tensor(ids_bs), positions_bs, None, cache, last_b)
+            logits.append(logits_bv[context_m] if shared else logits_bv)
+        return logits
 
     @torch.inference_mode()
     def _decode(self, rows: Rows, cache: KVCache) -> torch.Tensor:
         """Logits ``[n, V]`` after each live row's newest token."""
         n = rows.count
         positions_n = rows.length[:n] - 1
-        shortest, longest = int(positions_n.min()) + 1, int(positions_n.max()) + 1
-        positions = self._tensor(positions_n)
-        cache.begin_decode(positions, shortest, longest)
-        mask_n11s = None  # faster where all rows are of one length: nothing is to be hidden
-        if shortest != longest:
-            # Additive, as that is what both eager and SDPA attention take.
-            beyond_ns = torch.arange(longest, device=positions.device) > positions[:, None]
-            mask_ns = torch.zeros_like(beyond_ns, dtype=self.embedding.weight.dtype)
-            mask_ns.masked_fill_(beyond_ns, torch.finfo(mask_ns.dtype).min)
-            mask_n11s = mask_ns[:, None, None]
-        newest = self._tensor(rows.newest[:n])
+        cache.begin_decode(positions_n)
+        newest, positions = self._tensor(rows.newest[:n]), self._tensor(positions_n)
+        mask_n11s = None if cache.split else cache.cohorts[0].mask
         return self._logits(newest[:, None], positions[:, None], mask_n11s, cache, None)
 
     def _logits(
@@ -209,15 +216,8 @@ class TorchEngine:
         ]
         if not ended.any():
             return segments
-        holes, movers = rows.remove(ended)
-        if len(holes):
-            # As long as those that move, not as the longest: the last rows are the shortest ones.
-            self._move(cache, holes, movers, int(rows.length[holes].max()))
+        rows.keep(cache.remove(ended))
         return segments
-
-    @torch.inference_mode()
-    def _move(self, cache: KVCache, holes: np.ndarray, movers: np.ndarray, length: int) -> None:
-        cache.copy_rows(self._tensor(holes), self._tensor(movers), min(length, cache.positions))
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.embedding.weight.device, non_blocking=True)
@@ -252,13 +252,18 @@ class TorchEngine:
         expected = [self.model(input_ids=self._tensor(c)[None]).logits[0, -1] for c in contexts]
         expected_bv = torch.stack(expected).float()
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
-        for self.plain_head in (True, False):
+        # A model that does not call our attention gives wrong logits with two cohorts.
+        splits = (True, False) if self.split else (False,)
+        for self.split, self.plain_head in product(splits, (True, False)):
             rows = Rows(2, 1, Sampling(temperature=0, seed=0, stop_token_ids=frozenset()))
-            cache = KVCache(self.layers, rows=2, max_positions=4)
-            self._prefill([context[:-1] for context in contexts], 0, cache)
+            cache = self._cache()
+            for context in contexts:
+                cache.add(np.array([len(context) - 1]), len(context))
+                self._prefill(cache, [context[:-1]])
             rows.add([Request(0, context, 0, 1, 1) for context in contexts])
             error = (self._decode(rows, cache).float() - expected_bv).abs().max()
             if error <= tolerance * expected_bv.abs().max():
+                self.position_bytes = 2 * cache.cohorts[0].seen(0)[0][0, :, 0].nbytes
                 return
         raise ValueError(
             f"The embedded engine cannot run {type(self.model).__name__}: decoding with its cache "
