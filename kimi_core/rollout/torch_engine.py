@@ -263,7 +263,7 @@ class TorchEngine:
             rows.add([Request(0, context, 0, 1, 1) for context in contexts])
             error = (self._decode(rows, cache).float() - expected_bv).abs().max()
             if error <= tolerance * expected_bv.abs().max():
-                self.position_bytes = 2 * cache.cohorts[0].seen(0)[0][0, :, 0].nbytes
+                self.position_bytes = cache.cohorts[0].position_bytes()
                 return
         raise ValueError(
             f"The embedded engine cannot run {type(self.model).__name__}: decoding with its cache "
