@@ -126,4 +126,4 @@ def test_the_checkpoint_is_an_ordinary_model(finished):
     answer = model.generate(**prompt, max_new_tokens=80, do_sample=False)
     text = tokenizer.decode(answer[0], skip_special_tokens=True)
     assert text.startswith("7*384=")
-    assert ";" in text  # it learned to work
+    assert "#" in text  # it learned to answer

@@ -60,26 +60,25 @@ def test_weights_gradients_and_moments_are_those_of_the_real_model(dtype, layers
     assert memory.optimizer_moments == size(moments)
 
 
-def test_cache_and_buffer_are_those_that_a_run_makes(monkeypatch):
-    made = []
+def test_the_buffer_is_the_one_that_a_run_makes_and_the_cache_no_larger(monkeypatch):
+    sizes = []
 
     class Recorded(KVCache):
-        def __init__(self, *args, **named):
-            super().__init__(*args, **named)
-            made.append(self)
+        def begin_decode(self, positions_n):
+            super().begin_decode(positions_n)
+            sizes.append(size([t for cohort in self.cohorts for t in cohort.tensors()]))
 
     monkeypatch.setattr("kimi_core.rollout.torch_engine.KVCache", Recorded)
     given = config()
     parts = build(given)
-    made.clear()
     parts.loop.sampling = replace(parts.loop.sampling, stop_token_ids=frozenset())
     for _ in range(3):
         parts.loop.iterate()
-    largest = max(size([x for y in cache.layers for x in (y.keys, y.values)]) for cache in made)
 
     memory = estimate(given, parts.model, parts.tokenizer, PROMPTS)
 
-    assert largest == memory.kv_cache
+    # The estimate has all rows at the greatest length, which those of younger ages have not.
+    assert 0.5 * memory.kv_cache < max(sizes) <= memory.kv_cache
     stats = parts.loop.buffer.stats()
     assert memory.buffer == RolloutBuffer.file_bytes(stats.capacity_tokens, stats.max_trajectories)
 
