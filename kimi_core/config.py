@@ -124,6 +124,9 @@ class RewardConfig(Section):
     """Iterations without the length reward before it is switched on."""
     repeat_penalty: float = Field(0.0, ge=0)
     """Taken off the reward of a response that was stopped for repeating itself."""
+    workers: int = Field(1, ge=1)
+    """Responses judged side by side, each in a thread. Above 1 a function of yours must be
+    thread-safe."""
 
     @model_validator(mode="after")
     def _a_right_answer_stays_worth_more(self) -> "RewardConfig":
