@@ -49,10 +49,14 @@ def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> Rewar
     """
     if config.function == "match":
         return match
+    if config.function == "math":
+        from kimi_core.reward.math import MathReward  # It imports this module.
+
+        return MathReward(config.math)
     if ".py:" in config.function:
         return load_function(config.function, base_folder)
     raise ValueError(
-        f"reward.function = {config.function!r}; allowed are match and file.py:function"
+        f"reward.function = {config.function!r}; allowed are match, math and file.py:function"
     )
 
 
