@@ -1,12 +1,12 @@
-"""Two judges of one size, side by side: a scalar value head, and a chain of thought (section 2.3.5).
+"""Two judges of one size side by side: a scalar value head and a chain of thought (section 2.3.5).
 
     python python/train_reward.py                          # both, from random weights, CPU-minutes
     python python/train_reward.py --seeds 0 1 2            # with the spread
-    python python/train_reward.py --kind classic --model smollm2-135m --data mine.jsonl --save runs/rm
+    python python/train_reward.py --kind classic --model smollm2-135m --data my.jsonl --save runs/rm
 
-Both see the same labelled examples and the same number of them: the classic one fits right or wrong
-with a binary loss, the other writes out its reasoning and then the verdict in JSON. Prints a JSON
-line for each: accuracy and calibration on examples whose problem was in no training example.
+Both see the same labelled examples, as many times: the classic one fits right or wrong with a
+binary loss, the other writes out its reasoning and then the verdict in JSON. Prints a JSON line for
+each: accuracy and calibration on examples whose problem was in no training example.
 `--data` is JSONL as kimi_core/reward/labelled.py describes it; unset, sums made from the `multiply`
 prompts.
 """

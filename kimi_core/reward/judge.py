@@ -145,16 +145,13 @@ class JudgeReward:
         """Reason about many side by side: questions, references, responses; as `judge` on each."""
         texts = [self.ask(*fields) for fields in asked]
         with self._lock:
-            first = self._generate(texts, self._max_tokens)
-            found: list[Verdict | InfrastructureError | None] = [_read(one) for one in first]
-            again = [index for index, verdict in enumerate(found) if verdict is None]
-            outputs = {index: _written(first[index]).text for index in again}
+            results = [_read(one) for one in self._generate(texts, self._max_tokens)]
+            unread = {i: one for i, one in enumerate(results) if isinstance(one, _Written)}
             repairs = self._generate(
-                [texts[index] + outputs[index] + REPAIR for index in again], REPAIR_TOKENS
+                [texts[i] + one.text + REPAIR for i, one in unread.items()], REPAIR_TOKENS
             )
-        for index, repair in zip(again, repairs, strict=True):
-            found[index] = _read_repair(outputs[index], repair)
-        return [one for one in found if one is not None]
+        repaired = dict(zip(unread, map(_read_repair, unread.values(), repairs), strict=True))
+        return [repaired[i] if isinstance(one, _Written) else one for i, one in enumerate(results)]
 
     def ask(self, question: str, reference: str, response: str) -> str:
         """The judge's prompt."""
@@ -191,14 +188,12 @@ class JudgeReward:
 
     def _read_segment(self, segment: Segment) -> "_Written":
         text = self._codec.response_text(segment.token_ids)
-        # The token that says true or false is the one behind the last colon.
-        place = len(segment) - 1
-        while place > 0 and not _BEFORE_VERDICT.search(
-            self._codec.response_text(segment.token_ids[:place])
-        ):
-            place -= 1
-            if place < len(segment) - REPAIR_TOKENS:
-                place = 0
+        # The token that says true or false is the first one behind the last colon.
+        place = 0
+        for cut in range(len(segment) - 1, max(0, len(segment) - REPAIR_TOKENS), -1):
+            if _BEFORE_VERDICT.search(self._codec.response_text(segment.token_ids[:cut])):
+                place = cut
+                break
         return _Written(text, segment.end_reason == "stop", float(np.exp(segment.logprobs[place])))
 
 
@@ -211,25 +206,26 @@ class _Written:
     """Probability of the token that says true or false, or of the first token if none does."""
 
 
-def _written(one: _Written | InfrastructureError) -> _Written:
-    assert isinstance(one, _Written)
-    return one
-
-
-def _read(one: _Written | InfrastructureError) -> Verdict | InfrastructureError | None:
+def _read(
+    one: _Written | InfrastructureError,
+) -> Verdict | InfrastructureError | _Written:
+    """The verdict; what was written, if it holds none."""
     if isinstance(one, InfrastructureError):
         return one
     correct = read_verdict(one.text) if one.stopped else None
-    return None if correct is None else Verdict(correct, one.text, False, one.confidence)
+    return one if correct is None else Verdict(correct, one.text, False, one.confidence)
 
 
-def _read_repair(output: str, one: _Written | InfrastructureError) -> Verdict | InfrastructureError:
+def _read_repair(
+    first: _Written, second: _Written | InfrastructureError
+) -> Verdict | InfrastructureError:
     """The judge went on behind the colon: the first value it wrote counts, whatever follows."""
-    if isinstance(one, InfrastructureError):
-        return one
-    match = re.match(r"\s*(true|false)\b", one.text)
+    if isinstance(second, InfrastructureError):
+        return second
+    match = re.match(r"\s*(true|false)\b", second.text)
     if match is None:
         return InfrastructureError(
-            f"The judge gave no verdict in JSON: {output[-80:]!r}, then {one.text!r:.80}"
+            f"The judge gave no verdict in JSON: {first.text[-80:]!r}, then {second.text!r:.80}"
         )
-    return Verdict(match[1] == "true", output + REPAIR + one.text, True, one.confidence)
+    whole = first.text + REPAIR + second.text
+    return Verdict(match[1] == "true", whole, True, second.confidence)

@@ -118,14 +118,15 @@ def train_value(
         logits_n = value_model([texts[index] for index in chosen])
         right_n = torch.tensor([float(labels[index]) for index in chosen], device=logits_n.device)
         loss = nn.functional.binary_cross_entropy_with_logits(logits_n, right_n)
-        if not math.isfinite(float(loss)):
-            raise FloatingPointError(f"Step {step}: loss {float(loss)}; lower the learning rate")
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"Step {step}: loss {value}; lower the learning rate")
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        report(step, float(loss))
+        report(step, value)
 
 
 def brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
