@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
 )
@@ -64,15 +66,8 @@ def data(given: argparse.Namespace, seed: int) -> tuple[list, list]:
 
 def classic(given: argparse.Namespace, train: list, test: list, seed: int) -> dict:
     """A value head on the model, trained with a binary loss."""
-    import numpy as np
-
     from kimi_core.codec import Codec
-    from kimi_core.reward.value_model import (
-        ValueModel,
-        brier,
-        expected_calibration_error,
-        train_value,
-    )
+    from kimi_core.reward.value_model import ValueModel, train_value
     from kimi_core.types import Prompt
 
     model, tokenizer = load(given, seed)
@@ -92,27 +87,17 @@ def classic(given: argparse.Namespace, train: list, test: list, seed: int) -> di
         seed=seed,
     )
     probabilities = value_model.probabilities(encode(test))
-    labels = np.array([one.correct for one in test], float)
     if given.save is not None:
         value_model.save(given.save / "classic", tokenizer)
-    return {
-        "accuracy": round(float(np.mean((probabilities >= 0.5) == (labels > 0.5))), 4),
-        "brier": round(brier(probabilities, labels), 4),
-        "ece": round(expected_calibration_error(probabilities, labels), 4),
-        "no_verdict": 0,
-        "n": len(test),
-    }
+    return scores(probabilities, test)
 
 
 def judge(given: argparse.Namespace, train: list, test: list, seed: int) -> dict:
     """The model fine-tuned to reason and to end with a verdict; what it says is then parsed."""
-    import numpy as np
-
     from kimi_core.codec import Codec
     from kimi_core.config import SftConfig, TrainerConfig
     from kimi_core.reward.judge import JudgeReward, Verdict
     from kimi_core.reward.labelled import TEMPLATE, VERDICT
-    from kimi_core.reward.value_model import brier, expected_calibration_error
     from kimi_core.rollout.torch_engine import TorchEngine
     from kimi_core.trainer.sft import train_sft
 
@@ -134,18 +119,30 @@ def judge(given: argparse.Namespace, train: list, test: list, seed: int) -> dict
         escaping=False,
     )
     found = reward.judge_many([(one.question, one.reference, one.response) for one in test])
-    pairs = [(v, one.correct) for v, one in zip(found, test, strict=True) if isinstance(v, Verdict)]
-    labels = np.array([truth for _, truth in pairs], float)
-    probabilities = np.array([v.confidence if v.correct else 1 - v.confidence for v, _ in pairs])
+    judged = {i: v for i, v in enumerate(found) if isinstance(v, Verdict)}
+    probabilities = np.array(
+        [v.confidence if v.correct else 1 - v.confidence for v in judged.values()]
+    )
     if given.save is not None:
         model.save_pretrained(given.save / "judge")
         tokenizer.save_pretrained(given.save / "judge")
+    return scores(probabilities, [test[i] for i in judged]) | {
+        "no_verdict": len(test) - len(judged)
+    }
+
+
+def scores(probabilities: np.ndarray, examples: list) -> dict:
+    """Of the probabilities that examples are right; those without a verdict are not among them."""
+    from kimi_core.reward.value_model import brier, expected_calibration_error
+
+    if not examples:
+        return {"n": 0, "accuracy": None, "brier": None, "ece": None}
+    labels = np.array([one.correct for one in examples], float)
     return {
-        "accuracy": round(float(np.mean([v.correct == truth for v, truth in pairs])), 4),
+        "n": len(examples),
+        "accuracy": round(float(np.mean((probabilities >= 0.5) == (labels > 0.5))), 4),
         "brier": round(brier(probabilities, labels), 4),
         "ece": round(expected_calibration_error(probabilities, labels), 4),
-        "no_verdict": len(test) - len(pairs),
-        "n": len(test),
     }
 
 

@@ -10,7 +10,6 @@ that a length limit happened to leave last. Against a response that talks the ju
 helps; `python/train_reward.py` measures how often a judge is right.
 """
 
-import json
 import re
 import threading
 from collections.abc import Sequence
@@ -71,7 +70,7 @@ def read_verdict(output: str) -> bool | None:
     False
     """
     match = _VERDICT.search(output[-200:])
-    return None if match is None else bool(json.loads(match[1]))
+    return None if match is None else match[1] == "true"
 
 
 @dataclass(frozen=True)
