@@ -113,7 +113,7 @@ class Cgroup:
         return _table(self._read("memory", name)).get("oom_kill", 0)
 
     def _fd(self, controller: str, name: str) -> int:
-        """Opened once: a run reads and writes a dozen of them, and v2's peak is one descriptor's."""
+        """Opened once: a run uses a dozen of them, and the peak of v2 is that of a descriptor."""
         if name not in self._fds:
             path = self.folders[controller] / name
             self._fds[name] = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)

@@ -121,7 +121,7 @@ class Sandbox:
             resource.RLIMIT_FSIZE: (limits.file_bytes,) * 2,
             resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
             resource.RLIMIT_CPU: (seconds, seconds + 1),
-            resource.RLIMIT_CORE: (0, 0),
+            resource.RLIMIT_CORE: (1, 1),  # Unlike 0, it also stops handlers that are piped to.
             resource.RLIMIT_MSGQUEUE: (0, 0),
             resource.RLIMIT_MEMLOCK: (MB, MB),
         }

@@ -13,6 +13,7 @@ import contextlib
 import os
 import pwd
 import select
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -147,12 +148,17 @@ def identify(number: int) -> tuple[Identity, list[str]]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # Through every finally.
     fd, warm = int(sys.argv[1]), bool(int(sys.argv[2]))
     os.set_inheritable(fd, False)
     owner = os.pidfd_open(os.getppid())
     connection = Connection(fd)
     become_subreaper()
-    number, lock = claim_number()
+    try:
+        number, lock = claim_number()
+    except SandboxUnavailable as error:
+        connection.send([str(error)])
+        return
     identity, missing = identify(number)
     slot = Slot(identity, owner, warm)
     with contextlib.closing(lock):
