@@ -14,6 +14,7 @@ from kimi_core.sandbox.types import Limits
 
 PREFIX = "kimi-sandbox-"
 OVERHEAD = 2  # bwrap and the init of its pid namespace.
+END_S = 10.0
 _V1 = ("memory", "pids", "cpuacct")
 
 
@@ -86,22 +87,30 @@ class Cgroup:
         Raises:
             TimeoutError: they are not, after 10 s.
         """
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + END_S
         while members := {pid for folder in self.folders.values() for pid in _members(folder)}:
             for pid in members:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"Processes {sorted(members)} do not die by SIGKILL")
-            time.sleep(0.001)
+            _pause(deadline, f"processes {sorted(members)} do not die by SIGKILL")
 
     def close(self) -> None:
-        """Kill what is inside and remove the folders."""
-        self.kill()
+        """Kill what is inside and remove the folders.
+
+        Raises:
+            TimeoutError: as for ``kill``.
+        """
         for fd in (*self._fds.values(), *self._join):
             os.close(fd)
+        deadline = time.monotonic() + END_S
         for folder in set(self.folders.values()):
-            folder.rmdir()
+            while True:
+                self.kill()
+                try:
+                    folder.rmdir()
+                    break
+                except OSError as error:  # Busy for as long as the last process is going.
+                    _pause(deadline, str(error))
 
     def _cpu(self) -> float:
         if not self.v2:
@@ -191,6 +200,12 @@ def _mounts() -> dict[str, Path]:
 def _table(text: bytes) -> dict[str, int]:
     """``name number`` lines."""
     return {k.decode(): int(v) for k, v in (line.split() for line in text.splitlines())}
+
+
+def _pause(deadline: float, what: str) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"After {END_S:g} s, {what}")
+    time.sleep(0.001)
 
 
 def _members(folder: Path) -> list[int]:

@@ -101,7 +101,7 @@ class Pool:
         """End all slots; a program that still runs is killed, and its caller gets INFRA."""
         self._closed = True
         for slot in self._slots:
-            slot.terminate()
+            slot.hang_up()
         for slot in self._slots:
             slot.await_end()
 
@@ -133,7 +133,8 @@ class _Slot:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the trainer.
             )
-        self._connection = Connection(ours.detach())
+        self._socket = ours
+        self._connection = Connection(os.dup(ours.fileno()))
 
     def await_start(self) -> None:
         """Raises SandboxUnavailable if it does not."""
@@ -167,9 +168,10 @@ class _Slot:
         with contextlib.suppress(SandboxUnavailable):
             self.await_start()
 
-    def terminate(self) -> None:
-        """Have the process end its sandbox and itself."""
-        self._process.terminate()
+    def hang_up(self) -> None:
+        """Have the process end its sandbox and itself; whoever waits for a result is told."""
+        with contextlib.suppress(OSError):  # It is gone already.
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def await_end(self) -> None:
         try:
@@ -178,6 +180,7 @@ class _Slot:
             self._process.kill()
             self._process.wait()
         self._connection.close()
+        self._socket.close()
 
 
 class _SlotFailedError(RuntimeError):

@@ -13,7 +13,6 @@ import contextlib
 import os
 import pwd
 import select
-import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,8 +42,8 @@ class Request:
 class Slot:
     """One sandbox after another, as one identity."""
 
-    def __init__(self, identity: Identity, owner: int, warm: bool) -> None:
-        self._identity, self._owner, self._warm = identity, owner, warm
+    def __init__(self, identity: Identity, owners: tuple[int, ...], warm: bool) -> None:
+        self._identity, self._owners, self._warm = identity, owners, warm
         self._waiting: Sandbox | None = None
         self._last_was_python = True
 
@@ -70,7 +69,7 @@ class Slot:
                 cgroup.begin(request.limits)
             if not isinstance(request.program, str):
                 sandbox.go()
-            return watch(sandbox, stdin, request.limits, cgroup, self._owner)
+            return watch(sandbox, stdin, request.limits, cgroup, self._owners)
         finally:
             sandbox.kill()
             sandbox.reap()
@@ -148,7 +147,6 @@ def identify(number: int) -> tuple[Identity, list[str]]:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # Through every finally.
     fd, warm = int(sys.argv[1]), bool(int(sys.argv[2]))
     os.set_inheritable(fd, False)
     owner = os.pidfd_open(os.getppid())
@@ -160,7 +158,7 @@ def main() -> None:
         connection.send([str(error)])
         return
     identity, missing = identify(number)
-    slot = Slot(identity, owner, warm)
+    slot = Slot(identity, (owner, fd), warm)
     with contextlib.closing(lock):
         try:
             connection.send(missing)

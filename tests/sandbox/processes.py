@@ -26,6 +26,19 @@ def parents() -> dict[int, int]:
     return found
 
 
+def alive(pids: set[int]) -> set[int]:
+    """Those that still run; the zombies of a dead parent wait for the init of the host."""
+    found = set()
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z":
+            found.add(pid)
+    return found
+
+
 def descendants(of: int) -> set[int]:
     """Processes below ``of``, zombies included."""
     parent = parents()

@@ -1,6 +1,7 @@
 """A pool under load, under attack, and when its processes are killed."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from sandbox.attacks import ATTACKS, PRELUDE
-from sandbox.processes import descendants, descriptors, parents, slots_of, wait_until
+from sandbox.processes import alive, descendants, descriptors, parents, slots_of, wait_until
 
 from kimi_core.sandbox import Limits, Pool, Status
 from kimi_core.sandbox.cgroups import leftovers
@@ -158,7 +159,7 @@ def test_a_slot_that_is_killed_is_replaced(weak: bool) -> None:
             os.kill(slot, signal.SIGKILL)
             result = running.result(60)
             assert result.status is Status.INFRA and "slot" in result.detail
-            wait_until(lambda: not below & set(parents()), "the end of its sandbox")
+            wait_until(lambda: not alive(below), "the end of its sandbox")
             assert pool.run("print(1)").stdout == b"1\n"
 
 
@@ -191,10 +192,30 @@ def test_kill_9_of_the_supervisor_leaves_nothing_alive(weak: bool) -> None:
             below = descendants(process.pid)
             for pid in [process.pid, *(slots if kill_slots else [])]:
                 os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not below & set(parents()), "the end of all")  # noqa: B023
+        wait_until(lambda: not alive(below), "the end of all")  # noqa: B023
     left = own_cgroups()
     with Pool(1, allow_weak=weak):
         assert weak or len(own_cgroups()) < len(left)
+
+
+def test_kill_9_while_sandboxes_start_leaves_nothing_alive(weak: bool) -> None:
+    """At random moments, those included in which bwrap has forked and not yet tied init to itself;
+    such an init waits for ever, and is killed by the next pool through its cgroup."""
+    if weak:
+        pytest.skip("without a cgroup, such an init is left waiting: docs/sandbox.md")
+    moments = random.Random(0)
+    below: set[int] = set()
+    before = set(slots_of(os.getpid()))
+    with Pool(1) as pool, ThreadPoolExecutor(1) as threads:
+        for _ in range(15):
+            (slot,) = set(slots_of(os.getpid())) - before
+            running = threads.submit(pool.run, ["/bin/true"])
+            end = time.monotonic() + moments.uniform(0, 0.02)
+            while time.monotonic() < end:
+                below |= descendants(slot)
+            os.kill(slot, signal.SIGKILL)
+            running.result(60)
+            wait_until(lambda: not alive(below), "the end of all")  # noqa: B023
 
 
 def test_a_pool_needs_a_slot() -> None:
