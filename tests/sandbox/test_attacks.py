@@ -1,14 +1,9 @@
 """Hostile programs: each is contained and named, and neither parent nor neighbour notices."""
 
-import os
-import socket
-import threading
-from pathlib import Path
-
 import pytest
 from sandbox.attacks import ATTACKS, CONTAINED, PRELUDE, Attack
 
-from kimi_core.sandbox import Limits, Pool, Status, compile_cpp
+from kimi_core.sandbox import Limits, Pool, Status
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)

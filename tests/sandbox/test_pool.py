@@ -159,7 +159,7 @@ def test_a_slot_that_is_killed_is_replaced(weak: bool) -> None:
             os.kill(slot, signal.SIGKILL)
             result = running.result(60)
             assert result.status is Status.INFRA and "slot" in result.detail
-            wait_until(lambda: not alive(below), "the end of its sandbox")
+            wait_until(lambda: not alive(below), "the end of its sandbox")  # noqa: B023
             assert pool.run("print(1)").stdout == b"1\n"
 
 
