@@ -15,6 +15,7 @@ from kimi_core.sandbox.types import Limits
 PREFIX = "kimi-sandbox-"
 OVERHEAD = 2  # bwrap and the init of its pid namespace.
 END_S = 10.0
+_NEEDED = {"memory", "pids"}
 _V1 = ("memory", "pids", "cpuacct")
 
 
@@ -172,9 +173,10 @@ def _delegated(folder: Path) -> bool:
     if not os.access(folder, os.W_OK):
         return False
     control = folder / "cgroup.subtree_control"
-    with contextlib.suppress(OSError):  # Set already, or a cgroup with processes of its own.
-        control.write_text("+memory +pids +cpu")
-    return {"memory", "pids"} <= set(control.read_text().split())
+    if not _NEEDED <= set(control.read_text().split()):
+        with contextlib.suppress(OSError):  # Not ours to give, or a cgroup with processes in it.
+            control.write_text("+memory +pids +cpu")
+    return _NEEDED <= set(control.read_text().split())
 
 
 def _own_paths() -> dict[str, str]:

@@ -188,7 +188,8 @@ for operation in range(32):
         """
 X86 = os.uname().machine == "x86_64"
 SETTIME, SETTIMEOFDAY, ADJTIMEX = (227, 164, 159) if X86 else (112, 170, 171)
-REBOOT, SYSLOG, INIT, KEXEC, SWAPON = (169, 103, 175, 246, 167) if X86 else (142, 116, 105, 104, 224)
+REBOOT, SYSLOG, INIT = (169, 103, 175) if X86 else (142, 116, 105)
+KEXEC, SWAPON = (246, 167) if X86 else (104, 224)
 room = ctypes.create_string_buffer(256)
 failing((SETTIME, 0, room), (SETTIMEOFDAY, room, 0), (ADJTIMEX, room), (SYSLOG, 3, room, 256))
 failing((REBOOT, 0xFEE1DEAD, 672274793, 0, 0), (INIT, room, 256, b""), (KEXEC, 0, 0, 0, 0))
