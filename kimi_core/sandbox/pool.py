@@ -128,7 +128,7 @@ class _Slot:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _SLOT, str(theirs.fileno()), str(int(self._warm))],
+                [sys.executable, "-P", "-c", _SLOT, str(theirs.fileno()), str(int(self._warm))],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the trainer.
@@ -138,9 +138,12 @@ class _Slot:
     def await_start(self) -> None:
         """Raises SandboxUnavailable if it does not."""
         try:
-            self.missing: list[str] = self._receive(SLOT_START_S, "start")
+            answer: list[str] | str = self._receive(SLOT_START_S, "start")
         except _SlotFailedError as error:
             raise SandboxUnavailable(str(error)) from error
+        if isinstance(answer, str):
+            raise SandboxUnavailable(answer)
+        self.missing = answer
 
     def run(self, request: Request) -> Result:
         """Raises _SlotFailedError if the slot itself fails."""

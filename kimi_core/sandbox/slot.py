@@ -1,6 +1,6 @@
 """A slot: a small process that runs one sandbox at a time and belongs to one Pool.
 
-    python -m kimi_core.sandbox.slot FD WARM
+    python -c 'from kimi_core.sandbox.slot import main; main()' FD WARM
 
 Sandboxes are started from here rather than from the trainer, because forking a process with many
 threads and gigabytes is slow and unsafe, and because their orphans must be inherited by somebody
@@ -155,7 +155,7 @@ def main() -> None:
     try:
         number, lock = claim_number()
     except SandboxUnavailable as error:
-        wire.send(connection, [str(error)], SEND_S)
+        wire.send(connection, str(error), SEND_S)
         return
     identity, missing = identify(number)
     slot = Slot(identity, (owner, fd), warm)
@@ -179,7 +179,3 @@ def serve(slot: Slot, connection: socket.socket, owner: int) -> None:
         if owner in ready:
             raise Abandoned
         wire.send(connection, slot.run(wire.receive(connection, SEND_S)), SEND_S)
-
-
-if __name__ == "__main__":
-    main()
