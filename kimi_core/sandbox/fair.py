@@ -1,8 +1,8 @@
 """A queue whose takers are served in the order in which they came."""
 
+import queue
 import threading
 from collections import deque
-from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -18,7 +18,7 @@ class FairQueue(Generic[Item]):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._items: deque[Item] = deque()
-        self._waiting: deque[Future[Item]] = deque()
+        self._waiting: deque[queue.SimpleQueue[Item]] = deque()
 
     def __len__(self) -> int:
         """How many items lie here."""
@@ -27,7 +27,7 @@ class FairQueue(Generic[Item]):
     def put(self, item: Item) -> None:
         with self._lock:
             if self._waiting:
-                self._waiting.popleft().set_result(item)
+                self._waiting.popleft().put(item)
             else:
                 self._items.append(item)
 
@@ -36,13 +36,13 @@ class FairQueue(Generic[Item]):
         with self._lock:
             if self._items:  # Then nobody waits.
                 return self._items.popleft()
-            turn: Future[Item] = Future()
+            turn: queue.SimpleQueue[Item] = queue.SimpleQueue()
             self._waiting.append(turn)
         try:
-            return turn.result(timeout_s)
-        except TimeoutError:
+            return turn.get(timeout=timeout_s)
+        except queue.Empty:
             with self._lock:
-                if turn.done():  # Just now.
-                    return turn.result()
+                if not turn.empty():  # It came just now.
+                    return turn.get()
                 self._waiting.remove(turn)
-            raise
+            raise TimeoutError(f"nothing came for {timeout_s:g} s") from None
