@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
@@ -52,7 +51,7 @@ class Pool:
         find_bwrap(), find_python()
         self._idle: FairQueue[_Slot] = FairQueue()
         self._slots: list[_Slot] = []
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
         try:
             self._slots = [_Slot(warm) for _ in range(count)]
             for slot in self._slots:
@@ -78,6 +77,10 @@ class Pool:
         Args:
             wait_s: how long to wait for a free slot; the limits of the run do not count it.
         """
+        if self._process != os.getpid():
+            raise RuntimeError(
+                "This Pool belongs to the process that forked this one: make another"
+            )
         request = _request(program, stdin, files, limits or Limits())
         try:
             slot = self._idle.get(wait_s)
@@ -86,19 +89,31 @@ class Pool:
         try:
             if self._closed:
                 raise ValueError("This Pool is closed: no more programs are run")
+            return self._run_in(slot, request)
+        finally:
+            self._idle.put(slot)
+
+    def _run_in(self, slot: "_Slot", request: Request) -> Result:
+        try:
             return slot.run(request)
         except _SlotFailedError as error:
             if not self._closed:
                 slot.restart()
             return _infra(str(error))
-        finally:
-            self._idle.put(slot)
+        except BaseException:  # Ctrl-C: a late answer would be taken for that of the next program.
+            slot.restart()
+            raise
 
     def _examine(self) -> Report:
         return examine(self.run, self._slots[0].missing)
 
     def close(self) -> None:
-        """End all slots; a program that still runs is killed, and its caller gets INFRA."""
+        """End all slots; a program that still runs is killed, and its caller gets INFRA.
+
+        In a fork of the pool's process it does nothing.
+        """
+        if self._process != os.getpid():
+            return
         self._closed = True
         for slot in self._slots:
             slot.hang_up()
@@ -192,22 +207,29 @@ class _SlotFailedError(RuntimeError):
 def _request(
     program: str | Sequence[str], stdin: bytes, files: Mapping[str, bytes] | None, limits: Limits
 ) -> Request:
-    """Raises ValueError for a command that is empty or a name that leaves the work folder."""
-    if not isinstance(program, str):
-        program = list(program)
-        if not program or not program[0] or any("\0" in argument for argument in program):
-            raise ValueError(f"Command {program!r}; allowed is a program and its arguments")
+    """Raises ValueError for what no sandbox could be given."""
+    if isinstance(program, str):
+        # Text from JSON may hold half a surrogate pair; Python then says what is wrong with it.
+        code: bytes | list[str] = program.encode(errors="surrogatepass")
+        if "main.py" in (files or {}):
+            raise ValueError("File name 'main.py'; allowed is any other, as that is the program's")
+    else:
+        code = list(program)
+        if not code or not code[0] or not all(_passable(argument) for argument in code):
+            raise ValueError(f"Command {code!r}; allowed is a program and its arguments")
     for name in files or {}:
-        path = PurePosixPath(name)
-        if (
-            path.is_absolute()
-            or ".." in path.parts
-            or not path.parts
-            or "\n" in name
-            or "\0" in name
-        ):
+        parts = name.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or "\n" in name or not _passable(name):
             raise ValueError(f"File name {name!r}; allowed is a path inside the work folder")
-    return Request(program, stdin, dict(files or {}), limits)
+    return Request(code, stdin, dict(files or {}), limits)
+
+
+def _passable(text: str) -> bool:
+    """Whether the kernel can be given it."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _infra(detail: str) -> Result:
