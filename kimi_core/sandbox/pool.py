@@ -79,7 +79,7 @@ class Pool:
         """
         if self._process != os.getpid():
             raise RuntimeError(
-                "This Pool belongs to the process that forked this one: make another"
+                "This Pool is that of the process that forked this one; make another"
             )
         request = _request(program, stdin, files, limits or Limits())
         try:

@@ -73,7 +73,7 @@ def test_text_that_is_no_program_is_the_programs_fault(pool: Pool, text: str) ->
     """Were it a failure of the sandbox, a model could escape every verdict."""
     result = pool.run(text)
     assert result.status in (Status.RUNTIME, Status.MEMORY), result
-    assert compile_cpp(text, run=pool.run).status is Status.RUNTIME
+    assert compile_cpp(text, run=pool.run).status not in (Status.OK, Status.INFRA)
 
 
 def test_the_name_of_the_program_is_taken(pool: Pool) -> None:
