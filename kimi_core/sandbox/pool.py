@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from kimi_core.sandbox import wire
+from kimi_core.sandbox import seccomp, wire
 from kimi_core.sandbox.bubblewrap import find_bwrap, find_python
 from kimi_core.sandbox.fair import FairQueue
 from kimi_core.sandbox.selftest import Protection, Report, examine
@@ -40,6 +40,7 @@ class Pool:
 
     Raises:
         SandboxUnavailable: bubblewrap is missing or does not work here, or a protection is missing.
+        ValueError: fewer than 1 slot.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Pool:
         count = len(os.sched_getaffinity(0)) if slots is None else slots
         if count < 1:
             raise ValueError(f"Pool of {count} slots; allowed is 1 or more")
-        find_bwrap(), find_python()
+        find_bwrap(), find_python(), seccomp.program()
         self._idle: FairQueue[_Slot] = FairQueue()
         self._slots: list[_Slot] = []
         self._closed, self._process = False, os.getpid()

@@ -114,22 +114,21 @@ class Sandbox:
 
     def limit(self, limits: Limits) -> None:
         """Put the limits on init and what runs below it; what they start inherits them."""
-        seconds = math.ceil(limits.cpu_s)
         values = {
-            resource.RLIMIT_NPROC: (limits.processes + 1,) * 2,  # init counts too.
-            resource.RLIMIT_FSIZE: (limits.file_bytes,) * 2,
-            resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
-            resource.RLIMIT_CPU: (seconds, seconds + 1),
-            resource.RLIMIT_CORE: (1, 1),  # Unlike 0, it also stops handlers that are piped to.
-            resource.RLIMIT_MSGQUEUE: (0, 0),
-            resource.RLIMIT_MEMLOCK: (MB, MB),
+            resource.RLIMIT_NPROC: limits.processes + 1,  # init counts too.
+            resource.RLIMIT_FSIZE: limits.file_bytes,
+            resource.RLIMIT_NOFILE: limits.open_files,
+            resource.RLIMIT_CPU: math.ceil(limits.cpu_s),
+            resource.RLIMIT_CORE: 1,  # Unlike 0, it also stops handlers that are piped to.
+            resource.RLIMIT_MSGQUEUE: 0,
+            resource.RLIMIT_MEMLOCK: MB,
         }
         if self._identity.cgroup is None:
-            values[resource.RLIMIT_AS] = (limits.memory_bytes,) * 2
+            values[resource.RLIMIT_AS] = limits.memory_bytes
         with _limiting(self._identity.uid):
             for pid in self.tree():
                 for kind, value in values.items():
-                    resource.prlimit(pid, kind, value)
+                    _lower(pid, kind, value)
 
     def go(self) -> None:
         """Let the program begin."""
@@ -267,6 +266,17 @@ def _limiting(uid: int | None) -> Iterator[None]:
     finally:
         os.setresuid(0, -1, -1)
         os.setresgid(0, -1, -1)
+
+
+def _lower(pid: int, kind: int, value: int) -> None:
+    """Lower a limit; one that is lower already stays, as to raise it is not ours."""
+    soft, hard = resource.prlimit(pid, kind)
+    if hard == resource.RLIM_INFINITY or hard > value:
+        # Of CPU time, a second between SIGXCPU and SIGKILL.
+        hard = value + (kind == resource.RLIMIT_CPU)
+        resource.prlimit(pid, kind, (value, hard))
+    elif soft == resource.RLIM_INFINITY or soft > value:
+        resource.prlimit(pid, kind, (value, hard))
 
 
 def _children(pid: int) -> list[int]:
