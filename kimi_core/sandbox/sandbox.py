@@ -103,11 +103,11 @@ class Sandbox:
     def _await_init(self) -> int:
         deadline = time.monotonic() + START_S
         while b"\n" not in self._reported:
-            if not _readable(self._report, deadline):
+            if not readable(self._report, deadline):
                 raise StartError(f"The sandbox was not ready within {START_S:g} s")
             data = os.read(self._report, 4096)
             if not data:
-                said = os.read(self.stderr, 4096) if _readable(self.stderr, deadline) else b""
+                said = os.read(self.stderr, 4096) if readable(self.stderr, deadline) else b""
                 raise StartError(f"The sandbox did not start: {said.decode(errors='replace')}")
             self._reported += data
         return int(json.loads(self._reported.split(b"\n")[0])["child-pid"])
@@ -179,7 +179,7 @@ class Sandbox:
         deadline = time.monotonic() + END_S
         cpu_s, peak = 0.0, 0
         if not kill:
-            _readable(self._bwrap_end, deadline)
+            readable(self._bwrap_end, deadline)
         while True:
             for pid in _children(os.getpid()) if kill else ():
                 os.kill(pid, signal.SIGKILL)  # Not reaped, so the number is still its own.
@@ -219,10 +219,10 @@ def await_ready(sandbox: Sandbox) -> None:
         StartError: it is not there within ``START_S``.
     """
     deadline = time.monotonic() + START_S
-    if not _readable(sandbox.stdout, deadline):
+    if not readable(sandbox.stdout, deadline):
         raise StartError(f"Python in the sandbox was not ready within {START_S:g} s")
     if os.read(sandbox.stdout, 1) != READY:
-        said = os.read(sandbox.stderr, 4096) if _readable(sandbox.stderr, deadline) else b""
+        said = os.read(sandbox.stderr, 4096) if readable(sandbox.stderr, deadline) else b""
         raise StartError(f"Python did not start in the sandbox: {said.decode(errors='replace')}")
 
 
@@ -296,5 +296,6 @@ def _in_memory(data: bytes) -> int:
     return fd
 
 
-def _readable(fd: int, deadline: float) -> bool:
+def readable(fd: int, deadline: float) -> bool:
+    """Whether there is something to read, or an end, before ``deadline`` of the monotonic clock."""
     return bool(select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0])
