@@ -1,0 +1,78 @@
+"""What waits inside a ready sandbox: reads its files and a Python program, and becomes it.
+
+This text runs as ``python3 -S -c``, not as a module; no hostile code is there yet. ``-S`` saves a
+fifth of Python's start, and what programs use of the site module is made up for here. When it
+listens it writes a newline to stdout. On stdin then come a line ``SIZE NAME`` for each file, of
+which the last is the program, an empty line, the contents one after the other, and what the program
+itself will read. Nothing is read ahead of that, so the program finds its stdin untouched.
+"""
+
+import _sitebuiltins
+import builtins
+import os
+import sys
+
+
+def _line() -> str:
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            raise SystemExit  # The slot is gone.
+        line += byte
+    return line[:-1].decode()
+
+
+def _exactly(size: int) -> bytes:
+    parts = []
+    while size:
+        parts.append(os.read(0, size))
+        if not parts[-1]:
+            raise SystemExit
+        size -= len(parts[-1])
+    return b"".join(parts)
+
+
+def _receive() -> tuple[str, bytes]:
+    """Write all files below the work folder; the name and text of the last."""
+    sizes = []
+    while line := _line():
+        digits, name = line.split(" ", 1)
+        sizes.append((int(digits), name))
+    for size, name in sizes:
+        content = _exactly(size)
+        if os.path.dirname(name):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "wb", opener=lambda path, flags: os.open(path, flags, 0o755)) as file:
+            file.write(content)
+    return name, content
+
+
+def _show(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
+    """An exception that nobody caught, without our frames."""
+    while trace and trace.tb_frame.f_code.co_filename == "<string>":
+        trace = trace.tb_next
+    sys.__excepthook__(kind, error.with_traceback(trace), trace)
+
+
+def _add_site() -> None:
+    version = f"{sys.base_prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
+    debian = version.replace("/usr/", "/usr/local/", 1) + "/dist-packages"
+    sys.path += [f"{version}/site-packages", debian, "/usr/lib/python3/dist-packages"]
+    for name in ("exit", "quit"):
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+    builtins.help = _sitebuiltins._Helper()
+
+
+def _become() -> None:
+    _add_site()
+    os.write(1, b"\n")  # Ready.
+    name, source = _receive()
+    sys.argv[:] = [name]
+    sys.excepthook = _show
+    module = sys.modules["__main__"] = type(sys)("__main__")
+    module.__file__ = name
+    exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
+
+
+_become()
