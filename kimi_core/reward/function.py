@@ -33,14 +33,20 @@ def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> Rewar
     """The function that ``config.function`` names.
 
     Raises:
-        ValueError: an unknown name, or a ``file.py:function`` that cannot be loaded.
+        ValueError: an unknown name, a ``file.py:function`` that cannot be loaded, or `code` where
+            programs cannot be run safely.
     """
     if config.function == "match":
         return match
+    if config.function == "code":
+        # Here, as no other run needs a sandbox.
+        from kimi_core.reward.code import code_reward
+
+        return code_reward(config.sandbox)
     if ".py:" in config.function:
         return load_function(config.function, base_folder)
     raise ValueError(
-        f"reward.function = {config.function!r}; allowed are match and file.py:function"
+        f"reward.function = {config.function!r}; allowed are match, code and file.py:function"
     )
 
 
