@@ -1,0 +1,86 @@
+"""The sandbox from the shell.
+
+python -m kimi_core.sandbox run [--time S] [--memory MB] [--json] PROGRAM [ARG ...] < stdin
+python -m kimi_core.sandbox check
+
+PROGRAM is a file that is copied into the sandbox: a Python program (`.py`) or an executable; or
+else the name of a command of the host, such as `awk`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kimi_core.sandbox import Limits, Pool, Result, SandboxUnavailable, Status, check
+from kimi_core.sandbox.types import MB
+
+STATUS_CODES = {status: code for code, status in enumerate(Status)}
+"""What `run` exits with: 0 for OK, and another number for each other status."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _check() if options.action == "check" else _run(options)
+    except (SandboxUnavailable, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kimi_core.sandbox", description=__doc__)
+    actions = parser.add_subparsers(dest="action", required=True)
+    run = actions.add_parser("run", help="run one program; stdin is passed on")
+    run.add_argument("--time", type=float, default=10.0, metavar="S", help="wall clock, seconds")
+    run.add_argument("--memory", type=int, default=512, metavar="MB", help="of all processes")
+    run.add_argument("--json", action="store_true", help="print the whole result as JSON")
+    run.add_argument("--allow-weak", action="store_true", help="though a protection is missing")
+    run.add_argument("program")
+    run.add_argument("arguments", nargs=argparse.REMAINDER)
+    actions.add_parser("check", help="print the self-test")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    limits = Limits(wall_s=options.time, cpu_s=options.time, memory_bytes=options.memory * MB)
+    argv, files = _command(options.program, options.arguments)
+    stdin = b"" if sys.stdin.isatty() else sys.stdin.buffer.read()
+    with Pool(1, allow_weak=options.allow_weak, warm=False) as pool:
+        result = pool.run(argv, stdin=stdin, files=files, limits=limits)
+    _print(result, as_json=options.json)
+    return STATUS_CODES[result.status]
+
+
+def _command(program: str, arguments: list[str]) -> tuple[list[str], dict[str, bytes]]:
+    path = Path(program)
+    if not path.is_file():
+        return [program, *arguments], {}
+    start = ["python3", path.name] if path.suffix == ".py" else [f"./{path.name}"]
+    return [*start, *arguments], {path.name: path.read_bytes()}
+
+
+def _print(result: Result, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.as_json(), ensure_ascii=False))
+        return
+    sys.stdout.buffer.write(result.stdout)
+    sys.stdout.flush()
+    sys.stderr.buffer.write(result.stderr)
+    because = f" ({result.detail})" if result.detail else ""
+    print(
+        f"{result.status}{because}: {result.cpu_s:.3f} s CPU, {result.wall_s:.3f} s wall, "
+        f"{result.memory_bytes / MB:.1f} MB",
+        file=sys.stderr,
+    )
+
+
+def _check() -> int:
+    report = check()
+    print(report)
+    return 1 if report.missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

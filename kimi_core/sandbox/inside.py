@@ -1,0 +1,60 @@
+"""What waits inside a ready sandbox: reads its files and a Python program, and becomes it.
+
+This text runs as ``python3 -c``, not as a module; no hostile code is there yet. When it listens it
+writes a newline to stdout. On stdin then come a line ``SIZE NAME`` for each file, of which the last
+is the program, an empty line, the contents one after the other, and what the program itself will
+read. Nothing is read ahead of what is asked for, so the program finds its stdin untouched.
+"""
+
+import os
+import sys
+
+
+def _line() -> str:
+    line = b""
+    while not line.endswith(b"\n"):
+        line += os.read(0, 1)
+    return line[:-1].decode()
+
+
+def _exactly(size: int) -> bytes:
+    parts = []
+    while size:
+        parts.append(os.read(0, size))
+        size -= len(parts[-1])
+    return b"".join(parts)
+
+
+def _receive() -> tuple[str, bytes]:
+    """Write all files below the work folder; the name and text of the last."""
+    sizes = []
+    while line := _line():
+        digits, name = line.split(" ", 1)
+        sizes.append((int(digits), name))
+    for size, name in sizes:
+        content = _exactly(size)
+        if os.path.dirname(name):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(name, "wb", opener=lambda path, flags: os.open(path, flags, 0o755)) as file:
+            file.write(content)
+    return name, content
+
+
+def _show(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
+    """An exception that nobody caught, without our frames."""
+    while trace and trace.tb_frame.f_code.co_filename == "<string>":
+        trace = trace.tb_next
+    sys.__excepthook__(kind, error.with_traceback(trace), trace)
+
+
+def _become() -> None:
+    os.write(1, b"\n")  # Ready.
+    name, source = _receive()
+    sys.argv[:] = [name]
+    sys.excepthook = _show
+    module = sys.modules["__main__"] = type(sys)("__main__")
+    module.__file__ = name
+    exec(compile(source, name, "exec", dont_inherit=True), module.__dict__)
+
+
+_become()

@@ -1,0 +1,240 @@
+"""Slots behind one door: any thread runs programs, a few at a time, each in a fresh sandbox."""
+
+import atexit
+import contextlib
+import functools
+import os
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+
+from kimi_core.sandbox.bubblewrap import find_bwrap, find_python
+from kimi_core.sandbox.selftest import Protection, Report, examine
+from kimi_core.sandbox.slot import Request
+from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable, Status
+
+SLOT_START_S = 60.0
+_SLOT = "from kimi_core.sandbox.slot import main; main()"
+GRACE_S = 60.0
+"""Beyond a run's own wall-clock limit: to start its sandbox and to end it, on a busy machine."""
+
+
+class Pool:
+    """Runs programs in sandboxes, at most ``slots`` at a time; safe to use from many threads.
+
+    >>> with Pool(slots=2) as pool:  # doctest: +SKIP
+    ...     pool.run("print(int(input()) + 1)", stdin=b"41").stdout
+    b'42\\n'
+
+    Args:
+        slots: how many programs run side by side; default: the CPUs that this process may use.
+        allow_weak: run although the self-test finds a protection missing.
+        warm: keep a Python waiting in each idle slot, so that a program begins at once. It costs
+            the memory of an interpreter a slot.
+
+    Raises:
+        SandboxUnavailable: bubblewrap is missing or does not work here, or a protection is missing.
+    """
+
+    def __init__(
+        self, slots: int | None = None, *, allow_weak: bool = False, warm: bool = True
+    ) -> None:
+        count = len(os.sched_getaffinity(0)) if slots is None else slots
+        if count < 1:
+            raise ValueError(f"Pool of {count} slots; allowed is 1 or more")
+        find_bwrap(), find_python()
+        self._idle: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._slots: list[_Slot] = []
+        self._closed = threading.Event()
+        try:
+            self._slots = [_Slot(warm) for _ in range(count)]
+            for slot in self._slots:
+                slot.await_start()
+                self._idle.put(slot)
+            if not allow_weak:
+                self._examine().require()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(
+        self,
+        program: str | Sequence[str],
+        *,
+        stdin: bytes = b"",
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+        wait_s: float = 3600.0,
+    ) -> Result:
+        """Run one program in a sandbox of its own; see ``kimi_core.sandbox.run``.
+
+        Args:
+            wait_s: how long to wait for a free slot; the limits of the run do not count it.
+        """
+        request = _request(program, stdin, files, limits or Limits())
+        try:
+            slot = self._idle.get(timeout=wait_s)
+        except queue.Empty:
+            return _infra(f"no slot of the pool was free within {wait_s:g} s")
+        try:
+            if self._closed.is_set():
+                raise ValueError("This Pool is closed")
+            return slot.run(request)
+        finally:
+            self._idle.put(slot)
+
+    def _examine(self) -> Report:
+        return examine(self.run, self._slots[0].missing)
+
+    def close(self) -> None:
+        """End all slots and what runs in them."""
+        self._closed.set()
+        for slot in self._slots:
+            slot.ask_to_end()
+        for slot in self._slots:
+            slot.await_end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Slot:
+    """The pool's end of a slot's process, which is started anew when it has died."""
+
+    def __init__(self, warm: bool) -> None:
+        self._warm = warm
+        self._start()
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _SLOT, str(theirs.fileno()), str(int(self._warm))],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._connection = Connection(ours.detach())
+
+    def await_start(self) -> None:
+        try:
+            self.missing: list[str] = self._receive(SLOT_START_S, "start")
+        except _SlotFailedError as error:
+            raise SandboxUnavailable(str(error)) from error
+
+    def run(self, request: Request) -> Result:
+        try:
+            self._connection.send(request)
+            return self._receive(request.limits.wall_s + GRACE_S, "finish its run")
+        except (_SlotFailedError, BrokenPipeError, ConnectionResetError) as error:
+            self._process.kill()  # And with it its sandbox.
+            self.ask_to_end()
+            self.await_end()
+            self._start()
+            with contextlib.suppress(SandboxUnavailable):  # The next run will say it.
+                self.await_start()
+            return _infra(str(error))
+
+    def _receive(self, timeout: float, what: str) -> Any:
+        try:
+            if self._connection.poll(timeout):
+                return self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            code = self._process.wait(timeout)
+            raise _SlotFailedError(f"a slot of the sandbox ended with exit code {code}") from None
+        raise _SlotFailedError(f"a slot of the sandbox did not {what} within {timeout:g} s")
+
+    def ask_to_end(self) -> None:
+        self._connection.close()
+
+    def await_end(self) -> None:
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+class _SlotFailedError(RuntimeError):
+    """The process of a slot died or does not answer."""
+
+
+def _request(
+    program: str | Sequence[str], stdin: bytes, files: Mapping[str, bytes] | None, limits: Limits
+) -> Request:
+    """Raises ValueError for a command that is empty or a name that leaves the work folder."""
+    if not isinstance(program, str):
+        program = list(program)
+        if not program or any("\0" in argument for argument in program):
+            raise ValueError(f"Command {program!r}; allowed is a program and its arguments")
+    for name in files or {}:
+        path = PurePosixPath(name)
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or not path.parts
+            or "\n" in name
+            or "\0" in name
+        ):
+            raise ValueError(f"File name {name!r}; allowed is a path inside the work folder")
+    return Request(program, stdin, dict(files or {}), limits)
+
+
+def _infra(detail: str) -> Result:
+    return Result(Status.INFRA, None, b"", b"", 0.0, 0.0, 0, detail)
+
+
+def run(
+    program: str | Sequence[str],
+    *,
+    stdin: bytes = b"",
+    files: Mapping[str, bytes] | None = None,
+    limits: Limits | None = None,
+    allow_weak: bool = False,
+) -> Result:
+    """Run one program in a fresh sandbox, on a pool that this process keeps until it ends.
+
+    Args:
+        program: Python source, or a command as a list. A command finds the host's ``/usr``.
+        stdin: bytes that the program reads; then its stdin ends.
+        files: contents by name, put into the work folder, in which the program starts. All are
+            executable.
+        limits: default ``Limits()``.
+        allow_weak: run although the self-test finds a protection missing.
+
+    Raises:
+        ValueError: an empty command, or a file name that leaves the work folder.
+        SandboxUnavailable: as for ``Pool``.
+    """
+    return _default_pool(allow_weak).run(program, stdin=stdin, files=files, limits=limits)
+
+
+def check() -> Report:
+    """The self-test: which protections hold on this machine, for this user. Never raises for one
+    that does not."""
+    try:
+        with Pool(1, allow_weak=True) as pool:
+            return pool._examine()
+    except SandboxUnavailable as error:
+        return Report((Protection("a sandbox", False, str(error)),))
+
+
+@functools.lru_cache(maxsize=2)
+def _default_pool(allow_weak: bool) -> Pool:
+    pool = Pool(allow_weak=allow_weak)
+    atexit.register(pool.close)
+    return pool

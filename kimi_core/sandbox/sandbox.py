@@ -1,0 +1,279 @@
+"""One sandbox: bubblewrap's process tree, its pipes, its limits and its end.
+
+The tree is bwrap, the init of its pid namespace, and the program below. Everything is set up while
+bwrap waits on a pipe; then the limits are put on init, and only then does the program begin.
+bwrap's own report says whether it did, and its exit code: no process inside holds that pipe.
+"""
+
+import contextlib
+import json
+import math
+import os
+import resource
+import select
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_core.sandbox import bubblewrap, seccomp
+from kimi_core.sandbox.cgroups import Cgroup
+from kimi_core.sandbox.system import die_with_parent
+from kimi_core.sandbox.types import MB, Limits
+
+START_S = 30.0
+"""How long a sandbox may take to be ready; a busy machine is slow."""
+END_S = 30.0
+"""How long its processes may take to be gone after a SIGKILL."""
+READY = b"\n"
+"""What the waiting Python of ``inside.py`` writes to stdout when it listens."""
+_INSIDE = Path(__file__).with_name("inside.py").read_text()
+
+
+class StartError(RuntimeError):
+    """A sandbox did not become ready; the message has what bwrap said."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What sets the sandboxes of a slot apart from those of others."""
+
+    uid: int | None
+    """The user that bwrap runs as; None: the user of this process."""
+    cgroup: Cgroup | None
+    own_network: bool
+    """Whether each sandbox makes a network namespace; else that of the slot is empty."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Of the processes of a sandbox, once they are reaped."""
+
+    cpu_s: float
+    peak_bytes: int
+    """Of the largest process."""
+
+
+class Sandbox:
+    """A sandbox whose program waits for ``go``.
+
+    Args:
+        argv: the program and its arguments, as they are inside.
+        files: contents by name, relative to the work folder.
+
+    Raises:
+        StartError: bwrap ended, or was not ready in ``START_S``.
+    """
+
+    def __init__(self, identity: Identity, argv: Sequence[str], files: Mapping[str, bytes]) -> None:
+        self._identity = identity
+        self._fds: set[int] = set()
+        inner_in, self.stdin = self._own(os.pipe(), 1)
+        self.stdout, inner_out = self._own(os.pipe(), 0)
+        self.stderr, inner_err = self._own(os.pipe(), 0)
+        inner_block, self._block = self._own(os.pipe(), 1)
+        self._report, inner_report = self._own(os.pipe(), 0)
+        rules = _in_memory(seccomp.program())
+        contents = [(_in_memory(data), name) for name, data in files.items()]
+        standard = (inner_in, inner_out, inner_err)
+        others = (inner_block, inner_report, rules, *(fd for fd, _ in contents))
+        command = bubblewrap.command(
+            own_network=identity.own_network,
+            files=contents,
+            fds={"seccomp": rules, "block": inner_block, "json-status": inner_report},
+        )
+        self._bwrap = _spawn(identity, [*command, *argv], standard, others)
+        for fd in (*standard, *others):
+            os.close(fd)
+        (self._bwrap_end,) = self._own((os.pidfd_open(self._bwrap),), 0)
+        self._reported = b""
+        try:
+            self.init = self._await_init()
+            (self.end,) = self._own((os.pidfd_open(self.init),), 0)
+        except BaseException:
+            os.kill(self._bwrap, signal.SIGKILL)  # Not reaped, so the number is still its own.
+            self._reap_children()
+            self.close()
+            raise
+
+    def _own(self, fds: tuple[int, ...], ours: int) -> tuple[int, ...]:
+        self._fds.add(fds[ours])
+        return fds
+
+    def _await_init(self) -> int:
+        deadline = time.monotonic() + START_S
+        while b"\n" not in self._reported:
+            if not _readable(self._report, deadline):
+                raise StartError(f"The sandbox was not ready within {START_S:g} s")
+            data = os.read(self._report, 4096)
+            if not data:
+                said = os.read(self.stderr, 4096) if _readable(self.stderr, deadline) else b""
+                raise StartError(f"The sandbox did not start: {said.decode(errors='replace')}")
+            self._reported += data
+        return int(json.loads(self._reported.split(b"\n")[0])["child-pid"])
+
+    def limit(self, limits: Limits) -> None:
+        """Put the limits on init and what runs below it; what they start inherits them."""
+        seconds = math.ceil(limits.cpu_s)
+        values = {
+            resource.RLIMIT_NPROC: (limits.processes + 1,) * 2,  # init counts too.
+            resource.RLIMIT_FSIZE: (limits.file_bytes,) * 2,
+            resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
+            resource.RLIMIT_CPU: (seconds, seconds + 1),
+            resource.RLIMIT_CORE: (0, 0),
+            resource.RLIMIT_MSGQUEUE: (0, 0),
+            resource.RLIMIT_MEMLOCK: (MB, MB),
+        }
+        if self._identity.cgroup is None:
+            values[resource.RLIMIT_AS] = (limits.memory_bytes,) * 2
+        with _limiting(self._identity.uid):
+            for pid in self.tree():
+                for kind, value in values.items():
+                    resource.prlimit(pid, kind, value)
+
+    def go(self) -> None:
+        """Let the program begin."""
+        os.write(self._block, b"x")
+
+    @property
+    def dead(self) -> bool:
+        """Whether every process of the namespace has ended."""
+        return bool(select.select([self.end], [], [], 0)[0])
+
+    def tree(self) -> list[int]:
+        """The processes of the namespace by their numbers on the host, init first."""
+        found = [self.init]
+        for pid in found:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    children = Path(f"/proc/{pid}/task/{task}/children").read_text()
+                    found += [int(child) for child in children.split()]
+        return found
+
+    def kill(self) -> None:
+        """End init, and with it every process of its namespace."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.end, signal.SIGKILL)
+
+    def close_stdin(self) -> None:
+        """The program's stdin ends here."""
+        if self.stdin in self._fds:
+            self._fds.remove(self.stdin)
+            os.close(self.stdin)
+
+    def reap(self) -> tuple[int | None, Usage]:
+        """Wait until all is gone; the exit code, None if the program never began, and the usage.
+
+        Raises:
+            TimeoutError: a process does not end although init was killed.
+        """
+        usage = self._reap_children()
+        while data := os.read(self._report, 4096):
+            self._reported += data
+        reports = [json.loads(line) for line in self._reported.splitlines()]
+        return next((r["exit-code"] for r in reports if "exit-code" in r), None), usage
+
+    def _reap_children(self) -> Usage:
+        # bwrap leaves init behind without waiting for it; as subreaper, this process inherits it.
+        deadline = time.monotonic() + END_S
+        cpu_s, peak = 0.0, 0
+        if not _readable(self._bwrap_end, deadline):
+            raise TimeoutError(f"bwrap has not ended within {END_S:g} s")
+        while True:
+            try:
+                pid, _, used = os.wait4(-1, os.WNOHANG)
+            except ChildProcessError:
+                return Usage(cpu_s, peak)
+            if pid:
+                cpu_s += used.ru_utime + used.ru_stime
+                peak = max(peak, used.ru_maxrss << 10)
+            elif time.monotonic() > deadline:
+                raise TimeoutError(f"The sandbox's init has not ended within {END_S:g} s")
+            else:
+                time.sleep(0.001)
+
+    def close(self) -> None:
+        """Close the descriptors; the processes must have been reaped."""
+        while self._fds:
+            os.close(self._fds.pop())
+
+
+def start_python(identity: Identity) -> Sandbox:
+    """A sandbox with a Python that waits for its program on stdin.
+
+    Raises:
+        StartError: it is not there within ``START_S``.
+    """
+    sandbox = Sandbox(identity, [bubblewrap.find_python(), "-B", "-c", _INSIDE], {})
+    sandbox.go()
+    return sandbox
+
+
+def await_ready(sandbox: Sandbox) -> None:
+    """Wait until the Python of ``start_python`` listens.
+
+    Raises:
+        StartError: it is not there within ``START_S``.
+    """
+    deadline = time.monotonic() + START_S
+    if not _readable(sandbox.stdout, deadline):
+        raise StartError(f"Python in the sandbox was not ready within {START_S:g} s")
+    if os.read(sandbox.stdout, 1) != READY:
+        said = os.read(sandbox.stderr, 4096) if _readable(sandbox.stderr, deadline) else b""
+        raise StartError(f"Python did not start in the sandbox: {said.decode(errors='replace')}")
+
+
+def _spawn(
+    identity: Identity, command: list[str], standard: tuple[int, ...], others: tuple[int, ...]
+) -> int:
+    path, parent = bubblewrap.find_bwrap(), os.getpid()
+    pid = os.fork()  # Of a small process with one thread: cheap, and Python may run on.
+    if pid:
+        return pid
+    try:
+        for target, fd in enumerate(standard):
+            os.dup2(fd, target)
+        for fd in others:
+            os.set_inheritable(fd, True)
+        if identity.cgroup:
+            identity.cgroup.join()
+        if identity.uid is not None:
+            os.setgroups([])
+            os.setresgid(identity.uid, identity.uid, identity.uid)
+            os.setresuid(identity.uid, identity.uid, identity.uid)
+        die_with_parent(parent)
+        os.execve(path, command, {})
+    except OSError as error:
+        os.write(2, f"{error}\n".encode())
+    finally:
+        os._exit(127)
+
+
+@contextlib.contextmanager
+def _limiting(uid: int | None) -> Iterator[None]:
+    """Be ``uid`` by our real ids: prlimit looks at these, and root in a container may lack the
+    capability (CAP_SYS_RESOURCE) to limit others."""
+    if uid is None:
+        yield
+        return
+    os.setresgid(uid, -1, -1)
+    os.setresuid(uid, -1, -1)
+    try:
+        yield
+    finally:
+        os.setresuid(0, -1, -1)
+        os.setresgid(0, -1, -1)
+
+
+def _in_memory(data: bytes) -> int:
+    """A descriptor that reads ``data``."""
+    fd = os.memfd_create("sandbox")
+    with open(fd, "wb", closefd=False) as file:
+        file.write(data)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _readable(fd: int, deadline: float) -> bool:
+    return bool(select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0])

@@ -1,0 +1,106 @@
+"""The self-test: tries in a sandbox what must not work, and says which protections hold."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_core.sandbox.types import MB, Limits, Result, SandboxUnavailable, Status
+
+_PROBE = Path(__file__).with_name("probe.py").read_text()
+_SLEEP = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
+_FORKS = """
+import os, time
+count = 0
+try:
+    while True:
+        if os.fork() == 0:
+            time.sleep(60)
+        count += 1
+except BlockingIOError:
+    os.write(1, str(count).encode())
+"""
+_MEMORY = """
+import os, time
+for _ in range(4):
+    if os.fork() == 0:
+        held = bytearray(b"x") * (24 << 20)
+        time.sleep(60)
+time.sleep(60)
+"""
+
+
+@dataclass(frozen=True)
+class Protection:
+    name: str
+    holds: bool
+    detail: str = ""
+    """What was seen, if it does not hold, and the way out where there is one."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the self-test found."""
+
+    protections: tuple[Protection, ...]
+
+    @property
+    def missing(self) -> tuple[Protection, ...]:
+        return tuple(one for one in self.protections if not one.holds)
+
+    def require(self) -> None:
+        """Raise SandboxUnavailable if a protection is missing."""
+        if self.missing:
+            found = "; ".join(f"{one.name}: {one.detail}" for one in self.missing)
+            raise SandboxUnavailable(
+                f"The sandbox is weak here, so nothing is scored with it ({found}). "
+                "allow_weak=True runs programs all the same; docs/sandbox.md says what that risks."
+            )
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'holds  ' if one.holds else 'MISSING'}  {one.name}"
+            + (f": {one.detail}" if one.detail else "")
+            for one in self.protections
+        ]
+        return "\n".join(lines)
+
+
+def examine(run: Callable[..., Result], missing: Sequence[str]) -> Report:
+    """Test each protection through ``run``, that of a Pool; ``missing`` is what its slots lack."""
+    seen = run(_PROBE, limits=Limits(wall_s=30))
+    if seen.status is not Status.OK:
+        said = f"{seen.detail} {seen.stderr.decode(errors='replace')}"
+        return Report((Protection("a sandbox", False, said.strip()),))
+    found = [Protection(name, not wrong, wrong) for name, wrong in json.loads(seen.stdout).items()]
+    return Report((*found, _processes(run), _memory(run, missing), _wall_clock(run), _output(run)))
+
+
+def _processes(run: Callable[..., Result]) -> Protection:
+    seen = run(_FORKS, limits=Limits(wall_s=10, processes=8))
+    holds = seen.stdout.isdigit() and int(seen.stdout) < 8
+    return Protection("limit of processes", holds, "" if holds else f"{seen.stdout!r} of 8 started")
+
+
+def _memory(run: Callable[..., Result], missing: Sequence[str]) -> Protection:
+    name = "memory of all processes together"
+    if missing:
+        wayout = (
+            "run as root, or in a delegated cgroup v2: systemd-run --user --scope -p Delegate=yes"
+        )
+        return Protection(name, False, f"{'; '.join(missing)}. {wayout}")
+    seen = run(_MEMORY, limits=Limits(wall_s=10, memory_bytes=64 * MB))
+    holds = seen.status is Status.MEMORY
+    return Protection(name, holds, "" if holds else f"96 MB fitted into 64 MB: {seen.status}")
+
+
+def _wall_clock(run: Callable[..., Result]) -> Protection:
+    seen = run(_SLEEP, limits=Limits(wall_s=0.2))
+    holds = seen.status is Status.TIME and seen.wall_s < 10
+    return Protection("wall clock", holds, "" if holds else f"{seen.status} in {seen.wall_s:g} s")
+
+
+def _output(run: Callable[..., Result]) -> Protection:
+    seen = run("while True: print('x' * 1000)", limits=Limits(output_bytes=1000))
+    holds = seen.status is Status.OUTPUT and len(seen.stdout) == 1000
+    return Protection("output", holds, "" if holds else f"{seen.status}, {len(seen.stdout)} bytes")
