@@ -13,6 +13,7 @@ all but ``/health``; without one the service binds to loopback only.
 import asyncio
 import hmac
 import ipaddress
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -132,8 +133,8 @@ class Guard:
             return
         headers = Headers(scope=scope)
         given = headers.get("authorization", "").encode()
-        guarded = self._expected is not None and scope["path"] != "/health"
-        if guarded and not hmac.compare_digest(given, self._expected):
+        expected = given if self._expected is None or scope["path"] == "/health" else self._expected
+        if not hmac.compare_digest(given, expected):
             refusal = JSONResponse({"detail": "A bearer token is needed, or another one"}, 401)
             refusal.headers["WWW-Authenticate"] = "Bearer"
             await refusal(scope, receive, send)
@@ -268,6 +269,7 @@ def serve(
         SandboxUnavailable: programs cannot be run safely here.
     """
     check_binding(host, token)
+    slots = slots or len(os.sched_getaffinity(0))
     with Pool(slots, allow_weak=allow_weak) as pool:
-        app = create_app(pool.run, slots=pool.slots, queue=queue, token=token)
+        app = create_app(pool.run, slots=slots, queue=queue, token=token)
         uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=30)

@@ -10,7 +10,7 @@ from plain_run import plain_run, result
 
 from kimi_core.reward.code import ROUNDS, CodeReward, Verdict, same_output
 from kimi_core.reward.function import InfrastructureError
-from kimi_core.sandbox import Limits, SandboxUnavailable, Status
+from kimi_core.sandbox import Limits, Pool, SandboxUnavailable, Status
 from kimi_core.types import Prompt
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
@@ -29,8 +29,31 @@ def check(source: str, entry_point: str = "f", setup: str = "") -> Prompt:
     return prompt(tests=[{"check": source, "entry_point": entry_point, "setup": setup}])
 
 
-def judge(problem: Prompt, response: str, limits: Limits | None = None) -> Verdict:
-    return CodeReward(plain_run, limits).judge(problem, response)
+@pytest.fixture(scope="module", params=["plain", "sandbox"])
+def run(request):
+    """The rules hold wherever programs run; without a sandbox they are tested all the same."""
+    if request.param == "plain":
+        yield plain_run
+        return
+    try:
+        pool = Pool(2)
+    except SandboxUnavailable as error:
+        pytest.skip(f"no sandbox on this machine: {error}")
+    with pool:
+        yield pool.run
+
+
+@pytest.fixture
+def judge(run):
+    def judge(problem: Prompt, response: str, limits: Limits | None = None) -> Verdict:
+        return CodeReward(run, limits).judge(problem, response)
+
+    return judge
+
+
+def limits_for(status: Status) -> Limits:
+    """Short only where time is to run out."""
+    return Limits(wall_s=2.0) if status is Status.TIME else Limits()
 
 
 class TestStandardInput:
@@ -51,8 +74,8 @@ class TestStandardInput:
             ("", Status.WRONG, 0),
         ],
     )
-    def test_wrong_at_the_first_test_that_fails(self, program, status, test):
-        verdict = judge(prompt(**SUM), program, Limits(wall_s=1.0))
+    def test_wrong_at_the_first_test_that_fails(self, judge, program, status, test):
+        verdict = judge(prompt(**SUM), program, limits_for(status))
         assert (verdict.status, verdict.test, verdict.passed) == (status, test, False)
 
     def test_it_stops_at_the_first_failure(self):
@@ -76,7 +99,7 @@ class TestStandardInput:
         CodeReward(watched)(prompt(tests=tests), ADDER)
         assert seen and "SECRET" not in repr(seen)
 
-    def test_expected_output_above_the_limit_can_be_met(self):
+    def test_expected_output_above_the_limit_can_be_met(self, judge):
         tests = [{"stdin": "", "stdout": "x" * 200_000}]
         assert judge(prompt(tests=tests), "print('x' * 200_000)").passed
 
@@ -125,7 +148,7 @@ class TestChecks:
              "def f(x): return 3 * x\nif __name__ == '__main__': raise SystemExit(1)"),
         ],
     )  # fmt: skip
-    def test_right(self, source, program):
+    def test_right(self, judge, source, program):
         verdict = judge(check(source), program)
         assert verdict.passed, verdict
 
@@ -145,8 +168,8 @@ class TestChecks:
             ("def f(x):\n    while True: pass", Status.TIME),
         ],
     )
-    def test_wrong(self, program, status):
-        assert judge(check("assert f(2) == 6"), program, Limits(wall_s=1.0)).status is status
+    def test_wrong(self, judge, program, status):
+        assert judge(check("assert f(2) == 6"), program, limits_for(status)).status is status
 
     @pytest.mark.parametrize(
         "forgery",
@@ -183,10 +206,10 @@ class TestChecks:
             "json.dumps = lambda _: '{\"raised\": \"SystemExit\", \"message\": \"0\"}'",
         ],
     )  # fmt: skip
-    def test_a_pass_cannot_be_forged(self, forgery):
+    def test_a_pass_cannot_be_forged(self, judge, forgery):
         assert not judge(check("assert f(2) == 424242"), forgery).passed
 
-    def test_a_program_may_claim_values_but_has_to_know_them(self):
+    def test_a_program_may_claim_values_but_has_to_know_them(self, judge):
         """Not a hole: the values are all that is asked of it, however it comes by them."""
         claims = "import os\nfor fd in range(9):\n    try: os.write(fd, b'{\"value\": 6}\\n')\n"
         claims += "    except OSError: pass\nos._exit(0)"
@@ -217,7 +240,7 @@ class TestChecks:
             assert reward(check("assert f(2) == 6"), "def f(x): return 3 * x")
         assert modes == {"candidate": 3, "judge": 4}
 
-    def test_helpers_of_the_setup_are_not_the_responses(self):
+    def test_helpers_of_the_setup_are_not_the_responses(self, judge):
         source = "assert helper(f(2)) == 6"
         setup = "def helper(x): return x\ndef f(x): ..."
         assert judge(check(source, setup=setup), "def f(x): return 6\ndef helper(x): ...").passed
@@ -234,11 +257,11 @@ class TestChecks:
             ("assert f(lambda x: x) == 6", "", "argument of the function under test"),
         ],
     )
-    def test_a_broken_check_is_an_error_not_a_verdict(self, source, setup, complaint):
+    def test_a_broken_check_is_an_error_not_a_verdict(self, judge, source, setup, complaint):
         with pytest.raises(ValueError, match=rf"Prompt 4: .*broken: .*({complaint})"):
             judge(check(source, setup=setup), "def f(x): return 6")
 
-    def test_a_check_that_follows_the_answers_for_ever(self):
+    def test_a_check_that_follows_the_answers_for_ever(self, judge):
         source = "x = 0\nwhile True:\n    x = f(x) + 0"
         with pytest.raises(InfrastructureError, match=f"after {ROUNDS} rounds"):
             judge(check(source), "def f(x): return x + 1")
@@ -248,22 +271,22 @@ class TestChecks:
 class TestCpp:
     ADDER = "#include <iostream>\nint main() { long a, b; std::cin >> a >> b; std::cout << a + b; }"
 
-    def test_right_and_wrong(self):
+    def test_right_and_wrong(self, judge):
         problem = prompt(**SUM, language="c++")
         assert judge(problem, f"```cpp\n{self.ADDER}\n```").passed
         wrong = judge(problem, self.ADDER.replace("+ b", "+ 2"))
         assert (wrong.status, wrong.test) == (Status.WRONG, 1)
 
-    def test_what_does_not_compile(self):
+    def test_what_does_not_compile(self, judge):
         verdict = judge(prompt(**SUM, language="c++"), "int main() { return x; }")
         assert verdict.status is Status.RUNTIME
         assert "does not compile" in verdict.detail
 
-    def test_a_crash(self):
+    def test_a_crash(self, judge):
         crash = "#include <cstdlib>\nint main() { std::abort(); }"
         assert judge(prompt(**SUM, language="c++"), crash).status is Status.RUNTIME
 
-    def test_python_is_not_taken_for_it(self):
+    def test_python_is_not_taken_for_it(self, judge):
         assert not judge(prompt(**SUM, language="c++"), ADDER).passed
 
 
