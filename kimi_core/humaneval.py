@@ -68,11 +68,6 @@ def evaluate(
         "unscored": found[Status.INFRA],
         "pass_at_1": found[Status.OK] / scored if scored else None,
         "verdicts": {str(status): count for status, count in sorted(found.items())},
-        "passed_problems": [
-            prompt.tags["problem"]
-            for prompt, status in zip(prompts, statuses, strict=True)
-            if status is Status.OK and solutions is None
-        ],
         "sampling_s": sampled - started,
         "scoring_s": time.perf_counter() - sampled,
     }

@@ -36,7 +36,7 @@ def evaluate_held_out(config: Config, limit: int | None) -> None:
 
 
 if __name__ == "__main__":
-    given = arguments.parse_args()
+    given = arguments.parse_intermixed_args()  # Options may stand between settings.
 
     def run(config: Config) -> None:
         if given.task == "held-out":

@@ -4,8 +4,9 @@ Every test runs in a sandbox of its own, and the verdict is reached outside of i
 
 * A test with standard input gives the program its input; the output is compared here. What is
   expected never enters the sandbox.
-* A check (asserts about a function) is split over two sandboxes, see ``check_driver``: the program
-  answers calls in one, the asserts judge the answers in the other.
+* A check (asserts about a function) is split: the program answers calls in one sandbox, and the
+  answers, plain data, are judged elsewhere. Here, if the asserts compare them with literals
+  (``literals``); else by the asserts in a second sandbox, without the program (``check_driver``).
 
 A run that the sandbox itself spoiled is repeated once and then raised as ``InfrastructureError``:
 nothing is known of the response. ``docs/code_rewards.md`` says what can and cannot be forged.
@@ -21,6 +22,7 @@ from typing import Any
 from kimi_core.config import SandboxConfig
 from kimi_core.reward import check_driver
 from kimi_core.reward.function import InfrastructureError
+from kimi_core.reward.literals import gives, literal_cases
 from kimi_core.reward.program import CheckTest, IoTest, Problem, extract_program, problem_of
 from kimi_core.reward.runner import (
     Executable,
@@ -122,18 +124,21 @@ class CodeReward:
         return Verdict(Status.WRONG, detail=f"printed {done.stdout[:80]!r}")
 
     def _carry_out(self, program: str, test: CheckTest) -> Verdict:
-        """Make the check's calls, let it judge the answers; again where it then makes others."""
+        """Make the check's calls, then judge the answers: here if the check only compares them with
+        literals, else by running it; again where it then makes other calls."""
+        if cases := literal_cases(test):
+            answers = self._answers(program, test, [call for call, _ in cases])
+            if isinstance(answers, Verdict):
+                return answers
+            for answer, (_, expected) in zip(answers, cases, strict=True):
+                if not gives(answer, expected):
+                    return Verdict(Status.WRONG, detail=f"{expected!r:.80} expected")
+            return Verdict(Status.OK)
         calls = self._calls_of(test)
         for _ in range(ROUNDS):
-            given = {"program": program, "entry_point": test.entry_point, "calls": calls}
-            limits = replace(self._limits, output_bytes=ANSWER_BYTES)
-            done = self._runner.run(DRIVER, stdin=_message("candidate", given), limits=limits)
-            if done.status is not Status.OK:
-                return Verdict(done.status, detail=last_words(done))
-            answers = done.stdout.decode(errors="replace").split("\n")[:-1]
-            if len(answers) < len(calls):
-                ended = f"ended after {len(answers)} of {len(calls)} calls"
-                return Verdict(Status.RUNTIME, detail=ended)
+            answers = self._answers(program, test, calls)
+            if isinstance(answers, Verdict):
+                return answers
             report = self._ask(test, calls, answers)
             if report["verdict"] == "pass":
                 return Verdict(Status.OK)
@@ -144,6 +149,19 @@ class CodeReward:
             f"The check of {test.entry_point} makes other calls with each answer; after {ROUNDS} "
             "rounds there is no verdict"
         )
+
+    def _answers(self, program: str, test: CheckTest, calls: list[Any]) -> list[str] | Verdict:
+        """A line of JSON for each call, or the verdict on a program that did not get that far."""
+        given = {"program": program, "entry_point": test.entry_point, "calls": calls}
+        limits = replace(self._limits, output_bytes=ANSWER_BYTES)
+        done = self._runner.run(DRIVER, stdin=_message("candidate", given), limits=limits)
+        if done.status is not Status.OK:
+            return Verdict(done.status, detail=last_words(done))
+        answers = done.stdout.decode(errors="replace").split("\n")[:-1]
+        if len(answers) < len(calls):
+            ended = f"ended after {len(answers)} of {len(calls)} calls"
+            return Verdict(Status.RUNTIME, detail=ended)
+        return answers[: len(calls)]
 
     def _calls_of(self, test: CheckTest) -> list[Any]:
         """The calls of a check as far as they are known without any answer; found once."""
@@ -158,7 +176,7 @@ class CodeReward:
             "check": test.check,
             "entry_point": test.entry_point,
             "calls": calls,
-            "answers": answers[: len(calls)],
+            "answers": answers,
         }
         limits = Limits(output_bytes=ANSWER_BYTES)
         done = self._runner.run(DRIVER, stdin=_message("judge", given), limits=limits)
