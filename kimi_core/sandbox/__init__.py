@@ -6,7 +6,17 @@
 docs/sandbox.md has the threat model, and what stops what.
 """
 
+from kimi_core.sandbox.cpp import compile_cpp
 from kimi_core.sandbox.pool import Pool, check, run
 from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable, Status
 
-__all__ = ["Limits", "Pool", "Result", "SandboxUnavailable", "Status", "check", "run"]
+__all__ = [
+    "Limits",
+    "Pool",
+    "Result",
+    "SandboxUnavailable",
+    "Status",
+    "check",
+    "compile_cpp",
+    "run",
+]

@@ -1,5 +1,6 @@
 """The command line of bubblewrap for one sandbox, and what it takes from the host."""
 
+import functools
 import os
 import shutil
 import stat
@@ -20,6 +21,7 @@ ENVIRONMENT = {
 }
 
 
+@functools.cache
 def find_bwrap() -> str:
     """The path of bubblewrap.
 
@@ -36,6 +38,7 @@ def find_bwrap() -> str:
     return found
 
 
+@functools.cache
 def find_python() -> str:
     """The Python that runs programs: this one's base where the sandbox's user can reach it, else
     the distribution's.
@@ -80,6 +83,18 @@ def command(*, own_network: bool, files: list[tuple[int, str]], fds: dict[str, i
         files: (descriptor, name) of what is copied into the work folder.
         fds: bwrap's ``seccomp``, ``block`` and ``json-status`` descriptors.
     """
+    args = list(_isolation(own_network))
+    for fd, name in files:
+        args += ["--perms", "0755", "--file", str(fd), f"{FOLDER}/{name}"]
+    args += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", FOLDER]
+    for name, fd in fds.items():
+        args += [f"--{name}" if name == "seccomp" else f"--{name}-fd", str(fd)]
+    return [*args, "--"]
+
+
+@functools.cache
+def _isolation(own_network: bool) -> tuple[str, ...]:
+    """What is the same for every sandbox; its root is still writable."""
     args = ["bwrap", "--unshare-user", "--disable-userns", "--unshare-pid", "--unshare-ipc"]
     args += ["--unshare-uts", "--unshare-cgroup-try", "--hostname", "box"]
     args += ["--unshare-net"] if own_network else []
@@ -90,9 +105,4 @@ def command(*, own_network: bool, files: list[tuple[int, str]], fds: dict[str, i
     args += [*_binds(find_python()), "--proc", "/proc", "--dev", "/dev"]
     for mode, folder in (("0700", FOLDER), ("1777", "/tmp"), ("1777", "/dev/shm")):
         args += ["--perms", mode, "--size", str(TMPFS_BYTES), "--tmpfs", folder]
-    for fd, name in files:
-        args += ["--perms", "0755", "--file", str(fd), f"{FOLDER}/{name}"]
-    args += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", FOLDER]
-    for name, fd in fds.items():
-        args += [f"--{name}" if name == "seccomp" else f"--{name}-fd", str(fd)]
-    return [*args, "--"]
+    return tuple(args)

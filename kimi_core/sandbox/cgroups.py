@@ -30,38 +30,40 @@ class Cgroup:
     def __init__(self, name: str) -> None:
         self.v2, parents = _parents()
         self.folders = {key: parent / f"{PREFIX}{name}" for key, parent in parents.items()}
+        self._fds: dict[str, int] = {}
         for folder in self.folders.values():
             folder.mkdir(exist_ok=True)
-        self.kill()  # What a supervisor that died may have left.
-        self._peak = -1
-        if self.v2:
-            with contextlib.suppress(OSError):  # Before Linux 6.12 it cannot be reset.
-                self._peak = os.open(self.folders["memory"] / "memory.peak", os.O_RDWR)
+        self.kill()  # What a slot that died may have left.
+        join = {folder / "cgroup.procs" for folder in self.folders.values()}
+        self._join = [os.open(path, os.O_WRONLY) for path in join]
+        self._limits: Limits | None = None
         self._cpu_before, self._oom_before = 0.0, 0
 
     def begin(self, limits: Limits) -> None:
         """Set the limits of the next run, and count its CPU time and memory from here on."""
-        memory = self.folders["memory"]
-        if self.v2:
-            _write(memory / "memory.max", limits.memory_bytes)
-            _try_write(memory / "memory.swap.max", 0)
-            _try_write(memory / "memory.oom.group", 1)
-        else:
-            # Neither may be above the other at any time.
-            _try_write(memory / "memory.memsw.limit_in_bytes", -1)
-            _write(memory / "memory.limit_in_bytes", limits.memory_bytes)
-            _try_write(memory / "memory.memsw.limit_in_bytes", limits.memory_bytes)
-        _write(self.folders["pids"] / "pids.max", limits.processes + OVERHEAD)
+        if limits != self._limits:
+            self._set(limits)
+            self._limits = limits
         self._cpu_before, self._oom_before = self._cpu(), self._oom_kills()
-        if not self.v2:
-            _write(self.folders["memory"] / "memory.max_usage_in_bytes", 0)
-        elif self._peak >= 0:
-            os.write(self._peak, b"0")
+        # v2 before Linux 6.12 cannot reset its peak.
+        self._try_write("memory", "memory.peak" if self.v2 else "memory.max_usage_in_bytes", 0)
+
+    def _set(self, limits: Limits) -> None:
+        if self.v2:
+            self._write("memory", "memory.max", limits.memory_bytes)
+            self._try_write("memory", "memory.swap.max", 0)
+            self._try_write("memory", "memory.oom.group", 1)
+        else:
+            # Memory with swap may at no time be the lower of the two.
+            self._try_write("memory", "memory.memsw.limit_in_bytes", -1)
+            self._write("memory", "memory.limit_in_bytes", limits.memory_bytes)
+            self._try_write("memory", "memory.memsw.limit_in_bytes", limits.memory_bytes)
+        self._write("pids", "pids.max", limits.processes + OVERHEAD)
 
     def join(self) -> None:
         """Move the calling process in."""
-        for folder in self.folders.values():
-            _write(folder / "cgroup.procs", 0)
+        for fd in self._join:
+            os.write(fd, b"0")
 
     def cpu_s(self) -> float:
         return self._cpu() - self._cpu_before
@@ -72,9 +74,11 @@ class Cgroup:
 
     def peak_bytes(self) -> int | None:
         """None where the kernel does not tell it of one run."""
-        if not self.v2:
-            return int((self.folders["memory"] / "memory.max_usage_in_bytes").read_text())
-        return int(os.pread(self._peak, 32, 0)) if self._peak >= 0 else None
+        name = "memory.peak" if self.v2 else "memory.max_usage_in_bytes"
+        try:
+            return int(self._read("memory", name))
+        except PermissionError:
+            return None
 
     def kill(self) -> None:
         """Kill every process inside and wait until they are gone.
@@ -94,21 +98,37 @@ class Cgroup:
     def close(self) -> None:
         """Kill what is inside and remove the folders."""
         self.kill()
-        if self._peak >= 0:
-            os.close(self._peak)
-        for folder in self.folders.values():
-            with contextlib.suppress(FileNotFoundError):
-                folder.rmdir()
+        for fd in (*self._fds.values(), *self._join):
+            os.close(fd)
+        for folder in set(self.folders.values()):
+            folder.rmdir()
 
     def _cpu(self) -> float:
-        folder = self.folders["cpuacct"]
         if not self.v2:
-            return int((folder / "cpuacct.usage").read_text()) / 1e9
-        return _table(folder / "cpu.stat")["usage_usec"] / 1e6
+            return int(self._read("cpuacct", "cpuacct.usage")) / 1e9
+        return _table(self._read("cpuacct", "cpu.stat"))["usage_usec"] / 1e6
 
     def _oom_kills(self) -> int:
         name = "memory.events" if self.v2 else "memory.oom_control"
-        return _table(self.folders["memory"] / name).get("oom_kill", 0)
+        return _table(self._read("memory", name)).get("oom_kill", 0)
+
+    def _fd(self, controller: str, name: str) -> int:
+        """Opened once: a run reads and writes a dozen of them, and v2's peak is one descriptor's."""
+        if name not in self._fds:
+            path = self.folders[controller] / name
+            self._fds[name] = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
+        return self._fds[name]
+
+    def _read(self, controller: str, name: str) -> bytes:
+        return os.pread(self._fd(controller, name), 4096, 0)
+
+    def _write(self, controller: str, name: str, value: int) -> None:
+        os.pwrite(self._fd(controller, name), str(value).encode(), 0)
+
+    def _try_write(self, controller: str, name: str, value: int) -> None:
+        """Of a file that not every kernel has, or lets us write."""
+        with contextlib.suppress(OSError):
+            self._write(controller, name, value)
 
 
 def leftovers() -> set[str]:
@@ -143,11 +163,9 @@ def _delegated(folder: Path) -> bool:
     if not os.access(folder, os.W_OK):
         return False
     control = folder / "cgroup.subtree_control"
-    _try_write(control, "+memory +pids +cpu")
-    try:
-        return {"memory", "pids"} <= set(control.read_text().split())
-    except OSError:
-        return False
+    with contextlib.suppress(OSError):  # Set already, or a cgroup with processes of its own.
+        control.write_text("+memory +pids +cpu")
+    return {"memory", "pids"} <= set(control.read_text().split())
 
 
 def _own_paths() -> dict[str, str]:
@@ -170,9 +188,9 @@ def _mounts() -> dict[str, Path]:
     return found
 
 
-def _table(path: Path) -> dict[str, int]:
+def _table(text: bytes) -> dict[str, int]:
     """``name number`` lines."""
-    return {k: int(v) for k, v in (line.split() for line in path.read_text().splitlines())}
+    return {k.decode(): int(v) for k, v in (line.split() for line in text.splitlines())}
 
 
 def _members(folder: Path) -> list[int]:
@@ -180,18 +198,3 @@ def _members(folder: Path) -> list[int]:
         return [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
     except FileNotFoundError:
         return []
-
-
-def _write(path: Path, value: int | str) -> None:
-    # Unbuffered: cgroupfs reports errors at write.
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        os.write(fd, str(value).encode())
-    finally:
-        os.close(fd)
-
-
-def _try_write(path: Path, value: int | str) -> None:
-    """Of a file that not every kernel has, or lets us write."""
-    with contextlib.suppress(OSError):
-        _write(path, value)

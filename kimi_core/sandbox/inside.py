@@ -13,7 +13,10 @@ import sys
 def _line() -> str:
     line = b""
     while not line.endswith(b"\n"):
-        line += os.read(0, 1)
+        byte = os.read(0, 1)
+        if not byte:
+            raise SystemExit  # The slot is gone.
+        line += byte
     return line[:-1].decode()
 
 
@@ -21,6 +24,8 @@ def _exactly(size: int) -> bytes:
     parts = []
     while size:
         parts.append(os.read(0, size))
+        if not parts[-1]:
+            raise SystemExit
         size -= len(parts[-1])
     return b"".join(parts)
 

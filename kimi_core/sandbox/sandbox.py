@@ -147,8 +147,8 @@ class Sandbox:
         for pid in found:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 for task in os.listdir(f"/proc/{pid}/task"):
-                    children = Path(f"/proc/{pid}/task/{task}/children").read_text()
-                    found += [int(child) for child in children.split()]
+                    with open(f"/proc/{pid}/task/{task}/children", "rb") as children:
+                        found += map(int, children.read().split())
         return found
 
     def kill(self) -> None:
@@ -269,7 +269,7 @@ def _limiting(uid: int | None) -> Iterator[None]:
 def _in_memory(data: bytes) -> int:
     """A descriptor that reads ``data``."""
     fd = os.memfd_create("sandbox")
-    with open(fd, "wb", closefd=False) as file:
+    with open(fd, "wb", buffering=0, closefd=False) as file:
         file.write(data)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd

@@ -14,6 +14,7 @@ seccomp_data {u32 nr, arch; u64 instruction_pointer, args[6]}`` of linux/seccomp
 """
 
 import errno
+import functools
 import platform
 import socket
 import struct
@@ -119,6 +120,7 @@ def _when(nr: int, *body: bytes) -> list[bytes]:
     return [_op(_EQUAL, nr, 0, len(body) + 1), *body, _op(_LOAD, _NR)]
 
 
+@functools.cache
 def program(machine: str = platform.machine()) -> bytes:
     """The filter for ``machine``, as in ``platform.machine()``.
 

@@ -45,10 +45,14 @@ class Slot:
     def __init__(self, identity: Identity, owner: int, warm: bool) -> None:
         self._identity, self._owner, self._warm = identity, owner, warm
         self._waiting: Sandbox | None = None
+        self._last_was_python = True
 
     def prepare(self) -> None:
-        """Start the Python that waits for the next program, if the slot keeps one."""
-        if self._warm and self._waiting is None:
+        """Start the Python that waits for the next program, if the slot keeps one.
+
+        Not after a command: where one is run, such as a compiled program, more will follow.
+        """
+        if self._warm and self._last_was_python and self._waiting is None:
             with contextlib.suppress(StartError):  # The next request will say it.
                 self._waiting = start_python(self._identity)
 
@@ -73,8 +77,9 @@ class Slot:
 
     def _sandbox(self, request: Request) -> tuple[Sandbox, bytes]:
         """One that is about to begin, and what it will read."""
+        self._last_was_python = isinstance(request.program, str)
         if not isinstance(request.program, str):
-            self.discard()
+            self.discard()  # A slot has one cgroup and one user: one sandbox at a time.
             return Sandbox(self._identity, request.program, request.files), request.stdin
         if self._waiting is not None and self._waiting.dead:
             self.discard()

@@ -1,0 +1,33 @@
+"""C++ as a second language: compiled in one sandbox, run in others."""
+
+from collections.abc import Callable
+
+from kimi_core.sandbox.pool import run as run_in_default_pool
+from kimi_core.sandbox.types import MB, Limits, Result
+
+COMPILE_LIMITS = Limits(
+    wall_s=60, cpu_s=30, memory_bytes=1024 * MB, file_bytes=64 * MB, output_bytes=64 * MB
+)
+
+
+def compile_cpp(
+    source: str,
+    *,
+    run: Callable[..., Result] = run_in_default_pool,
+    limits: Limits = COMPILE_LIMITS,
+) -> Result:
+    """Compile one C++17 file with the host's g++, which is as hostile as the program itself.
+
+    The executable comes out as ``stdout``, if the status is OK, and goes into the next sandbox as a
+    file; nothing is ever read from a sandbox but its output. A source that does not compile is
+    RUNTIME, with what g++ says in ``stderr``.
+
+    >>> built = compile_cpp("int main() { return 3; }")  # doctest: +SKIP
+    >>> run(["./main"], files={"main": built.stdout}).exit_code  # doctest: +SKIP
+    3
+
+    Args:
+        run: ``run`` of a Pool.
+    """
+    command = "g++ -O2 -std=c++17 -o main main.cpp >&2 && cat main"
+    return run(["/bin/sh", "-c", command], files={"main.cpp": source.encode()}, limits=limits)
