@@ -130,19 +130,39 @@ class SandboxConfig(Section):
     """Score although a protection of the sandbox is missing on this host."""
 
 
+class MathConfig(Section):
+    extraction: list[Literal["boxed", "hashes", "answer", "last_line"]] = [
+        "boxed",
+        "hashes",
+        "answer",
+        "last_line",
+    ]
+    """Where the final answer is looked for: the last `\\boxed{}`, the line after the last `####`,
+    after the last `Answer:`, the last line. The first in this order that a response has counts."""
+    cpu_s: int = Field(10, ge=1)
+    """CPU-seconds that a comparison may take; then there is no verdict."""
+    memory_mb: int = Field(1024, ge=256)
+    """Address space of a comparison; one that takes more than half of it gets no verdict."""
+
+
 class RewardConfig(Section):
     function: str = "match"
-    """`match` (the answer as text after the last `#`, or the whole response), `code` (1 if the
-    program in the response passes the prompt's tests, docs/code_rewards.md), or
-    `file.py:function`, called as `function(prompt, response_text)` and returning a number."""
+    """`match` (the answer as text after the last `#`, or the whole response), `math` (equivalence
+    of final answers), `code` (1 if the program in the response passes the prompt's tests,
+    docs/code_rewards.md), or `file.py:function`, called as `function(prompt, response_text)` and
+    returning a number."""
+    math: MathConfig = MathConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    """Where `code` runs programs."""
     length_weight: float = Field(0.0, ge=0)
     """Weight w of the length reward (section 2.3.3), less than 2."""
     length_warmup: int = Field(0, ge=0)
     """Iterations without the length reward before it is switched on."""
     repeat_penalty: float = Field(0.0, ge=0)
     """Taken off the reward of a response that was stopped for repeating itself."""
-    sandbox: SandboxConfig = SandboxConfig()
-    """Where `code` runs programs."""
+    workers: int = Field(1, ge=1)
+    """Responses judged side by side, each in a thread. Above 1 a function of yours must be
+    thread-safe."""
 
     @model_validator(mode="after")
     def _a_right_answer_stays_worth_more(self) -> "RewardConfig":

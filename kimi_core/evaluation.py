@@ -9,7 +9,7 @@ import numpy as np
 
 from kimi_core.config import RolloutConfig
 from kimi_core.metrics import EvaluationMetrics
-from kimi_core.reward.function import RewardFunction, score
+from kimi_core.reward.function import RewardFunction, judge_all
 from kimi_core.rollout.engine import Engine, Request, Sampling
 from kimi_core.rollout.worker import sampling_for
 from kimi_core.types import Prompt
@@ -30,12 +30,17 @@ class Evaluator:
     reward: RewardFunction
     rollout: RolloutConfig
     stop_token_ids: frozenset[int]
+    workers: int = 1
+    """Threads that call ``reward``."""
 
     def evaluate(self, *, iteration: int, seed: int, limit: int | None = None) -> EvaluationMetrics:
         """One greedy and one sampled response to each of the first ``limit`` prompts.
 
+        Responses whose verdict could not be reached are counted, and left out of the means.
+
         Raises:
             RewardError: the reward function raised or returned no finite number.
+            RewardOutage: most verdicts could not be reached.
         """
         started = time.perf_counter()
         prompts = self.prompts[:limit]
@@ -44,12 +49,13 @@ class Evaluator:
         return EvaluationMetrics(
             iteration=iteration,
             policy_version=self.engine.policy_version,
-            accuracy_greedy=float(np.mean(greedy)),
-            accuracy_sampled=float(np.mean(sampled)),
+            accuracy_greedy=_mean(greedy),
+            accuracy_sampled=_mean(sampled),
             length_mean=float(np.mean(lengths)),
             n=len(prompts),
             seed=seed,
             wall_s=time.perf_counter() - started,
+            infrastructure_errors=greedy.count(None) + sampled.count(None),
         )
 
     def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
@@ -58,7 +64,8 @@ class Evaluator:
 
     def _answer(
         self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> tuple[list[float], list[int]]:
+    ) -> tuple[list[float | None], list[int]]:
+        """Correctness, None where there is no verdict, and length of a response to each prompt."""
         limit = self.rollout.max_response_tokens
         requests = []
         for index, prompt in enumerate(prompts):
@@ -66,11 +73,20 @@ class Evaluator:
             requests.append(
                 Request(index, token_ids, len(token_ids), budget=limit, remaining=limit)
             )
-        correctness = [0.0] * len(prompts)
+        texts = [""] * len(prompts)
         lengths = [0] * len(prompts)
         for segment in chain.from_iterable(self.engine.generate(requests, sampling)):
-            index = segment.trajectory_id
-            text = self.response_text(segment.token_ids)
-            correctness[index] = score(self.reward, prompts[index], text)
-            lengths[index] = len(segment)
+            texts[segment.trajectory_id] = self.response_text(segment.token_ids)
+            lengths[segment.trajectory_id] = len(segment)
+        correctness = judge_all(
+            self.reward,
+            list(zip(prompts, texts, strict=True)),
+            workers=self.workers,
+            outage_from=self.rollout.samples_per_prompt,
+        )
         return correctness, lengths
+
+
+def _mean(correctness: Sequence[float | None]) -> float:
+    judged = [one for one in correctness if one is not None]
+    return float(np.mean(judged)) if judged else float("nan")

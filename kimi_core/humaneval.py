@@ -6,9 +6,7 @@ counted apart, and are in no rate.
 """
 
 import time
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any, Literal
 
@@ -19,11 +17,10 @@ from kimi_core.config import Config
 from kimi_core.models import limit_threads, load_model
 from kimi_core.prompts import humaneval
 from kimi_core.reward.code import CodeReward
-from kimi_core.reward.function import InfrastructureError
+from kimi_core.reward.function import judge_all
 from kimi_core.rollout.engine import Request
 from kimi_core.rollout.torch_engine import TorchEngine
 from kimi_core.rollout.worker import sampling_for
-from kimi_core.sandbox import Status
 from kimi_core.types import Prompt
 
 Solutions = Literal["canonical", "empty"]
@@ -35,17 +32,18 @@ def evaluate(
     *,
     solutions: Solutions | None = None,
     limit: int | None = None,
-    threads: int = 4,
 ) -> dict[str, Any]:
     """Score the first ``limit`` problems and return the counts, as JSON.
 
     Args:
-        config: ``model`` and ``rollout`` are read, unless ``solutions`` names some.
-        reward: judges; it is called from ``threads`` threads.
+        config: ``reward.workers``, ``model`` and ``rollout`` are read; the latter two not if
+            ``solutions`` names some.
+        reward: judges, and counts its verdicts; a new one.
         solutions: what to score in place of a model's responses.
 
     Raises:
         ValueError: no package, no model, or prompts that do not fit into its context.
+        RewardOutage: most verdicts could not be reached.
     """
     prompts = humaneval.prompts()[:limit]
     started = time.perf_counter()
@@ -54,20 +52,17 @@ def evaluate(
     else:
         responses = [prompt.answer if solutions == "canonical" else "" for prompt in prompts]
     sampled = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        statuses = list(
-            pool.map(lambda given: _status(reward, *given), zip(prompts, responses, strict=True))
-        )
-    found = Counter(statuses)
-    scored = len(prompts) - found[Status.INFRA]
+    pairs = list(zip(prompts, responses, strict=True))
+    scores = judge_all(reward, pairs, workers=config.reward.workers, outage_from=2)
+    scored = [score for score in scores if score is not None]
     return {
         "task": "humaneval",
         "solutions": solutions or config.model.name,
         "n": len(prompts),
-        "passed": found[Status.OK],
-        "unscored": found[Status.INFRA],
-        "pass_at_1": found[Status.OK] / scored if scored else None,
-        "verdicts": {str(status): count for status, count in sorted(found.items())},
+        "passed": int(sum(scored)),
+        "unscored": scores.count(None),
+        "pass_at_1": sum(scored) / len(scored) if scored else None,
+        "verdicts": {str(status): count for status, count in sorted(reward.counts.items())},
         "sampling_s": sampled - started,
         "scoring_s": time.perf_counter() - sampled,
     }
@@ -95,10 +90,3 @@ def complete(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     for segment in chain.from_iterable(engine.generate(requests, sampling)):
         parts[segment.trajectory_id].extend(segment.token_ids.tolist())
     return [codec.response_text(np.array(ids, np.int32)) for ids in parts]
-
-
-def _status(reward: CodeReward, prompt: Prompt, response: str) -> Status:
-    try:
-        return reward.judge(prompt, response).status
-    except InfrastructureError:
-        return Status.INFRA

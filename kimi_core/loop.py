@@ -46,7 +46,8 @@ class Loop:
     """Responses trained so far."""
     next_group: int = 0
     consumed: list[int] = field(default_factory=list)
-    """Trajectories that the last iteration trained; still in the buffer until the next begins."""
+    """Trajectories that the last iteration trained, or found no verdict on; still in the buffer
+    until the next begins."""
     latest_groups: list[Group] = field(default_factory=list)
     """What the last iteration trained, for whoever wants to look at it."""
 
@@ -58,7 +59,8 @@ class Loop:
         buffer of it already is neither begun nor sampled again.
 
         Raises:
-            RewardError: the reward function failed; the sampled tokens stay in the buffer.
+            RewardError, RewardOutage: the reward function failed, or most of its verdicts did; the
+                sampled tokens stay in the buffer, and a resumed run judges them again.
             TrainingDiverged, LogprobMismatch: as ``Trainer.train`` raises them.
         """
         wall, cpu = time.perf_counter(), time.process_time()
@@ -68,10 +70,10 @@ class Loop:
         self._begin(self._next_prompts())
         rollout = roll_out(self.engine, self.buffer, self.config.rollout, self.sampling)
         sampled = time.perf_counter()
-        groups = self._score()
+        groups, unjudged = self._score()
         trained = self._train(groups, version)
         publish(self.engine, version.next())
-        self._count(groups)
+        self._count(groups, unjudged)
 
         self.iteration += 1
         self.latest_groups = groups
@@ -81,6 +83,7 @@ class Loop:
             rollout,
             trained,
             version,
+            infrastructure_errors=len(unjudged),
             wall_s=done - wall,
             cpu_s=time.process_time() - cpu,
             rollout_s=sampled - wall,
@@ -147,8 +150,9 @@ class Loop:
             )
         self.next_group += len(prompts)
 
-    def _score(self) -> list[Group]:
-        """Groups of the responses that are to be trained now."""
+    def _score(self) -> tuple[list[Group], list[int]]:
+        """Groups of the responses that are to be trained now, and ids of those without a verdict,
+        which are in no group."""
         finished: dict[int, list[Trajectory]] = defaultdict(list)
         for key in self.buffer.finished():
             trajectory = self.buffer.read(key)
@@ -157,10 +161,13 @@ class Loop:
         for key in self.buffer.unfinished():
             trajectory = self.buffer.read(key)
             open_lengths[trajectory.group_id].append(trajectory.response_length)
+        unjudged = self.scorer.judge(
+            [(self.prompts[t.prompt_id], t) for ended in finished.values() for t in ended]
+        )
         groups = []
         for group_id, trajectories in finished.items():
             prompt = self.prompts[trajectories[0].prompt_id]
-            group = self.scorer.score(
+            group = self.scorer.group(
                 prompt,
                 trajectories,
                 open_lengths[group_id],
@@ -169,7 +176,7 @@ class Loop:
             )
             if group is not None:
                 groups.append(group)
-        return groups
+        return groups, unjudged
 
     def _train(self, groups: Sequence[Group], version: WeightVersion) -> TrainingMetrics | None:
         """One training phase; None where nothing has ended yet, as may be in the first ones."""
@@ -184,13 +191,17 @@ class Loop:
         )
         return self.trainer.train(data, policy_version=version.number, rng=self._rng(1))
 
-    def _count(self, groups: Sequence[Group]) -> None:
-        """Count what was trained; what has not ended stays for the next iteration."""
+    def _count(self, groups: Sequence[Group], unjudged: Sequence[int]) -> None:
+        """Count what was trained; what has not ended stays for the next iteration.
+
+        A response without a verdict says nothing about its prompt and goes like a trained one.
+        """
         for group in groups:
             for correctness in group.correctness:
                 self.curriculum.record(group.prompt.id, correctness)
             self.samples_trained += len(group.trajectories)
-        self.consumed = [t.trajectory_id for group in groups for t in group.trajectories]
+        trained = [t.trajectory_id for group in groups for t in group.trajectories]
+        self.consumed = trained + list(unjudged)
 
     def _report(
         self,
@@ -198,6 +209,8 @@ class Loop:
         rollout: RolloutReport,
         trained: TrainingMetrics | None,
         version: WeightVersion,
+        *,
+        infrastructure_errors: int,
         **seconds: float,
     ) -> IterationMetrics:
         def mean(arrays: list[np.ndarray]) -> float:
@@ -228,5 +241,6 @@ class Loop:
             grad_norm=trained.grad_norm if trained else nothing,
             entropy=trained.entropy if trained else nothing,
             zero_advantage_share=mean([group.advantages == 0 for group in groups]),
+            infrastructure_errors=infrastructure_errors,
             **seconds,
         )

@@ -78,6 +78,8 @@ class IterationMetrics:
     """Mean −log-prob of the tokens sampled, nats: an estimate of the policy's entropy a token."""
     zero_advantage_share: float = math.nan
     """Share of the responses trained with an advantage of 0, which teach nothing, in [0, 1]."""
+    infrastructure_errors: int = 0
+    """Responses on which no verdict could be reached: neither trained nor counted as wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,8 @@ class EvaluationMetrics:
     """Seed of the sampled responses."""
     wall_s: float = math.nan
     """Seconds of wall-clock time."""
+    infrastructure_errors: int = 0
+    """Responses, greedy and sampled, on which no verdict could be reached; in neither accuracy."""
 
 
 KINDS: dict[str, type] = {"iteration": IterationMetrics, "evaluation": EvaluationMetrics}
@@ -201,7 +205,7 @@ class MetricsWriter:
         self._print(
             f"evaluation after {metrics.iteration}  greedy {metrics.accuracy_greedy:.3f}  "
             f"sampled {metrics.accuracy_sampled:.3f}  length {metrics.length_mean:.1f}  "
-            f"n {metrics.n}"
+            f"n {metrics.n}{_no_verdict(metrics)}"
         )
 
     def sample_text(self, iteration: int, samples: Iterable[Sample]) -> None:
@@ -271,8 +275,13 @@ def progress_line(metrics: IterationMetrics, total: int, eta_s: float) -> str:
         f"iter {metrics.iteration}/{total}  reward {metrics.reward_mean:.2f}  "
         f"accuracy {metrics.accuracy_sampled:.2f}  length {metrics.length_mean:.1f}  "
         f"{metrics.tokens_per_s:.0f} tok/s  unfinished {unfinished:.0%}  "
-        f"mismatch {metrics.logprob_gap_mean:.1e}  eta {_clock(eta_s)}"
+        f"mismatch {metrics.logprob_gap_mean:.1e}{_no_verdict(metrics)}  eta {_clock(eta_s)}"
     )
+
+
+def _no_verdict(metrics: IterationMetrics | EvaluationMetrics) -> str:
+    count = metrics.infrastructure_errors
+    return f"  no verdict {count}" if count else ""
 
 
 def summarize(
@@ -288,6 +297,7 @@ def summarize(
         "wall_s": sft_s + sum(span for span in spans_s if math.isfinite(span)),
         "tokens_sampled": sum(m.tokens_sampled for m in iterations),
         "samples_trained": sum(m.samples_trained for m in iterations),
+        "infrastructure_errors": sum(m.infrastructure_errors for m in iterations),
         "first_evaluation": _to_record(evaluations[0]) if evaluations else None,
         "last_evaluation": _to_record(evaluations[-1]) if evaluations else None,
     }

@@ -35,7 +35,7 @@ from kimi_core.models import freeze_below, limit_threads, load_model
 from kimi_core.prompts import multiply, programs
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.sources import load_examples, load_prompts, split
-from kimi_core.reward.function import load_reward
+from kimi_core.reward.function import RewardFunction, close_reward, load_reward
 from kimi_core.reward.scoring import GroupScorer
 from kimi_core.rollout.torch_engine import TorchEngine
 from kimi_core.rollout.worker import buffer_size, sampling_for
@@ -62,10 +62,16 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     codec: Codec
     train_prompts: list[Prompt]
+    reward: RewardFunction
     evaluator: Evaluator
     loop: Loop
     new_buffer: Callable[[Path], RolloutBuffer]
     """Makes an empty buffer of the size that the run needs."""
+
+    def close(self) -> None:
+        """End what the reward function holds and give the buffer's file free."""
+        close_reward(self.reward)
+        self.loop.close()
 
 
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -75,8 +81,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
     Raises:
         ValueError: anything in the config or the files it names that cannot work; before training.
-        RewardError, TrainingDiverged, LogprobMismatch, OSError: training had to stop. The last
-            state saved is intact, and ``resume`` continues from it.
+        RewardError, RewardOutage, TrainingDiverged, LogprobMismatch, OSError: training had to stop.
+            The last state saved is intact, and ``resume`` continues from it.
     """
     console = console or Console()
     parts = build(config)
@@ -86,7 +92,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         resume = False
     with (
         RunFolder.resume(path, config) if resume else RunFolder.create(path, config) as folder,
-        closing(parts.loop),
+        closing(parts),
     ):
         if resume:
             sft_s = _restore(parts, folder, console)
@@ -149,8 +155,9 @@ def build(config: Config) -> Parts:
         reward=reward,
         rollout=config.rollout,
         stop_token_ids=codec.stop_token_ids,
+        workers=config.reward.workers,
     )
-    return Parts(model, tokenizer, codec, train_prompts, evaluator, loop, new_buffer)
+    return Parts(model, tokenizer, codec, train_prompts, reward, evaluator, loop, new_buffer)
 
 
 def fine_tune(

@@ -11,6 +11,7 @@ HumanEval (whose default config is configs/humaneval.toml), the counts of verdic
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,8 +32,9 @@ def evaluate_held_out(config: Config, limit: int | None) -> None:
     from kimi_core.run import EVALUATION_SEED, build
 
     seed = config.seed + EVALUATION_SEED
-    metrics = build(config).evaluator.evaluate(iteration=0, seed=seed, limit=limit)
-    print(json.dumps(asdict(metrics)))
+    with closing(build(config)) as parts:
+        done = parts.evaluator.evaluate(iteration=0, seed=seed, limit=limit)
+    print(json.dumps(asdict(done)))
 
 
 if __name__ == "__main__":
@@ -45,8 +47,9 @@ if __name__ == "__main__":
         from kimi_core.humaneval import evaluate
         from kimi_core.reward.code import code_reward
 
-        reward = code_reward(config.reward.sandbox)
-        print(json.dumps(evaluate(config, reward, solutions=given.solutions, limit=given.limit)))
+        with closing(code_reward(config.reward.sandbox)) as reward:
+            found = evaluate(config, reward, solutions=given.solutions, limit=given.limit)
+        print(json.dumps(found))
 
     humaneval = Path("configs/humaneval.toml")
     sys.exit(main(given, run, default=humaneval if given.task == "humaneval" else DEFAULT))

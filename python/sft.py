@@ -8,6 +8,7 @@ sft.data=none), and evaluates it on the held-out prompts.
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 from kimi_core.cli import main, parser
@@ -22,8 +23,10 @@ def run(config: Config) -> None:
     from kimi_core.run_folder import RunFolder
 
     console = Console()
-    parts = build(config)
-    with RunFolder.create(Path(config.runs) / config.name, config) as folder:
+    with (
+        closing(build(config)) as parts,
+        RunFolder.create(Path(config.runs) / config.name, config) as folder,
+    ):
         with MetricsWriter(folder.path, total_iterations=0, console=console) as metrics:
             fine_tune(parts.model, parts.codec, config, parts.train_prompts, console)
             evaluate(parts, config, metrics)

@@ -33,7 +33,7 @@ def plain_run(
                 argv,
                 input=stdin,
                 cwd=folder,
-                env={},
+                env={"PATH": "/usr/bin:/bin"},
                 capture_output=True,
                 timeout=limits.wall_s,
                 check=False,

@@ -15,6 +15,7 @@ nothing is known of the response. ``docs/code_rewards.md`` says what can and can
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from kimi_core.reward.runner import (
 from kimi_core.sandbox import Limits, Result, Status
 from kimi_core.types import Prompt
 
-DRIVER = Executable(Path(check_driver.__file__).read_text())
+DRIVER = Path(check_driver.__file__).read_text()
 
 ANSWER_BYTES = 1 << 20
 """Of all answers to one check together; of the calls that one check makes."""
@@ -63,9 +64,13 @@ class CodeReward:
     Args:
         run: runs one program in a fresh sandbox.
         limits: of each run of the response's program.
+        close: ends the sandbox.
     """
 
-    def __init__(self, run: Run, limits: Limits | None = None) -> None:
+    def __init__(
+        self, run: Run, limits: Limits | None = None, close: Callable[[], None] = lambda: None
+    ) -> None:
+        self.close = close
         self._runner = Runner(run)
         self._limits = limits or Limits()
         self._first_calls: dict[CheckTest, list[Any]] = {}
@@ -116,7 +121,7 @@ class CodeReward:
         expected = test.stdout.encode()
         room = max(self._limits.output_bytes, 2 * len(expected))
         limits = replace(self._limits, output_bytes=room)
-        done = self._runner.run(program, stdin=test.stdin.encode(), limits=limits)
+        done = self._runner.execute(program, stdin=test.stdin.encode(), limits=limits)
         if done.status is not Status.OK:
             return Verdict(done.status, detail=last_words(done))
         if same_output(done.stdout, expected):
@@ -216,4 +221,5 @@ def code_reward(config: SandboxConfig) -> CodeReward:
     Raises:
         ValueError: programs cannot be run safely here, or the service does not answer.
     """
-    return CodeReward(open_sandbox(config), limits_of(config))
+    sandbox = open_sandbox(config)
+    return CodeReward(sandbox.run, limits_of(config), sandbox.close)

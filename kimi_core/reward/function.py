@@ -1,7 +1,9 @@
 """What a response is worth: the built-in `match`, or a function that the user brings along."""
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Real
 from pathlib import Path
 
@@ -9,8 +11,14 @@ from kimi_core.config import RewardConfig
 from kimi_core.plugins import load_function
 from kimi_core.types import Prompt
 
+log = logging.getLogger(__name__)
+
 RewardFunction = Callable[[Prompt, str], float]
-"""Called with the prompt and the text of the response, without the token that ended it."""
+"""Called with the prompt and the text of the response, without the token that ended it.
+
+One that holds processes or connections starts them at its first call and has a ``close()``, which
+the end of the run calls.
+"""
 
 
 class RewardError(ValueError):
@@ -29,6 +37,10 @@ class InfrastructureError(RuntimeError):
     """
 
 
+class RewardOutage(RuntimeError):
+    """Most verdicts could not be reached: whatever judges is out of order, so the run stops."""
+
+
 def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> RewardFunction:
     """The function that ``config.function`` names.
 
@@ -38,15 +50,18 @@ def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> Rewar
     """
     if config.function == "match":
         return match
+    if config.function == "math":
+        from kimi_core.reward.math import MathReward  # It imports this module.
+
+        return MathReward(config.math)
     if config.function == "code":
-        # Here, as no other run needs a sandbox.
-        from kimi_core.reward.code import code_reward
+        from kimi_core.reward.code import code_reward  # It imports this module.
 
         return code_reward(config.sandbox)
     if ".py:" in config.function:
         return load_function(config.function, base_folder)
     raise ValueError(
-        f"reward.function = {config.function!r}; allowed are match, code and file.py:function"
+        f"reward.function = {config.function!r}; allowed are match, math, code and file.py:function"
     )
 
 
@@ -82,3 +97,53 @@ def score(function: RewardFunction, prompt: Prompt, response: str) -> float:
             "finite int or float"
         )
     return float(value)
+
+
+def judge_all(
+    function: RewardFunction,
+    responses: Sequence[tuple[Prompt, str]],
+    *,
+    workers: int,
+    outage_from: int,
+) -> list[float | None]:
+    """Score responses on so many threads; None where no verdict could be reached.
+
+    The results are in the order of ``responses``. With one worker, ``function`` is called in this
+    thread.
+
+    Args:
+        outage_from: fewer failures than this are never an outage, so that a single response that
+            nobody can judge does not stop a run.
+
+    Raises:
+        RewardError: as `score` does; of several, the one of the first response.
+        RewardOutage: more than half of the verdicts, and at least ``outage_from``, failed.
+    """
+
+    def verdict(response: tuple[Prompt, str]) -> float | InfrastructureError:
+        try:
+            return score(function, *response)
+        except InfrastructureError as error:
+            log.warning("No verdict on a response to prompt %d: %s", response[0].id, error)
+            return error
+
+    if workers == 1:
+        verdicts = [verdict(response) for response in responses]
+    else:
+        with ThreadPoolExecutor(workers, thread_name_prefix="reward") as threads:
+            verdicts = list(threads.map(verdict, responses))
+    failures = [one for one in verdicts if isinstance(one, InfrastructureError)]
+    if len(failures) >= outage_from and 2 * len(failures) > len(verdicts):
+        raise RewardOutage(
+            f"{len(failures)} of {len(verdicts)} verdicts could not be reached, the last because: "
+            f"{failures[-1]}. Mend what judges and start again; a run goes on with --resume and "
+            "judges these responses anew"
+        ) from failures[-1]
+    return [None if isinstance(one, InfrastructureError) else one for one in verdicts]
+
+
+def close_reward(function: RewardFunction) -> None:
+    """End what the function holds, if it has a ``close()``."""
+    close = getattr(function, "close", None)
+    if close is not None:
+        close()

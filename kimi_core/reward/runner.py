@@ -3,25 +3,19 @@
 A sandbox is ``kimi_core.sandbox.run`` or the same method of a pool or of a service's client.
 """
 
-import atexit
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kimi_core.config import SandboxConfig
 from kimi_core.reward.function import InfrastructureError
 from kimi_core.reward.program import Language
-from kimi_core.sandbox import Limits, Pool, Result, SandboxUnavailable, Status
+from kimi_core.sandbox import Limits, Pool, Result, SandboxUnavailable, Status, compile_cpp
 from kimi_core.sandbox.wire import TOKEN_VARIABLE
 
-COMPILE = (
-    "PATH=/usr/bin:/bin; export PATH; command -v g++ >&2 || exit 127; "
-    "g++ -std=c++17 -O2 -pipe -s -o program program.cc >&2 && cat program"
-)
-COMPILE_LIMITS = Limits(
-    wall_s=60.0, cpu_s=30.0, memory_bytes=1 << 30, file_bytes=16 << 20, output_bytes=16 << 20
-)
+if TYPE_CHECKING:
+    from kimi_core.sandbox.client import SandboxClient
 
 
 class Run(Protocol):
@@ -49,16 +43,21 @@ class Runner:
     """A sandbox whose failures are retried once and then raised.
 
     Args:
-        run: the sandbox.
+        sandbox: runs the programs.
     """
 
-    def __init__(self, run: Run) -> None:
-        self._sandbox = run
+    def __init__(self, sandbox: Run) -> None:
+        self._sandbox = sandbox
 
     def run(
-        self, executable: Executable, *, stdin: bytes = b"", limits: Limits | None = None
+        self,
+        program: str | Sequence[str],
+        *,
+        stdin: bytes = b"",
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
     ) -> Result:
-        """Run it once, in a fresh sandbox; never gives ``Status.INFRA``.
+        """One run in a fresh sandbox; never gives ``Status.INFRA``.
 
         Raises:
             InfrastructureError: the sandbox failed twice, or is not there.
@@ -66,9 +65,7 @@ class Runner:
         done: Result | None = None
         for _ in range(2):
             try:
-                done = self._sandbox(
-                    executable.program, stdin=stdin, files=executable.files, limits=limits
-                )
+                done = self._sandbox(program, stdin=stdin, files=files, limits=limits)
             except SandboxUnavailable as error:
                 raise InfrastructureError(str(error)) from error
             if done.status is not Status.INFRA:
@@ -84,13 +81,14 @@ class Runner:
         """
         if language == "python":
             return Executable(source)
-        compiler = Executable(["/bin/sh", "-c", COMPILE], {"program.cc": source.encode()})
-        done = self.run(compiler, limits=COMPILE_LIMITS)
+        done = compile_cpp(source, run=self.run)
         if done.exit_code in (126, 127):
             raise InfrastructureError("No g++ in the sandbox: apt-get install g++ on its host")
-        if done.status is Status.OK:
-            return Executable(["./program"], {"program": done.stdout})
-        return done
+        return Executable(["./main"], {"main": done.stdout}) if done.status is Status.OK else done
+
+    def execute(self, executable: Executable, *, stdin: bytes, limits: Limits) -> Result:
+        """Run what ``build`` made; raises as ``run``."""
+        return self.run(executable.program, stdin=stdin, files=executable.files, limits=limits)
 
 
 def last_words(done: Result) -> str:
@@ -99,25 +97,24 @@ def last_words(done: Result) -> str:
     return (words or done.detail or f"exit code {done.exit_code}")[:200]
 
 
-def open_sandbox(config: SandboxConfig) -> Run:
-    """The sandbox that a config names, open until this process ends.
+def open_sandbox(config: SandboxConfig) -> "Pool | SandboxClient":
+    """The sandbox that a config names; whoever opens it closes it.
 
     Raises:
         ValueError: programs cannot be run safely here, or the service does not answer.
     """
     try:
-        if config.url:
-            # Here, as the pool needs no HTTP.
-            from kimi_core.sandbox.client import SandboxClient
+        if not config.url:
+            return Pool(config.slots, allow_weak=config.allow_weak)
+        from kimi_core.sandbox.client import SandboxClient  # The pool needs no HTTP.
 
-            client = SandboxClient(config.url, token=os.environ.get(TOKEN_VARIABLE) or None)
-            client.health()
-            return client.run
-        pool = Pool(config.slots, allow_weak=config.allow_weak)
+        client = SandboxClient(config.url, token=os.environ.get(TOKEN_VARIABLE) or None)
+        client.health()
+        return client
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'kimi-core[sandbox]'") from None
     except SandboxUnavailable as error:
         raise ValueError(str(error)) from error
-    atexit.register(pool.close)
-    return pool.run
 
 
 def limits_of(config: SandboxConfig) -> Limits:

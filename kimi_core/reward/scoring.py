@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kimi_core.config import Config
-from kimi_core.reward.function import RewardFunction, score
+from kimi_core.reward.function import RewardFunction, judge_all
 from kimi_core.reward.length import length_rewards
 from kimi_core.trainer.objective import baseline
 from kimi_core.types import Group, Prompt, Trajectory
@@ -19,7 +19,7 @@ from kimi_core.types import Group, Prompt, Trajectory
 
 @dataclass(frozen=True)
 class Ended:
-    """What is kept of a response that ended until its whole group has."""
+    """What is kept of a response with a verdict until its whole group has ended."""
 
     trajectory_id: int
     correctness: float
@@ -28,7 +28,10 @@ class Ended:
 
 
 class GroupScorer:
-    """Scores responses and remembers each open group's ended ones.
+    """Judges responses, and remembers each open group's until the whole group has ended.
+
+    A response whose verdict could not be reached is left out of its group: neither the baseline nor
+    the range of lengths knows of it.
 
     Args:
         config: ``reward``, ``trainer.release``, ``trainer.tau``, ``trainer.baseline`` and
@@ -45,7 +48,40 @@ class GroupScorer:
         self._response_text = response_text
         self._ended: dict[int, list[Ended]] = {}
 
-    def score(
+    def judge(self, finished: Sequence[tuple[Prompt, Trajectory]]) -> list[int]:
+        """Judge all that an iteration ended; returns the ids of those without a verdict.
+
+        Those that a previous call judged are not judged again. An error leaves everything as it
+        was.
+
+        Raises:
+            RewardError: the reward function raised or returned no finite number.
+            RewardOutage: more than half of the verdicts, and at least a group's worth, failed.
+        """
+        seen = {one.trajectory_id for ended in self._ended.values() for one in ended}
+        new = [(prompt, one) for prompt, one in finished if one.trajectory_id not in seen]
+        verdicts = judge_all(
+            self._reward,
+            [(prompt, self._response_text(one.response_ids)) for prompt, one in new],
+            workers=self._config.reward.workers,
+            outage_from=self._config.rollout.samples_per_prompt,
+        )
+        unjudged = []
+        for (_, one), correctness in zip(new, verdicts, strict=True):
+            if correctness is None:
+                unjudged.append(one.trajectory_id)
+                continue
+            self._ended.setdefault(one.group_id, []).append(
+                Ended(
+                    trajectory_id=one.trajectory_id,
+                    correctness=correctness,
+                    length=one.response_length,
+                    repeated=one.end_reason == "repeat",
+                )
+            )
+        return unjudged
+
+    def group(
         self,
         prompt: Prompt,
         finished: Sequence[Trajectory],
@@ -54,24 +90,28 @@ class GroupScorer:
         iteration: int,
         expected: float,
     ) -> Group | None:
-        """Score one group's newly finished responses; None if nothing is to be trained yet.
+        """Rewards and advantages of what one group has to train now; None if nothing is.
+
+        A response that is alone in its group, because there is no verdict on its siblings, has
+        nothing to be compared with: its advantage is 0.
 
         Args:
             prompt: the group's.
-            finished: its responses that have ended and have not been trained; those that a
-                previous call saw are not judged again.
+            finished: its responses that have ended and have not been trained, at least one; all
+                went through `judge`.
             open_lengths: response lengths so far of its siblings that are still open.
             iteration: decides whether the length reward is on.
             expected: the prompt's success rate, which stands in for each open sibling.
-
-        Raises:
-            RewardError: the reward function raised or returned no finite number.
         """
         group_id = finished[0].group_id
-        ended = self._ended.setdefault(group_id, [])
-        seen = {one.trajectory_id for one in ended}
-        ended.extend(self._judge(prompt, one) for one in finished if one.trajectory_id not in seen)
         if open_lengths and self._config.trainer.release == "group":
+            return None
+        ended = self._ended.get(group_id, [])
+        if not open_lengths:
+            self._ended.pop(group_id, None)
+        row = {one.trajectory_id: row for row, one in enumerate(ended)}
+        judged = [one for one in finished if one.trajectory_id in row]
+        if not judged:
             return None
         rewards = self._rewards(ended, open_lengths, iteration)
         level = baseline(
@@ -81,13 +121,10 @@ class GroupScorer:
             tau=self._config.trainer.tau,
             kind=self._config.trainer.baseline,
         )
-        row = {one.trajectory_id: row for row, one in enumerate(ended)}
-        rows = [row[trajectory.trajectory_id] for trajectory in finished]
-        if not open_lengths:
-            del self._ended[group_id]
+        rows = [row[one.trajectory_id] for one in judged]
         return Group(
             prompt=prompt,
-            trajectories=tuple(finished),
+            trajectories=tuple(judged),
             correctness=np.array([ended[row].correctness for row in rows]),
             rewards=rewards[rows],
             advantages=rewards[rows] - level,
@@ -101,15 +138,6 @@ class GroupScorer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
         self._ended = {int(key): [Ended(**one) for one in ended] for key, ended in state.items()}
-
-    def _judge(self, prompt: Prompt, trajectory: Trajectory) -> Ended:
-        text = self._response_text(trajectory.response_ids)
-        return Ended(
-            trajectory_id=trajectory.trajectory_id,
-            correctness=score(self._reward, prompt, text),
-            length=trajectory.response_length,
-            repeated=trajectory.end_reason == "repeat",
-        )
 
     def _rewards(
         self, ended: Sequence[Ended], open_lengths: Sequence[int], iteration: int

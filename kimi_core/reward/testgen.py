@@ -19,14 +19,16 @@ argument is the number of the case, from 1, so that it can grow.
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kimi_core.config import SandboxConfig
 from kimi_core.reward.code import normalized
@@ -105,12 +107,12 @@ def make_tests(
         def generate(case: int) -> Result:
             program = GENERATE.format(case=case, seed=seed)
             files = {**library, "generator.py": source.generator.encode()}
-            return runner.run(Executable(program, files), limits=roomy)
+            return runner.run(program, files=files, limits=roomy)
 
         def submit(built: Executable | Result, case: bytes) -> bytes | None:
             if isinstance(built, Result):
                 return None
-            done = runner.run(built, stdin=case, limits=roomy)
+            done = runner.execute(built, stdin=case, limits=roomy)
             return normalized(done.stdout) if done.status is Status.OK else None
 
         made = list(pool.map(generate, range(1, CASES + 1)))
@@ -245,26 +247,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--allow-weak", action="store_true")
     given = parser.parse_args(argv)
     config = SandboxConfig(url=given.url, allow_weak=given.allow_weak)
-    unknown = 0
     try:
         sources = list(read_sources(given.problems))
-        runner = Runner(open_sandbox(config))
-        with given.out.open("w") as out, (given.report or Path("/dev/null")).open("w") as reports:
-            for source, others in sources:
-                try:
-                    report = make_tests(source, runner, limits_of(config), seed=given.seed)
-                except InfrastructureError as error:
-                    report = Report(source.name, False, f"no verdict: {error}", 0, 0)
-                    unknown += 1
-                print(f"{source.name}: {'kept' if report.kept else 'dropped'}, {report.reason}")
-                reports.write(json.dumps({**asdict(report), "tests": len(report.tests)}) + "\n")
-                if report.kept:
-                    line = {"name": source.name, **others, "tests": report.tests}
-                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with (
+            closing(open_sandbox(config)) as sandbox,
+            given.out.open("w") as out,
+            (given.report or Path(os.devnull)).open("w") as reports,
+        ):
+            runner = Runner(sandbox.run)
+            decided = [
+                _write(source, others, runner, limits_of(config), given.seed, out, reports)
+                for source, others in sources
+            ]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 1 if unknown else 0
+    return 0 if all(decided) else 1
+
+
+def _write(
+    source: Source,
+    others: dict[str, Any],
+    runner: Runner,
+    limits: Limits,
+    seed: int,
+    out: TextIO,
+    reports: TextIO,
+) -> bool:
+    """Decide on one problem and write down what became of it; whether there is a verdict."""
+    decided = True
+    try:
+        report = make_tests(source, runner, limits, seed=seed)
+    except InfrastructureError as error:
+        report = Report(source.name, False, f"no verdict: {error}", 0, 0)
+        decided = False
+    print(f"{source.name}: {'kept' if report.kept else 'dropped'}, {report.reason}", flush=True)
+    reports.write(json.dumps({**asdict(report), "tests": len(report.tests)}) + "\n")
+    if report.kept:
+        line = {"name": source.name, **others, "tests": report.tests}
+        out.write(json.dumps(line, ensure_ascii=False) + "\n")
+    return decided
 
 
 if __name__ == "__main__":

@@ -152,6 +152,7 @@ class TestChecks:
         verdict = judge(check(source), program)
         assert verdict.passed, verdict
 
+    @pytest.mark.parametrize("source", ["assert f(2) == 6", "assert f(2) == 2 * 3"])
     @pytest.mark.parametrize(
         ("program", "status"),
         [
@@ -168,9 +169,10 @@ class TestChecks:
             ("def f(x):\n    while True: pass", Status.TIME),
         ],
     )
-    def test_wrong(self, judge, program, status):
-        assert judge(check("assert f(2) == 6"), program, limits_for(status)).status is status
+    def test_wrong(self, judge, source, program, status):
+        assert judge(check(source), program, limits_for(status)).status is status
 
+    @pytest.mark.parametrize("source", ["assert f(2) == 424242", "assert f(2) == 424241 + 1"])
     @pytest.mark.parametrize(
         "forgery",
         [
@@ -206,8 +208,8 @@ class TestChecks:
             "json.dumps = lambda _: '{\"raised\": \"SystemExit\", \"message\": \"0\"}'",
         ],
     )  # fmt: skip
-    def test_a_pass_cannot_be_forged(self, judge, forgery):
-        assert not judge(check("assert f(2) == 424242"), forgery).passed
+    def test_a_pass_cannot_be_forged(self, judge, source, forgery):
+        assert not judge(check(source), forgery).passed
 
     def test_a_program_may_claim_values_but_has_to_know_them(self, judge):
         """Not a hole: the values are all that is asked of it, however it comes by them."""
@@ -222,11 +224,23 @@ class TestChecks:
             seen.append(json.loads(stdin))
             return plain_run(program, stdin=stdin, files=files, limits=limits)
 
-        assert CodeReward(watched)(check("assert f(2) == 6"), "def f(x): return x + 4")
+        assert CodeReward(watched)(check("assert f(2) == 2 * 3"), "def f(x): return x + 4")
         candidates = [one for one in seen if one["mode"] == "candidate"]
         judges = [one for one in seen if one["mode"] == "judge"]
         assert len(candidates) == 1 and len(judges) == 2
         assert "assert" not in json.dumps(candidates) and "return x + 4" not in json.dumps(judges)
+
+    def test_literals_are_compared_here(self):
+        runs = []
+
+        def watched(program, *, stdin, files, limits):
+            runs.append(stdin)
+            return plain_run(program, stdin=stdin, files=files, limits=limits)
+
+        reward = CodeReward(watched)
+        assert reward(check("assert f(2) == 424242"), "def f(x): return 424242")
+        assert not reward(check("assert f(2) == 424242"), "def f(x): return 5")
+        assert len(runs) == 2 and b"424242" not in runs[1]
 
     def test_calls_are_found_once_for_a_problem(self):
         modes = Counter()
@@ -237,7 +251,7 @@ class TestChecks:
 
         reward = CodeReward(watched)
         for _ in range(3):
-            assert reward(check("assert f(2) == 6"), "def f(x): return 3 * x")
+            assert reward(check("assert f(2) == 2 * 3"), "def f(x): return 3 * x")
         assert modes == {"candidate": 3, "judge": 4}
 
     def test_helpers_of_the_setup_are_not_the_responses(self, judge):
@@ -253,7 +267,7 @@ class TestChecks:
             ("assert g(2) == 6", "", "NameError"),
             ("assert True", "", "never calls"),
             ("assert f(2) ==", "", "SyntaxError|invalid syntax"),
-            ("assert f(2) == 6", "import nothing_of_the_kind", "No module named"),
+            ("assert f(2) == 2 * 3", "import nothing_of_the_kind", "No module named"),
             ("assert f(lambda x: x) == 6", "", "argument of the function under test"),
         ],
     )
@@ -322,7 +336,7 @@ class TestInfrastructure:
             return plain_run(program, stdin=stdin)
 
         with pytest.raises(InfrastructureError, match="ended with TIME"):
-            CodeReward(slow)(check("assert f(2) == 6"), "def f(x): return 6")
+            CodeReward(slow)(check("assert f(2) == 2 * 3"), "def f(x): return 6")
 
 
 def test_threads_share_a_reward():

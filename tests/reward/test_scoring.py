@@ -44,6 +44,12 @@ def scorer(*overrides: str, reward=judge) -> GroupScorer:
     return GroupScorer(load_config(None, list(overrides)), reward, text_of)
 
 
+def score(made, prompt, finished, open_lengths, *, iteration, expected):
+    """What the loop does with one group: judge what ended, then make the group."""
+    made.judge([(prompt, one) for one in finished])
+    return made.group(prompt, finished, open_lengths, iteration=iteration, expected=expected)
+
+
 responses = st.lists(st.tuples(st.integers(1, 30), st.booleans()), min_size=2, max_size=8)
 
 
@@ -53,9 +59,8 @@ def group_of(drawn) -> list[Trajectory]:
 
 @given(responses, st.sampled_from(["response", "group"]), st.floats(0, 1))
 def test_a_complete_group_has_rewards_minus_their_mean(drawn, release, expected):
-    group = scorer(f"trainer.release={release}").score(
-        PROMPT, group_of(drawn), [], iteration=0, expected=expected
-    )
+    made = scorer(f"trainer.release={release}")
+    group = score(made, PROMPT, group_of(drawn), [], iteration=0, expected=expected)
     right = np.array([right for _, right in drawn], float)
     assert group.prompt == PROMPT
     assert group.correctness.tolist() == group.rewards.tolist() == right.tolist()
@@ -64,7 +69,8 @@ def test_a_complete_group_has_rewards_minus_their_mean(drawn, release, expected)
 
 
 def test_an_open_sibling_counts_with_the_expected_rate():
-    group = scorer().score(
+    group = score(
+        scorer(),
         PROMPT,
         [trajectory(0, 5, True), trajectory(1, 5, False)],
         [3, 4],
@@ -93,7 +99,9 @@ def test_each_response_is_trained_once_and_judged_once(drawn, data):
         while waiting:
             count = data.draw(st.integers(1, len(waiting)))
             ended, waiting = ended + waiting[:count], waiting[count:]
-            group = made.score(PROMPT, ended, [1] * len(waiting), iteration=iteration, expected=0.5)
+            group = score(
+                made, PROMPT, ended, [1] * len(waiting), iteration=iteration, expected=0.5
+            )
             if release == "group":
                 assert (group is None) == bool(waiting)
             if group is not None:
@@ -111,10 +119,10 @@ def test_the_baseline_takes_in_siblings_that_were_trained_before(drawn, early, e
     made, everyone = scorer(), group_of(drawn)
     right = np.array([right for _, right in drawn], float)
     late = len(drawn) - early
-    first = made.score(PROMPT, everyone[:early], [1] * late, iteration=0, expected=expected)
+    first = score(made, PROMPT, everyone[:early], [1] * late, iteration=0, expected=expected)
     level = (right[:early].sum() + late * expected) / len(drawn)
     np.testing.assert_allclose(first.advantages, right[:early] - level, atol=1e-12)
-    second = made.score(PROMPT, everyone[early:], [], iteration=1, expected=expected)
+    second = score(made, PROMPT, everyone[early:], [], iteration=1, expected=expected)
     np.testing.assert_allclose(second.advantages, right[early:] - right.mean(), atol=1e-12)
     assert second.reward_std == pytest.approx(right.std())
 
@@ -122,8 +130,8 @@ def test_the_baseline_takes_in_siblings_that_were_trained_before(drawn, early, e
 def test_the_length_reward_waits_for_its_warmup():
     made = scorer("reward.length_weight=0.4", "reward.length_warmup=3")
     finished = [trajectory(0, 10, True), trajectory(1, 30, True), trajectory(2, 30, False)]
-    before = made.score(PROMPT, finished, [], iteration=2, expected=0.5)
-    after = made.score(PROMPT, finished, [], iteration=3, expected=0.5)
+    before = score(made, PROMPT, finished, [], iteration=2, expected=0.5)
+    after = score(made, PROMPT, finished, [], iteration=3, expected=0.5)
     np.testing.assert_allclose(before.rewards, [1, 1, 0])
     np.testing.assert_allclose(after.rewards, [1 + 0.2, 1 - 0.2, 0 - 0.2])
     np.testing.assert_allclose(after.advantages, after.rewards - after.rewards.mean())
@@ -134,14 +142,14 @@ def test_an_open_sibling_is_in_the_range_of_lengths():
     """It has 30 tokens already, so the two of 10 and 20 are short ones."""
     made = scorer("reward.length_weight=1.0")
     finished = [trajectory(0, 10, True), trajectory(1, 20, True)]
-    group = made.score(PROMPT, finished, [30], iteration=0, expected=0.5)
+    group = score(made, PROMPT, finished, [30], iteration=0, expected=0.5)
     np.testing.assert_allclose(group.rewards, [1.5, 1.0])
 
 
 def test_a_response_that_went_round_in_a_loop_pays_for_it():
     made = scorer("reward.repeat_penalty=0.3")
     finished = [trajectory(0, 5, True, "repeat"), trajectory(1, 5, False, "length")]
-    group = made.score(PROMPT, finished, [], iteration=0, expected=0.5)
+    group = score(made, PROMPT, finished, [], iteration=0, expected=0.5)
     np.testing.assert_allclose(group.rewards, [0.7, 0.0])
     assert group.correctness.tolist() == [1.0, 0.0]
 
@@ -152,19 +160,21 @@ def test_its_state_carries_open_groups_over_a_restart(release):
     made, resumed = scorer(*overrides), scorer(*overrides)
     first = [trajectory(0, 10, True, "repeat"), trajectory(1, 20, False)]
     rest = [trajectory(2, 30, True)]
-    made.score(PROMPT, first, [8], iteration=0, expected=0.5)
+    score(made, PROMPT, first, [8], iteration=0, expected=0.5)
     resumed.load_state(json.loads(json.dumps(made.state())))
     assert resumed.state() == made.state() != {}
     finished = rest if release == "response" else first + rest
-    groups = [one.score(PROMPT, finished, [], iteration=1, expected=0.5) for one in (made, resumed)]
+    groups = [
+        score(one, PROMPT, finished, [], iteration=1, expected=0.5) for one in (made, resumed)
+    ]
     np.testing.assert_array_equal(groups[0].advantages, groups[1].advantages)
     np.testing.assert_array_equal(groups[0].rewards, groups[1].rewards)
 
 
 def test_groups_do_not_mix():
     made = scorer()
-    made.score(PROMPT, [trajectory(0, 5, True, group=1)], [3], iteration=0, expected=0.5)
-    other = made.score(PROMPT, [trajectory(1, 5, False, group=2)], [], iteration=0, expected=0.5)
+    score(made, PROMPT, [trajectory(0, 5, True, group=1)], [3], iteration=0, expected=0.5)
+    other = score(made, PROMPT, [trajectory(1, 5, False, group=2)], [], iteration=0, expected=0.5)
     assert other.advantages.tolist() == [0.0]
     assert list(made.state()) == ["1"]
 
@@ -180,8 +190,8 @@ def test_a_failing_reward_is_no_verdict_and_may_be_tried_again():
     made = scorer(reward=reward)
     finished = [trajectory(0, 5, True), trajectory(1, 5, False)]
     with pytest.raises(RewardError, match="the judge is away"):
-        made.score(PROMPT, finished, [], iteration=0, expected=0.5)
+        score(made, PROMPT, finished, [], iteration=0, expected=0.5)
     broken[0] = False
-    group = made.score(PROMPT, finished, [], iteration=0, expected=0.5)
+    group = score(made, PROMPT, finished, [], iteration=0, expected=0.5)
     assert group.rewards.tolist() == [1.0, 0.0]
     assert group.advantages.tolist() == [0.5, -0.5]

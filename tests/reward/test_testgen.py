@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -206,7 +207,8 @@ def test_from_the_shell(tmp_path, monkeypatch, capsys):
     """What comes out is a source of prompts that the code reward takes."""
     pytest.importorskip("cyaron", reason="needs pip install 'kimi-core[testgen]'")
     few(monkeypatch, 2)
-    monkeypatch.setattr(testgen, "open_sandbox", lambda config: plain_run)
+    sandbox = SimpleNamespace(run=plain_run, close=lambda: None)
+    monkeypatch.setattr(testgen, "open_sandbox", lambda config: sandbox)
     lines = [
         {"name": "sum", "generator": GENERATOR, "submissions": [GOOD] * 10,
          "prompt": "Add them up.", "answer": GOOD},
