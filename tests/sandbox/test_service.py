@@ -1,6 +1,7 @@
 """The HTTP service and its client, with a real server on a port that the system chooses."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from kimi_core.reward.function import InfrastructureError
 from kimi_core.sandbox import Limits, SandboxUnavailable, Status
 from kimi_core.sandbox.client import SandboxClient
 from kimi_core.sandbox.service import BODY_S, check_binding, clamp, create_app
-from kimi_core.sandbox.wire import RunRequest, result_from_json, result_to_json
+from kimi_core.sandbox.wire import TOKEN_VARIABLE, RunRequest, result_from_json, result_to_json
 from kimi_core.types import Prompt
 
 PROMPT = Prompt(0, "?", "!", tags={"tests": '[{"stdin": "2", "stdout": "4"}]'})
@@ -341,6 +342,35 @@ def announce():
 threading.Thread(target=announce, daemon=True).start()
 server.run([listener])
 """
+
+
+@pytest.mark.slow
+def test_from_the_shell():
+    """The real thing: a pool behind the service, a token, and the reward in front of it."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "kimi_core.sandbox", "serve", "--port", "0", "--slots", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), TOKEN_VARIABLE: "s3cret"},
+    )
+    try:
+        assert server.stderr is not None
+        said = []
+        while not (found := re.search(r"running on (http://\S+)", "".join(said[-1:]))):
+            said.append(server.stderr.readline())
+            if not said[-1]:
+                pytest.skip(f"no sandbox on this machine: {''.join(said)}")
+        url = found[1]
+        with SandboxClient(url, token="s3cret") as client:
+            reward = CodeReward(client.run)
+            assert (reward(PROMPT, DOUBLER), reward(PROMPT, "print(5)")) == (1.0, 0.0)
+            done = client.run("import os; print(os.environ, os.listdir('/home'))")
+            assert b"s3cret" not in done.stdout + done.stderr
+        server.send_signal(signal.SIGTERM)
+        server.wait(40)
+    finally:
+        server.kill()
+        server.wait(20)
 
 
 def test_the_code_reward_takes_a_client():
