@@ -12,6 +12,7 @@ A prompt carries its problem in its tags, so a line of a JSONL file is enough::
 
 import json
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 from kimi_core.types import Prompt
@@ -108,9 +109,11 @@ def extract_program(problem: Problem, response: str) -> str:
     """The program that a response stands for.
 
     Its last fenced block in the language; failing that, the last block without a language; failing
-    that, the whole response. A block that is never closed goes to the end. Where the problem has a
-    ``prefix`` it comes first, and a response without a block is cut where it goes on to something
-    else than the function it continues (``ENDS_A_COMPLETION``).
+    that, the whole response. A block that is never closed goes to the end.
+
+    Where the problem has a ``prefix``, that comes first. A response that goes on with it, as it
+    has no block or begins with an indented line, is cut where it turns to something else
+    (``ENDS_A_COMPLETION``).
 
     >>> extract_program(Problem(()), "Let me see.\\n```python\\nprint(1)\\n```\\nDone.")
     'print(1)\\n'
@@ -120,17 +123,14 @@ def extract_program(problem: Problem, response: str) -> str:
     blocks = _fenced_blocks(response)
     named = [text for language, text in blocks if language in FENCES[problem.language]]
     plain = [text for language, text in blocks if not language]
-    if found := (named or plain):
-        return f"{problem.prefix}\n{found[-1]}" if problem.prefix else found[-1]
+    found = named or plain
     if not problem.prefix:
-        return response
+        return found[-1] if found else response
+    if found and not response.lstrip("\r\n").startswith((" ", "\t")):
+        return f"{problem.prefix}\n{found[-1]}"
     first, *rest = response.splitlines(keepends=True) or [""]
-    kept = [first]
-    for line in rest:
-        if line.startswith(ENDS_A_COMPLETION):
-            break
-        kept.append(line)
-    return problem.prefix + "".join(kept)
+    others = takewhile(lambda line: not line.startswith(ENDS_A_COMPLETION), rest)
+    return problem.prefix + first + "".join(others)
 
 
 def _fenced_blocks(text: str) -> list[tuple[str, str]]:

@@ -43,6 +43,7 @@ class TestExtraction:
             ("    return 3 * x\nprint(f(2))", "    return 3 * x\n"),
             ("    if x:\n        return 3\n    # so\n    return 0\n# Test\n",
              "    if x:\n        return 3\n    # so\n    return 0\n"),
+            ("    return 3 * x\n```\n\nIt triples:\n```python\nf(2)\n```", "    return 3 * x\n"),
             ("    y = [\n1]\n    return y\nif __name__", "    y = [\n1]\n    return y\n"),
             ("", ""),
         ],
