@@ -27,7 +27,10 @@ def plain_run(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
             path.chmod(0o755)
-        argv = [sys.executable, "-I", "-c", program] if isinstance(program, str) else program
+        argv = program
+        if isinstance(program, str):
+            Path(folder, "main.py").write_text(program)
+            argv = [sys.executable, "-I", "main.py"]
         try:
             done = subprocess.run(
                 argv,

@@ -91,7 +91,9 @@ class CodeReward:
         """The verdict on a response: that of the first test it fails. Raises as a call does."""
         problem = problem_of(prompt)
         try:
-            verdict = self._judge(problem, extract_program(problem, response))
+            program = extract_program(problem, response)
+            # A lone surrogate is no text that could be handed on.
+            verdict = self._judge(problem, program.encode(errors="replace").decode())
         except InfrastructureError:
             self._count(Status.INFRA)
             raise
@@ -185,7 +187,7 @@ class CodeReward:
         }
         limits = Limits(output_bytes=ANSWER_BYTES)
         done = self._runner.run(DRIVER, stdin=_message("judge", given), limits=limits)
-        if done.status is Status.RUNTIME and not calls:
+        if not calls and done.status in (Status.RUNTIME, Status.OUTPUT, Status.MEMORY):
             raise ValueError(f"the check of {test.entry_point} is broken: {last_words(done)}")
         if done.status is not Status.OK:
             raise InfrastructureError(

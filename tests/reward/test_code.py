@@ -78,6 +78,13 @@ class TestStandardInput:
         verdict = judge(prompt(**SUM), program, limits_for(status))
         assert (verdict.status, verdict.test, verdict.passed) == (status, test, False)
 
+    @pytest.mark.parametrize(
+        "response", ["print('\ud800')", "print(3)\0", "\x1b[31m", "#" * 300_000]
+    )
+    def test_whatever_a_model_writes_gets_a_verdict(self, judge, response):
+        assert not judge(prompt(**SUM), response).passed
+        assert not judge(check("assert f(2) == 6"), response).passed
+
     def test_it_stops_at_the_first_failure(self):
         runs = []
 
@@ -269,6 +276,7 @@ class TestChecks:
             ("assert f(2) ==", "", "SyntaxError|invalid syntax"),
             ("assert f(2) == 2 * 3", "import nothing_of_the_kind", "No module named"),
             ("assert f(lambda x: x) == 6", "", "argument of the function under test"),
+            ("for n in range(20): f('x' * 100_000)", "", "."),
         ],
     )
     def test_a_broken_check_is_an_error_not_a_verdict(self, judge, source, setup, complaint):
