@@ -14,6 +14,8 @@ from kimi_core.sandbox.types import Limits
 
 PREFIX = "kimi-sandbox-"
 OVERHEAD = 2  # bwrap and the init of its pid namespace.
+END_S = 10.0
+_NEEDED = {"memory", "pids"}
 _V1 = ("memory", "pids", "cpuacct")
 
 
@@ -86,22 +88,30 @@ class Cgroup:
         Raises:
             TimeoutError: they are not, after 10 s.
         """
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + END_S
         while members := {pid for folder in self.folders.values() for pid in _members(folder)}:
             for pid in members:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"Processes {sorted(members)} do not die by SIGKILL")
-            time.sleep(0.001)
+            _pause(deadline, f"processes {sorted(members)} do not die by SIGKILL")
 
     def close(self) -> None:
-        """Kill what is inside and remove the folders."""
-        self.kill()
+        """Kill what is inside and remove the folders.
+
+        Raises:
+            TimeoutError: as for ``kill``.
+        """
         for fd in (*self._fds.values(), *self._join):
             os.close(fd)
+        deadline = time.monotonic() + END_S
         for folder in set(self.folders.values()):
-            folder.rmdir()
+            while True:
+                self.kill()
+                try:
+                    folder.rmdir()
+                    break
+                except OSError as error:  # Busy for as long as the last process is going.
+                    _pause(deadline, str(error))
 
     def _cpu(self) -> float:
         if not self.v2:
@@ -113,7 +123,7 @@ class Cgroup:
         return _table(self._read("memory", name)).get("oom_kill", 0)
 
     def _fd(self, controller: str, name: str) -> int:
-        """Opened once: a run reads and writes a dozen of them, and v2's peak is one descriptor's."""
+        """Opened once: a run uses a dozen of them, and the peak of v2 is that of a descriptor."""
         if name not in self._fds:
             path = self.folders[controller] / name
             self._fds[name] = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
@@ -163,9 +173,10 @@ def _delegated(folder: Path) -> bool:
     if not os.access(folder, os.W_OK):
         return False
     control = folder / "cgroup.subtree_control"
-    with contextlib.suppress(OSError):  # Set already, or a cgroup with processes of its own.
-        control.write_text("+memory +pids +cpu")
-    return {"memory", "pids"} <= set(control.read_text().split())
+    if not _NEEDED <= set(control.read_text().split()):
+        with contextlib.suppress(OSError):  # Not ours to give, or a cgroup with processes in it.
+            control.write_text("+memory +pids +cpu")
+    return _NEEDED <= set(control.read_text().split())
 
 
 def _own_paths() -> dict[str, str]:
@@ -191,6 +202,12 @@ def _mounts() -> dict[str, Path]:
 def _table(text: bytes) -> dict[str, int]:
     """``name number`` lines."""
     return {k.decode(): int(v) for k, v in (line.split() for line in text.splitlines())}
+
+
+def _pause(deadline: float, what: str) -> None:
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"After {END_S:g} s, {what}")
+    time.sleep(0.001)
 
 
 def _members(folder: Path) -> list[int]:

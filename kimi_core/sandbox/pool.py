@@ -8,7 +8,6 @@ import queue
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import PurePosixPath
@@ -21,6 +20,7 @@ from kimi_core.sandbox.slot import Request
 from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable, Status
 
 SLOT_START_S = 60.0
+SLOT_END_S = 60.0
 _SLOT = "from kimi_core.sandbox.slot import main; main()"
 GRACE_S = 60.0
 """Beyond a run's own wall-clock limit: to start its sandbox and to end it, on a busy machine."""
@@ -52,7 +52,7 @@ class Pool:
         find_bwrap(), find_python()
         self._idle: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         self._slots: list[_Slot] = []
-        self._closed = threading.Event()
+        self._closed = False
         try:
             self._slots = [_Slot(warm) for _ in range(count)]
             for slot in self._slots:
@@ -84,9 +84,13 @@ class Pool:
         except queue.Empty:
             return _infra(f"no slot of the pool was free within {wait_s:g} s")
         try:
-            if self._closed.is_set():
-                raise ValueError("This Pool is closed")
+            if self._closed:
+                raise ValueError("This Pool is closed: no more programs are run")
             return slot.run(request)
+        except _SlotFailedError as error:
+            if not self._closed:
+                slot.restart()
+            return _infra(str(error))
         finally:
             self._idle.put(slot)
 
@@ -94,10 +98,10 @@ class Pool:
         return examine(self.run, self._slots[0].missing)
 
     def close(self) -> None:
-        """End all slots and what runs in them."""
-        self._closed.set()
+        """End all slots; a program that still runs is killed, and its caller gets INFRA."""
+        self._closed = True
         for slot in self._slots:
-            slot.ask_to_end()
+            slot.hang_up()
         for slot in self._slots:
             slot.await_end()
 
@@ -114,7 +118,7 @@ class Pool:
 
 
 class _Slot:
-    """The pool's end of a slot's process, which is started anew when it has died."""
+    """The pool's end of a slot's process, which is started anew when it has failed."""
 
     def __init__(self, warm: bool) -> None:
         self._warm = warm
@@ -127,46 +131,56 @@ class _Slot:
                 [sys.executable, "-c", _SLOT, str(theirs.fileno()), str(int(self._warm))],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for the trainer.
             )
-        self._connection = Connection(ours.detach())
+        self._socket = ours
+        self._connection = Connection(os.dup(ours.fileno()))
 
     def await_start(self) -> None:
+        """Raises SandboxUnavailable if it does not."""
         try:
             self.missing: list[str] = self._receive(SLOT_START_S, "start")
         except _SlotFailedError as error:
             raise SandboxUnavailable(str(error)) from error
 
     def run(self, request: Request) -> Result:
+        """Raises _SlotFailedError if the slot itself fails."""
         try:
             self._connection.send(request)
-            return self._receive(request.limits.wall_s + GRACE_S, "finish its run")
-        except (_SlotFailedError, BrokenPipeError, ConnectionResetError) as error:
-            self._process.kill()  # And with it its sandbox.
-            self.ask_to_end()
-            self.await_end()
-            self._start()
-            with contextlib.suppress(SandboxUnavailable):  # The next run will say it.
-                self.await_start()
-            return _infra(str(error))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise _SlotFailedError(f"a slot of the sandbox was gone: {error}") from error
+        return self._receive(request.limits.wall_s + GRACE_S, "finish its run")
 
     def _receive(self, timeout: float, what: str) -> Any:
         try:
             if self._connection.poll(timeout):
                 return self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            code = self._process.wait(timeout)
-            raise _SlotFailedError(f"a slot of the sandbox ended with exit code {code}") from None
+        except (EOFError, ConnectionResetError) as error:
+            raise _SlotFailedError(f"a slot of the sandbox died and did not {what}") from error
         raise _SlotFailedError(f"a slot of the sandbox did not {what} within {timeout:g} s")
 
-    def ask_to_end(self) -> None:
-        self._connection.close()
+    def restart(self) -> None:
+        """Kill the process, and with it its sandbox; start another. If that does not work either,
+        the next run says so."""
+        self._process.kill()
+        self.await_end()
+        self._start()
+        with contextlib.suppress(SandboxUnavailable):
+            self.await_start()
+
+    def hang_up(self) -> None:
+        """Have the process end its sandbox and itself; whoever waits for a result is told."""
+        with contextlib.suppress(OSError):  # It is gone already.
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def await_end(self) -> None:
         try:
-            self._process.wait(30)
+            self._process.wait(SLOT_END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._connection.close()
+        self._socket.close()
 
 
 class _SlotFailedError(RuntimeError):
@@ -179,7 +193,7 @@ def _request(
     """Raises ValueError for a command that is empty or a name that leaves the work folder."""
     if not isinstance(program, str):
         program = list(program)
-        if not program or any("\0" in argument for argument in program):
+        if not program or not program[0] or any("\0" in argument for argument in program):
             raise ValueError(f"Command {program!r}; allowed is a program and its arguments")
     for name in files or {}:
         path = PurePosixPath(name)

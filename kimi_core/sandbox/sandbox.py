@@ -92,8 +92,7 @@ class Sandbox:
             self.init = self._await_init()
             (self.end,) = self._own((os.pidfd_open(self.init),), 0)
         except BaseException:
-            os.kill(self._bwrap, signal.SIGKILL)  # Not reaped, so the number is still its own.
-            self._reap_children()
+            self._reap_children(kill=True)
             self.close()
             raise
 
@@ -121,7 +120,7 @@ class Sandbox:
             resource.RLIMIT_FSIZE: (limits.file_bytes,) * 2,
             resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
             resource.RLIMIT_CPU: (seconds, seconds + 1),
-            resource.RLIMIT_CORE: (0, 0),
+            resource.RLIMIT_CORE: (1, 1),  # Unlike 0, it also stops handlers that are piped to.
             resource.RLIMIT_MSGQUEUE: (0, 0),
             resource.RLIMIT_MEMLOCK: (MB, MB),
         }
@@ -146,9 +145,7 @@ class Sandbox:
         found = [self.init]
         for pid in found:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                for task in os.listdir(f"/proc/{pid}/task"):
-                    with open(f"/proc/{pid}/task/{task}/children", "rb") as children:
-                        found += map(int, children.read().split())
+                found += _children(pid)
         return found
 
     def kill(self) -> None:
@@ -174,13 +171,19 @@ class Sandbox:
         reports = [json.loads(line) for line in self._reported.splitlines()]
         return next((r["exit-code"] for r in reports if "exit-code" in r), None), usage
 
-    def _reap_children(self) -> Usage:
-        # bwrap leaves init behind without waiting for it; as subreaper, this process inherits it.
+    def _reap_children(self, *, kill: bool = False) -> Usage:
+        """Wait for bwrap and for init, which bwrap leaves behind and we inherit as subreaper.
+
+        Args:
+            kill: each of them by itself: an init that has only just begun does not end with bwrap.
+        """
         deadline = time.monotonic() + END_S
         cpu_s, peak = 0.0, 0
-        if not _readable(self._bwrap_end, deadline):
-            raise TimeoutError(f"bwrap has not ended within {END_S:g} s")
+        if not kill:
+            _readable(self._bwrap_end, deadline)
         while True:
+            for pid in _children(os.getpid()) if kill else ():
+                os.kill(pid, signal.SIGKILL)  # Not reaped, so the number is still its own.
             try:
                 pid, _, used = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
@@ -189,7 +192,7 @@ class Sandbox:
                 cpu_s += used.ru_utime + used.ru_stime
                 peak = max(peak, used.ru_maxrss << 10)
             elif time.monotonic() > deadline:
-                raise TimeoutError(f"The sandbox's init has not ended within {END_S:g} s")
+                raise TimeoutError(f"The sandbox's processes have not ended within {END_S:g} s")
             else:
                 time.sleep(0.001)
 
@@ -264,6 +267,14 @@ def _limiting(uid: int | None) -> Iterator[None]:
     finally:
         os.setresuid(0, -1, -1)
         os.setresgid(0, -1, -1)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children", "rb") as children:
+            found += map(int, children.read().split())
+    return found
 
 
 def _in_memory(data: bytes) -> int:

@@ -42,8 +42,8 @@ class Request:
 class Slot:
     """One sandbox after another, as one identity."""
 
-    def __init__(self, identity: Identity, owner: int, warm: bool) -> None:
-        self._identity, self._owner, self._warm = identity, owner, warm
+    def __init__(self, identity: Identity, owners: tuple[int, ...], warm: bool) -> None:
+        self._identity, self._owners, self._warm = identity, owners, warm
         self._waiting: Sandbox | None = None
         self._last_was_python = True
 
@@ -69,7 +69,7 @@ class Slot:
                 cgroup.begin(request.limits)
             if not isinstance(request.program, str):
                 sandbox.go()
-            return watch(sandbox, stdin, request.limits, cgroup, self._owner)
+            return watch(sandbox, stdin, request.limits, cgroup, self._owners)
         finally:
             sandbox.kill()
             sandbox.reap()
@@ -152,9 +152,13 @@ def main() -> None:
     owner = os.pidfd_open(os.getppid())
     connection = Connection(fd)
     become_subreaper()
-    number, lock = claim_number()
+    try:
+        number, lock = claim_number()
+    except SandboxUnavailable as error:
+        connection.send([str(error)])
+        return
     identity, missing = identify(number)
-    slot = Slot(identity, owner, warm)
+    slot = Slot(identity, (owner, fd), warm)
     with contextlib.closing(lock):
         try:
             connection.send(missing)

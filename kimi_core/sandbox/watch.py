@@ -47,22 +47,27 @@ class _Output:
 
 
 def watch(
-    sandbox: Sandbox, stdin: bytes, limits: Limits, cgroup: Cgroup | None, owner: int
+    sandbox: Sandbox,
+    stdin: bytes,
+    limits: Limits,
+    cgroup: Cgroup | None,
+    owners: tuple[int, ...],
 ) -> Result:
     """Run the program of ``sandbox`` to its end, which is that of all its processes.
 
     Args:
         stdin: what it reads; then its stdin ends.
-        owner: a pidfd; when that process ends, so does the run.
+        owners: descriptors that become readable when nobody wants the result any more: the pidfd
+            of the pool's process, and the connection to it.
 
     Raises:
-        Abandoned: the owner ended.
+        Abandoned: that happened.
         TimeoutError: the sandbox does not end although it was killed.
     """
     outputs = [_Output(fd, limits.output_bytes) for fd in (sandbox.stdout, sandbox.stderr)]
     started = time.monotonic()
     try:
-        killed = _until_end(sandbox, memoryview(stdin), outputs, limits, cgroup, owner)
+        killed = _until_end(sandbox, memoryview(stdin), outputs, limits, cgroup, owners)
     finally:
         sandbox.kill()  # If it is dead already, that is nothing.
     wall_s = time.monotonic() - started
@@ -87,13 +92,14 @@ def _until_end(
     outputs: list[_Output],
     limits: Limits,
     cgroup: Cgroup | None,
-    owner: int,
+    owners: tuple[int, ...],
 ) -> tuple[Status, str] | None:
     """Serve the pipes until the sandbox is dead, or the limit that must kill it is reached."""
     os.set_blocking(sandbox.stdin, False)
     poll = select.poll()
     poll.register(sandbox.end, select.POLLIN)
-    poll.register(owner, select.POLLIN)
+    for owner in owners:
+        poll.register(owner, select.POLLIN)
     poll.register(sandbox.stdin, select.POLLOUT)
     for output in outputs:
         poll.register(output.fd, select.POLLIN)
@@ -101,7 +107,7 @@ def _until_end(
     end, tick = now + limits.wall_s, now + TICK_S
     while True:
         ready = {fd for fd, _ in poll.poll(1e3 * max(0.0, min(end, tick) - now))}
-        if owner in ready:
+        if not ready.isdisjoint(owners):
             raise Abandoned
         for output in outputs:
             if output.fd in ready:
