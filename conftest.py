@@ -7,6 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
+# On a busy machine any example may take long: timings decide no test.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
+
 # The tests' tensors are tiny: threads that wait for each other would make them many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

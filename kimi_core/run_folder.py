@@ -271,14 +271,18 @@ def dump_toml(config: Config) -> str:
     Unset values are left out, as TOML has no null: every setting that can be unset is so by
     default.
     """
-    sections = {"": {}} | config.model_dump()
-    for key in [key for key, value in sections.items() if not isinstance(value, dict)]:
-        sections[""][key] = sections.pop(key)
-    blocks = []
-    for section, values in sections.items():
-        lines = [f"{k} = {_toml_value(v)}" for k, v in values.items() if v is not None]
-        blocks.append("\n".join([f"[{section}]", *lines] if section else lines))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(_toml_sections("", config.model_dump())) + "\n"
+
+
+def _toml_sections(name: str, section: dict[str, Any]) -> list[str]:
+    """The section's own keys, which TOML wants first, then the sections within it."""
+    keys = {k: v for k, v in section.items() if not isinstance(v, dict) and v is not None}
+    lines = [f"{key} = {_toml_value(value)}" for key, value in keys.items()]
+    blocks = ["\n".join([f"[{name}]", *lines] if name else lines)]
+    for key, value in section.items():
+        if isinstance(value, dict):
+            blocks += _toml_sections(f"{name}.{key}" if name else key, value)
+    return blocks
 
 
 def _toml_value(value: bool | int | float | str | list[Any]) -> str:

@@ -154,7 +154,7 @@ class Quantity:
     unit: str
 
 
-_DIGITS = r"\d{1,3}(?:(?:,|, | )\d{3})+|\d+"
+_DIGITS = r"\d{1,3}(?:[, ]\d{3})+|\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?) ?(?:\\?\$|€|£)? ?(?:"
     rf"(?:(?P<whole>\d+) ?)?(?:\\frac ?\{{ ?(?P<above>-?\d+) ?\}} ?\{{ ?(?P<below>\d+) ?\}}"
@@ -165,7 +165,7 @@ _NUMBER = re.compile(
     rf") ?(?P<rest>.*)"
 )
 _UNIT_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname) ?\{([^{}]*)\}")
-_UNIT_NAME = re.compile(r"[a-z]+(?:(?: |/| per |-)[a-z]+)*(?:\^?\{?[23]\}?)?")
+_UNIT_NAME = re.compile(r"[a-z]+(?:[ /-][a-z]+)*(?:\^?\{?[23]\}?)?")
 _NOT_UNITS = frozenset(
     [
         *("pi", "sqrt", "sin", "cos", "tan", "cot", "log", "ln", "exp", "mod", "times", "div"),
@@ -217,7 +217,7 @@ def _quantity(text: str) -> Quantity | None:
 
 def _unit(text: str) -> str | None:
     """The unit that a number is followed by, ``""`` for none; None if it is something else."""
-    text = _UNIT_TEXT.sub(r"\1", text).strip().lower()
+    text = _UNIT_TEXT.sub(r"\1", text).strip().lower().replace(" per ", "/")
     if text in ("", "%", r"\%", "percent"):
         return "%" if text else ""
     if text.replace(" ", "") in (r"^\circ", r"^{\circ}"):

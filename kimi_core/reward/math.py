@@ -122,7 +122,8 @@ class _Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(theirs.fileno()), str(memory_mb)],
+                # -P: in the repository's root, -m would import the folder there, uncompiled.
+                [sys.executable, "-P", "-m", WORKER, str(theirs.fileno()), str(memory_mb)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -153,6 +153,22 @@ def test_decimals_agree_to_six_digits(digits, exponent, off):
     assert agree(*texts) is (abs(off) < 2)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "5 " + "a per " * 300 + "1",
+        "5 " + "a " * 900 + "1",
+        "1" + ",234" * 400 + "x1",
+        "a-" * 900 + "1",
+    ],
+    ids=lambda answer: answer[:12],
+)
+def test_no_short_answer_takes_long(answer):
+    """A pattern that backtracks would take ages on these."""
+    for reference in ("5 cm", "word", "x"):
+        assert agree(reference, clean(answer)) in (False, None)
+
+
 def test_only_short_answers_are_looked_at_closely():
     assert agree("5", "5" + "0" * LONGEST) is False
     assert agree("5" * 2 * LONGEST, "5" * 2 * LONGEST) is True

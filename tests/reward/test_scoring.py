@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kimi_core.config import load_config
 from kimi_core.reward.function import RewardError
+from kimi_core.reward.length import length_rewards
 from kimi_core.reward.scoring import GroupScorer
 from kimi_core.types import Prompt, Trajectory
 
@@ -136,6 +137,60 @@ def test_the_length_reward_waits_for_its_warmup():
     np.testing.assert_allclose(after.rewards, [1 + 0.2, 1 - 0.2, 0 - 0.2])
     np.testing.assert_allclose(after.advantages, after.rewards - after.rewards.mean())
     assert after.correctness.tolist() == [1, 1, 0]
+
+
+mixed = st.lists(
+    st.tuples(st.integers(1, 30), st.booleans(), st.sampled_from(["stop", "length", "repeat"])),
+    min_size=2,
+    max_size=8,
+)
+weights = st.floats(0, 1.999)
+
+
+def mixed_group(drawn) -> list[Trajectory]:
+    return [trajectory(key, *one) for key, one in enumerate(drawn)]
+
+
+@given(mixed, weights, st.floats(0, 1), st.integers(0, 5), st.integers(0, 5))
+def test_a_reward_is_correctness_plus_weighted_shortness_minus_the_penalty(
+    drawn, weight, penalty, warmup, iteration
+):
+    made = scorer(
+        f"reward.length_weight={weight}",
+        f"reward.length_warmup={warmup}",
+        f"reward.repeat_penalty={penalty}",
+    )
+    group = score(made, PROMPT, mixed_group(drawn), [], iteration=iteration, expected=0.5)
+    lengths, right, reasons = zip(*drawn, strict=True)
+    expected = np.array(right, float) - penalty * np.array([r == "repeat" for r in reasons])
+    if iteration >= warmup:
+        expected += weight * length_rewards(lengths, right)
+    np.testing.assert_allclose(group.rewards, expected, atol=1e-12)
+    np.testing.assert_allclose(group.advantages, expected - expected.mean(), atol=1e-12)
+    assert group.correctness.tolist() == list(map(float, right))
+
+
+@given(mixed, weights, st.lists(st.integers(1, 40), max_size=4))
+def test_below_a_weight_of_2_a_right_answer_is_worth_more_than_any_wrong_one(
+    drawn, weight, open_lengths
+):
+    made = scorer(f"reward.length_weight={weight}", "trainer.release=response")
+    group = score(made, PROMPT, mixed_group(drawn), open_lengths, iteration=0, expected=0.5)
+    right = group.correctness > 0.5
+    if right.any() and not right.all():
+        assert group.rewards[right].min() > group.rewards[~right].max()
+
+
+@given(mixed, weights, st.floats(0, 1), st.permutations(range(8)))
+def test_the_order_in_which_responses_end_does_not_matter(drawn, weight, penalty, order):
+    order = [index for index in order if index < len(drawn)]
+    overrides = (f"reward.length_weight={weight}", f"reward.repeat_penalty={penalty}")
+    everyone = mixed_group(drawn)
+    straight = score(scorer(*overrides), PROMPT, everyone, [], iteration=0, expected=0.5)
+    shuffled = score(
+        scorer(*overrides), PROMPT, [everyone[i] for i in order], [], iteration=0, expected=0.5
+    )
+    np.testing.assert_allclose(shuffled.advantages, straight.advantages[order], atol=1e-12)
 
 
 def test_an_open_sibling_is_in_the_range_of_lengths():
