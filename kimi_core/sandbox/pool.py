@@ -4,17 +4,17 @@ import atexit
 import contextlib
 import functools
 import os
-import queue
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
+from kimi_core.sandbox import wire
 from kimi_core.sandbox.bubblewrap import find_bwrap, find_python
+from kimi_core.sandbox.fair import FairQueue
 from kimi_core.sandbox.selftest import Protection, Report, examine
 from kimi_core.sandbox.slot import Request
 from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable, Status
@@ -50,7 +50,7 @@ class Pool:
         if count < 1:
             raise ValueError(f"Pool of {count} slots; allowed is 1 or more")
         find_bwrap(), find_python()
-        self._idle: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._idle: FairQueue[_Slot] = FairQueue()
         self._slots: list[_Slot] = []
         self._closed = False
         try:
@@ -80,8 +80,8 @@ class Pool:
         """
         request = _request(program, stdin, files, limits or Limits())
         try:
-            slot = self._idle.get(timeout=wait_s)
-        except queue.Empty:
+            slot = self._idle.get(wait_s)
+        except TimeoutError:
             return _infra(f"no slot of the pool was free within {wait_s:g} s")
         try:
             if self._closed:
@@ -128,36 +128,39 @@ class _Slot:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _SLOT, str(theirs.fileno()), str(int(self._warm))],
+                [sys.executable, "-P", "-c", _SLOT, str(theirs.fileno()), str(int(self._warm))],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the trainer.
             )
-        self._socket = ours
-        self._connection = Connection(os.dup(ours.fileno()))
+        self._connection = ours
 
     def await_start(self) -> None:
         """Raises SandboxUnavailable if it does not."""
         try:
-            self.missing: list[str] = self._receive(SLOT_START_S, "start")
+            answer: list[str] | str = self._receive(SLOT_START_S, "start")
         except _SlotFailedError as error:
             raise SandboxUnavailable(str(error)) from error
+        if isinstance(answer, str):
+            raise SandboxUnavailable(answer)
+        self.missing = answer
 
     def run(self, request: Request) -> Result:
         """Raises _SlotFailedError if the slot itself fails."""
         try:
-            self._connection.send(request)
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise _SlotFailedError(f"a slot of the sandbox was gone: {error}") from error
+            wire.send(self._connection, request, GRACE_S)
+        except OSError as error:
+            raise _SlotFailedError(f"a slot of the sandbox took no request: {error}") from error
         return self._receive(request.limits.wall_s + GRACE_S, "finish its run")
 
-    def _receive(self, timeout: float, what: str) -> Any:
+    def _receive(self, timeout_s: float, what: str) -> Any:
         try:
-            if self._connection.poll(timeout):
-                return self._connection.recv()
-        except (EOFError, ConnectionResetError) as error:
+            return wire.receive(self._connection, timeout_s)
+        except TimeoutError as error:
+            late = f"a slot of the sandbox did not {what} within {timeout_s:g} s"
+            raise _SlotFailedError(late) from error
+        except (EOFError, OSError) as error:
             raise _SlotFailedError(f"a slot of the sandbox died and did not {what}") from error
-        raise _SlotFailedError(f"a slot of the sandbox did not {what} within {timeout:g} s")
 
     def restart(self) -> None:
         """Kill the process, and with it its sandbox; start another. If that does not work either,
@@ -171,7 +174,7 @@ class _Slot:
     def hang_up(self) -> None:
         """Have the process end its sandbox and itself; whoever waits for a result is told."""
         with contextlib.suppress(OSError):  # It is gone already.
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def await_end(self) -> None:
         try:
@@ -180,7 +183,6 @@ class _Slot:
             self._process.kill()
             self._process.wait()
         self._connection.close()
-        self._socket.close()
 
 
 class _SlotFailedError(RuntimeError):

@@ -208,7 +208,7 @@ def start_python(identity: Identity) -> Sandbox:
     Raises:
         StartError: it is not there within ``START_S``.
     """
-    sandbox = Sandbox(identity, [bubblewrap.find_python(), "-B", "-c", _INSIDE], {})
+    sandbox = Sandbox(identity, [bubblewrap.find_python(), "-SB", "-c", _INSIDE], {})
     sandbox.go()
     return sandbox
 

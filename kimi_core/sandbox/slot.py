@@ -1,6 +1,6 @@
 """A slot: a small process that runs one sandbox at a time and belongs to one Pool.
 
-    python -m kimi_core.sandbox.slot FD WARM
+    python -c 'from kimi_core.sandbox.slot import main; main()' FD WARM
 
 Sandboxes are started from here rather than from the trainer, because forking a process with many
 threads and gigabytes is slow and unsafe, and because their orphans must be inherited by somebody
@@ -17,15 +17,15 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
-from kimi_core.sandbox import cgroups
+from kimi_core.sandbox import cgroups, wire
 from kimi_core.sandbox.cgroups import Cgroup
 from kimi_core.sandbox.sandbox import Identity, Sandbox, StartError, await_ready, start_python
 from kimi_core.sandbox.system import become_subreaper, enter_empty_network
 from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable, Status
 from kimi_core.sandbox.watch import Abandoned, watch
 
+SEND_S = 60.0
 NUMBERS = range(58_000, 59_000)
 """Of slots on a host; as root, also their user ids."""
 
@@ -150,18 +150,18 @@ def main() -> None:
     fd, warm = int(sys.argv[1]), bool(int(sys.argv[2]))
     os.set_inheritable(fd, False)
     owner = os.pidfd_open(os.getppid())
-    connection = Connection(fd)
+    connection = socket.socket(fileno=fd)
     become_subreaper()
     try:
         number, lock = claim_number()
     except SandboxUnavailable as error:
-        connection.send([str(error)])
+        wire.send(connection, str(error), SEND_S)
         return
     identity, missing = identify(number)
     slot = Slot(identity, (owner, fd), warm)
     with contextlib.closing(lock):
         try:
-            connection.send(missing)
+            wire.send(connection, missing, SEND_S)
             serve(slot, connection, owner)
         except (Abandoned, EOFError, BrokenPipeError, ConnectionResetError):
             return
@@ -171,15 +171,11 @@ def main() -> None:
                 identity.cgroup.close()
 
 
-def serve(slot: Slot, connection: Connection, owner: int) -> None:
+def serve(slot: Slot, connection: socket.socket, owner: int) -> None:
     """Answer requests until the pool closes its end (EOFError) or its process is gone."""
     while True:
         slot.prepare()
         ready, _, _ = select.select([connection.fileno(), owner], [], [])
         if owner in ready:
             raise Abandoned
-        connection.send(slot.run(connection.recv()))
-
-
-if __name__ == "__main__":
-    main()
+        wire.send(connection, slot.run(wire.receive(connection, SEND_S)), SEND_S)

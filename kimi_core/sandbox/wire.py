@@ -1,61 +1,43 @@
-"""Runs and results as JSON, for the service and its client. Bytes travel in base64."""
+"""What a pool and its slots talk over: pickled objects, each after its length, on a socket.
 
-from base64 import b64decode, b64encode
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+Both ends are our own processes; what a sandboxed program wrote is only ever bytes in a Result.
+``multiprocessing.connection`` does the same, but its imports make a slot a third larger, and a slot
+is copied at each start of a sandbox.
+"""
+
+import pickle
+import socket
+import struct
 from typing import Any
 
-from kimi_core.sandbox.types import Limits, Result, Status
-
-TOKEN_VARIABLE = "KIMI_SANDBOX_TOKEN"
-"""The environment variable that the service and the trainer read the bearer token from; a config
-would be written into the run folder, a command line is seen by everybody on the host."""
+_LENGTH = struct.Struct("<Q")
 
 
-@dataclass(frozen=True)
-class RunRequest:
-    """One run: the arguments of ``kimi_core.sandbox.run``.
-
-    >>> request = RunRequest("print(input())", stdin=b"hi")
-    >>> RunRequest.from_json(request.as_json()) == request
-    True
-    """
-
-    program: str | Sequence[str]
-    stdin: bytes = b""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    limits: Limits = field(default_factory=Limits)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "program": self.program if isinstance(self.program, str) else list(self.program),
-            "stdin": b64encode(self.stdin).decode(),
-            "files": {name: b64encode(content).decode() for name, content in self.files.items()},
-            "limits": asdict(self.limits),
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "RunRequest":
-        """Raises ValueError or TypeError for what ``as_json`` never gives."""
-        return cls(
-            program=values["program"],
-            stdin=b64decode(values["stdin"], validate=True),
-            files={name: b64decode(text, validate=True) for name, text in values["files"].items()},
-            limits=Limits(**values["limits"]),
-        )
+def send(end: socket.socket, message: object, timeout_s: float) -> None:
+    """Raises TimeoutError, and OSError where the other end is gone."""
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    end.settimeout(timeout_s)
+    end.sendall(_LENGTH.pack(len(data)) + data)
 
 
-def result_to_json(result: Result) -> dict[str, Any]:
-    """A result whose bytes survive, unlike those of ``Result.as_json``, which is for reading."""
-    streams = {name: b64encode(getattr(result, name)).decode() for name in ("stdout", "stderr")}
-    return asdict(result) | streams
-
-
-def result_from_json(values: Mapping[str, Any]) -> Result:
-    """What ``result_to_json`` was given.
+def receive(end: socket.socket, timeout_s: float) -> Any:
+    """The next message.
 
     Raises:
-        ValueError, KeyError, TypeError: the values are no such thing.
+        TimeoutError: nothing came for ``timeout_s``.
+        EOFError: the other end was closed.
     """
-    streams = {name: b64decode(values[name], validate=True) for name in ("stdout", "stderr")}
-    return Result(**{**values, **streams, "status": Status(values["status"])})
+    end.settimeout(timeout_s)
+    (length,) = _LENGTH.unpack(_exactly(end, _LENGTH.size))
+    return pickle.loads(_exactly(end, length))
+
+
+def _exactly(end: socket.socket, size: int) -> bytes:
+    parts = []
+    while size:
+        part = end.recv(min(size, 1 << 20))
+        if not part:
+            raise EOFError("the other end of the connection is closed")
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)

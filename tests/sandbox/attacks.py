@@ -45,6 +45,8 @@ class Attack:
     """OK: it tried, failed, and ended by itself."""
     limits: dict[str, float] = field(default_factory=lambda: {"wall_s": 20.0})
     exit_code: int | None = 0
+    needs_cgroup: bool = False
+    """Without one it ends in another way, bounded by other limits: docs/sandbox.md."""
 
 
 def tries(name: str, source: str) -> Attack:
@@ -52,8 +54,10 @@ def tries(name: str, source: str) -> Attack:
     return Attack(name, source + "\nprint('done')")
 
 
-def exhausts(name: str, source: str, status: Status, **limits: float) -> Attack:
-    return Attack(name, source, status, {"wall_s": 20.0, **limits}, None)
+def exhausts(
+    name: str, source: str, status: Status, needs_cgroup: bool = False, **limits: float
+) -> Attack:
+    return Attack(name, source, status, {"wall_s": 20.0, **limits}, None, needs_cgroup)
 
 
 MB = 1 << 20
@@ -384,6 +388,7 @@ for index in range(1000):
         os.write(fd, bytes(1 << 20))
 """,
         Status.MEMORY,
+        needs_cgroup=True,
         memory_bytes=128 * MB,
     ),
     exhausts(
@@ -396,6 +401,7 @@ while True:
     ctypes.memset(address, 1, size)
 """,
         Status.MEMORY,
+        needs_cgroup=True,
         memory_bytes=128 * MB,
     ),
     exhausts("stdout", "while True: os.write(1, b'x' * 4096)", Status.OUTPUT),

@@ -7,7 +7,9 @@ from kimi_core.sandbox import Limits, Pool, Status
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_attack_is_contained(pool: Pool, attack: Attack) -> None:
+def test_attack_is_contained(pool: Pool, attack: Attack, weak: bool) -> None:
+    if attack.needs_cgroup and weak:
+        pytest.skip("no cgroup for this user: memory of this kind is not watched")
     result = pool.run(PRELUDE + attack.source, limits=Limits(**attack.limits))
     assert b"escaped" not in result.stdout, result.stdout
     assert result.status is attack.status, result

@@ -125,7 +125,7 @@ def test_waiting_for_a_slot_has_a_deadline(weak: bool) -> None:
     with Pool(1, allow_weak=weak) as pool, ThreadPoolExecutor(1) as threads:
         busy = threads.submit(pool.run, "import time; time.sleep(2)")
         wait_until(busy.running, "a busy slot")
-        wait_until(lambda: pool._idle.empty(), "a busy slot")
+        wait_until(lambda: not len(pool._idle), "a busy slot")
         result = pool.run("pass", wait_s=0.1)
         assert result.status is Status.INFRA
         assert result.detail == "no slot of the pool was free within 0.1 s"
@@ -138,7 +138,7 @@ def test_closing_ends_what_runs(weak: bool) -> None:
         with Pool(1, allow_weak=weak) as pool:
             (slot,) = set(slots_of(os.getpid())) - before
             running = threads.submit(pool.run, "import time; time.sleep(1000)")
-            wait_until(lambda: pool._idle.empty(), "a busy slot")
+            wait_until(lambda: not len(pool._idle), "a busy slot")
         assert running.result(30).status is Status.INFRA
     assert slot not in parents()
     with pytest.raises(ValueError, match="This Pool is closed"):
@@ -154,7 +154,7 @@ def test_a_slot_that_is_killed_is_replaced(weak: bool) -> None:
             running = threads.submit(
                 pool.run, "import time; time.sleep(1000)", limits=Limits(wall_s=1000)
             )
-            wait_until(lambda: pool._idle.empty(), "a busy slot")
+            wait_until(lambda: not len(pool._idle), "a busy slot")
             below = descendants(slot)
             os.kill(slot, signal.SIGKILL)
             result = running.result(60)
@@ -170,7 +170,7 @@ from kimi_core.sandbox import Limits, Pool
 with Pool(2, allow_weak={weak}) as pool, ThreadPoolExecutor(1) as threads:
     forks = "import os, time\\nos.fork(); os.setsid(); os.fork()\\ntime.sleep(1000)"
     threads.submit(pool.run, forks, limits=Limits(wall_s=1000))
-    while not pool._idle.qsize() == 1: pass
+    while not len(pool._idle) == 1: pass
     print("running", flush=True)
     sys.stdin.read()
 """
