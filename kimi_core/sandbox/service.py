@@ -4,10 +4,10 @@
     POST /run_batch    {"runs": [...]}, in parallel  → {"results": [...]}, in order
     GET  /health       slots, runs under way, runs that wait
 
-A run is ``RunRequest.as_json``, a result ``result_to_json`` (``protocol.py``). At most ``slots`` runs
-are under way and ``queue`` wait; what comes beyond is turned away with 429 and ``Retry-After``,
-before it can time out in a line. The limits of a run are cut to the server's. A bearer token guards
-all but ``/health``; without one the service binds to loopback only.
+A run is ``RunRequest.as_json``, a result ``result_to_json`` (``protocol.py``). At most ``slots``
+runs are under way and ``queue`` wait; what comes beyond is turned away with 429 and
+``Retry-After``, before it can time out in a line. The limits of a run are cut to the server's. A
+bearer token guards all but ``/health``; without one the service binds to loopback only.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_core.sandbox.pool import Pool
-from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable
 from kimi_core.sandbox.protocol import TOKEN_VARIABLE, result_to_json
+from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable
 
 MAX_BODY_BYTES = 32 << 20
 """Of one request."""

@@ -25,8 +25,8 @@ from kimi_core.reward.code import CodeReward
 from kimi_core.reward.function import InfrastructureError
 from kimi_core.sandbox import Limits, SandboxUnavailable, Status
 from kimi_core.sandbox.client import SandboxClient
-from kimi_core.sandbox.service import BODY_S, check_binding, clamp, create_app
 from kimi_core.sandbox.protocol import TOKEN_VARIABLE, RunRequest, result_from_json, result_to_json
+from kimi_core.sandbox.service import BODY_S, check_binding, clamp, create_app
 from kimi_core.types import Prompt
 
 PROMPT = Prompt(0, "?", "!", tags={"tests": '[{"stdin": "2", "stdout": "4"}]'})
