@@ -24,8 +24,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def main(given: argparse.Namespace, run: Callable[[Config], None]) -> int:
-    """Load the config and call ``run``; returns the exit status.
+def main(
+    given: argparse.Namespace, run: Callable[[Config], None], *, default: Path = DEFAULT
+) -> int:
+    """Load the config (``default`` where none is given) and call ``run``; returns the exit status.
 
     0: all went well; 1: a run had to stop; 2: bad input; 130: Ctrl-C. Errors that a user can act on
     are printed in one line, without a traceback.
@@ -35,7 +37,7 @@ def main(given: argparse.Namespace, run: Callable[[Config], None]) -> int:
     try:
         if len(files) > 1:
             raise ValueError(f"One config at a time, not {len(files)}: {', '.join(files)}")
-        config = load_config(files[0] if files else DEFAULT, overrides)
+        config = load_config(files[0] if files else default, overrides)
     except ValueError as error:
         return _fail(error, 2)
     # Only now: torch takes seconds to load, and neither --help nor a misspelt key should.

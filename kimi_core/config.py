@@ -49,8 +49,9 @@ class ModelConfig(Section):
 
 class PromptsConfig(Section):
     source: str = "multiply"
-    """`multiply` (one digit times three), `addition` or `maximum` (few-shot), a JSONL file whose
-    lines hold `prompt` and `answer`, or `file.py:function` returning a list of `Prompt`."""
+    """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `programs` (Python
+    expressions from examples), `humaneval`, a JSONL file whose lines hold `prompt` and `answer`, or
+    `file.py:function` returning a list of `Prompt`."""
     held_out: int = Field(500, ge=1)
     """Prompts kept out of training for evaluation, split off by `split_seed`. Prompts with the
     same `problem` tag (the same operands, say) stay on one side."""
@@ -78,7 +79,8 @@ class CurriculumConfig(Section):
 class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
-    (right answers at four lengths); or a JSONL file whose lines hold `prompt` and `response`."""
+    (right answers at four lengths); `programs` (right programs and lookup tables); or a JSONL
+    file whose lines hold `prompt` and `response`."""
     examples: int | None = Field(None, ge=1)
     """Use only so many, drawn at random. Unset: all, or one for each training prompt."""
     steps: int = Field(1000, ge=0)
@@ -114,6 +116,20 @@ class RolloutConfig(Section):
     """Trajectories decoded side by side at most; bounds the memory of the key-value cache."""
 
 
+class SandboxConfig(Section):
+    url: str = ""
+    """Of a sandbox service (`python -m kimi_core.sandbox serve`), whose bearer token is read from
+    the environment variable KIMI_SANDBOX_TOKEN. Empty: a pool of sandboxes in this process."""
+    slots: int | None = Field(None, ge=1)
+    """Programs that the pool runs at a time. Unset: one a core."""
+    time_s: float = Field(5.0, gt=0)
+    """CPU seconds that a program may use on one test; twice as many may pass on the clock."""
+    memory_mb: int = Field(512, ge=16)
+    """That a program may use on one test."""
+    allow_weak: bool = False
+    """Score although a protection of the sandbox is missing on this host."""
+
+
 class MathConfig(Section):
     extraction: list[Literal["boxed", "hashes", "answer", "last_line"]] = [
         "boxed",
@@ -132,9 +148,12 @@ class MathConfig(Section):
 class RewardConfig(Section):
     function: str = "match"
     """`match` (the answer as text after the last `#`, or the whole response), `math` (equivalence
-    of final answers), or `file.py:function`, called as `function(prompt, response_text)` and
+    of final answers), `code` (1 if the program in the response passes the prompt's tests,
+    docs/code_rewards.md), or `file.py:function`, called as `function(prompt, response_text)` and
     returning a number."""
     math: MathConfig = MathConfig()
+    sandbox: SandboxConfig = SandboxConfig()
+    """Where `code` runs programs."""
     length_weight: float = Field(0.0, ge=0)
     """Weight w of the length reward (section 2.3.3), less than 2."""
     length_warmup: int = Field(0, ge=0)

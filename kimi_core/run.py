@@ -32,7 +32,7 @@ from kimi_core.evaluation import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.metrics import MetricsWriter
 from kimi_core.models import freeze_below, limit_threads, load_model
-from kimi_core.prompts import multiply
+from kimi_core.prompts import multiply, programs
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.sources import load_examples, load_prompts, split
 from kimi_core.reward.function import RewardFunction, close_reward, load_reward
@@ -189,12 +189,14 @@ def _sft_examples(config: Config, codec: Codec, train_prompts: list[Prompt]) -> 
     if config.sft.data in ("multiply", "multiply_lengths"):
         shares = multiply.MIXED if config.sft.data == "multiply" else multiply.LENGTHS
         pairs = multiply.examples(train_prompts, shares, seed=config.seed)
+    elif config.sft.data == "programs":
+        pairs = programs.examples(train_prompts, programs.MIXED, seed=config.seed)
     elif config.sft.data.endswith(".jsonl"):
         pairs = load_examples(config.sft.data)
     else:
         raise ValueError(
-            f"sft.data = {config.sft.data!r}; allowed are none, multiply, multiply_lengths, or a "
-            "file that ends in .jsonl"
+            f"sft.data = {config.sft.data!r}; allowed are none, multiply, multiply_lengths, "
+            "programs, or a file that ends in .jsonl"
         )
     if config.sft.examples is not None:
         pairs = random.Random(config.seed).sample(pairs, min(config.sft.examples, len(pairs)))
@@ -203,10 +205,13 @@ def _sft_examples(config: Config, codec: Codec, train_prompts: list[Prompt]) -> 
 
 def alphabet(config: Config) -> str:
     """What a model made from scratch must be able to read and write."""
+    if config.prompts.source == "programs":
+        return programs.ALPHABET
     if config.model.name == "scratch" and config.prompts.source != "multiply":
         raise ValueError(
-            f"model.name = 'scratch' knows the characters of prompts.source = 'multiply' only, not "
-            f"of {config.prompts.source!r}: name a pretrained model in model.name"
+            "model.name = 'scratch' knows the characters of prompts.source = 'multiply' and "
+            f"'programs' only, not of {config.prompts.source!r}: name a pretrained model in "
+            "model.name"
         )
     return multiply.ALPHABET
 

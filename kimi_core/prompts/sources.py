@@ -8,7 +8,7 @@ from typing import Any
 
 from kimi_core.config import PromptsConfig
 from kimi_core.plugins import load_function
-from kimi_core.prompts import addition, maximum, multiply
+from kimi_core.prompts import addition, humaneval, maximum, multiply, programs
 from kimi_core.types import Prompt
 
 
@@ -30,13 +30,17 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> lis
         return addition.prompts(config.shots, config.largest, config.split_seed)
     if source == "maximum":
         return maximum.prompts(config.shots, config.largest, config.split_seed)
+    if source == "programs":
+        return programs.prompts()
+    if source == "humaneval":
+        return humaneval.prompts()
     if source.endswith(".jsonl"):
         return read_prompts(Path(base_folder) / source)
     if ".py:" in source:
         return _check_prompts(load_function(source, base_folder)(), source)
     raise ValueError(
-        f"prompts.source = {source!r}; allowed are multiply, addition, maximum, a file that ends "
-        "in .jsonl, or file.py:function"
+        f"prompts.source = {source!r}; allowed are multiply, addition, maximum, programs, "
+        "humaneval, a file that ends in .jsonl, or file.py:function"
     )
 
 

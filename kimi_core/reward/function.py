@@ -45,7 +45,8 @@ def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> Rewar
     """The function that ``config.function`` names.
 
     Raises:
-        ValueError: an unknown name, or a ``file.py:function`` that cannot be loaded.
+        ValueError: an unknown name, a ``file.py:function`` that cannot be loaded, or `code` where
+            programs cannot be run safely.
     """
     if config.function == "match":
         return match
@@ -53,10 +54,14 @@ def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> Rewar
         from kimi_core.reward.math import MathReward  # It imports this module.
 
         return MathReward(config.math)
+    if config.function == "code":
+        from kimi_core.reward.code import code_reward  # It imports this module.
+
+        return code_reward(config.sandbox)
     if ".py:" in config.function:
         return load_function(config.function, base_folder)
     raise ValueError(
-        f"reward.function = {config.function!r}; allowed are match, math and file.py:function"
+        f"reward.function = {config.function!r}; allowed are match, math, code and file.py:function"
     )
 
 

@@ -2,18 +2,22 @@
 
 python -m kimi_core.sandbox run [--time S] [--memory MB] [--json] PROGRAM [ARG ...] < stdin
 python -m kimi_core.sandbox check
+python -m kimi_core.sandbox serve [--host ADDRESS] [--port N] [--slots N] [--queue N]
 
 PROGRAM is a file that is copied into the sandbox: a Python program (`.py`) or an executable; or
 else the name of a command of the host, such as `awk`.
+`serve` is the HTTP service; its bearer token is read from KIMI_SANDBOX_TOKEN.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from kimi_core.sandbox import Limits, Pool, Result, SandboxUnavailable, Status, check
 from kimi_core.sandbox.bubblewrap import find_python
+from kimi_core.sandbox.protocol import TOKEN_VARIABLE
 from kimi_core.sandbox.types import MB
 
 STATUS_CODES = {status: code for code, status in enumerate(Status)}
@@ -24,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        return _check() if options.action == "check" else _run(options)
+        return {"check": _check, "run": _run, "serve": _serve}[options.action](options)
     except (SandboxUnavailable, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("program")
     run.add_argument("arguments", nargs=argparse.REMAINDER)
     actions.add_parser("check", help="print the self-test")
+    serve = actions.add_parser("serve", help="run programs for trainers on other hosts")
+    serve.add_argument("--host", default="127.0.0.1", help="beyond loopback: with a token")
+    serve.add_argument("--port", type=int, default=8100, help="0: any that is free")
+    serve.add_argument("--slots", type=int, help="programs at a time (default: one a core)")
+    serve.add_argument("--queue", type=int, default=256, help="programs that may wait")
+    serve.add_argument("--allow-weak", action="store_true", help="though a protection is missing")
     return parser
 
 
@@ -77,7 +87,23 @@ def _print(result: Result, *, as_json: bool) -> None:
     )
 
 
-def _check() -> int:
+def _serve(options: argparse.Namespace) -> int:
+    try:
+        from kimi_core.sandbox.service import serve
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'kimi-core[sandbox]'") from None
+    serve(
+        options.host,
+        options.port,
+        token=os.environ.get(TOKEN_VARIABLE) or None,
+        slots=options.slots,
+        queue=options.queue,
+        allow_weak=options.allow_weak,
+    )
+    return 0
+
+
+def _check(_: argparse.Namespace) -> int:
     report = check()
     print(report)
     return 1 if report.missing else 0

@@ -1,0 +1,189 @@
+"""The program that runs inside the sandbox for assert-style tests; standard library only.
+
+A check is split in two, and no sandbox ever holds both halves:
+
+* ``candidate``: runs the response's program and makes the calls it is given. Knows the arguments,
+  not what is expected of them.
+* ``judge``: runs the test code, where each call of the function under test is answered by the value
+  that came out of the other sandbox. Knows what is expected, and holds no line of the response.
+
+Only plain data crosses: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset
+and dict. So there is no object of the response's making whose ``__eq__`` could agree with anything.
+
+Which calls the test code makes is found by running it. Where the answers run out, the judge goes on
+with a placeholder in their place and lets failing asserts pass, to learn of as many further calls
+as it can; then it asks for their answers. One round is enough unless calls depend on answers.
+
+Given on standard input, as one object of JSON:
+
+    {"mode": "candidate", "program", "entry_point", "calls"}               → an answer a line
+    {"mode": "judge", "setup", "check", "entry_point", "calls", "answers"} → {"verdict", "calls",
+                                                                              "fault"}
+
+A call is ``{"args", "kwargs"}``, an answer ``{"value"}`` or ``{"raised", "message"}``, a verdict
+``pass``, ``fail``, ``calls`` (these need answers first) or ``broken`` (the test code itself is).
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+PLAIN: Any = (bool, int, float, str)
+
+TOLERANT = "try: pass\nexcept Exception:\n    if not __recording__(): raise"
+"""What each assert of the test code is wrapped in, so that it cannot end a recording."""
+
+
+def encode(value: Any) -> Any:
+    """A JSON form of plain data that keeps lists, tuples, sets and the types of keys apart.
+
+    Raises:
+        TypeError: anything else, or something that has it inside.
+    """
+    if value is None:
+        return None
+    for kind in PLAIN:
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": value.hex()}
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return {kind.__name__: [encode(one) for one in value]}
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(one)] for key, one in value.items()]}
+    raise TypeError(f"{type(value).__name__} is not plain data")
+
+
+def decode(coded: Any) -> Any:
+    """What ``encode`` was given. Raises ValueError or TypeError for what it never gives."""
+    if coded is None or isinstance(coded, PLAIN):
+        return coded
+    if not isinstance(coded, dict) or len(coded) != 1:
+        raise ValueError(f"{coded!r:.80} encodes nothing")
+    ((kind, inner),) = coded.items()
+    if kind == "complex":
+        return complex(*inner)
+    if kind == "bytes":
+        return bytes.fromhex(inner)
+    if kind == "dict":
+        return {decode(key): decode(one) for key, one in inner}
+    made: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
+    return made(decode(one) for one in inner)
+
+
+def answer(function: Callable[..., Any], call: dict[str, Any]) -> str:
+    """Make one call and put what came of it into a line of JSON."""
+    try:
+        value = function(*map(decode, call["args"]), **dict(decode(call["kwargs"])))
+        return json.dumps({"value": encode(value)})
+    except Exception as error:  # noqa: BLE001 - the response's code may raise anything
+        return json.dumps({"raised": type(error).__name__, "message": str(error)[:200]})
+
+
+def run_candidate(given: dict[str, Any], out: TextIO) -> None:
+    """Define what the program defines, then make the calls, a line of output for each."""
+    space: dict[str, Any] = {"__name__": "solution"}
+    exec(compile(given["program"], "program.py", "exec"), space)
+    function = space[given["entry_point"]]
+    for call in given["calls"]:
+        print(answer(function, call), file=out, flush=True)
+
+
+class Unknown:
+    """Stands in for an answer that is not known yet. Empty, so that ``tuple(f(x))`` gets by."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class Judge:
+    """The function under test as the test code sees it: answers what is known, notes the rest."""
+
+    def __init__(self, calls: list[Any], answers: list[str]) -> None:
+        self.known = list(zip(calls, answers, strict=False))
+        self.calls: list[Any] = []
+        self.recording = False
+        self.broken = ""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            call = {"args": [encode(one) for one in args], "kwargs": encode(kwargs)}
+        except TypeError as error:
+            if not self.recording:
+                self.broken = f"an argument of the function under test: {error}"
+            raise
+        position = len(self.calls)
+        self.calls.append(call)
+        if self.recording or position >= len(self.known) or self.known[position][0] != call:
+            self.recording = True
+            return Unknown()
+        return read_answer(self.known[position][1])
+
+
+def read_answer(line: str) -> Any:
+    """The value in a line that the response's program wrote, or an exception as it raised it."""
+    try:
+        found = json.loads(line)
+        if "value" in found:
+            return decode(found["value"])
+        kind, message = found["raised"], found["message"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RuntimeError(f"an answer that cannot be read: {line!r:.80}") from error
+    kind = getattr(builtins, str(kind), None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        raise kind(message)
+    raise RuntimeError(f"{found['raised']}: {message}")
+
+
+def tolerant(source: str) -> Any:
+    """The test code with each assert wrapped in ``TOLERANT``, compiled."""
+    import ast  # Here, as the other half starts sooner without it.
+
+    class Wrap(ast.NodeTransformer):
+        def visit_Assert(self, node: ast.Assert) -> ast.stmt:
+            wrapped = ast.parse(TOLERANT).body[0]
+            assert isinstance(wrapped, ast.Try)
+            node.msg = None  # Some messages make calls of their own.
+            wrapped.body = [node]
+            return wrapped
+
+    return compile(ast.fix_missing_locations(Wrap().visit(ast.parse(source))), "check.py", "exec")
+
+
+def run_judge(given: dict[str, Any], out: TextIO) -> None:
+    """Run the test code on what is known and report."""
+    import random
+
+    random.seed(0)  # So that a test that draws its cases draws the same ones in every round.
+    judge = Judge(given["calls"], given["answers"])
+    space: dict[str, Any] = {"__name__": "check", "__recording__": lambda: judge.recording}
+    exec(compile(given["setup"], "setup.py", "exec"), space)
+    space[given["entry_point"]] = space["candidate"] = judge
+    code = tolerant(given["check"])
+    fault = ""
+    try:
+        exec(code, space)
+        if "check" in space:
+            space["check"](judge)
+    except Exception as error:  # noqa: BLE001 - whatever the answers made of the test code
+        fault = f"{type(error).__name__}: {error}"[:300]
+    verdict = "calls" if judge.recording else "fail" if fault else "pass"
+    if judge.broken or not judge.calls:
+        verdict, fault = "broken", judge.broken or fault or "it never calls the function under test"
+    print(json.dumps({"verdict": verdict, "calls": judge.calls, "fault": fault}), file=out)
+
+
+if __name__ == "__main__":
+    received = json.load(sys.stdin)
+    # What the code under test prints goes to standard error, so that it is not taken for an answer.
+    with os.fdopen(os.dup(1), "w") as own_output:
+        os.dup2(2, 1)
+        {"candidate": run_candidate, "judge": run_judge}[received["mode"]](received, own_output)

@@ -1,0 +1,128 @@
+"""Runs programs in a sandbox service on another host, with deadlines and retries."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import httpx2
+
+from kimi_core.sandbox.protocol import RunRequest, result_from_json
+from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable
+
+FIRST_PAUSE_S = 0.2
+"""Before the first retry; doubled before each further one."""
+
+
+class SandboxClient:
+    """Thread-safe. A run changes nothing on the server, so one that failed is simply sent again.
+
+    Args:
+        url: of the service, such as ``http://10.0.0.7:8100``.
+        token: the service's bearer token.
+        deadline_s: the longest that one call may take, with waiting, queueing and retries.
+        retries: how many failures of the network or the service a call survives. To be turned away
+            by a full queue (429) is none: that is waited out until the deadline.
+        sleep, clock: for tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        deadline_s: float = 300.0,
+        retries: int = 3,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._url = url.rstrip("/")
+        self._deadline_s = deadline_s
+        self._retries = retries
+        self._sleep = sleep
+        self._clock = clock
+        self._http = httpx2.Client(
+            base_url=self._url,
+            headers={} if token is None else {"Authorization": f"Bearer {token}"},
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,  # No proxy: the service is a host of ours.
+        )
+
+    def run(
+        self,
+        program: str | Sequence[str],
+        *,
+        stdin: bytes = b"",
+        files: Mapping[str, bytes] | None = None,
+        limits: Limits | None = None,
+    ) -> Result:
+        """As ``kimi_core.sandbox.run``; the server may cut the limits to its own.
+
+        Raises:
+            SandboxUnavailable: no result within the deadline, or more failures than retries.
+            ValueError: the service refused the request itself (its token, size or form).
+        """
+        request = RunRequest(program, stdin, files or {}, limits or Limits())
+        return self._results("/run", request.as_json(), lambda answer: [answer])[0]
+
+    def run_batch(self, requests: Sequence[RunRequest]) -> list[Result]:
+        """Several runs in one call, which the server carries out in parallel; raises as ``run``."""
+        body = {"runs": [request.as_json() for request in requests]}
+        return self._results("/run_batch", body, lambda answer: answer["results"])
+
+    def health(self) -> dict[str, Any]:
+        """What the service says of itself.
+
+        Raises:
+            SandboxUnavailable: it does not answer within 10 s.
+        """
+        try:
+            answer = self._http.get("/health", timeout=10.0)
+            answer.raise_for_status()
+            found: dict[str, Any] = answer.json()
+        except (httpx2.HTTPError, ValueError) as error:
+            raise SandboxUnavailable(f"No sandbox service at {self._url}: {error}") from error
+        return found
+
+    def close(self) -> None:
+        self._http.close()
+
+    def __enter__(self) -> "SandboxClient":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _results(
+        self, path: str, body: dict[str, Any], listed: Callable[[Any], list[Any]]
+    ) -> list[Result]:
+        end = self._clock() + self._deadline_s
+        failures, pause, trouble = 0, FIRST_PAUSE_S, "nothing was tried"
+        while (left := end - self._clock()) > 0:
+            try:
+                answer = self._http.post(path, json=body, timeout=left)
+                if answer.status_code == 200:
+                    return [result_from_json(one) for one in listed(answer.json())]
+                trouble = f"status {answer.status_code}: {answer.text[:200]}"
+            except httpx2.TransportError as error:
+                answer, trouble = None, f"{type(error).__name__}: {error}"
+            except (ValueError, KeyError, TypeError) as error:
+                raise SandboxUnavailable(f"{self._url} gave no result: {error!r}") from error
+            if answer is not None and answer.status_code == 429:
+                self._sleep(min(float(answer.headers.get("Retry-After", "1")), left))
+                continue
+            if answer is not None and answer.status_code < 500 and answer.status_code != 408:
+                raise ValueError(f"The sandbox service {self._url} refused {path}: {trouble}")
+            failures += 1
+            if failures > self._retries:
+                raise SandboxUnavailable(f"{self._url}{path} failed {failures} times: {trouble}")
+            self._sleep(min(pause, left))
+            pause *= 2
+        raise SandboxUnavailable(
+            f"{self._url}{path}: no result within {self._deadline_s:g} s: {trouble}"
+        )
