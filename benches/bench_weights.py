@@ -160,7 +160,7 @@ def test_flip_of_the_embedded_engine(arena, model, engine_model, ratios, benchma
     def flip() -> None:
         wall, cpu = time.perf_counter(), time.process_time()
         lease = arena.acquire()
-        lease.verified = True
+        lease.verified = True  # In ``prepare``.
         binding.flip(lease)
         cpu_ms.append(1e3 * (time.process_time() - cpu))
         wall_ms.append(1e3 * (time.perf_counter() - wall))
