@@ -221,6 +221,8 @@ class _Ranges:
                 )
             first = rank // (size // kv_heads) * head
             kv = (first, first + head)
+        self.vocabulary = -(-config.vocab_size // 64) * 64
+        _check_divides(size, self.vocabulary, "vocab_size, rounded up to a multiple of 64,")
         mlp = self._share(config.intermediate_size)
         self.rows = {
             "self_attn.q_proj": self._share(heads * head),
@@ -239,9 +241,8 @@ class _Ranges:
         if end in _BY_COLUMNS and kind == "weight":
             return Part(name, shape, 1, *self._share(shape[1]), 0)
         if module in _BY_VOCABULARY:
-            each = -(-shape[0] // 64) * 64 // self.size
-            start, stop = (min(rank * each, shape[0]) for rank in (self.rank, self.rank + 1))
-            return Part(name, shape, 0, start, stop, 0)
+            start, stop = self._share(self.vocabulary)
+            return Part(name, shape, 0, min(start, shape[0]), min(stop, shape[0]), 0)
         return _whole(name, shape)
 
     def _share(self, width: int) -> tuple[int, int]:
