@@ -184,6 +184,12 @@ class Layout:
 
     def difference(self, other: "Layout") -> str:
         """Where another layout first differs, for people; empty where it does not."""
+        own, given = ((x.tp_rank, x.tp_size, x.tied) for x in (self, other))
+        if own != given:
+            return (
+                f"rank {own[0]} of {own[1]} with ties {own[2]}, not rank {given[0]} of {given[1]} "
+                f"with ties {given[2]}"
+            )
         for mine, theirs in zip(self.entries, other.entries, strict=False):
             if mine != theirs:
                 return (
@@ -192,11 +198,6 @@ class Layout:
                 )
         if len(self.entries) != len(other.entries):
             return f"{len(self.entries)} tensors, not {len(other.entries)}"
-        if self != other:
-            return (
-                f"rank {self.tp_rank} of {self.tp_size} with ties {self.tied}, not rank "
-                f"{other.tp_rank} of {other.tp_size} with ties {other.tied}"
-            )
         return ""
 
 
