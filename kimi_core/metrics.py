@@ -80,6 +80,8 @@ class IterationMetrics:
     """Share of the responses trained with an advantage of 0, which teach nothing, in [0, 1]."""
     infrastructure_errors: int = 0
     """Responses on which no verdict could be reached: neither trained nor counted as wrong."""
+    logprob_gap_over_limit_share: float = math.nan
+    """Share of this iteration's tokens whose |Δ log-prob| is over the limit, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
