@@ -7,7 +7,8 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'balance', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
+import typing_extensions
+__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'balance', 'crc32c', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
 class SegmentView:
     """
     The tokens of one segment where they lie in the file, read-only.
@@ -248,6 +249,10 @@ def balance(sizes: collections.abc.Sequence[typing.SupportsInt | typing.Supports
     
     Raises:
         ValueError: one item alone is larger.
+    """
+def crc32c(data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    """
+    The CRC32C of what `crc` is the CRC32C of, followed by the bytes of `data`.
     """
 def instruction_sets() -> list[str]:
     """
