@@ -10,6 +10,7 @@ void register_base(pybind11::module_& m);
 void register_buffer(pybind11::module_& m);
 void register_loss(pybind11::module_& m);
 void register_text(pybind11::module_& m);
+void register_weights(pybind11::module_& m);
 
 }  // namespace kimi
 
