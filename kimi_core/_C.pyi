@@ -287,9 +287,9 @@ class WeightArena:
         """
     def _writable(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
         ...
-    def _write(self, slot: typing.SupportsInt | typing.SupportsIndex, sources: collections.abc.Sequence[tuple[numpy.ndarray, str, str, typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+    def _write(self, slot: typing.SupportsInt | typing.SupportsIndex, sources: collections.abc.Sequence[tuple[numpy.ndarray, str, str, typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex, first: typing.SupportsInt | typing.SupportsIndex = 0, count: typing.SupportsInt | typing.SupportsIndex | None = None) -> list[int]:
         """
-        Cast, sum and copy (array, its dtype, the arena's dtype, offset); the checksums.
+        Cast, sum and copy (array, its dtype, the arena's dtype, offset) into `count` regions from `first` on, all of them by default; their checksums.
         """
     def close(self) -> None:
         """

@@ -28,6 +28,9 @@ from kimi_core.weights.layout import Layout, Part
 NamedTensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Hugging Face names with tensors, or with numpy arrays of float32 or float16."""
 
+Source = tuple[np.ndarray, str, str, int]
+"""An array of one or two dimensions, its dtype, that in the arena, and where it goes in a slot."""
+
 PUBLISH_S = 30.0
 """Seconds that publishing waits for a slot to come free, unless told otherwise."""
 
@@ -149,17 +152,40 @@ class WritableSlot:
             raise ValueError(f"Version {self.version} was committed or abandoned already")
         return self._payload
 
-    def verify(self, crcs: Sequence[int], *, threads: int | None = None) -> None:
+    def write(
+        self, sources: Sequence[Source], *, first: int, count: int, threads: int | None = None
+    ) -> list[int]:
+        """Cast, sum and copy the sources of ``count`` entries, from entry ``first`` on; returns
+        their checksums."""
+        self._verified = None
+        threads = threads or default_threads()
+        return self._arena._core._write(self._slot, list(sources), threads, first, count)
+
+    def verify(
+        self,
+        crcs: Sequence[int],
+        *,
+        found: Sequence[int] | None = None,
+        threads: int | None = None,
+    ) -> None:
         """Compare the bytes in the slot with the checksums they shall have, one an entry.
+
+        Args:
+            crcs: what they shall be.
+            found: what they are, where the caller has summed the bytes as they came in.
 
         Raises:
             ValueError: a tensor differs; the message names it, and nothing is served.
         """
         self._verified = None
         expected = [int(crc) for crc in crcs]
-        threads = threads or default_threads()
         assert self.payload is not None
-        bad = self._arena._core._first_damaged(self._slot, expected, threads)
+        if found is None:
+            threads = threads or default_threads()
+            bad = self._arena._core._first_damaged(self._slot, expected, threads)
+        else:
+            pairs = enumerate(zip(expected, found, strict=True))
+            bad = next((index for index, (a, b) in pairs if a != b), None)
         if bad is not None:
             raise ValueError(
                 f"Version {self.version} did not arrive whole in {self._arena.path}: "
@@ -308,7 +334,7 @@ class WeightArena:
                 not newer.
             TimeoutError: no slot came free; the message says which process holds which.
         """
-        sources = self._sources(named_tensors)
+        sources = self.sources_of(named_tensors)
         slot = self._begin(version, deadline_s)
         try:
             crcs = self._core._write(slot, sources, threads or default_threads())
@@ -362,7 +388,7 @@ class WeightArena:
             "make the arena with more slots"
         )
 
-    def _sources(self, named_tensors: NamedTensors) -> list[tuple[np.ndarray, str, str, int]]:
+    def sources_of(self, named_tensors: NamedTensors) -> list[Source]:
         """What C++ copies, in the order of the slot. Raises ValueError as ``publish`` does."""
         given = _by_name(named_tensors, self.layout)
         sources = []

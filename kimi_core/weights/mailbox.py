@@ -1,12 +1,12 @@
-"""What sender and receivers say to each other: small JSON messages by key, in a ``TCPStore`` that the
-sender serves. Every wait has a deadline, and its error names what was waited for.
+"""What sender and receivers say to each other: small JSON messages by key, in a ``TCPStore`` that
+the sender serves. Every wait has a deadline, and its error names what was waited for.
 
 The store has no password: it belongs on a network of one's own, as torch's other ports do.
 """
 
 import json
 import socket
-from collections.abc import Iterable
+from collections.abc import Container
 from typing import Any
 
 import torch.distributed as dist
@@ -85,9 +85,11 @@ class Mailbox:
         except dist.DistError as error:
             raise self._gone(f"waited for {what}") from error
 
-    def forget(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self.store.delete_key(key)
+    def forget(self, prefix: str, *, but: Container[str] = ()) -> None:
+        """Take away what stands under ``prefix``."""
+        for key in self.store.list_keys():
+            if key.startswith(prefix) and key not in but:
+                self.store.delete_key(key)
 
     def ask(self, queue: str, message: Message) -> None:
         """Put a message in a line of them."""

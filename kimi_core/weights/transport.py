@@ -3,23 +3,21 @@ trusted before its checksum.
 
 While bucket i is on the wire, the sender makes bucket i + 1 ready and the receivers check bucket
 i − 1. On the CPU (gloo) buckets are sent from and received into the slot itself, so that nothing is
-held twice; on a GPU (NCCL) they pass through device memory, two buckets at a time. Every wait ends at
-a ``Deadline``. The NCCL path is written after the same plan but has never run: no GPU was at hand.
+held twice; on a GPU (NCCL) they pass through device memory, two buckets at a time. Every wait ends
+at a ``Deadline``. The NCCL path follows the same plan but has never run: no GPU was at hand.
 
 gloo binds the network interface that ``GLOO_SOCKET_IFNAME`` names, or that of the host's name.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
-
-from kimi_core import _C
 
 Backend = Literal["gloo", "nccl"]
 BUCKET_BYTES = 64 << 20
@@ -74,6 +72,7 @@ class Group:
         self.device = torch.device("cpu")
         place = dist.PrefixStore(prefix, store)
         limit = deadline.left()
+        self._group: Any  # torch's stub of a backend lacks its collectives.
         try:
             if backend == "gloo":
                 self._group = dist.ProcessGroupGloo(place, rank, size, limit)
@@ -197,33 +196,6 @@ def _settle(flying: deque[_Bucket], deadline: Deadline) -> None:
         else:
             time.sleep(0.001)
     flying.clear()
-
-
-class RunningChecksums:
-    """CRC32C of each region of a payload, taken up as its bytes become known, in order.
-
-    Args:
-        payload: uint8 ``[n]`` on the CPU.
-        regions: ``(offset, bytes)``, ascending and apart; what lies between has no checksum.
-    """
-
-    def __init__(self, payload: torch.Tensor, regions: Sequence[tuple[int, int]]) -> None:
-        self._bytes = payload.numpy()
-        self._regions = regions
-        self._current = 0
-        self.crcs = [0] * len(regions)
-
-    def take(self, start: int, end: int) -> None:
-        """Bytes ``start:end`` are there; those before have been taken."""
-        while self._current < len(self._regions):
-            offset, size = self._regions[self._current]
-            first, last = max(start, offset), min(end, offset + size)
-            if first < last:
-                crc = self.crcs[self._current]
-                self.crcs[self._current] = _C.crc32c(self._bytes[first:last], crc)
-            if end < offset + size:
-                break
-            self._current += 1
 
 
 def _first_line(error: BaseException) -> str:
