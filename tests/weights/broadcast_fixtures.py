@@ -19,7 +19,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     tie_word_embeddings=True,
 )
-QUICK = Terms(bucket_bytes=4096, answer_s=5, transfer_s=5)
+QUICK = Terms(bucket_bytes=4096, answer_s=20, transfer_s=20)
 
 
 def make_arena(path: Path, *, tp_rank: int = 0, tp_size: int = 1, dtype: str = "bfloat16"):

@@ -4,6 +4,7 @@ processes that die is in ``tests/dist``."""
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from weights.broadcast_fixtures import QUICK, digest, expected, make_arena, weights
@@ -14,7 +15,7 @@ from kimi_core.weights.receiver import JoinRefused, WeightReceiver
 from kimi_core.weights.rounds import BroadcastError, Fenced, Terms
 from kimi_core.weights.transport import move
 
-SOON = 30
+SOON = 60
 """Seconds within which all of a test's steps are over, also on a busy machine."""
 
 
@@ -219,7 +220,7 @@ def test_a_fault_of_the_sender_in_mid_round_reaches_the_receivers(
 
 
 def test_one_who_does_not_answer_is_fenced_by_name_in_time(tmp_path, pool):
-    terms = Terms(bucket_bytes=4096, answer_s=0.3, transfer_s=1)
+    terms = Terms(bucket_bytes=4096, answer_s=3, transfer_s=20)
     with WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", terms=terms) as sender:
         there, absent = (member(sender, tmp_path / name, name) for name in ("there", "absent"))
         members_are(sender, ["there", "absent"])
@@ -227,7 +228,7 @@ def test_one_who_does_not_answer_is_fenced_by_name_in_time(tmp_path, pool):
         published = sender.publish(weights(1), version=1)
         assert published.served == ("there",)
         why = published.fenced["absent"]
-        assert why == "absent (tp rank 0, rank 2) silent: did not say 'ready' within 0.3 s"
+        assert why == "absent (tp rank 0, rank 2) silent: did not say 'ready' within 3 s"
         assert taken.result().called_off == (why,)
         with pytest.raises(Fenced, match="absent"):
             absent.take(timeout_s=SOON)
@@ -236,6 +237,7 @@ def test_one_who_does_not_answer_is_fenced_by_name_in_time(tmp_path, pool):
 
 
 def test_a_slot_that_no_reader_lets_go_is_named(sender, tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(sender, "terms", replace(QUICK, answer_s=4))
     (receiver,) = serving_version_1(sender, tmp_path, pool, ["a"])
     leases = []
     for version in (2, 3):
