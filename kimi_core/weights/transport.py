@@ -184,13 +184,13 @@ def _wait(bucket: _Bucket, total: int, deadline: Deadline, *, sends: bool) -> No
 def _settle(flying: deque[_Bucket], deadline: Deadline) -> None:
     """Wait until operations that failed are over, so that no late byte lands in a slot that serves
     something else by then. Each has a time limit of its own, the deadline when it began."""
-    limit = deadline.at + GRACE_S
+    limit = max(deadline.at, time.monotonic()) + GRACE_S  # The process may have been frozen.
     while flying and flying[0].staged.device.type == "cpu":
         if flying[0].work.is_completed():
             flying.popleft()
         elif time.monotonic() > limit:
             raise RuntimeError(
-                f"An operation outlives its time limit by {GRACE_S:g} s and may still write to its "
+                f"A transfer outlives its time limit by {GRACE_S:g} s and may still write to its "
                 "slot: end this process before the slot is used again"
             )
         else:

@@ -58,6 +58,7 @@ def receive(given: dict) -> None:
                 say(taken=taken.version, called_off=taken.called_off)
             except Fenced as error:
                 say(fenced=str(error))
+                receiver.move = move
                 say(joined=host.join())
 
 

@@ -72,7 +72,7 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         last = 0
-        while not self.done.is_set():
+        while not self.done.wait(0.01):  # The machine is for the others.
             version, found = digest(self.arena)
             if version < last or found != self.truths[version]:
                 self.faults.append((last, version))
