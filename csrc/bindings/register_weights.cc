@@ -152,8 +152,7 @@ std::vector<uint32_t> write(const PyArena& arena, uint32_t slot, const std::vect
   sources.reserve(given.size());
   for (const PySource& source : given) sources.push_back(SourceOf(source));
   const py::gil_scoped_release release;
-  return arena.writer().Write(slot, sources, threads, first,
-                              count.value_or(arena.reader()->regions().size()));
+  return arena.writer().Write(slot, sources, threads, first, count);
 }
 
 void create(const std::string& path, int64_t slots, uint64_t payload_bytes,

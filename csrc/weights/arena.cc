@@ -38,6 +38,10 @@ Places CheckedPlaces(const MappedFile& file) {
   if (header.crc != HeaderCrc(header)) {
     Refuse(path, std::string("has a damaged header (its checksum is wrong)") + kAnew);
   }
+  const bool possible = header.slots >= kFewestSlots && header.slots <= kMostSlots &&
+                        header.leases == kLeases && header.payload_bytes < uint64_t{1} << 56 &&
+                        header.description_bytes < uint64_t{1} << 56;
+  if (!possible) Refuse(path, "has sizes in its header that no arena has");
   const Places places(header);
   if (file.size() < places.FileBytes()) {
     Refuse(path, "is cut off: it has " + Number(file.size()) + " of " + Number(places.FileBytes()) +
@@ -232,12 +236,14 @@ std::optional<uint32_t> ArenaWriter::Begin(uint64_t version) {
 }
 
 std::vector<uint32_t> ArenaWriter::Write(uint32_t slot, std::span<const Source> sources,
-                                         unsigned threads, size_t first, size_t count) {
+                                         unsigned threads, size_t first,
+                                         std::optional<size_t> count) {
   RequireBegun(slot);
-  if (first > regions().size() || count > regions().size() - first) {
-    throw std::logic_error("No regions " + Number(first) + " to " + Number(first + count));
+  const size_t most = regions().size() - std::min(first, regions().size());
+  if (first > regions().size() || count.value_or(0) > most) {
+    throw std::logic_error("There are " + Number(regions().size()) + " regions");
   }
-  const auto filled = regions().subspan(first, count);
+  const auto filled = regions().subspan(first, count.value_or(most));
   CheckSources(sources, filled);
   return CopyAndSum(sources, filled, writable(slot), threads);
 }

@@ -112,9 +112,9 @@ class ArenaWriter : public ArenaReader {
   // back.
   std::byte* writable(uint32_t slot) { return written_.data() + places_.PayloadAt(slot); }
   //
-  // Write fills `count` regions from `first` on, and returns their checksums.
+  // Write fills `count` regions from `first` on, or all that follow, and returns their checksums.
   std::vector<uint32_t> Write(uint32_t slot, std::span<const Source> sources, unsigned threads,
-                              size_t first, size_t count);
+                              size_t first = 0, std::optional<size_t> count = std::nullopt);
   void Commit(uint32_t slot, uint64_t version, std::span<const uint32_t> crcs);
   void Abandon(uint32_t slot);
 

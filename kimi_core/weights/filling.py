@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from kimi_core import _C
-from kimi_core.weights.arena import Lease, NamedTensors, WeightArena, WritableSlot
+from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.slots import Lease, WritableSlot
+from kimi_core.weights.sources import NamedTensors, sources_of
 
 
 class Filling:
@@ -20,7 +22,7 @@ class Filling:
         self.slot = slot
         self.crcs: list[int] = []
         """Of the entries written so far."""
-        self._sources = arena.sources_of(tensors)
+        self._sources = sources_of(tensors, arena.layout)
         self._next_source = 0
 
     def make_ready(self, start: int, end: int) -> None:
