@@ -91,7 +91,7 @@ class WeightSender:
     @property
     def members(self) -> list[str]:
         """Names of the receivers that the next version goes to."""
-        return [member.name for member in self._members.values()]
+        return [member.name for member in list(self._members.values())]
 
     def publish(self, named_tensors: NamedTensors, *, version: int) -> Published:
         """Hand a version to every member and serve it here; takes the place of the local publish.

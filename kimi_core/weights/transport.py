@@ -88,12 +88,19 @@ class Group:
             ) from error
 
     def broadcast(self, piece: torch.Tensor, deadline: Deadline) -> dist.Work:
-        """Start to send ``piece`` (on rank 0) or to receive into it."""
+        """Start to send ``piece`` (on rank 0) or to receive into it.
+
+        Raises:
+            TransferError: a rank has hung up already.
+        """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         options.timeout = deadline.left()
         options.asyncOp = True
-        return self._group.broadcast([piece], options)
+        try:
+            return self._group.broadcast([piece], options)
+        except RuntimeError as error:
+            raise TransferError(f"A bucket could not begin: {_first_line(error)}") from error
 
     def close(self) -> None:
         if self.device.type == "cuda":
