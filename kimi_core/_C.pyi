@@ -7,7 +7,8 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'WeightArena', 'WeightLease', 'balance', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
+import typing_extensions
+__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'WeightArena', 'WeightLease', 'balance', 'crc32c', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
 class SegmentView:
     """
     The tokens of one segment where they lie in the file, read-only.
@@ -286,9 +287,9 @@ class WeightArena:
         """
     def _writable(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
         ...
-    def _write(self, slot: typing.SupportsInt | typing.SupportsIndex, sources: collections.abc.Sequence[tuple[numpy.ndarray, str, str, typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+    def _write(self, slot: typing.SupportsInt | typing.SupportsIndex, sources: collections.abc.Sequence[tuple[numpy.ndarray, str, str, typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex, first: typing.SupportsInt | typing.SupportsIndex = 0, count: typing.SupportsInt | typing.SupportsIndex | None = None) -> list[int]:
         """
-        Cast, sum and copy (array, its dtype, the arena's dtype, offset); the checksums.
+        Cast, sum and copy (array, its dtype, the arena's dtype, offset) into `count` regions from `first` on, all of them by default; their checksums.
         """
     def close(self) -> None:
         """
@@ -325,6 +326,10 @@ def balance(sizes: collections.abc.Sequence[typing.SupportsInt | typing.Supports
     
     Raises:
         ValueError: one item alone is larger.
+    """
+def crc32c(data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
+    """
+    The CRC32C of what `crc` is the CRC32C of, followed by the bytes of `data`.
     """
 def instruction_sets() -> list[str]:
     """

@@ -2,6 +2,7 @@
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of kimi_core. It links neither libtorch nor CUDA's runtime.";
+  kimi::register_base(m);
   kimi::register_buffer(m);
   kimi::register_loss(m);
   kimi::register_text(m);

@@ -143,12 +143,12 @@ Source SourceOf(const PySource& given) {
 }
 
 std::vector<uint32_t> write(const PyArena& arena, uint32_t slot, const std::vector<PySource>& given,
-                            unsigned threads) {
+                            unsigned threads, size_t first, std::optional<size_t> count) {
   std::vector<Source> sources;
   sources.reserve(given.size());
   for (const PySource& source : given) sources.push_back(SourceOf(source));
   const py::gil_scoped_release release;
-  return arena.writer()->Write(slot, sources, threads);
+  return arena.writer()->Write(slot, sources, threads, first, count);
 }
 
 void create(const std::string& path, int64_t slots, uint64_t payload_bytes,
@@ -209,7 +209,9 @@ void register_writing(py::class_<PyArena>& arena) {
           [](const PyArena& self, uint64_t version) { return self.writer()->Begin(version); },
           py::arg("version"), "A slot to write `version` into; None where none is idle now.")
       .def("_write", &write, py::arg("slot"), py::arg("sources"), py::arg("threads"),
-           "Cast, sum and copy (array, its dtype, the arena's dtype, offset); the checksums.")
+           py::arg("first") = 0, py::arg("count") = py::none(),
+           "Cast, sum and copy (array, its dtype, the arena's dtype, offset) into `count` regions "
+           "from `first` on, all of them by default; their checksums.")
       .def(
           "_writable",
           [](const PyArena& self, uint32_t slot) {

@@ -236,10 +236,16 @@ std::optional<uint32_t> ArenaWriter::Begin(uint64_t version) {
 }
 
 std::vector<uint32_t> ArenaWriter::Write(uint32_t slot, std::span<const Source> sources,
-                                         unsigned threads) {
+                                         unsigned threads, size_t first,
+                                         std::optional<size_t> count) {
   RequireBegun(slot);
-  CheckSources(sources);
-  return CopyAndSum(sources, regions(), writable(slot), threads);
+  const size_t most = regions().size() - std::min(first, regions().size());
+  if (first > regions().size() || count.value_or(0) > most) {
+    throw std::logic_error("There are " + Number(regions().size()) + " regions");
+  }
+  const auto filled = regions().subspan(first, count.value_or(most));
+  CheckSources(sources, filled);
+  return CopyAndSum(sources, filled, writable(slot), threads);
 }
 
 void ArenaWriter::Commit(uint32_t slot, uint64_t version, std::span<const uint32_t> sums) {
@@ -264,9 +270,9 @@ void ArenaWriter::RequireBegun(uint32_t slot) const {
   if (begun_ != slot) throw std::logic_error("Slot " + Number(slot) + " is not being written");
 }
 
-void ArenaWriter::CheckSources(std::span<const Source> sources) const {
+void ArenaWriter::CheckSources(std::span<const Source> sources, std::span<const Region> regions) {
   auto source = sources.begin();
-  for (const Region& region : regions()) {
+  for (const Region& region : regions) {
     uint64_t end = region.offset;
     for (; source != sources.end() && end < region.offset + region.bytes; ++source) {
       if (source->offset != end) break;

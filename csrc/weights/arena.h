@@ -111,12 +111,15 @@ class ArenaWriter : public ArenaReader {
   // REQUIRES, of the rest: Begin has given `slot`, and neither Commit nor Abandon has taken it
   // back.
   std::byte* writable(uint32_t slot) { return written_.data() + places_.PayloadAt(slot); }
-  std::vector<uint32_t> Write(uint32_t slot, std::span<const Source> sources, unsigned threads);
+  //
+  // Write fills `count` regions from `first` on, or all that follow, and returns their checksums.
+  std::vector<uint32_t> Write(uint32_t slot, std::span<const Source> sources, unsigned threads,
+                              size_t first = 0, std::optional<size_t> count = std::nullopt);
   void Commit(uint32_t slot, uint64_t version, std::span<const uint32_t> crcs);
   void Abandon(uint32_t slot);
 
  private:
-  void CheckSources(std::span<const Source> sources) const;
+  static void CheckSources(std::span<const Source> sources, std::span<const Region> regions);
   void Repair();
   void RequireBegun(uint32_t slot) const;
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kimi_core import _C
+from kimi_core.weights.sources import Source
 
 if TYPE_CHECKING:
     from kimi_core.weights.arena import WeightArena
@@ -126,17 +127,40 @@ class WritableSlot:
         """
         return self._check_open()
 
-    def verify(self, crcs: Sequence[int], *, threads: int | None = None) -> None:
+    def write(
+        self, sources: Sequence[Source], *, first: int, count: int, threads: int | None = None
+    ) -> list[int]:
+        """Cast, sum and copy the sources of ``count`` entries, from entry ``first`` on; returns
+        their checksums."""
+        self._verified = None
+        threads = threads or default_threads()
+        return self._arena._core._write(self._slot, list(sources), threads, first, count)
+
+    def verify(
+        self,
+        crcs: Sequence[int],
+        *,
+        found: Sequence[int] | None = None,
+        threads: int | None = None,
+    ) -> None:
         """Compare the bytes in the slot with the checksums they shall have, one an entry.
+
+        Args:
+            crcs: what they shall be.
+            found: what they are, where the caller has summed the bytes as they came in.
 
         Raises:
             ValueError: a tensor differs; the message names it, and nothing is served.
         """
         self._verified = None
         expected = [int(crc) for crc in crcs]
-        threads = threads or default_threads()
         self._check_open()
-        bad = self._arena._core._first_damaged(self._slot, expected, threads)
+        if found is None:
+            threads = threads or default_threads()
+            bad = self._arena._core._first_damaged(self._slot, expected, threads)
+        else:
+            pairs = enumerate(zip(expected, found, strict=True))
+            bad = next((index for index, (a, b) in pairs if a != b), None)
         if bad is not None:
             raise ValueError(
                 f"Version {self.version} did not arrive whole in {self._arena.path}: "
