@@ -7,7 +7,7 @@ import numpy
 import numpy.typing
 import os
 import typing
-__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'balance', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
+__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'WeightArena', 'WeightLease', 'balance', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
 class SegmentView:
     """
     The tokens of one segment where they lie in the file, read-only.
@@ -239,6 +239,83 @@ class RepeatDetector:
         ...
     @property
     def window(self) -> int:
+        ...
+class WeightLease:
+    """
+    What kimi_core.weights.arena.Lease is made from; use that one.
+    """
+    def release(self) -> None:
+        ...
+    @property
+    def held(self) -> bool:
+        ...
+    @property
+    def slot(self) -> int:
+        ...
+    @property
+    def version(self) -> int:
+        ...
+class WeightArena:
+    """
+    What kimi_core.weights.arena.WeightArena is made from; use that one.
+    """
+    @staticmethod
+    def _create(path: str, slots: typing.SupportsInt | typing.SupportsIndex, payload_bytes: typing.SupportsInt | typing.SupportsIndex, layout_hash: bytes, regions: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]], description: str) -> None:
+        ...
+    def __init__(self, path: str, readonly: bool) -> None:
+        ...
+    def _abandon(self, slot: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def _acquire(self) -> WeightLease:
+        ...
+    def _begin(self, version: typing.SupportsInt | typing.SupportsIndex) -> int | None:
+        """
+        A slot to write `version` into; None where none is idle now.
+        """
+    def _commit(self, slot: typing.SupportsInt | typing.SupportsIndex, version: typing.SupportsInt | typing.SupportsIndex, crcs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
+        ...
+    def _crcs(self, slot: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+        ...
+    def _first_damaged(self, slot: typing.SupportsInt | typing.SupportsIndex, crcs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], threads: typing.SupportsInt | typing.SupportsIndex) -> int | None:
+        ...
+    def _holders(self) -> list:
+        ...
+    def _payload(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
+        """
+        Read-only memory, whatever the array says of itself.
+        """
+    def _writable(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
+        ...
+    def _write(self, slot: typing.SupportsInt | typing.SupportsIndex, sources: collections.abc.Sequence[tuple[numpy.ndarray, str, str, typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex) -> list[int]:
+        """
+        Cast, sum and copy (array, its dtype, the arena's dtype, offset); the checksums.
+        """
+    def close(self) -> None:
+        """
+        Unmap the file; once the views of it and the leases are gone, too. A closed arena can be closed again.
+        """
+    @property
+    def _description(self) -> str:
+        ...
+    @property
+    def _layout_hash(self) -> bytes:
+        ...
+    @property
+    def _regions(self) -> list[tuple[int, int]]:
+        ...
+    @property
+    def active_version(self) -> int | None:
+        """
+        The version that is served; None before the first one.
+        """
+    @property
+    def path(self) -> str:
+        ...
+    @property
+    def readonly(self) -> bool:
+        ...
+    @property
+    def slots(self) -> int:
         ...
 def balance(sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], most: typing.SupportsInt | typing.SupportsIndex) -> list[list[int]]:
     """

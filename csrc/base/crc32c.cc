@@ -36,6 +36,50 @@ constexpr std::array<std::array<uint32_t, 256>, 8> MakeTable() {
 
 constexpr auto kTable = MakeTable();
 
+// ---- Checksums as polynomials over {0, 1}, the lowest power in the highest bit. A checksum of
+// bytes followed by n zero bytes is that of the bytes times x^(8n), modulo the polynomial of
+// CRC32C.
+
+constexpr uint32_t kOne = uint32_t{1} << 31;
+
+constexpr uint32_t Times(uint32_t a, uint32_t b) {
+  uint32_t product = 0;
+  for (uint32_t power = kOne; power != 0; power >>= 1) {
+    if (a & power) product ^= b;
+    b = (b >> 1) ^ ((b & 1) ? kPolynomial : 0);  // Times x.
+  }
+  return product;
+}
+
+constexpr uint32_t PowerOfBytes(uint64_t n) {  // x^(8n)
+  uint32_t result = kOne;
+  for (uint32_t square = kOne >> 8; n > 0; n >>= 1, square = Times(square, square)) {
+    if (n & 1) result = Times(result, square);
+  }
+  return result;
+}
+
+// The instruction has a latency of three cycles and starts every cycle: three stripes side by side
+// keep it busy. kBehind[k][b] is byte k of a checksum, of value b, with a stripe of zeros behind
+// it.
+constexpr size_t kStripe = 2048;
+
+constexpr std::array<std::array<uint32_t, 256>, 4> MakeBehind() {
+  std::array<std::array<uint32_t, 256>, 4> table{};
+  const uint32_t power = PowerOfBytes(kStripe);
+  for (uint32_t k = 0; k < 4; ++k) {
+    for (uint32_t byte = 0; byte < 256; ++byte) table[k][byte] = Times(byte << (8 * k), power);
+  }
+  return table;
+}
+
+constexpr auto kBehind = MakeBehind();
+
+uint32_t WithStripeBehind(uint32_t crc) {
+  return kBehind[0][crc & 0xff] ^ kBehind[1][(crc >> 8) & 0xff] ^ kBehind[2][(crc >> 16) & 0xff] ^
+         kBehind[3][crc >> 24];
+}
+
 uint64_t LoadWord(const unsigned char* data) {
   uint64_t word;
   std::memcpy(&word, data, sizeof(word));
@@ -66,6 +110,15 @@ bool CpuHasInstruction() { return true; }  // Every 64-bit Apple CPU.
 KIMI_CRC_TARGET uint32_t ExtendByInstruction(uint32_t crc, const void* bytes, size_t size) {
   auto data = static_cast<const unsigned char*>(bytes);
   crc = ~crc;
+  for (; size >= 3 * kStripe; data += 3 * kStripe, size -= 3 * kStripe) {
+    uint32_t second = 0, third = 0;
+    for (size_t at = 0; at < kStripe; at += 8) {
+      crc = TakeWord(crc, LoadWord(data + at));
+      second = TakeWord(second, LoadWord(data + kStripe + at));
+      third = TakeWord(third, LoadWord(data + 2 * kStripe + at));
+    }
+    crc = WithStripeBehind(WithStripeBehind(crc) ^ second) ^ third;
+  }
   for (; size >= 8; data += 8, size -= 8) crc = TakeWord(crc, LoadWord(data));
   for (; size > 0; ++data, --size) crc = TakeByte(crc, *data);
   return ~crc;
@@ -111,6 +164,10 @@ void ExtendTwo(uint32_t* crc_a, const void* a, uint32_t* crc_b, const void* b, s
     *crc_a = ExtendByTable(*crc_a, a, size);
     *crc_b = ExtendByTable(*crc_b, b, size);
   }
+}
+
+uint32_t Join(uint32_t crc_a, uint32_t crc_b, uint64_t size_b) {
+  return Times(crc_a, PowerOfBytes(size_b)) ^ crc_b;
 }
 
 uint32_t ExtendByTable(uint32_t crc, const void* bytes, size_t size) {

@@ -19,6 +19,9 @@ uint32_t Extend(uint32_t crc, const void* data, size_t size);
 // cycles and starts every cycle, so that two chains side by side take the time of one.
 void ExtendTwo(uint32_t* crc_a, const void* a, uint32_t* crc_b, const void* b, size_t size);
 
+// The checksum of bytes that `crc_a` is the checksum of, followed by `size_b` that `crc_b` is of.
+uint32_t Join(uint32_t crc_a, uint32_t crc_b, uint64_t size_b);
+
 // Extend without the CPU's instruction. Public so that the tests can compare the two.
 uint32_t ExtendByTable(uint32_t crc, const void* data, size_t size);
 

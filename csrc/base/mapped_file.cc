@@ -45,7 +45,7 @@ void ThrowErrno(int error, const std::string& what, const std::string& path) {
 }
 
 MappedFile::MappedFile(const std::string& path, Mode mode) : path_(path) {
-  fd_ = OpenOrThrow(path, mode == Mode::kWrite ? O_RDWR : O_RDONLY, "open");
+  fd_ = OpenOrThrow(path, mode == Mode::kRead ? O_RDONLY : O_RDWR, "open");
   try {
     if (mode == Mode::kWrite) LockForWriting();
     Map(mode);
@@ -69,22 +69,32 @@ void MappedFile::LockForWriting() {
 }
 
 void MappedFile::Map(Mode mode) {
-  struct stat info;
-  if (fstat(fd_, &info) != 0) ThrowErrno(errno, "measure", path_);
-  size_ = static_cast<size_t>(info.st_size);
+  size_ = SizeNow();
   if (size_ == 0) return;  // Nothing can be mapped; whoever looks at the size will complain.
-  const bool writes = mode == Mode::kWrite;
-  if (writes) {
-    const int error = posix_fallocate(fd_, 0, info.st_size);
+  if (mode == Mode::kWrite) {
+    const int error = posix_fallocate(fd_, 0, static_cast<off_t>(size_));
     if (error) {
       ThrowErrno(error, "take " + std::to_string(size_) + " bytes of disk space for", path_);
     }
   }
-  void* data =
-      mmap(nullptr, size_, writes ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd_, 0);
+  const int access = mode == Mode::kRead ? PROT_READ : PROT_READ | PROT_WRITE;
+  void* data = mmap(nullptr, size_, access, MAP_SHARED, fd_, 0);
   if (data == MAP_FAILED) ThrowErrno(errno, "map", path_);
   data_ = static_cast<std::byte*>(data);
-  if (writes) TouchEveryPage(data_, size_);
+  if (mode == Mode::kWrite) TouchEveryPage(data_, size_);
+}
+
+void MappedFile::Protect(size_t offset) {
+  if (offset >= size_) return;
+  if (mprotect(data_ + offset, size_ - offset, PROT_READ) != 0) {
+    ThrowErrno(errno, "protect", path_);
+  }
+}
+
+size_t MappedFile::SizeNow() const {
+  struct stat info;
+  if (fstat(fd_, &info) != 0) ThrowErrno(errno, "measure", path_);
+  return static_cast<size_t>(info.st_size);
 }
 
 void MappedFile::Sync() const {

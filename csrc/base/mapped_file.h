@@ -14,11 +14,12 @@ namespace kimi {
 
 class MappedFile {
  public:
-  enum class Mode { kRead, kWrite };
+  enum class Mode { kRead, kShare, kWrite };
 
-  // Maps an existing file. For kWrite it takes the writer's lock, which the kernel releases when
-  // the process ends, gives the file all the disk space it needs, and touches every page, so that
-  // no later store meets a full disk (which would be a SIGBUS) or waits for a page.
+  // Maps an existing file. kShare may store into it beside the writer. For kWrite it takes the
+  // writer's lock, which the kernel releases when the process ends, gives the file all the disk
+  // space it needs, and touches every page, so that no later store meets a full disk (which would
+  // be a SIGBUS) or waits for a page.
   //
   // Throws std::system_error for what the operating system refuses, std::invalid_argument where
   // another writer has the file.
@@ -31,6 +32,14 @@ class MappedFile {
   std::byte* data() const { return data_; }
   size_t size() const { return size_; }
   const std::string& path() const { return path_; }
+
+  // Makes what lies from `offset` on, a multiple of the memory page, read-only in this mapping: a
+  // store there is a SIGSEGV. Throws std::system_error.
+  void Protect(size_t offset);
+
+  // Bytes of the file at this moment, where another process may have cut it. Touching what is gone
+  // is a SIGBUS. Throws std::system_error.
+  size_t SizeNow() const;
 
   // Returns when everything stored before the call is on the disk. Throws std::system_error.
   void Sync() const;

@@ -36,6 +36,24 @@ void StoreRelease(T& at, T value) {
   __atomic_store_n(&at, value, __ATOMIC_RELEASE);
 }
 
+// Sequentially consistent, for where two sides each store and then look at what the other stored.
+template <typename T>
+T LoadOrdered(const T& at) {
+  return __atomic_load_n(&at, __ATOMIC_SEQ_CST);
+}
+
+template <typename T>
+void StoreOrdered(T& at, T value) {
+  __atomic_store_n(&at, value, __ATOMIC_SEQ_CST);
+}
+
+// Stores `value` if `expected` is there; whether it was.
+template <typename T>
+bool Replace(T& at, T expected, T value) {
+  return __atomic_compare_exchange_n(&at, &expected, value, false, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST);
+}
+
 // The same bytes are read as numbers of several sizes: may_alias keeps that legal.
 using Word [[gnu::may_alias]] = uint64_t;
 using Half [[gnu::may_alias]] = uint32_t;

@@ -5,4 +5,5 @@ PYBIND11_MODULE(_C, m) {
   kimi::register_buffer(m);
   kimi::register_loss(m);
   kimi::register_text(m);
+  kimi::register_weights(m);
 }

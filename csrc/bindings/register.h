@@ -9,6 +9,7 @@ namespace kimi {
 void register_buffer(pybind11::module_& m);
 void register_loss(pybind11::module_& m);
 void register_text(pybind11::module_& m);
+void register_weights(pybind11::module_& m);
 
 }  // namespace kimi
 

@@ -12,32 +12,14 @@
 #include <cstdint>
 #include <optional>
 
+#include "base/sealed.h"
+
 namespace kimi {
 
 constexpr char kMagic[8] = {'K', 'I', 'M', 'I', 'R', 'O', 'L', 'L'};
 constexpr uint32_t kFormatVersion = 1;
 constexpr size_t kAlignment = 4096;  // Of the parts of a file.
 constexpr uint32_t kNoPage = ~uint32_t{0};
-
-// ---- Sealed words: 56 bits and their xor in 8 more, so that no single flipped bit goes unnoticed.
-// They are stored whole, by one store of 8 bytes. Zero is the sealed zero, as in a new file.
-
-constexpr uint64_t kSealedBits = 56;
-
-constexpr uint64_t XorOfBytes(uint64_t word) {
-  word ^= word >> 32;
-  word ^= word >> 16;
-  return (word ^ (word >> 8)) & 0xff;
-}
-
-// REQUIRES: value < 2^56.
-constexpr uint64_t Seal(uint64_t value) { return value | XorOfBytes(value) << kSealedBits; }
-
-// The value, or nothing where the word is damaged.
-constexpr std::optional<uint64_t> Unseal(uint64_t word) {
-  if (XorOfBytes(word) != 0) return std::nullopt;
-  return word & ((uint64_t{1} << kSealedBits) - 1);
-}
 
 // ---- The commit word of a trajectory: what of it exists. Storing it acknowledges an append.
 

@@ -1,0 +1,24 @@
+// Elements of weights, and their conversion.
+#ifndef KIMI_WEIGHTS_CAST_H_
+#define KIMI_WEIGHTS_CAST_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace kimi::weights {
+
+enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+constexpr size_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// Rounds to the nearest, ties to even, as torch does; too large is infinite, and NaN stays NaN.
+void ToBFloat16(const float* from, uint16_t* to, size_t n);
+void ToFloat16(const float* from, uint16_t* to, size_t n);
+
+// One element without the CPU's instructions. Public so that the tests can compare the two.
+uint16_t ToFloat16ByBits(float value);
+
+}  // namespace kimi::weights
+
+#endif  // KIMI_WEIGHTS_CAST_H_
