@@ -39,13 +39,14 @@ def main(given: argparse.Namespace, run: Callable[[Config], None]) -> int:
     except ValueError as error:
         return _fail(error, 2)
     # Only now: torch takes seconds to load, and neither --help nor a misspelt key should.
+    from kimi_core.rollout.engine import EngineFailed
     from kimi_core.trainer.trainer import LogprobMismatch, TrainingDiverged
 
     try:
         run(config)
     except ValueError as error:
         return _fail(error, 2)
-    except (TrainingDiverged, LogprobMismatch, OSError) as error:
+    except (TrainingDiverged, LogprobMismatch, EngineFailed, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
         print(

@@ -281,7 +281,7 @@ def dump_toml(config: Config) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _toml_value(value: bool | int | float | str | list[Any]) -> str:
+def _toml_value(value: bool | int | float | str | list[Any] | dict[str, Any]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -289,6 +289,9 @@ def _toml_value(value: bool | int | float | str | list[Any]) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        items = (f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
+        return f"{{{', '.join(items)}}}"
     return repr(value)
 
 
