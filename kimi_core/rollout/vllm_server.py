@@ -83,13 +83,15 @@ class VLLMServer:
         self.timeout_s = timeout_s
         self.steps = 0
         """Steps that gave tokens."""
+        self.reused_tokens = 0
+        """Tokens of contexts whose keys and values were in the prefix cache."""
         self.loop = asyncio.new_event_loop()
         # Only the config is there: the weights come from the arena.
         with tempfile.TemporaryDirectory(prefix="kimi_core-vllm-") as folder:
             arguments = _arguments(model, folder, options)
 
             async def start() -> Any:  # Within the loop, where AsyncLLM then watches for errors.
-                return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._step_counter()])
+                return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._counter()])
 
             try:
                 with _interrupts_held():
@@ -200,23 +202,25 @@ class VLLMServer:
     def _processes(self) -> list[Any]:
         return self.llm.engine_core.resources.engine_manager.processes
 
-    def _step_counter(self) -> Any:
+    def _counter(self) -> Any:
         from vllm.v1.metrics.loggers import StatLoggerBase
 
         server = self
 
-        class StepCounter(StatLoggerBase):  # type: ignore[misc]
+        class Counter(StatLoggerBase):  # type: ignore[misc]
             def __init__(self, vllm_config: Any, engine_index: int = 0):
                 pass
 
             def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
                 if iteration_stats is not None and iteration_stats.num_generation_tokens:
                     server.steps += 1
+                if scheduler_stats is not None:
+                    server.reused_tokens += scheduler_stats.prefix_cache_stats.hits
 
             def log_engine_initialized(self) -> None:
                 pass
 
-        return StepCounter
+        return Counter
 
 
 def check_options(options: Mapping[str, Any]) -> None:

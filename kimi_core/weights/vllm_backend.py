@@ -176,9 +176,15 @@ class ArenaWorker:
         self.weight_transfer_engine.forget_prepared()
 
     def weights_served(self) -> dict[str, Any]:
-        """The version served, whether its parameters are views of the arena, and the worker's pid."""
+        """The version served, whether its parameters are views of the arena, where the first of
+        them lies, and the worker's pid."""
         engine = self.weight_transfer_engine
-        return {"version": engine.version, "views": not engine.copies, "pid": os.getpid()}
+        return {
+            "version": engine.version,
+            "views": not engine.copies,
+            "address": next(engine.model.parameters()).data_ptr(),
+            "pid": os.getpid(),
+        }
 
 
 def keep_plain(model: nn.Module) -> None:
