@@ -38,6 +38,10 @@ Places CheckedPlaces(const MappedFile& file) {
   if (header.crc != HeaderCrc(header)) {
     Refuse(path, std::string("has a damaged header (its checksum is wrong)") + kAnew);
   }
+  const bool possible = header.slots >= kFewestSlots && header.slots <= kMostSlots &&
+                        header.leases == kLeases && header.payload_bytes < uint64_t{1} << 56 &&
+                        header.description_bytes < uint64_t{1} << 56;
+  if (!possible) Refuse(path, "has sizes in its header that no arena has");
   const Places places(header);
   if (file.size() < places.FileBytes()) {
     Refuse(path, "is cut off: it has " + Number(file.size()) + " of " + Number(places.FileBytes()) +

@@ -17,6 +17,7 @@ void ToBFloat16(const float* from, uint16_t* to, size_t n);
 void ToFloat16(const float* from, uint16_t* to, size_t n);
 
 // One element without the CPU's instructions. Public so that the tests can compare the two.
+uint16_t ToBFloat16ByBits(float value);
 uint16_t ToFloat16ByBits(float value);
 
 }  // namespace kimi::weights

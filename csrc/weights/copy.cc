@@ -1,6 +1,7 @@
 #include "weights/copy.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <thread>
@@ -16,7 +17,8 @@ namespace kimi::weights {
 namespace {
 
 constexpr uint64_t kPieceBytes = uint64_t{4} << 20;  // What a thread takes at a time.
-constexpr size_t kChunk = 3 * 2048;  // Elements that are cast, summed and copied while in cache.
+constexpr size_t kLine = 64;
+constexpr size_t kChunkBytes = 3 * 2048;  // Written at a time, and in cache from cast to copy.
 
 // Some columns of some rows of a source, and their checksum as they are written.
 struct Piece {
@@ -43,14 +45,17 @@ void Share(size_t n, unsigned threads, const Work& work) {
 }
 
 // A copy past the caches: nobody reads it soon, and the memory it goes to need not be read first.
-void Stream(std::byte* to, const std::byte* from, size_t bytes) {
+// Meanwhile it fetches `lines` lines from `next` for each one that it writes.
+void Stream(std::byte* to, const std::byte* from, size_t bytes, const std::byte* next,
+            size_t lines) {
 #if defined(KIMI_STREAMS)
   if (reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0) {
-    for (; bytes >= sizeof(__m128i); bytes -= sizeof(__m128i)) {
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to),
-                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-      to += sizeof(__m128i);
-      from += sizeof(__m128i);
+    for (; bytes >= kLine; bytes -= kLine, to += kLine, from += kLine, next += lines * kLine) {
+      for (size_t line = 0; line < lines; ++line) __builtin_prefetch(next + line * kLine);
+      for (size_t at = 0; at < kLine; at += sizeof(__m128i)) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + at),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)));
+      }
     }
   }
 #endif
@@ -61,21 +66,21 @@ void CopyAndSum(Piece& piece, std::byte* slot) {
   const Source& source = *piece.source;
   const size_t width = SizeOf(source.from), written_width = SizeOf(source.to);
   const auto* data = static_cast<const std::byte*>(source.data);
-  alignas(64) uint16_t cast[kChunk];
+  alignas(kLine) std::array<uint16_t, kChunkBytes / sizeof(uint16_t)> cast;
   std::byte* to = slot + piece.Offset();
   for (uint64_t row = piece.row; row < piece.row + piece.rows; ++row) {
     const std::byte* from = data + (row * source.stride + piece.column) * width;
     for (uint64_t left = piece.columns, n; left > 0; left -= n) {
-      n = std::min<uint64_t>(left, kChunk);
+      n = std::min<uint64_t>(left, kChunkBytes / written_width);
       const std::byte* bytes = from;
       if (source.from != source.to) {
         const auto* floats = reinterpret_cast<const float*>(from);
-        source.to == DType::kBFloat16 ? ToBFloat16(floats, cast, n) : ToFloat16(floats, cast, n);
-        bytes = reinterpret_cast<const std::byte*>(cast);
+        (source.to == DType::kBFloat16 ? ToBFloat16 : ToFloat16)(floats, cast.data(), n);
+        bytes = reinterpret_cast<const std::byte*>(cast.data());
       }
       piece.crc = crc32c::Extend(piece.crc, bytes, n * written_width);
-      Stream(to, bytes, n * written_width);
       from += n * width;
+      Stream(to, bytes, n * written_width, from, width / written_width);
       to += n * written_width;
     }
   }

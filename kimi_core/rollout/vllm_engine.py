@@ -30,9 +30,10 @@ from kimi_core.rollout.vllm_server import (
     WeightsRefused,
     check_options,
 )
-from kimi_core.types import Segment
+from kimi_core.types import Segment, WeightVersion
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.layout import Layout
+from kimi_core.weights.publish import publish_model
 
 CHUNK = 16
 """Tokens of a response that vLLM hands over at once, at most; by then a repeat is noticed."""
@@ -279,7 +280,7 @@ class VLLMEngine:
 
     def _publish(self, version: int) -> None:
         for arena, _ in self._arenas:
-            arena.publish(self.model.named_parameters(), version=version)
+            publish_model(self.model, WeightVersion(version), arena)
 
 
 def _sampling_params(response: Response, sampling: Sampling, *, position: int) -> Any:

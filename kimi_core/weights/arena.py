@@ -12,187 +12,25 @@ the order of stores and what each crash leaves; the work is done in C++ (``csrc/
         lease.tensors["model.norm.weight"]                      # a view of the slot
 """
 
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import numpy as np
 import torch
 
 from kimi_core import _C
-from kimi_core.weights.layout import Layout, Part
+from kimi_core.weights.layout import Layout
+from kimi_core.weights.slots import Lease, WritableSlot, default_threads
+from kimi_core.weights.sources import NamedTensors, sources_of
 
-NamedTensors = Mapping[str, Any] | Iterable[tuple[str, Any]]
-"""Hugging Face names with tensors, or with numpy arrays of float32 or float16."""
+__all__ = ["Lease", "NamedTensors", "WeightArena", "WritableSlot", "default_threads"]
 
 PUBLISH_S = 30.0
 """Seconds that publishing waits for a slot to come free, unless told otherwise."""
 
 _POLL_S = 0.0005
-_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def default_threads() -> int:
-    """A thread for each CPU of this process, 8 at most: more do not make memory faster."""
-    return min(8, len(os.sched_getaffinity(0)))
-
-
-class Lease:
-    """The right to read one version in place, until ``release`` or the end of the process.
-
-    Its views stay mapped after that, but another version may come to stand in them: whatever reads
-    them keeps the lease. A lease that is collected is released. It belongs to the process that took
-    it, not to its forked children.
-
-    The memory is read-only: a store through a torch tensor, which cannot say so, is a segmentation
-    fault.
-    """
-
-    def __init__(self, arena: "WeightArena", held: _C.WeightLease) -> None:
-        self.arena = arena
-        self.layout = arena.layout
-        self.version: int = held.version
-        self.slot: int = held.slot
-        self._held = held
-        self.verified = False
-        """Whether ``verify`` has found it whole."""
-
-    @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Every entry of the layout under the engine's name, in the layout's shape and dtype."""
-        return self._views()[0]
-
-    @property
-    def hf_tensors(self) -> Mapping[str, torch.Tensor]:
-        """Every tensor under its Hugging Face name, tied ones under each; of a tensor that is
-        sharded, this rank's part. Views of the same memory as ``tensors``."""
-        return self._views()[1]
-
-    @property
-    def payload(self) -> np.ndarray:
-        """The whole slot, uint8 ``[layout.payload_bytes]``, read-only."""
-        self._check_held()
-        view = self.arena._core._payload(self.slot)
-        view.setflags(write=False)
-        return view
-
-    @property
-    def crcs(self) -> list[int]:
-        """CRC32C of each entry's bytes, in the layout's order.
-
-        Raises:
-            ValueError: they are damaged, or the lease was released.
-        """
-        self._check_held()
-        return self.arena._core._crcs(self.slot)
-
-    def verify(self, *, threads: int | None = None) -> None:
-        """Compare every byte with the checksums that it was published with.
-
-        Raises:
-            ValueError: a tensor is damaged; the message names it.
-        """
-        crcs = self.crcs
-        bad = self.arena._core._first_damaged(self.slot, crcs, threads or default_threads())
-        if bad is not None:
-            raise ValueError(
-                f"{self.arena.path} is damaged: {self.layout.entries[bad].name} of version "
-                f"{self.version} fails its checksum; keep the version you have and publish again"
-            )
-        self.verified = True
-
-    @property
-    def held(self) -> bool:
-        return self._held.held
-
-    def release(self) -> None:
-        """Let the slot be written again. Again: nothing happens."""
-        self._held.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def _views(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        self._check_held()
-        return self.arena._views_of(self.slot)
-
-    def _check_held(self) -> None:
-        if not self.held:
-            raise ValueError(f"The lease on version {self.version} was released: acquire a new one")
-
-
-class WritableSlot:
-    """An idle slot that is being filled from elsewhere; ``WeightArena.writing`` gives it."""
-
-    def __init__(self, arena: "WeightArena", slot: int, version: int) -> None:
-        self.layout = arena.layout
-        self.version = version
-        self._arena = arena
-        self._slot = slot
-        self._verified: list[int] | None = None
-        self._payload: np.ndarray | None = arena._core._writable(slot)
-
-    @property
-    def payload(self) -> np.ndarray:
-        """The whole slot, uint8 ``[layout.payload_bytes]``, writable until ``commit``.
-
-        Raises:
-            ValueError: it was committed or abandoned.
-        """
-        if self._payload is None:
-            raise ValueError(f"Version {self.version} was committed or abandoned already")
-        return self._payload
-
-    def verify(self, crcs: Sequence[int], *, threads: int | None = None) -> None:
-        """Compare the bytes in the slot with the checksums they shall have, one an entry.
-
-        Raises:
-            ValueError: a tensor differs; the message names it, and nothing is served.
-        """
-        self._verified = None
-        expected = [int(crc) for crc in crcs]
-        threads = threads or default_threads()
-        assert self.payload is not None
-        bad = self._arena._core._first_damaged(self._slot, expected, threads)
-        if bad is not None:
-            raise ValueError(
-                f"Version {self.version} did not arrive whole in {self._arena.path}: "
-                f"{self.layout.entries[bad].name} fails its checksum; version "
-                f"{self._arena.active_version} is served on, send it again"
-            )
-        self._verified = expected
-
-    def commit(self, crcs: Sequence[int] | None = None) -> None:
-        """Serve the version. With ``crcs`` they are verified first; else ``verify`` has been called
-        and nothing was written since.
-
-        Raises:
-            ValueError: as ``verify``, or it was not called.
-        """
-        if crcs is not None:
-            self.verify(crcs)
-        if self._verified is None:
-            raise ValueError(
-                f"Version {self.version} is not verified: call verify(crcs), or commit(crcs)"
-            )
-        self._end()
-        self._arena._core._commit(self._slot, self.version, self._verified)
-
-    def abandon(self) -> None:
-        """Leave the slot idle; what is served stays. After ``commit``: nothing happens."""
-        if self._payload is not None:
-            self._end()
-            self._arena._core._abandon(self._slot)
-
-    def _end(self) -> None:
-        self.payload.setflags(write=False)
-        self._payload = None
 
 
 class WeightArena:
@@ -275,8 +113,7 @@ class WeightArena:
         return self._core.slots
 
     def acquire(self) -> Lease:
-        """Lease what is served now; takes microseconds, and never waits. ``Lease.verify`` compares
-        checksums.
+        """Lease what is served now; it never waits. ``Lease.verify`` compares checksums.
 
         Raises:
             ValueError: nothing is served yet, every lease is taken, or the file was cut off.
@@ -308,7 +145,7 @@ class WeightArena:
                 not newer.
             TimeoutError: no slot came free; the message says which process holds which.
         """
-        sources = self._sources(named_tensors)
+        sources = sources_of(named_tensors, self.layout)
         slot = self._begin(version, deadline_s)
         try:
             crcs = self._core._write(slot, sources, threads or default_threads())
@@ -362,17 +199,6 @@ class WeightArena:
             "make the arena with more slots"
         )
 
-    def _sources(self, named_tensors: NamedTensors) -> list[tuple[np.ndarray, str, str, int]]:
-        """What C++ copies, in the order of the slot. Raises ValueError as ``publish`` does."""
-        given = _by_name(named_tensors, self.layout)
-        sources = []
-        for entry in self.layout.entries:
-            row_bytes = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
-            for part in entry.parts:
-                array, dtype = _checked(given[part.name], part, entry.dtype)
-                sources.append((array, dtype, entry.dtype, entry.offset + part.row * row_bytes))
-        return sources
-
     def _views_of(self, slot: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Entries by name and parts by Hugging Face name; made once, as a slot does not move."""
         if slot not in self._views:
@@ -389,57 +215,3 @@ class WeightArena:
             }
             self._views[slot] = (tensors, parts)
         return self._views[slot]
-
-
-def _by_name(named_tensors: NamedTensors, layout: Layout) -> dict[str, torch.Tensor]:
-    pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    given: dict[str, torch.Tensor] = {}
-    for name, value in pairs:
-        if name in given:
-            raise ValueError(f"Cannot publish: {name} is given twice")
-        given[name] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value.detach()
-    unknown = sorted(given.keys() - layout.by_hf_name.keys())
-    missing = [name for name in layout.by_hf_name if name not in given.keys() | layout.tied.keys()]
-    if unknown or missing:
-        raise ValueError(
-            f"Cannot publish: {_some(missing)} missing, and {_some(unknown)} unknown to the "
-            "layout; it is that of another model, or names were changed on the way"
-        )
-    for alias, name in layout.tied.items():
-        if alias in given and not _is_same(given[alias], given[name]):
-            raise ValueError(
-                f"Cannot publish: {alias} is tied to {name} in the layout, and here it is a tensor "
-                "of its own; make the layout from this model's config"
-            )
-    return given
-
-
-def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.data_ptr(), a.shape, a.dtype, a.device) == (b.data_ptr(), b.shape, b.dtype, b.device)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-    return f"{len(names)} names are" + (f" ({shown})" if names else "")
-
-
-def _checked(tensor: torch.Tensor, part: Part, dtype: str) -> tuple[np.ndarray, str]:
-    """The part of a tensor as C++ takes it, and its dtype; copied only from another device, or if
-    it is scattered in memory."""
-    if (tuple(tensor.shape) or (1,)) != part.whole:
-        raise ValueError(
-            f"Cannot publish {part.name}: it has shape {list(tensor.shape)}, and the layout "
-            f"{list(part.whole)}"
-        )
-    name = _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-    if name not in (dtype, "float32"):
-        raise ValueError(
-            f"Cannot publish {part.name}: it is {name}, and the arena {dtype}; give {dtype} or "
-            "float32"
-        )
-    taken = tensor.reshape(part.whole)[part.index].cpu()
-    if tensor.dtype == torch.bfloat16:
-        taken = taken.view(torch.int16)  # numpy knows no bfloat16.
-    if part.dim == 0 or taken.stride(-1) != 1:
-        taken = taken.reshape(-1)
-    return taken.numpy(), name

@@ -1,32 +1,14 @@
-// What the tests of the buffer share: a folder of their own, and tokens that tell where they
-// belong.
+// What the tests of the buffer share: tokens that tell where they belong.
 #ifndef KIMI_TESTS_CPP_BUFFER_TESTING_H_
 #define KIMI_TESTS_CPP_BUFFER_TESTING_H_
 
 #include <cstdint>
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
-#include <string>
 #include <vector>
 
 #include "buffer/writer.h"
+#include "files.h"
 
 namespace kimi::test {
-
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "kimi-XXXXXX").string();
-    path_ = mkdtemp(name.data());
-  }
-  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
-  std::string operator/(const std::string& name) const { return (path_ / name).string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 // Tokens [start, start + n) of a trajectory; every value follows from trajectory and position.
 struct Tokens {
@@ -86,15 +68,6 @@ inline bool IsSound(const BufferReader& buffer, const TrajectoryInfo& info) {
   const Tokens expected(info.trajectory_id, 0, info.commit.length);
   return copy.read && copy.tokens.ids == expected.ids &&
          copy.tokens.logprobs == expected.logprobs && copy.tokens.mask == expected.mask;
-}
-
-inline std::string Contents(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
-inline void SetContents(const std::string& path, const std::string& contents) {
-  std::ofstream(path, std::ios::binary | std::ios::trunc) << contents;
 }
 
 }  // namespace kimi::test

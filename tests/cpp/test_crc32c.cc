@@ -52,6 +52,28 @@ void TestPartsGiveTheWhole() {
   }
 }
 
+// Long enough for three stripes at a time, with every kind of rest.
+void TestLongOnesAgreeWithTheTable() {
+  std::mt19937 random(2);
+  std::vector<unsigned char> data(20'000);
+  for (auto& byte : data) byte = static_cast<unsigned char>(random());
+  for (const size_t size : {6143, 6144, 6145, 12287, 12288, 12299, 20'000}) {
+    CHECK_EQ(crc32c::Extend(3, data.data(), size), crc32c::ExtendByTable(3, data.data(), size));
+  }
+}
+
+void TestJoinedPartsGiveTheWhole() {
+  std::mt19937 random(3);
+  std::vector<unsigned char> data(9000);
+  for (auto& byte : data) byte = static_cast<unsigned char>(random());
+  const uint32_t whole = crc32c::Extend(0, data.data(), data.size());
+  for (const size_t cut : {0, 1, 7, 64, 4095, 8999, 9000}) {
+    const uint32_t first = crc32c::Extend(0, data.data(), cut);
+    const uint32_t second = crc32c::Extend(0, data.data() + cut, data.size() - cut);
+    CHECK_EQ(crc32c::Join(first, second, data.size() - cut), whole);
+  }
+}
+
 }  // namespace
 }  // namespace kimi
 
@@ -60,5 +82,7 @@ int main() {
   kimi::TestPublishedValues();
   kimi::TestInstructionTableAndDefinitionAgree();
   kimi::TestPartsGiveTheWhole();
+  kimi::TestLongOnesAgreeWithTheTable();
+  kimi::TestJoinedPartsGiveTheWhole();
   return kimi::test::Failures();
 }

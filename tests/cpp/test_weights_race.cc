@@ -1,0 +1,83 @@
+// Readers that lease and let go beside a writer that publishes as fast as it can: what a lease
+// holds is one version, whole and still, for as long as it is held, and versions only grow. Under
+// ThreadSanitizer this is the proof that no access to the shared words races.
+#include <atomic>
+#include <cstdint>
+#include <iostream>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "weights_testing.h"
+
+namespace kimi {
+namespace {
+
+constexpr uint64_t kVersions = 3000;
+constexpr uint64_t kReads = 3000;
+constexpr int kReaders = 3;
+
+struct Tally {
+  uint64_t reads = 0, torn = 0, backwards = 0;
+};
+
+Tally ReadMany(weights::ArenaReader& arena, const std::atomic<bool>& done) {
+  Tally tally;
+  uint64_t newest = 0;
+  while (!done || tally.reads < kReads) {
+    const weights::Lease lease = arena.Acquire();
+    tally.backwards += lease.placed.version < newest;
+    newest = lease.placed.version;
+    for (int look = 0; look < 3; ++look) {
+      tally.torn += !test::Holds(arena, lease.placed);
+      std::this_thread::yield();
+    }
+    tally.torn +=
+        arena.FirstDamaged(lease.placed.slot, arena.Crcs(lease.placed.slot), 1).has_value();
+    arena.Release(lease);
+    ++tally.reads;
+  }
+  return tally;
+}
+
+void TestLeasesBesideAWriter() {
+  const test::TemporaryFolder folder;
+  test::CreateArena(folder / "a", 3);
+  weights::ArenaWriter writer(folder / "a");
+  CHECK(test::Publish(writer, 0));
+  weights::ArenaReader other(folder / "a");
+  std::atomic<bool> done = false;
+  std::vector<Tally> tallies(kReaders);
+  {
+    std::vector<std::jthread> readers;
+    for (size_t i = 0; i < kReaders; ++i) {
+      // Some through the writer's own mapping: only there does ThreadSanitizer see both sides.
+      weights::ArenaReader& arena = i == 0 ? other : writer;
+      readers.emplace_back([&, i] { tallies[i] = ReadMany(arena, done); });
+    }
+    for (uint64_t version = 1; version <= kVersions;) {
+      if (test::Publish(writer, version)) {
+        ++version;
+      } else {
+        std::this_thread::yield();
+      }
+    }
+    done = true;
+  }
+  uint64_t reads = 0;
+  for (const Tally& tally : tallies) {
+    CHECK_EQ(tally.torn, 0u);
+    CHECK_EQ(tally.backwards, 0u);
+    reads += tally.reads;
+  }
+  CHECK(writer.Holders().empty());
+  std::cout << reads << " leases beside " << kVersions << " versions\n";
+}
+
+}  // namespace
+}  // namespace kimi
+
+int main() {
+  kimi::TestLeasesBesideAWriter();
+  return kimi::test::Failures();
+}
