@@ -77,8 +77,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
     Raises:
         ValueError: anything in the config or the files it names that cannot work; before training.
-        RewardError, TrainingDiverged, LogprobMismatch, EngineFailed, OSError: training had to stop. The last
-            state saved is intact, and ``resume`` continues from it.
+        RewardError, TrainingDiverged, LogprobMismatch, EngineFailed, OSError: training had to stop.
+            The last state saved is intact, and ``resume`` continues from it.
     """
     console = console or Console()
     parts = build(config)

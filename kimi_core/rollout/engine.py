@@ -99,8 +99,11 @@ class Engine(Protocol):
 
     policy_version: int
     """The version of the weights that the engine samples from; written on every segment."""
-    decode_steps: int
-    """Steps taken since the engine was made; one step adds at most one token to each trajectory."""
+
+    @property
+    def decode_steps(self) -> int:
+        """Steps taken since the engine was made; one adds at most one token to each trajectory."""
+        ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         """Extend every request by at most its budget; yield segments as they are complete.

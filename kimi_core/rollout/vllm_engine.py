@@ -179,7 +179,9 @@ class VLLMEngine:
         from vllm import TokensPrompt
 
         context = response.context
-        prompt = TokensPrompt(prompt_token_ids=context.tolist(), cache_salt=str(self.policy_version))
+        prompt = TokensPrompt(
+            prompt_token_ids=context.tolist(), cache_salt=str(self.policy_version)
+        )
         params = _sampling_params(response, sampling, position=len(context))
         self._requests += 1
         async for output in server.llm.generate(prompt, params, str(self._requests)):

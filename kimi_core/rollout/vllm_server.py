@@ -10,7 +10,6 @@ in a terminal ends the engine core along with whatever it does.
 
 import asyncio
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ OURS = (
     "generation_config",
     "weight_transfer_config",
     "worker_extension_cls",
+    "additional_config",
 )
 """Arguments of vLLM that a run sets and its config may not."""
 
@@ -119,7 +119,9 @@ class VLLMServer:
             ServerDown: its processes ended, or the time was up.
             Exception: what ``work`` raises.
         """
-        return self.loop.run_until_complete(self._wait(asyncio.ensure_future(work, loop=self.loop), what))
+        return self.loop.run_until_complete(
+            self._wait(asyncio.ensure_future(work, loop=self.loop), what)
+        )
 
     async def _wait(self, task: asyncio.Future[Any], what: str) -> Any:
         deadline = self.loop.time() + self.timeout_s
@@ -145,7 +147,7 @@ class VLLMServer:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        request = WeightTransferInitRequest({"paths": list(arenas), "owner": os.getpid()})
+        request = WeightTransferInitRequest({"paths": list(arenas)})
         self._hand_over(self.llm.init_weight_transfer_engine(request), "the arena to be opened")
 
     def serve(self, version: int) -> None:
@@ -207,11 +209,13 @@ class VLLMServer:
 
         server = self
 
-        class Counter(StatLoggerBase):  # type: ignore[misc]
+        class Counter(StatLoggerBase):
             def __init__(self, vllm_config: Any, engine_index: int = 0):
                 pass
 
-            def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
+            def record(
+                self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any
+            ) -> None:
                 if iteration_stats is not None and iteration_stats.num_generation_tokens:
                     server.steps += 1
                 if scheduler_stats is not None:
@@ -224,7 +228,7 @@ class VLLMServer:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError where vLLM is not installed, or an option is one that the run sets itself."""
+    """Raise ValueError where vLLM is not installed, or the run sets an option itself."""
     if find_spec("vllm") is None:
         raise ValueError(
             "rollout.engine = 'vllm': vLLM is not installed here, and needs an environment of its "
@@ -239,7 +243,7 @@ def _arguments(model: PreTrainedModel, folder: str, options: Mapping[str, Any]) 
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
 
-    from kimi_core.weights.vllm_backend import BACKEND, EXTENSION
+    from kimi_core.weights.vllm_backend import BACKEND, EXTENSION, OWNER
 
     config = type(model.config).from_dict(model.config.to_dict())
     config.architectures = [type(model).__name__]
@@ -253,6 +257,7 @@ def _arguments(model: PreTrainedModel, folder: str, options: Mapping[str, Any]) 
         "logprobs_mode": "processed_logprobs",  # Of the distribution sampled from.
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": EXTENSION,
+        "additional_config": {OWNER: os.getpid()},
     }
     if model.device.type == "cpu":
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}

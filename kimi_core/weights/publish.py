@@ -2,8 +2,8 @@
 
 An engine in the trainer's own process samples from the trainer's parameters, so there is nothing to
 move: to ``publish`` is to say which version they are from now on. Engines in other processes read
-them in an arena: ``publish_model`` puts a copy there (the vLLM engine does so when it is updated). Either happens between iterations, never
-while a rollout runs.
+them in an arena: ``publish_model`` puts a copy there, as the vLLM engine does when it is updated.
+Either happens between iterations, never while a rollout runs.
 
 The trainer does not keep its parameters in a slot, though publishing would then be a flip: the slot
 that was flipped must not be trained in, so that the next update would have to begin in another one,

@@ -1,4 +1,4 @@
-"""vLLM's side of the hand-over: a version is leased and verified, then flipped to between two steps.
+"""vLLM's side of the hand-over: lease a version, verify it, flip to it between two steps.
 
 vLLM imports this module in each of its workers, named as ``worker_extension_cls``; that registers
 the transfer backend ``kimi_arena``. No file of vLLM is changed. The phases are vLLM's own:
@@ -7,8 +7,8 @@ the transfer backend ``kimi_arena``. No file of vLLM is changed. The phases are 
 2. ``start_weight_update``: forget what an update that broke off had prepared.
 3. ``update_weights``: lease the version and verify it: names, shapes, dtypes, every checksum. The
    model is not touched, so this may go on while it serves.
-4. ``finish_weight_update``: commit. On a CPU each parameter becomes a view of the leased slot. Where
-   CUDA graphs or compiled code hold a parameter's address, the slot is copied there instead.
+4. ``finish_weight_update``: commit. On a CPU each parameter becomes a view of the leased slot.
+   Where CUDA graphs or compiled code hold a parameter's address, the slot is copied there instead.
 
 A worker handles one call at a time, a forward pass or one of these, so 4 falls between two steps. A
 fault in 1 to 3 is an error to the caller, and the version before is served on.
@@ -41,6 +41,9 @@ from kimi_core.weights.slots import Lease
 
 BACKEND = "kimi_arena"
 EXTENSION = f"{__name__}.ArenaWorker"
+OWNER = "kimi_core_owner"
+"""Key of vLLM's ``additional_config``: the trainer's pid. A worker whose owner is gone ends, and
+with it the engine core; else they would stay for ever."""
 
 
 @dataclass
@@ -49,8 +52,6 @@ class ArenaInit(WeightTransferInitInfo):
 
     paths: list[str]
     """The arena of each tensor-parallel rank."""
-    owner: int
-    """The trainer's pid. A worker whose owner is gone ends: vLLM's processes would stay for ever."""
     copy: bool = False
     """Copy the slot to the parameters' own addresses even where they could be views of it."""
 
@@ -63,7 +64,7 @@ class ArenaUpdate(WeightTransferUpdateInfo):
 
 
 class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
-    """Serves what a ``WeightArena`` holds. vLLM makes one in each worker, after loading the model."""
+    """Serves what a ``WeightArena`` holds. vLLM makes one in each worker, behind its model."""
 
     init_info_cls = ArenaInit
     update_info_cls = ArenaUpdate
@@ -80,6 +81,8 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
         super().__init__(config, vllm_config, device, model)
         if device.type == "cpu":
             keep_plain(model)  # Now, before anything is compiled or run with the packed weights.
+        if owner := vllm_config.additional_config.get(OWNER):
+            _end_with(owner)
 
     def init_transfer_engine(self, init_info: ArenaInit) -> None:
         """Open this rank's arena.
@@ -99,9 +102,10 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
         self.copies = init_info.copy or self.device.type != "cpu" or compiled or bool(layout.note)
         if not layout.note:
             _check_fit(layout, self.model)
-        if self.copies:
-            _give_addresses(self.model)
-        _end_with(init_info.owner)
+        if self.copies:  # To memory of the parameters' own, which they may not have yet.
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+            self._release_served()
 
     def start_weight_update(self) -> None:
         self.forget_prepared()
@@ -137,8 +141,7 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
             views = lease.tensors
             for name, parameter in self.model.named_parameters():
                 parameter.data = views[name]
-            if self.serving is not None:
-                self.serving.release()
+            self._release_served()
             self.serving = lease
         self.prepared, self.version = None, lease.version
 
@@ -146,6 +149,11 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
         if self.prepared is not None:
             self.prepared.release()
             self.prepared = None
+
+    def _release_served(self) -> None:
+        if self.serving is not None:
+            self.serving.release()
+            self.serving = None
 
     def shutdown(self) -> None:
         """Let go of what is not served; views stay valid as long as the model."""
@@ -194,26 +202,20 @@ def keep_plain(model: nn.Module) -> None:
     A repacked copy would have to be made anew of each version; plain weights can be views. Costs 5
     to 27 % of the CPU time of a step.
     """
-    for layer in model.modules():
-        if not hasattr(layer, "cpu_linear"):
+    packed: Any
+    for packed in model.modules():
+        if not hasattr(packed, "cpu_linear"):
             continue
-        layer.cpu_linear = nn.functional.linear
-        if layer.weight.numel() == 0:
-            rows = getattr(layer, "output_size_per_partition", None) or layer.output_size
-            columns = getattr(layer, "input_size_per_partition", None) or layer.input_size
+        packed.cpu_linear = nn.functional.linear
+        if packed.weight.numel() == 0:
+            rows = getattr(packed, "output_size_per_partition", None) or packed.output_size
+            columns = getattr(packed, "input_size_per_partition", None) or packed.input_size
             # The shape without the memory, until the first version comes.
-            plain = layer.weight.new_zeros(()).expand(rows, columns)
-            loader = getattr(layer, "weight_loader_v2", None) or layer.weight_loader
-            layer.weight = ModelWeightParameter(
+            plain = packed.weight.new_zeros(()).expand(rows, columns)
+            loader = getattr(packed, "weight_loader_v2", None) or packed.weight_loader
+            packed.weight = ModelWeightParameter(
                 data=plain, input_dim=1, output_dim=0, weight_loader=loader
             )
-
-
-def _give_addresses(model: nn.Module) -> None:
-    """Memory of its own for each parameter that ``keep_plain`` left without."""
-    for parameter in model.parameters():
-        if not parameter.is_contiguous():
-            parameter.data = parameter.data.contiguous()
 
 
 def _check_fit(layout: Layout, model: nn.Module) -> None:
@@ -243,7 +245,11 @@ def _check_fit(layout: Layout, model: nn.Module) -> None:
 
 
 def _end_with(pid: int) -> None:
-    """End this process when that one does."""
+    """End this process when that one does.
+
+    Raises:
+        ProcessLookupError: it has ended.
+    """
     owner = os.pidfd_open(pid)
 
     def wait() -> None:
