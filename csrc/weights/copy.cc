@@ -46,8 +46,8 @@ void Share(size_t n, unsigned threads, const Work& work) {
 
 // A copy past the caches: nobody reads it soon, and the memory it goes to need not be read first.
 // Meanwhile it fetches `lines` lines from `next` for each one that it writes.
-void Stream(std::byte* to, const std::byte* from, size_t bytes, const std::byte* next,
-            size_t lines) {
+void Stream(std::byte* to, const std::byte* from, size_t bytes,
+            [[maybe_unused]] const std::byte* next, [[maybe_unused]] size_t lines) {
 #if defined(KIMI_STREAMS)
   if (reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0) {
     for (; bytes >= kLine; bytes -= kLine, to += kLine, from += kLine, next += lines * kLine) {

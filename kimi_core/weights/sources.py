@@ -76,8 +76,8 @@ def _checked(tensor: torch.Tensor, part: Part, dtype: str) -> tuple[np.ndarray, 
     name = _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
     if name not in (dtype, "float32"):
         raise ValueError(
-            f"Cannot publish {part.name}: it is {name}, and the arena {dtype}; give {dtype} or "
-            "float32"
+            f"Cannot publish {part.name}: it is {name}, and the arena {dtype}; allowed are "
+            f"{dtype} and float32"
         )
     taken = tensor.reshape(part.whole)[part.index].cpu()
     if tensor.dtype == torch.bfloat16:

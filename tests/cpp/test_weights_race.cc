@@ -13,9 +13,9 @@
 namespace kimi {
 namespace {
 
-constexpr uint64_t kVersions = 3000;
-constexpr uint64_t kReads = 3000;
-constexpr int kReaders = 3;
+constexpr uint64_t kVersions = 1000;
+constexpr uint64_t kReads = 500;
+constexpr int kReaders = 2;
 
 struct Tally {
   uint64_t reads = 0, torn = 0, backwards = 0;
