@@ -73,7 +73,7 @@ def _seconds(run: Callable[[], object]) -> float:
 def engine(monkeypatch_module) -> Iterator[VLLMEngine]:
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**CONFIG))
-    monkeypatch_module.setattr(vllm_backend, "EXTENSION", f"{PeerWorker.__module__}.PeerWorker")
+    monkeypatch_module.setattr(vllm_backend, "EXTENSION", f"{Path(__file__).stem}.PeerWorker")
     engine = VLLMEngine(model, batch_rows=4, options={"kv_cache_memory_bytes": 1 << 27})
     engine._started()
     yield engine

@@ -36,8 +36,8 @@ class Memory:
     optimizer_moments: int
     """Of AdamW: two numbers a trained parameter, in the parameter's own dtype."""
     arena: int
-    """What hands the weights to vLLM: two versions of them, in shared memory. vLLM reads them there
-    on a CPU, and has a copy besides on a GPU."""
+    """What hands the weights to vLLM: three versions of them, in shared memory. vLLM reads them
+    there on a CPU, and has a copy besides on a GPU."""
     kv_cache: int
     """For vLLM what it is given; 0 where it decides itself, on a GPU."""
     logits: int
@@ -91,7 +91,7 @@ def estimate(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = models._device(config.model.device).type == "cpu"
     if config.rollout.engine == "vllm":
-        arena = 2 * weights
+        arena = 3 * weights
         kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
     else:
         arena = 0

@@ -8,6 +8,7 @@ Prints one JSON line; the numbers are those of an evaluation line of metrics.jso
 
 import json
 import sys
+from contextlib import closing
 from dataclasses import asdict
 
 from kimi_core.cli import main, parser
@@ -17,8 +18,10 @@ from kimi_core.config import Config
 def run(config: Config) -> None:
     from kimi_core.run import EVALUATION_SEED, build
 
-    evaluator = build(config).evaluator
-    print(json.dumps(asdict(evaluator.evaluate(iteration=0, seed=config.seed + EVALUATION_SEED))))
+    parts = build(config)
+    with closing(parts.loop):
+        done = parts.evaluator.evaluate(iteration=0, seed=config.seed + EVALUATION_SEED)
+    print(json.dumps(asdict(done)))
 
 
 if __name__ == "__main__":

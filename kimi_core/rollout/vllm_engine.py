@@ -276,8 +276,8 @@ class VLLMEngine:
             )
             with tempfile.TemporaryDirectory(dir=memory, prefix="kimi_core-") as folder:
                 path = Path(folder) / "weights"
-                # Two slots: between calls only the version served has a reader.
-                arena = WeightArena.create(path, layout, slots=2)
+                # Three slots: the version served, one that was refused, and the one after that.
+                arena = WeightArena.create(path, layout, slots=3)
                 self._arenas.append((arena, os.open(path, os.O_RDWR)))
 
     def _publish(self, version: int) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import CompilationMode
+from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
@@ -79,6 +79,7 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module):
         super().__init__(config, vllm_config, device, model)
+        self.plan: list[tuple[nn.Parameter, torch.Tensor]] = []
         if device.type == "cpu":
             keep_plain(model)  # Now, before anything is compiled or run with the packed weights.
         if owner := vllm_config.additional_config.get(OWNER):
@@ -91,12 +92,14 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
             ValueError: it is damaged, or of another model, dtype or rank.
         """
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        layout = Layout.from_config(
-            self.model_config.hf_text_config,
-            dtype=self.model_config.dtype,
-            tp_rank=rank,
-            tp_size=size,
-        )
+        # vLLM has changed classes of transformers that it serves models with: they want its config.
+        with set_current_vllm_config(self.vllm_config):
+            layout = Layout.from_config(
+                self.model_config.hf_text_config,
+                dtype=self.model_config.dtype,
+                tp_rank=rank,
+                tp_size=size,
+            )
         self.arena = WeightArena.open(init_info.paths[rank], layout=layout)
         compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         self.copies = init_info.copy or self.device.type != "cpu" or compiled or bool(layout.note)
@@ -129,6 +132,9 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
             lease.release()
             raise
         self.prepared = lease
+        if not lease.layout.note:  # Now, as to walk through the model takes longer than the flip.
+            views = lease.tensors
+            self.plan = [(p, views[name]) for name, p in self.model.named_parameters()]
 
     def finish_weight_update(self) -> None:
         """Serve what was prepared, from the next step on."""
@@ -138,9 +144,8 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
             self._copy(lease)
             lease.release()
         else:
-            views = lease.tensors
-            for name, parameter in self.model.named_parameters():
-                parameter.data = views[name]
+            for parameter, view in self.plan:
+                parameter.data = view
             self._release_served()
             self.serving = lease
         self.prepared, self.version = None, lease.version
@@ -164,9 +169,8 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
         if lease.layout.note:  # Hugging Face's names: vLLM's loader fuses and shards.
             self.model.load_weights(lease.hf_tensors.items())
             return
-        views = lease.tensors
-        for name, parameter in self.model.named_parameters():
-            parameter[: len(views[name])].copy_(views[name], non_blocking=True)
+        for parameter, view in self.plan:
+            parameter[: len(view)].copy_(view, non_blocking=True)
         torch.accelerator.synchronize()  # The slot may be written again once it is released.
 
 

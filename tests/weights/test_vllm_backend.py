@@ -211,8 +211,9 @@ def test_smollm2_after_real_optimizer_steps(smollm2):
         whole = gathered(vllm.generate(requests[:3], greedy))
         halves = [replace(request, budget=11) for request in requests[:3]]
         parts = gathered(vllm.generate(halves, greedy))
-        rest = [after(request, parts[request.trajectory_id]) for request in halves]
-        rest = [replace(request, budget=24) for request in rest if request.remaining > 0]
+        cut = [r for r in halves if parts[r.trajectory_id][-1].end_reason is None]
+        assert cut
+        rest = [replace(after(r, parts[r.trajectory_id]), budget=24) for r in cut]
         for key, segments in gathered(vllm.generate(rest, greedy)).items():
             assert joined([*parts[key], *segments])[0] == joined(whole[key])[0]
     finally:
