@@ -292,7 +292,7 @@ class WeightArena:
         """
     def close(self) -> None:
         """
-        Unmap the file; once the views of it and the leases are gone, too. A closed arena can be closed again.
+        Let another process publish, and unmap the file, once the views and leases are gone, too. A closed arena can be closed again.
         """
     @property
     def _description(self) -> str:

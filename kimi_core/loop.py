@@ -225,6 +225,9 @@ class Loop:
             max_staleness=trained.max_staleness if trained else 0,
             logprob_gap_mean=trained.logprob_gap_mean if trained else nothing,
             logprob_gap_max=trained.logprob_gap_max if trained else nothing,
+            logprob_gap_over_limit_share=(
+                trained.logprob_gap_over_limit_share if trained else nothing
+            ),
             reference_recomputed=bool(trained and trained.reference_recomputed),
             loss=trained.loss if trained else nothing,
             grad_norm=trained.grad_norm if trained else nothing,

@@ -78,6 +78,8 @@ class IterationMetrics:
     """Mean −log-prob of the tokens sampled, nats: an estimate of the policy's entropy a token."""
     zero_advantage_share: float = math.nan
     """Share of the responses trained with an advantage of 0, which teach nothing, in [0, 1]."""
+    logprob_gap_over_limit_share: float = math.nan
+    """Share of this iteration's tokens whose |Δ log-prob| is over the limit, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)

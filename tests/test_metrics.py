@@ -33,6 +33,7 @@ ITERATION = IterationMetrics(
     repeat_stops=1, samples_trained=220, samples_trained_total=2640, tokens_stale_share=0.1,
     max_staleness=2, logprob_gap_mean=1.2e-6, logprob_gap_max=3.1e-5, reference_recomputed=False,
     loss=0.4, grad_norm=0.9, entropy=0.5, zero_advantage_share=0.2,
+    logprob_gap_over_limit_share=0.0,
 )  # fmt: skip
 EVALUATION = EvaluationMetrics(
     iteration=0, policy_version=0, accuracy_greedy=0.5, accuracy_sampled=0.4, length_mean=30.5,

@@ -65,17 +65,12 @@ class PyArena {
  public:
   PyArena(const std::string& path, bool readonly) : path_(path) {
     const py::gil_scoped_release release;
-    if (readonly) {
-      reader_ = std::make_shared<ArenaReader>(path);
-    } else {
-      auto writer = std::make_shared<ArenaWriter>(path);
-      writer_ = writer.get();
-      reader_ = std::move(writer);
-    }
+    if (!readonly) writer_ = std::make_shared<ArenaWriter>(path);
+    reader_ = std::make_shared<ArenaReader>(path);
   }
 
   void close() {
-    writer_ = nullptr;
+    writer_.reset();
     reader_.reset();
   }
 
@@ -87,27 +82,28 @@ class PyArena {
     return reader_;
   }
 
-  ArenaWriter& writer() const {
+  const std::shared_ptr<ArenaWriter>& writer() const {
     reader();
     if (!writer_) {
       throw py::value_error(path_ + " is open for reading: open it with readonly=False to publish");
     }
-    return *writer_;
+    return writer_;
   }
 
  private:
   std::string path_;
+  // Apart, so that leases and views, which outlive close(), do not keep the writer's lock.
   std::shared_ptr<ArenaReader> reader_;
-  ArenaWriter* writer_ = nullptr;
+  std::shared_ptr<ArenaWriter> writer_;
 };
 
-// The bytes of a slot, which stay mapped while any array over them lives.
-py::array_t<uint8_t> Bytes(const PyArena& arena, std::byte* data) {
-  const py::capsule owner(new std::shared_ptr<ArenaReader>(arena.reader()), [](void* pointer) {
+// The bytes of a slot, which `owner` keeps mapped while any array over them lives.
+py::array_t<uint8_t> Bytes(const std::shared_ptr<ArenaReader>& owner, const std::byte* data) {
+  const py::capsule kept(new std::shared_ptr<ArenaReader>(owner), [](void* pointer) {
     delete static_cast<std::shared_ptr<ArenaReader>*>(pointer);
   });
-  const auto size = static_cast<py::ssize_t>(arena.reader()->payload_bytes());
-  return py::array_t<uint8_t>(size, reinterpret_cast<const uint8_t*>(data), owner);
+  const auto size = static_cast<py::ssize_t>(owner->payload_bytes());
+  return py::array_t<uint8_t>(size, reinterpret_cast<const uint8_t*>(data), kept);
 }
 
 void CheckSlot(const PyArena& arena, uint32_t slot) {
@@ -152,7 +148,7 @@ std::vector<uint32_t> write(const PyArena& arena, uint32_t slot, const std::vect
   sources.reserve(given.size());
   for (const PySource& source : given) sources.push_back(SourceOf(source));
   const py::gil_scoped_release release;
-  return arena.writer().Write(slot, sources, threads);
+  return arena.writer()->Write(slot, sources, threads);
 }
 
 void create(const std::string& path, int64_t slots, uint64_t payload_bytes,
@@ -210,7 +206,7 @@ void register_writing(py::class_<PyArena>& arena) {
                   py::arg("layout_hash"), py::arg("regions"), py::arg("description"))
       .def(
           "_begin",
-          [](const PyArena& self, uint64_t version) { return self.writer().Begin(version); },
+          [](const PyArena& self, uint64_t version) { return self.writer()->Begin(version); },
           py::arg("version"), "A slot to write `version` into; None where none is idle now.")
       .def("_write", &write, py::arg("slot"), py::arg("sources"), py::arg("threads"),
            "Cast, sum and copy (array, its dtype, the arena's dtype, offset); the checksums.")
@@ -218,16 +214,16 @@ void register_writing(py::class_<PyArena>& arena) {
           "_writable",
           [](const PyArena& self, uint32_t slot) {
             CheckSlot(self, slot);
-            return Bytes(self, self.writer().writable(slot));
+            return Bytes(self.writer(), self.writer()->writable(slot));
           },
           py::arg("slot"))
       .def(
           "_commit",
           [](const PyArena& self, uint32_t slot, uint64_t version,
-             const std::vector<uint32_t>& crcs) { self.writer().Commit(slot, version, crcs); },
+             const std::vector<uint32_t>& crcs) { self.writer()->Commit(slot, version, crcs); },
           py::arg("slot"), py::arg("version"), py::arg("crcs"))
       .def(
-          "_abandon", [](const PyArena& self, uint32_t slot) { self.writer().Abandon(slot); },
+          "_abandon", [](const PyArena& self, uint32_t slot) { self.writer()->Abandon(slot); },
           py::arg("slot"));
 }
 
@@ -247,8 +243,8 @@ void register_weights(py::module_& m) {
                             "What kimi_core.weights.arena.WeightArena is made from; use that one.");
   arena.def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("readonly"))
       .def("close", &PyArena::close,
-           "Unmap the file; once the views of it and the leases are gone, too. A closed arena can "
-           "be closed again.")
+           "Let another process publish, and unmap the file, once the views and leases are gone, "
+           "too. A closed arena can be closed again.")
       .def_property_readonly("path", &PyArena::path)
       .def_property_readonly("readonly", &PyArena::readonly)
       .def_property_readonly("slots", [](const PyArena& self) { return self.reader()->slots(); })
@@ -276,7 +272,7 @@ void register_weights(py::module_& m) {
           "_payload",
           [](const PyArena& self, uint32_t slot) {
             CheckSlot(self, slot);
-            return Bytes(self, const_cast<std::byte*>(self.reader()->payload(slot)));
+            return Bytes(self.reader(), self.reader()->payload(slot));
           },
           py::arg("slot"), "Read-only memory, whatever the array says of itself.")
       .def(

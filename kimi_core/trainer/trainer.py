@@ -53,6 +53,8 @@ class TrainingMetrics:
     grad_norm: float
     logprob_gap_mean: float
     logprob_gap_max: float
+    logprob_gap_over_limit_share: float
+    """Of these tokens, the share whose own gap is above ``logprob_gap_limit``, in [0, 1]."""
     reference_recomputed: bool
     tokens_stale_share: float
     max_staleness: int
@@ -111,18 +113,19 @@ class Trainer:
         shares = np.array_split(
             rng.permutation(len(data.batch)), self._config.updates_per_iteration
         )
-        losses, norms, gap = [], [], (0.0, 0.0)
+        losses, norms, gap = [], [], (0.0, 0.0, 0.0)
         recomputed = False
         for number, share in enumerate(share for share in shares if len(share)):
             loss, logprobs = self._accumulate(data, counted, reference, share)
             if number == 0:
-                gap = _gap(logprobs, reference, (ages == 0) & counted)
+                fresh = (ages == 0) & counted
+                gap = _gap(logprobs, reference, fresh, self._config.logprob_gap_limit)
                 recomputed = self._check_gap(gap[0])
                 if recomputed:
                     optimizer.zero_grad()
                     everyone = np.arange(len(data.batch))
                     own = self.logprobs(data.batch, counted, everyone)
-                    reference = np.where((ages == 0) & counted, own, reference)
+                    reference = np.where(fresh, own, reference)
                     loss, _ = self._accumulate(data, counted, reference, share)
             norms.append(self._update(optimizer, loss))
             losses.append(loss)
@@ -131,6 +134,7 @@ class Trainer:
             grad_norm=float(np.mean(norms)),
             logprob_gap_mean=gap[0],
             logprob_gap_max=gap[1],
+            logprob_gap_over_limit_share=gap[2],
             reference_recomputed=recomputed,
             tokens_stale_share=float((ages[counted] > 0).mean()) if counted.any() else 0.0,
             max_staleness=int(ages[counted].max(initial=0)),
@@ -270,8 +274,13 @@ def _remove_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _gap(own: np.ndarray, engines: np.ndarray, fresh: np.ndarray) -> tuple[float, float]:
-    """Mean and maximum of |Δ log-prob| over the fresh tokens that were met, in nats."""
+def _gap(
+    own: np.ndarray, engines: np.ndarray, fresh: np.ndarray, limit: float
+) -> tuple[float, float, float]:
+    """Over the fresh tokens that were met: mean and maximum of |Δ log-prob|, in nats, and the share
+    of tokens above ``limit``."""
     delta = np.abs(own[fresh] - engines[fresh])
     delta = delta[~np.isnan(own[fresh])]
-    return (float(delta.mean()), float(delta.max())) if len(delta) else (0.0, 0.0)
+    if not len(delta):
+        return 0.0, 0.0, 0.0
+    return float(delta.mean()), float(delta.max()), float((delta > limit).mean())

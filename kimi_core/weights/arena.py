@@ -169,7 +169,8 @@ class WeightArena:
             slot.abandon()
 
     def close(self) -> None:
-        """Unmap the file, once the views and leases are gone, too. Again: nothing happens."""
+        """Let another process publish, and unmap the file once the views and leases are gone, too.
+        Again: nothing happens."""
         self._views.clear()
         self._core.close()
 

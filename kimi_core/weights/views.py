@@ -1,9 +1,16 @@
 """An embedded engine on the arena: a model whose parameters are views of the version served.
 
-arena = WeightArena.open("/dev/shm/run")
-binding = bind(model, arena.acquire())        # before the engine is made, or at any time
-engine = TorchEngine(model, batch_rows=64, policy_version=binding.version)
-engine.policy_version = binding.follow()      # between rollouts: the newest version, no copies
+In the engine's process, with a model of the trainer's config:
+
+    arena = WeightArena.open("/dev/shm/run")
+    binding = bind(model, arena.acquire())
+    engine = TorchEngine(model, batch_rows=64, policy_version=binding.version)
+
+and between rollouts, to go on with the newest version:
+
+    engine.policy_version = binding.follow()
+
+Nothing is copied: the parameters point into the slot.
 """
 
 import torch

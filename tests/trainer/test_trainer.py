@@ -278,6 +278,7 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(make, steps
         metrics = train(trainer, data)
         calls.append(len(count))
         assert metrics.logprob_gap_max < 1e-4  # no dropout
+        assert metrics.logprob_gap_over_limit_share == 0.0
         assert not model.training  # as the engine, which may share the model, expects it
     assert calls == [1, 2]  # the second one in the backward pass
     assert_close_gradients(steps[1], steps[0])
@@ -326,6 +327,7 @@ def test_the_gap_to_the_engine_is_measured_on_fresh_tokens():
     fresh = (data.batch.policy_versions == VERSION).sum()
     assert metrics.logprob_gap_mean == pytest.approx(0.02 + 0.1 / fresh, abs=1e-5)
     assert metrics.logprob_gap_max == pytest.approx(0.12, abs=1e-5)
+    assert metrics.logprob_gap_over_limit_share == pytest.approx(1 / fresh)  # The limit is 0.05.
     assert not metrics.reference_recomputed
     counted = data.batch.mask > 0
     assert metrics.entropy == pytest.approx(-float(logprobs[counted].mean()), rel=1e-5)
@@ -338,6 +340,7 @@ def test_a_reference_that_is_off_is_recomputed(steps):
     metrics = train(trainer_of(llama()), wrong)
     assert metrics.reference_recomputed
     assert metrics.logprob_gap_mean == pytest.approx(1.0, abs=1e-4)
+    assert metrics.logprob_gap_over_limit_share == 1.0
     assert len(steps) == 2
     assert_close_gradients(steps[1], steps[0])  # as if the engine had been right
 
