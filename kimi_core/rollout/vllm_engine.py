@@ -128,7 +128,7 @@ class VLLMEngine:
                 except ServerDown as error:
                     self._stop()
                     if went_down:
-                        raise EngineFailed(f"{error}; and before that, without a token") from error
+                        raise EngineFailed(f"{error}; twice, with nothing in between") from error
                     went_down = True
                 open_ = [response for response in open_ if not response.ended]
         finally:
@@ -152,9 +152,10 @@ class VLLMEngine:
         try:
             while running:
                 segments: list[Segment] = []
+                done: list[asyncio.Task[None]] = []
                 for item in server.wait(_take_all(queue), "the next tokens"):
                     if isinstance(item, asyncio.Task):
-                        _raise_its_error(item)
+                        done.append(item)
                         continue
                     response, output = item
                     if response in running:  # Else it ended with a repeat, and this came after it.
@@ -165,6 +166,8 @@ class VLLMEngine:
                             tasks[response].cancel()  # Aborts the request where vLLM would go on.
                 if segments:
                     yield segments
+                for task in done:  # Only now: what came along with an error counts.
+                    _raise_its_error(task)
         finally:
             for task in tasks.values():
                 task.cancel()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -274,6 +275,35 @@ def test_a_kill_in_mid_rollout_costs_unacknowledged_tokens_and_nothing_else(
             }
 
 
+def test_tokens_that_come_along_with_an_error_are_handed_over(engine, monkeypatch):
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    sampling = Sampling(0, 0, frozenset(), stream_tokens=4)
+    requests = requests_of(6)
+    expected = gathered(engine.generate(requests, sampling))
+    follow, failed = VLLMEngine._follow, set()
+
+    async def failing(self, server, response, sampling, queue):
+        key = response.request.trajectory_id
+        if key in failed:
+            return await follow(self, server, response, sampling, queue)
+        failed.add(key)
+        tokens, logprobs = joined(expected[key])
+        given = SimpleNamespace(logprobs=logprobs[:9].tolist())
+        completion = SimpleNamespace(
+            token_ids=tokens[:9], logprobs=given, finish_reason=None, weight_versions=None
+        )
+        queue.put_nowait((response, SimpleNamespace(outputs=[completion])))
+        raise EngineDeadError
+
+    monkeypatch.setattr(VLLMEngine, "_follow", failing)
+    monkeypatch.setattr(VLLMEngine, "_stop", lambda self: None)  # It is alive.
+    parts = gathered(engine.generate(requests, sampling))
+    assert failed == parts.keys()
+    for key, segments in expected.items():
+        assert joined(parts[key])[0] == joined(segments)[0]
+
+
 def test_an_engine_that_died_between_calls_starts_with_the_newest_weights(engine):
     gathered(engine.generate(requests_of(2), GREEDY))
     os.kill(processes_of(engine)[0], signal.SIGKILL)
@@ -316,7 +346,7 @@ def test_a_hung_engine_is_replaced_and_twice_ends_the_call(engine, monkeypatch):
     monkeypatch.setattr(
         VLLMEngine, "_started", _raising_from_the_second_call_on(VLLMEngine._started)
     )
-    with pytest.raises(EngineFailed, match="the stand-in is down; and before that"):
+    with pytest.raises(EngineFailed, match="the stand-in is down; twice"):
         gathered(engine.generate(requests_of(2), GREEDY))
     assert engine.server is None
     for pid in (core, worker):
@@ -337,6 +367,13 @@ def _raising_from_the_second_call_on(started):
         return started(self)
 
     return stand_in
+
+
+def test_a_start_that_fails_is_an_error_that_says_so():
+    engine = VLLMEngine(tiny_model(), batch_rows=4, options={"kv_cache_memory_bytes": 1000})
+    with pytest.raises(EngineFailed, match=r"vLLM did not start \(it had 600 s\)"):
+        gathered(engine.generate(requests_of(1), GREEDY))
+    engine.close()
 
 
 def test_options_that_vllm_does_not_know_are_named():
