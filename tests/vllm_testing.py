@@ -60,6 +60,11 @@ def perturb(model: Any, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
 
 
+def next_version(engine: VLLMEngine) -> None:
+    perturb(engine.model, engine.policy_version)
+    engine.update(engine.policy_version + 1)
+
+
 def requests_of(n: int, budget: int = 40, remaining: int = 40) -> list[Request]:
     """Contexts of mixed lengths, each shared by two trajectories; the longest fill a block."""
     rng = np.random.default_rng(0)

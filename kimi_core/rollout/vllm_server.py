@@ -29,7 +29,7 @@ CPU_CACHE_BYTES = 1 << 30
 LOOK_S = 0.1
 """How often a wait looks whether vLLM's processes are alive."""
 
-END_S = 5.0
+END_S = 15.0
 """How long vLLM may take to end of itself, before it is killed."""
 
 OURS = (
