@@ -184,6 +184,12 @@ class Layout:
 
     def difference(self, other: "Layout") -> str:
         """Where another layout first differs, for people; empty where it does not."""
+        own, given = ((x.tp_rank, x.tp_size, x.tied) for x in (self, other))
+        if own != given:
+            return (
+                f"rank {own[0]} of {own[1]} with ties {own[2]}, not rank {given[0]} of {given[1]} "
+                f"with ties {given[2]}"
+            )
         for mine, theirs in zip(self.entries, other.entries, strict=False):
             if mine != theirs:
                 return (
@@ -192,11 +198,6 @@ class Layout:
                 )
         if len(self.entries) != len(other.entries):
             return f"{len(self.entries)} tensors, not {len(other.entries)}"
-        if self != other:
-            return (
-                f"rank {self.tp_rank} of {self.tp_size} with ties {self.tied}, not rank "
-                f"{other.tp_rank} of {other.tp_size} with ties {other.tied}"
-            )
         return ""
 
 
@@ -221,6 +222,8 @@ class _Ranges:
                 )
             first = rank // (size // kv_heads) * head
             kv = (first, first + head)
+        self.vocabulary = -(-config.vocab_size // 64) * 64
+        _check_divides(size, self.vocabulary, "vocab_size, rounded up to a multiple of 64,")
         mlp = self._share(config.intermediate_size)
         self.rows = {
             "self_attn.q_proj": self._share(heads * head),
@@ -239,9 +242,8 @@ class _Ranges:
         if end in _BY_COLUMNS and kind == "weight":
             return Part(name, shape, 1, *self._share(shape[1]), 0)
         if module in _BY_VOCABULARY:
-            each = -(-shape[0] // 64) * 64 // self.size
-            start, stop = (min(rank * each, shape[0]) for rank in (self.rank, self.rank + 1))
-            return Part(name, shape, 0, start, stop, 0)
+            start, stop = self._share(self.vocabulary)
+            return Part(name, shape, 0, min(start, shape[0]), min(stop, shape[0]), 0)
         return _whole(name, shape)
 
     def _share(self, width: int) -> tuple[int, int]:

@@ -42,7 +42,7 @@ def publish_model(
 ) -> None:
     """Serve a Hugging Face model's parameters as ``version`` to every engine on ``arena``.
 
-    Parameters on a GPU go through host memory, a copy of each.
+    Parameters on a GPU are first copied to host memory, all of them.
 
     Raises: ValueError and TimeoutError as `WeightArena.publish`; what was served is served on.
     """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def default_threads() -> int:
-    """A thread for each CPU of this process, 8 at most: more do not make memory faster."""
+    """A thread for each CPU of this process, 8 at most."""
     return min(8, len(os.sched_getaffinity(0)))
 
 

@@ -29,7 +29,8 @@ def sources_of(named_tensors: NamedTensors, layout: Layout) -> list[Source]:
         row_bytes = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
         for part in entry.parts:
             array, dtype = _checked(given[part.name], part, entry.dtype)
-            sources.append((array, dtype, entry.dtype, entry.offset + part.row * row_bytes))
+            if array.size:  # A rank may have no row of a small vocabulary.
+                sources.append((array, dtype, entry.dtype, entry.offset + part.row * row_bytes))
     return sources
 
 

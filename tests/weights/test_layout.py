@@ -139,6 +139,9 @@ def test_the_vocabulary_is_cut_after_rounding_up_to_64():
         for rank in range(4)
     ]
     assert rows == [64, 64, 64, 8]
+    config.num_attention_heads = config.intermediate_size = config.num_key_value_heads = 12
+    with pytest.raises(ValueError, match=r"must divide vocab_size, rounded up .* = 256"):
+        Layout.from_config(config, dtype="float32", tp_size=3)
 
 
 def test_tied_embeddings_are_stored_once(layout):
