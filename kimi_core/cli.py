@@ -42,13 +42,14 @@ def main(
         return _fail(error, 2)
     # Only now: torch takes seconds to load, and neither --help nor a misspelt key should.
     from kimi_core.reward.function import RewardOutage
+    from kimi_core.rollout.engine import EngineFailed
     from kimi_core.trainer.trainer import LogprobMismatch, TrainingDiverged
 
     try:
         run(config)
     except ValueError as error:
         return _fail(error, 2)
-    except (RewardOutage, TrainingDiverged, LogprobMismatch, OSError) as error:
+    except (RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, OSError) as error:
         return _fail(error, 1)
     except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
         print(

@@ -91,7 +91,23 @@ class SftConfig(Section):
     """Peak, reached after 5 % of the steps and decayed to a tenth by a cosine."""
 
 
+class VLLMConfig(Section):
+    timeout_s: float = Field(300.0, gt=0)
+    """Longest wait for vLLM's next tokens or for new weights to be served, seconds; then its
+    processes are replaced."""
+    start_timeout_s: float = Field(600.0, ge=1)
+    """Longest wait for vLLM to start, seconds."""
+    args: dict[str, Any] = {}
+    """Passed through to vLLM's `AsyncEngineArgs`: `tensor_parallel_size`, `max_model_len`,
+    `kv_cache_memory_bytes` (on a CPU 1 GiB unless set) and so on."""
+
+
 class RolloutConfig(Section):
+    engine: Literal["torch", "vllm"] = "torch"
+    """`torch` samples with the trainer's own model in this process; `vllm` in processes of its own,
+    in the environment that `python/install_vllm.sh` makes."""
+    vllm: VLLMConfig = VLLMConfig()
+    """Of the `vllm` engine; unused by the other."""
     prompts_per_iteration: int = Field(32, ge=1)
     """New prompts an iteration; unfinished trajectories come on top, and first."""
     samples_per_prompt: int = Field(8, ge=2)

@@ -62,6 +62,7 @@ class Loop:
             RewardError, RewardOutage: the reward function failed, or most of its verdicts did; the
                 sampled tokens stay in the buffer, and a resumed run judges them again.
             TrainingDiverged, LogprobMismatch: as ``Trainer.train`` raises them.
+            EngineFailed: the engine could not be kept alive, or refused the new weights.
         """
         wall, cpu = time.perf_counter(), time.process_time()
         version = WeightVersion(self.engine.policy_version)
@@ -106,7 +107,7 @@ class Loop:
     def load_state(self, state: dict[str, Any], buffer: RolloutBuffer) -> None:
         """Take over what :meth:`state` gave, and the buffer that belongs to it."""
         self.iteration = state["iteration"]
-        self.engine.policy_version = state["policy_version"]
+        self.engine.update(state["policy_version"])
         self.samples_trained = state["samples_trained"]
         self.next_group = state["next_group"]
         self.consumed = state["consumed"]
@@ -118,8 +119,9 @@ class Loop:
         self.buffer = buffer
 
     def close(self) -> None:
-        """Give the buffer's file free."""
+        """Give the buffer's file free, and end what the engine has started."""
         self.buffer.close()
+        self.engine.close()
 
     def _rng(self, purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, self.iteration, purpose])

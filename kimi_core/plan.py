@@ -19,6 +19,7 @@ from kimi_core.codec import Codec
 from kimi_core.config import Config
 from kimi_core.prompts.sources import load_prompts
 from kimi_core.rollout.kv_cache import ROUND_TO
+from kimi_core.rollout.vllm_server import CPU_CACHE_BYTES
 from kimi_core.rollout.worker import buffer_size
 from kimi_core.run import alphabet
 from kimi_core.run_folder import dump_toml
@@ -34,7 +35,11 @@ class Memory:
     gradients: int
     optimizer_moments: int
     """Of AdamW: two numbers a trained parameter, in the parameter's own dtype."""
+    arena: int
+    """What hands the weights to vLLM: three versions of them, in shared memory. vLLM reads them
+    there on a CPU, and has a copy besides on a GPU."""
     kv_cache: int
+    """For vLLM what it is given; 0 where it decides itself, on a GPU."""
     logits: int
     """``head_chunk`` rows over the vocabulary, float32; their gradient takes their place."""
     buffer: int
@@ -83,11 +88,20 @@ def estimate(
     tokens, trajectories = buffer_size(encoded, config.rollout)
     trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model))
     longest = max(map(len, encoded)) + config.rollout.max_response_tokens
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    on_cpu = models._device(config.model.device).type == "cpu"
+    if config.rollout.engine == "vllm":
+        arena = 3 * weights
+        kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
+    else:
+        arena = 0
+        kv_cache = _rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model)
     return Memory(
-        weights=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weights=weights,
         gradients=trained,
         optimizer_moments=2 * trained,
-        kv_cache=_rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model),
+        arena=arena,
+        kv_cache=kv_cache,
         logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
         buffer=RolloutBuffer.file_bytes(tokens, trajectories),
     )

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kimi_core import live_buffer
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.codec import Codec
-from kimi_core.config import Config
+from kimi_core.config import Config, RolloutConfig
 from kimi_core.evaluation import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.metrics import MetricsWriter
@@ -37,7 +37,9 @@ from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.sources import load_examples, load_prompts, split
 from kimi_core.reward.function import RewardFunction, close_reward, load_reward
 from kimi_core.reward.scoring import GroupScorer
+from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.torch_engine import TorchEngine
+from kimi_core.rollout.vllm_engine import VLLMEngine
 from kimi_core.rollout.worker import buffer_size, sampling_for
 from kimi_core.run_folder import RunFolder, holds_state
 from kimi_core.trainer.sft import Example, train_sft
@@ -81,8 +83,8 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
     Raises:
         ValueError: anything in the config or the files it names that cannot work; before training.
-        RewardError, RewardOutage, TrainingDiverged, LogprobMismatch, OSError: training had to stop.
-            The last state saved is intact, and ``resume`` continues from it.
+        RewardError, RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, OSError:
+            training had to stop. The last state saved is intact, and ``resume`` continues from it.
     """
     console = console or Console()
     parts = build(config)
@@ -131,7 +133,7 @@ def build(config: Config) -> Parts:
     codec = Codec(tokenizer, config.rollout.stop)
     encoded = {prompt.id: codec.encode_prompt(prompt) for prompt in everything}
     _check_context(model, encoded, config)
-    engine = TorchEngine(model, batch_rows=config.rollout.batch_rows)
+    engine = _engine(model, config.rollout)
     tokens, trajectories = buffer_size(list(encoded.values()), config.rollout)
     new_buffer = partial(
         RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories
@@ -158,6 +160,19 @@ def build(config: Config) -> Parts:
         workers=config.reward.workers,
     )
     return Parts(model, tokenizer, codec, train_prompts, reward, evaluator, loop, new_buffer)
+
+
+def _engine(model: PreTrainedModel, rollout: RolloutConfig) -> Engine:
+    if rollout.engine == "torch":
+        return TorchEngine(model, batch_rows=rollout.batch_rows)
+    # Nothing of vLLM is loaded or started before the first response is asked for.
+    return VLLMEngine(
+        model,
+        batch_rows=rollout.batch_rows,
+        options=rollout.vllm.args,
+        timeout_s=rollout.vllm.timeout_s,
+        start_timeout_s=rollout.vllm.start_timeout_s,
+    )
 
 
 def fine_tune(

@@ -285,7 +285,7 @@ def _toml_sections(name: str, section: dict[str, Any]) -> list[str]:
     return blocks
 
 
-def _toml_value(value: bool | int | float | str | list[Any]) -> str:
+def _toml_value(value: bool | int | float | str | list[Any] | dict[str, Any]) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -293,6 +293,9 @@ def _toml_value(value: bool | int | float | str | list[Any]) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, dict):
+        items = (f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
+        return f"{{{', '.join(items)}}}"
     return repr(value)
 
 

@@ -123,3 +123,19 @@ def test_a_model_that_is_not_here_is_named_and_not_fetched(tmp_path, monkeypatch
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="Cannot load the model in"):
         describe(config(f"model.name={tmp_path / 'nowhere'}"))
+
+
+def test_vllm_takes_three_versions_of_the_weights_and_the_cache_it_is_given():
+    given = config("rollout.engine=vllm")
+    model, tokenizer = load_model(given.model, alphabet=multiply.ALPHABET)
+    memory = estimate(given, model, tokenizer, PROMPTS)
+    assert memory.arena == 3 * memory.weights and memory.kv_cache == 1 << 30
+    less = config("rollout.engine=vllm", "rollout.vllm.args.kv_cache_memory_bytes=1000000")
+    assert estimate(less, model, tokenizer, PROMPTS).kv_cache == 1_000_000
+    assert estimate(config(), model, tokenizer, PROMPTS).arena == 0
+
+
+def test_vllms_arguments_are_printed_as_they_would_be_read():
+    given = config("rollout.engine=vllm", 'rollout.vllm.args={a = 1, "b.c" = [true, "d"], e = {}}')
+    printed = tomllib.loads(describe(given))
+    assert printed["rollout"]["vllm"]["args"] == {"a": 1, "b.c": [True, "d"], "e": {}}

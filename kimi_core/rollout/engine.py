@@ -55,13 +55,55 @@ class Sampling:
     """A response is handed over every so many tokens while it grows. 0: only when it is done."""
 
 
+def check_request(request: Request, *, vocabulary: int, context: int | None) -> None:
+    """Whether an engine can extend it.
+
+    Args:
+        vocabulary: token ids are below it.
+        context: positions that the model attends to; None: no limit.
+
+    Raises:
+        ValueError: it is empty, or out of the vocabulary or the context.
+    """
+    who, length = f"trajectory {request.trajectory_id}", len(request.token_ids)
+    if length == 0:
+        raise ValueError(f"Cannot extend {who}: token_ids is empty; give at least one token")
+    if request.steps < 1:
+        raise ValueError(
+            f"Cannot extend {who}: budget = {request.budget}, remaining = {request.remaining}; "
+            "both must be at least 1, leave finished trajectories out"
+        )
+    lowest, highest = int(request.token_ids.min()), int(request.token_ids.max())
+    if lowest < 0 or highest >= vocabulary:
+        raise ValueError(
+            f"Cannot extend {who}: token ids {lowest} to {highest} are not all within the "
+            f"model's vocabulary, 0 to {vocabulary - 1}; is this the model's tokenizer?"
+        )
+    if context is not None and length + request.steps > context:
+        raise ValueError(
+            f"Cannot extend {who} from {length} tokens by up to {request.steps}: the model "
+            f"attends to {context} positions; lower rollout.max_response_tokens or "
+            "rollout.token_budget, or drop the longest prompts"
+        )
+
+
+class EngineFailed(RuntimeError):
+    """The engine's processes died, hung or refused what they were given; the message says which.
+
+    What was yielded before stands. The next call starts the engine anew.
+    """
+
+
 class Engine(Protocol):
     """An inference engine. One call is one rollout phase; weights never change within a call."""
 
     policy_version: int
     """The version of the weights that the engine samples from; written on every segment."""
-    decode_steps: int
-    """Steps taken since the engine was made; one step adds at most one token to each trajectory."""
+
+    @property
+    def decode_steps(self) -> int:
+        """Steps taken since the engine was made; one adds at most one token to each trajectory."""
+        ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         """Extend every request by at most its budget; yield segments as they are complete.
@@ -69,4 +111,16 @@ class Engine(Protocol):
         Those of one step come together. Every request is answered by one segment, or by several in
         order where ``sampling`` streams; each but its last has ``end_reason`` None.
         """
+        ...
+
+    def update(self, version: int) -> None:
+        """Sample with the trainer's present weights from now on, and write ``version``.
+
+        Raises:
+            EngineFailed: they did not get there; what was served before is served on.
+        """
+        ...
+
+    def close(self) -> None:
+        """End its processes and give its memory back. Again: nothing happens."""
         ...

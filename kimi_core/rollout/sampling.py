@@ -23,11 +23,20 @@ def uniforms(seed: int, trajectory_ids: np.ndarray, positions: np.ndarray) -> np
     Returns:
         float64 ``[n]``.
     """
+    # 52 bits, not 53: then u × total rounds below total, and the last token's edge is never passed.
+    return (_hash(seed, trajectory_ids, positions) >> np.uint64(12)) * 2.0**-52
+
+
+def derived_seed(seed: int, trajectory_id: int, position: int) -> int:
+    """A seed of 63 bits for a generator that draws what follows ``position`` of a trajectory."""
+    bits = _hash(seed, np.array([trajectory_id]), np.array([position]))
+    return int(bits[0] >> np.uint64(1))
+
+
+def _hash(seed: int, trajectory_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
     key = _mix(np.full(1, seed & 0xFFFFFFFFFFFFFFFF, np.uint64) + GOLDEN)
     key = _mix(key + (trajectory_ids.astype(np.uint64) + np.uint64(1)) * GOLDEN)
-    bits = _mix(key + (positions.astype(np.uint64) + np.uint64(1)) * GOLDEN)
-    # 52 bits, not 53: then u × total rounds below total, and the last token's edge is never passed.
-    return (bits >> np.uint64(12)) * 2.0**-52
+    return _mix(key + (positions.astype(np.uint64) + np.uint64(1)) * GOLDEN)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

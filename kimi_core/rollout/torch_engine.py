@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kimi_core.rollout import attention
-from kimi_core.rollout.engine import Request, Sampling
+from kimi_core.rollout.engine import Request, Sampling, check_request
 from kimi_core.rollout.kv_cache import WORTH_A_COHORT, KVCache
 from kimi_core.rollout.rows import Rows
 from kimi_core.rollout.sampling import draw, uniforms
@@ -35,7 +35,7 @@ class TorchEngine:
     """Implements ``Engine`` on any causal model of transformers with plain attention.
 
     The model's own parameters are read at every step, so the weights are always the trainer's
-    newest; set ``policy_version`` when they change.
+    newest; ``update`` names them when they change.
 
     Args:
         model: on any device, in any dtype. Checked here: a small batch decoded through the cache
@@ -75,8 +75,19 @@ class TorchEngine:
                 context; at once, before anything is generated.
         """
         for request in requests:
-            self._check_request(request)
+            check_request(
+                request,
+                vocabulary=self.embedding.num_embeddings,
+                context=self.max_positions,
+            )
         return self._generate(requests, sampling)
+
+    def update(self, version: int) -> None:
+        """Name the weights, which are the trainer's own and so there already."""
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Nothing: the model is the caller's."""
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         if not requests:
@@ -221,29 +232,6 @@ class TorchEngine:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.embedding.weight.device, non_blocking=True)
-
-    def _check_request(self, request: Request) -> None:
-        who, length = f"trajectory {request.trajectory_id}", len(request.token_ids)
-        if length == 0:
-            raise ValueError(f"Cannot extend {who}: token_ids is empty; give at least one token")
-        if request.steps < 1:
-            raise ValueError(
-                f"Cannot extend {who}: budget = {request.budget}, remaining = {request.remaining}; "
-                "both must be at least 1, leave finished trajectories out"
-            )
-        lowest, highest = int(request.token_ids.min()), int(request.token_ids.max())
-        if lowest < 0 or highest >= self.embedding.num_embeddings:
-            raise ValueError(
-                f"Cannot extend {who}: token ids {lowest} to {highest} are not all within the "
-                f"model's vocabulary, 0 to {self.embedding.num_embeddings - 1}; is this the "
-                "model's tokenizer?"
-            )
-        if self.max_positions is not None and length + request.steps > self.max_positions:
-            raise ValueError(
-                f"Cannot extend {who} from {length} tokens by up to {request.steps}: the model "
-                f"attends to {self.max_positions} positions; lower rollout.max_response_tokens or "
-                "rollout.token_budget, or drop the longest prompts"
-            )
 
     @torch.inference_mode()
     def _check_model(self) -> None:

