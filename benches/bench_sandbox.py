@@ -122,10 +122,12 @@ def cpu_ms(pool: Pool, tiny: str) -> dict[str, float]:
 
 
 def test_cpu_of_a_cold_python(cpu_ms: dict[str, float], ratios: Ratios) -> None:
-    for form in ("command", "source"):
-        spent, peer = cpu_ms[f"{form} python"], cpu_ms["bare python"]
-        detail = f"{spent:.1f} against {peer:.1f} CPU ms: {spent / peer:.2f} x, allowed 1.70 x"
-        ratios.record(f"cold start of Python, {form}", "bare", peer / spent, 1 / 1.7, detail)
+    """As the command `python3 -c pass`, and as source, which a Python in the sandbox is handed."""
+    peer, spent = cpu_ms["bare python"], cpu_ms["command python"]
+    for form, minimum in (("source", None), ("command", 1 / 1.7)):
+        cpu = cpu_ms[f"{form} python"]
+        detail = f"{cpu:.1f} against {peer:.1f} CPU ms: {cpu / peer:.2f} x"
+        ratios.record(f"cold start of Python, {form}", "bare", peer / cpu, minimum, detail)
     ratios.record(
         "cold start of Python, command", "plain bwrap", cpu_ms["bwrap python"] / spent,
         detail=f"bwrap {cpu_ms['bwrap python']:.1f} CPU ms",
