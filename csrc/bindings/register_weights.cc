@@ -10,7 +10,6 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -147,8 +146,9 @@ std::vector<uint32_t> write(const PyArena& arena, uint32_t slot, const std::vect
   std::vector<Source> sources;
   sources.reserve(given.size());
   for (const PySource& source : given) sources.push_back(SourceOf(source));
+  const auto writer = arena.writer();  // Kept, should another thread close the arena.
   const py::gil_scoped_release release;
-  return arena.writer()->Write(slot, sources, threads, first, count);
+  return writer->Write(slot, sources, threads, first, count);
 }
 
 void create(const std::string& path, int64_t slots, uint64_t payload_bytes,
@@ -187,17 +187,9 @@ std::optional<size_t> first_damaged(const PyArena& arena, uint32_t slot,
     throw py::value_error(std::to_string(crcs.size()) + " checksums for " +
                           std::to_string(arena.reader()->regions().size()) + " tensors");
   }
+  const auto reader = arena.reader();
   const py::gil_scoped_release release;
-  return arena.reader()->FirstDamaged(slot, crcs, threads);
-}
-
-void TranslateErrors(std::exception_ptr error) {
-  try {
-    if (error) std::rethrow_exception(error);
-  } catch (const std::system_error& fault) {
-    // OSError chooses its subclass, FileNotFoundError say, by the number.
-    PyErr_SetObject(PyExc_OSError, py::make_tuple(fault.code().value(), fault.what()).ptr());
-  }
+  return reader->FirstDamaged(slot, crcs, threads);
 }
 
 void register_writing(py::class_<PyArena>& arena) {
@@ -231,9 +223,8 @@ void register_writing(py::class_<PyArena>& arena) {
 
 }  // namespace
 
+// A std::system_error becomes an OSError by the translator in register_buffer.cc.
 void register_weights(py::module_& m) {
-  py::register_local_exception_translator(&TranslateErrors);
-
   py::class_<PyLease>(m, "WeightLease",
                       "What kimi_core.weights.arena.Lease is made from; use that one.")
       .def("release", &PyLease::release)
