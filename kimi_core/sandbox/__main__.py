@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from kimi_core.sandbox import Limits, Pool, Result, SandboxUnavailable, Status, check
+from kimi_core.sandbox.bubblewrap import find_python
 from kimi_core.sandbox.protocol import TOKEN_VARIABLE
 from kimi_core.sandbox.types import MB
 
@@ -67,7 +68,7 @@ def _command(program: str, arguments: list[str]) -> tuple[list[str], dict[str, b
     path = Path(program)
     if not path.is_file():
         return [program, *arguments], {}
-    start = ["python3", path.name] if path.suffix == ".py" else [f"./{path.name}"]
+    start = [find_python(), path.name] if path.suffix == ".py" else [f"./{path.name}"]
     return [*start, *arguments], {path.name: path.read_bytes()}
 
 

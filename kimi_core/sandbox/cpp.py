@@ -30,4 +30,5 @@ def compile_cpp(
         run: ``run`` of a Pool.
     """
     command = "g++ -O2 -std=c++17 -o main main.cpp >&2 && cat main"
-    return run(["/bin/sh", "-c", command], files={"main.cpp": source.encode()}, limits=limits)
+    files = {"main.cpp": source.encode(errors="surrogatepass")}
+    return run(["/bin/sh", "-c", command], files=files, limits=limits)

@@ -41,8 +41,18 @@ class FairQueue(Generic[Item]):
         try:
             return turn.get(timeout=timeout_s)
         except queue.Empty:
-            with self._lock:
-                if not turn.empty():  # It came just now.
-                    return turn.get()
-                self._waiting.remove(turn)
-            raise TimeoutError(f"nothing came for {timeout_s:g} s") from None
+            if self._leave(turn):
+                raise TimeoutError(f"nothing came for {timeout_s:g} s") from None
+            return turn.get()
+        except BaseException:  # Ctrl-C: nothing may be put where nobody waits.
+            if not self._leave(turn):
+                self.put(turn.get())
+            raise
+
+    def _leave(self, turn: "queue.SimpleQueue[Item]") -> bool:
+        """Wait no more; False if the item has come just now."""
+        with self._lock:
+            if turn not in self._waiting:
+                return False
+            self._waiting.remove(turn)
+            return True

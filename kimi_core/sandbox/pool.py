@@ -8,11 +8,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
-from kimi_core.sandbox import wire
+from kimi_core.sandbox import seccomp, wire
 from kimi_core.sandbox.bubblewrap import find_bwrap, find_python
 from kimi_core.sandbox.fair import FairQueue
 from kimi_core.sandbox.selftest import Protection, Report, examine
@@ -41,6 +40,7 @@ class Pool:
 
     Raises:
         SandboxUnavailable: bubblewrap is missing or does not work here, or a protection is missing.
+        ValueError: fewer than 1 slot.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Pool:
         count = len(os.sched_getaffinity(0)) if slots is None else slots
         if count < 1:
             raise ValueError(f"Pool of {count} slots; allowed is 1 or more")
-        find_bwrap(), find_python()
+        find_bwrap(), find_python(), seccomp.program()
         self._idle: FairQueue[_Slot] = FairQueue()
         self._slots: list[_Slot] = []
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
         try:
             self._slots = [_Slot(warm) for _ in range(count)]
             for slot in self._slots:
@@ -78,6 +78,10 @@ class Pool:
         Args:
             wait_s: how long to wait for a free slot; the limits of the run do not count it.
         """
+        if self._process != os.getpid():
+            raise RuntimeError(
+                "This Pool is that of the process that forked this one; make another"
+            )
         request = _request(program, stdin, files, limits or Limits())
         try:
             slot = self._idle.get(wait_s)
@@ -86,19 +90,31 @@ class Pool:
         try:
             if self._closed:
                 raise ValueError("This Pool is closed: no more programs are run")
+            return self._run_in(slot, request)
+        finally:
+            self._idle.put(slot)
+
+    def _run_in(self, slot: "_Slot", request: Request) -> Result:
+        try:
             return slot.run(request)
         except _SlotFailedError as error:
             if not self._closed:
                 slot.restart()
             return _infra(str(error))
-        finally:
-            self._idle.put(slot)
+        except BaseException:  # Ctrl-C: a late answer would be taken for that of the next program.
+            slot.restart()
+            raise
 
     def _examine(self) -> Report:
         return examine(self.run, self._slots[0].missing)
 
     def close(self) -> None:
-        """End all slots; a program that still runs is killed, and its caller gets INFRA."""
+        """End all slots; a program that still runs is killed, and its caller gets INFRA.
+
+        In a fork of the pool's process it does nothing.
+        """
+        if self._process != os.getpid():
+            return
         self._closed = True
         for slot in self._slots:
             slot.hang_up()
@@ -192,22 +208,29 @@ class _SlotFailedError(RuntimeError):
 def _request(
     program: str | Sequence[str], stdin: bytes, files: Mapping[str, bytes] | None, limits: Limits
 ) -> Request:
-    """Raises ValueError for a command that is empty or a name that leaves the work folder."""
-    if not isinstance(program, str):
-        program = list(program)
-        if not program or not program[0] or any("\0" in argument for argument in program):
-            raise ValueError(f"Command {program!r}; allowed is a program and its arguments")
+    """Raises ValueError for what no sandbox could be given."""
+    if isinstance(program, str):
+        # Text from JSON may hold half a surrogate pair; Python then says what is wrong with it.
+        code: bytes | list[str] = program.encode(errors="surrogatepass")
+        if "main.py" in (files or {}):
+            raise ValueError("File name 'main.py'; allowed is any other, as that is the program's")
+    else:
+        code = list(program)
+        if not code or not code[0] or not all(_passable(argument) for argument in code):
+            raise ValueError(f"Command {code!r}; allowed is a program and its arguments")
     for name in files or {}:
-        path = PurePosixPath(name)
-        if (
-            path.is_absolute()
-            or ".." in path.parts
-            or not path.parts
-            or "\n" in name
-            or "\0" in name
-        ):
+        parts = name.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts) or "\n" in name or not _passable(name):
             raise ValueError(f"File name {name!r}; allowed is a path inside the work folder")
-    return Request(program, stdin, dict(files or {}), limits)
+    return Request(code, stdin, dict(files or {}), limits)
+
+
+def _passable(text: str) -> bool:
+    """Whether the kernel can be given it."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _infra(detail: str) -> Result:

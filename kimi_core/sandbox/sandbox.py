@@ -103,33 +103,32 @@ class Sandbox:
     def _await_init(self) -> int:
         deadline = time.monotonic() + START_S
         while b"\n" not in self._reported:
-            if not _readable(self._report, deadline):
+            if not readable(self._report, deadline):
                 raise StartError(f"The sandbox was not ready within {START_S:g} s")
             data = os.read(self._report, 4096)
             if not data:
-                said = os.read(self.stderr, 4096) if _readable(self.stderr, deadline) else b""
+                said = os.read(self.stderr, 4096) if readable(self.stderr, deadline) else b""
                 raise StartError(f"The sandbox did not start: {said.decode(errors='replace')}")
             self._reported += data
         return int(json.loads(self._reported.split(b"\n")[0])["child-pid"])
 
     def limit(self, limits: Limits) -> None:
         """Put the limits on init and what runs below it; what they start inherits them."""
-        seconds = math.ceil(limits.cpu_s)
         values = {
-            resource.RLIMIT_NPROC: (limits.processes + 1,) * 2,  # init counts too.
-            resource.RLIMIT_FSIZE: (limits.file_bytes,) * 2,
-            resource.RLIMIT_NOFILE: (limits.open_files,) * 2,
-            resource.RLIMIT_CPU: (seconds, seconds + 1),
-            resource.RLIMIT_CORE: (1, 1),  # Unlike 0, it also stops handlers that are piped to.
-            resource.RLIMIT_MSGQUEUE: (0, 0),
-            resource.RLIMIT_MEMLOCK: (MB, MB),
+            resource.RLIMIT_NPROC: limits.processes + 1,  # init counts too.
+            resource.RLIMIT_FSIZE: limits.file_bytes,
+            resource.RLIMIT_NOFILE: limits.open_files,
+            resource.RLIMIT_CPU: math.ceil(limits.cpu_s),
+            resource.RLIMIT_CORE: 1,  # Unlike 0, it also stops handlers that are piped to.
+            resource.RLIMIT_MSGQUEUE: 0,
+            resource.RLIMIT_MEMLOCK: MB,
         }
         if self._identity.cgroup is None:
-            values[resource.RLIMIT_AS] = (limits.memory_bytes,) * 2
+            values[resource.RLIMIT_AS] = limits.memory_bytes
         with _limiting(self._identity.uid):
             for pid in self.tree():
                 for kind, value in values.items():
-                    resource.prlimit(pid, kind, value)
+                    _lower(pid, kind, value)
 
     def go(self) -> None:
         """Let the program begin."""
@@ -180,7 +179,7 @@ class Sandbox:
         deadline = time.monotonic() + END_S
         cpu_s, peak = 0.0, 0
         if not kill:
-            _readable(self._bwrap_end, deadline)
+            readable(self._bwrap_end, deadline)
         while True:
             for pid in _children(os.getpid()) if kill else ():
                 os.kill(pid, signal.SIGKILL)  # Not reaped, so the number is still its own.
@@ -220,10 +219,10 @@ def await_ready(sandbox: Sandbox) -> None:
         StartError: it is not there within ``START_S``.
     """
     deadline = time.monotonic() + START_S
-    if not _readable(sandbox.stdout, deadline):
+    if not readable(sandbox.stdout, deadline):
         raise StartError(f"Python in the sandbox was not ready within {START_S:g} s")
     if os.read(sandbox.stdout, 1) != READY:
-        said = os.read(sandbox.stderr, 4096) if _readable(sandbox.stderr, deadline) else b""
+        said = os.read(sandbox.stderr, 4096) if readable(sandbox.stderr, deadline) else b""
         raise StartError(f"Python did not start in the sandbox: {said.decode(errors='replace')}")
 
 
@@ -269,6 +268,17 @@ def _limiting(uid: int | None) -> Iterator[None]:
         os.setresgid(0, -1, -1)
 
 
+def _lower(pid: int, kind: int, value: int) -> None:
+    """Lower a limit; one that is lower already stays, as to raise it is not ours."""
+    soft, hard = resource.prlimit(pid, kind)
+    if hard == resource.RLIM_INFINITY or hard > value:
+        # Of CPU time, a second between SIGXCPU and SIGKILL.
+        hard = value + (kind == resource.RLIMIT_CPU)
+        resource.prlimit(pid, kind, (value, hard))
+    elif soft == resource.RLIM_INFINITY or soft > value:
+        resource.prlimit(pid, kind, (value, hard))
+
+
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     for task in os.listdir(f"/proc/{pid}/task"):
@@ -286,5 +296,6 @@ def _in_memory(data: bytes) -> int:
     return fd
 
 
-def _readable(fd: int, deadline: float) -> bool:
+def readable(fd: int, deadline: float) -> bool:
+    """Whether there is something to read, or an end, before ``deadline`` of the monotonic clock."""
     return bool(select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0])

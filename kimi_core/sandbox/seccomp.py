@@ -19,6 +19,8 @@ import platform
 import socket
 import struct
 
+from kimi_core.sandbox.types import SandboxUnavailable
+
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_* of linux/audit.h
 X32 = 0x40000000
 
@@ -125,11 +127,11 @@ def program(machine: str = platform.machine()) -> bytes:
     """The filter for ``machine``, as in ``platform.machine()``.
 
     Raises:
-        ValueError: an architecture whose numbers are not in the table.
+        SandboxUnavailable: an architecture whose numbers are not in the table.
     """
     if machine not in ARCHITECTURES:
         known = " and ".join(ARCHITECTURES)
-        raise ValueError(f"No seccomp filter for {machine}; there is one for {known}")
+        raise SandboxUnavailable(f"No seccomp filter for {machine}; there is one for {known}")
     column = list(ARCHITECTURES).index(machine)
     deny = _op(_RETURN, _errno(errno.EPERM))
     code = [

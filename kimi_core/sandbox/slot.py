@@ -15,7 +15,7 @@ import pwd
 import select
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kimi_core.sandbox import cgroups, wire
@@ -32,7 +32,7 @@ NUMBERS = range(58_000, 59_000)
 
 @dataclass(frozen=True)
 class Request:
-    program: str | Sequence[str]
+    program: bytes | list[str]
     """Python source, or a command."""
     stdin: bytes
     files: Mapping[str, bytes]
@@ -67,7 +67,7 @@ class Slot:
             sandbox.limit(request.limits)
             if cgroup:
                 cgroup.begin(request.limits)
-            if not isinstance(request.program, str):
+            if not isinstance(request.program, bytes):
                 sandbox.go()
             return watch(sandbox, stdin, request.limits, cgroup, self._owners)
         finally:
@@ -77,15 +77,15 @@ class Slot:
 
     def _sandbox(self, request: Request) -> tuple[Sandbox, bytes]:
         """One that is about to begin, and what it will read."""
-        self._last_was_python = isinstance(request.program, str)
-        if not isinstance(request.program, str):
+        self._last_was_python = isinstance(request.program, bytes)
+        if not isinstance(request.program, bytes):
             self.discard()  # A slot has one cgroup and one user: one sandbox at a time.
             return Sandbox(self._identity, request.program, request.files), request.stdin
         if self._waiting is not None and self._waiting.dead:
             self.discard()
         sandbox, self._waiting = self._waiting or start_python(self._identity), None
         await_ready(sandbox)
-        files = {**request.files, "main.py": request.program.encode()}
+        files = {**request.files, "main.py": request.program}
         head = "".join(f"{len(data)} {name}\n" for name, data in files.items())
         return sandbox, b"".join([head.encode(), b"\n", *files.values(), request.stdin])
 

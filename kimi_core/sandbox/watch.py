@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kimi_core.sandbox.cgroups import Cgroup
-from kimi_core.sandbox.sandbox import Sandbox
+from kimi_core.sandbox.sandbox import Sandbox, readable
 from kimi_core.sandbox.types import Limits, Result, Status
 
 TICK_S = 0.05
@@ -67,7 +67,7 @@ def watch(
     outputs = [_Output(fd, limits.output_bytes) for fd in (sandbox.stdout, sandbox.stderr)]
     started = time.monotonic()
     try:
-        killed = _until_end(sandbox, memoryview(stdin), outputs, limits, cgroup, owners)
+        stopped = _until_end(sandbox, memoryview(stdin), outputs, limits, cgroup, owners)
     finally:
         sandbox.kill()  # If it is dead already, that is nothing.
     wall_s = time.monotonic() - started
@@ -77,12 +77,12 @@ def watch(
     peak = cgroup.peak_bytes() if cgroup else None
     stdout, stderr = (bytes(output.kept) for output in outputs)
     if cgroup and cgroup.out_of_memory():
-        killed = Status.MEMORY, "the kernel killed a process at the limit of memory"
-    elif any(output.total > output.limit for output in outputs):
-        killed = Status.OUTPUT, f"more than {limits.output_bytes} bytes of output"
-    status, detail = killed or _judge(code, cpu_s, limits, stderr)
-    if killed and status is not Status.OUTPUT:
+        stopped = Status.MEMORY, "the kernel killed a process at the limit of memory"
+    if stopped:
         code = None
+    status, detail = stopped or _judge(code, cpu_s, limits, stderr)
+    if status is not Status.MEMORY and any(output.total > output.limit for output in outputs):
+        status, detail = Status.OUTPUT, f"more than {limits.output_bytes} bytes of output"
     return Result(status, code, stdout, stderr, cpu_s, wall_s, peak or usage.peak_bytes, detail)
 
 
@@ -146,7 +146,7 @@ def _drain(outputs: list[_Output]) -> None:
     """Read what the dead have left in the pipes."""
     deadline = time.monotonic() + DRAIN_S
     for output in outputs:
-        while output.open and select.select([output.fd], [], [], deadline - time.monotonic())[0]:
+        while output.open and readable(output.fd, deadline):
             output.read()
 
 

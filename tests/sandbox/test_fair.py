@@ -1,9 +1,11 @@
 """Who waits first is served first."""
 
 import threading
+from queue import SimpleQueue
 
 import pytest
 
+from kimi_core.sandbox import fair
 from kimi_core.sandbox.fair import FairQueue
 
 
@@ -27,6 +29,27 @@ def test_takers_are_served_in_their_order() -> None:
         thread.join()
     assert served == list(range(20))
     assert len(queue) == 1
+
+
+def test_whoever_is_interrupted_leaves_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    queue: FairQueue[str] = FairQueue()
+
+    class Interrupted(SimpleQueue):
+        def get(self, block: bool = True, timeout: float | None = None) -> str:
+            if timeout is None:
+                return super().get()
+            if came[-1]:
+                queue.put("a")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(fair.queue, "SimpleQueue", Interrupted)
+    came = []
+    for after in (False, True):  # Before an item comes, and after.
+        came.append(after)
+        with pytest.raises(KeyboardInterrupt):
+            queue.get(30)
+        assert not queue._waiting
+    assert queue.get(30) == "a"
 
 
 def test_waiting_has_a_deadline_and_loses_nothing() -> None:

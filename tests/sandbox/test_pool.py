@@ -10,12 +10,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sandbox.attacks import ATTACKS, PRELUDE
 from sandbox.processes import alive, descendants, descriptors, parents, slots_of, wait_until
 
-from kimi_core.sandbox import Limits, Pool, Status
+from kimi_core.sandbox import Limits, Pool, Status, wire
 from kimi_core.sandbox.cgroups import leftovers
 
 pytestmark = pytest.mark.usefixtures("bwrap")
@@ -216,6 +217,38 @@ def test_kill_9_while_sandboxes_start_leaves_nothing_alive(weak: bool) -> None:
             os.kill(slot, signal.SIGKILL)
             running.result(60)
             wait_until(lambda: not alive(below), "the end of all")  # noqa: B023
+
+
+def test_an_interrupted_wait_does_not_shift_answers(
+    weak: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Pool(1, allow_weak=weak) as pool:
+        receive, calls = wire.receive, []
+
+        def interrupted(*arguments: Any) -> Any:
+            calls.append(arguments)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+            return receive(*arguments)
+
+        monkeypatch.setattr(wire, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.run("print('first')")
+        assert pool.run("print('second')").stdout == b"second\n"
+
+
+def test_a_fork_of_its_process_leaves_a_pool_alone(weak: bool) -> None:
+    with Pool(1, allow_weak=weak) as pool:
+        pid = os.fork()
+        if pid == 0:
+            pool.close()
+            try:
+                pool.run("pass")
+            except RuntimeError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+        assert pool.run("print(1)").stdout == b"1\n"
 
 
 def test_a_pool_needs_a_slot() -> None:

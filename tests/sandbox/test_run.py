@@ -68,6 +68,19 @@ def test_a_syntax_error_is_the_programs(pool: Pool) -> None:
     assert b"SyntaxError" in result.stderr
 
 
+@pytest.mark.parametrize("text", ["print('\ud800')", "print(1)\0", "(" * 10_000, "\x00" * 99])
+def test_text_that_is_no_program_is_the_programs_fault(pool: Pool, text: str) -> None:
+    """Were it a failure of the sandbox, a model could escape every verdict."""
+    result = pool.run(text)
+    assert result.status in (Status.RUNTIME, Status.MEMORY), result
+    assert compile_cpp(text, run=pool.run).status not in (Status.OK, Status.INFRA)
+
+
+def test_the_name_of_the_program_is_taken(pool: Pool) -> None:
+    with pytest.raises(ValueError, match=r"File name 'main.py'"):
+        pool.run("pass", files={"main.py": b""})
+
+
 def test_an_unknown_command_is_the_programs_fault(pool: Pool) -> None:
     result = pool.run(["./no-such-program"])
     assert result.status is Status.RUNTIME
@@ -132,13 +145,15 @@ def test_cpp_is_compiled_in_one_sandbox_and_run_in_another(pool: Pool) -> None:
     assert compile_cpp('#include "/etc/passwd"', run=pool.run).status is Status.RUNTIME
 
 
-@pytest.mark.parametrize("name", ["/etc/x", "../x", "a/../../x", "", ".", "a\nb", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["/etc/x", "../x", "a/../../x", "", ".", "a/", "a\nb", "a\0b", "\ud800"]
+)
 def test_file_names_stay_in_the_work_folder(pool: Pool, name: str) -> None:
     with pytest.raises(ValueError, match="allowed is a path inside the work folder"):
         pool.run("pass", files={name: b""})
 
 
-@pytest.mark.parametrize("command", [[], [""], ["a\0b"]])
+@pytest.mark.parametrize("command", [[], [""], ["a\0b"], ["true", "\ud800"]])
 def test_commands_must_name_a_program(pool: Pool, command: list[str]) -> None:
     with pytest.raises(ValueError, match="allowed is a program and its arguments"):
         pool.run(command)

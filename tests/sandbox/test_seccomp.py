@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from kimi_core.sandbox import seccomp
+from kimi_core.sandbox import SandboxUnavailable, seccomp
 
 ALLOW, KILL = 0x7FFF0000, 0x80000000
 EPERM, ENOSYS = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -73,5 +73,5 @@ def test_other_architectures_and_calling_conventions_end_the_process() -> None:
 
 
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match="No seccomp filter for s390x"):
+    with pytest.raises(SandboxUnavailable, match="No seccomp filter for s390x"):
         seccomp.program("s390x")
