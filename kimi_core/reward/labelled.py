@@ -1,13 +1,13 @@
 """A small labelled set for judges, made from the `multiply` prompts: is an unfinished sum right?
 
-The response leaves the product as the sum of its three parts, so it is another form of the
-reference, and only adding up tells whether it is right. A wrong one has one digit of one part
-changed. The reasoning adds the columns from the right and holds each digit against the reference.
+The response leaves the product as the sum of two parts, so it is another form of the reference,
+and only adding up tells whether it is right. A wrong one has one digit of one part changed. The
+reasoning adds the columns from the right and holds each digit against the reference.
 
     question   7*384=
     reference  2688
-    response   2100+0560+0028
-    reasoning  0+0+8=8,0:8=8;0+6+2+0=8,0:8=8;1+5+0+0=6,0:6=6;2+0+0+0=2,0:2=2;
+    response   2100+0588
+    reasoning  0+8=8,0:8=8;0+8+0=8,0:8=8;1+5+0=6,0:6=6;2+0+0=2,0:2=2;
 
 A column reads: digits and carry = digit, carry : digit beside the reference's, = or # (not equal).
 """
@@ -34,8 +34,8 @@ VERDICT = {True: '{"correct":true}', False: '{"correct":false}'}
 class Labelled:
     """A response with the truth about it, and how one may come to see it.
 
-    >>> Labelled("7*384=", "2688", "2100+0560+0028", True).prompt()
-    '7*384=2688?2100+0560+0028>'
+    >>> Labelled("7*384=", "2688", "2100+0588", True).prompt()
+    '7*384=2688?2100+0588>'
     """
 
     question: str
@@ -110,9 +110,7 @@ def split_labelled(
 
 def _example(prompt: Prompt, correct: bool, rng: random.Random) -> Labelled:
     factor, digits = prompt.text.rstrip("=").split("*")
-    parts = [
-        int(factor) * int(digit) * 10**power for power, digit in zip((2, 1, 0), digits, strict=True)
-    ]
+    parts = [int(factor) * int(digits[0]) * 100, int(factor) * int(digits[1:])]
     response = "+".join(f"{part:04d}" for part in parts)
     if not correct:
         places = [place for place, char in enumerate(response) if char != "+"]

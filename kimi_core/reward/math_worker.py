@@ -61,6 +61,8 @@ def equal(reference: str, answer: str) -> bool:
 
     def read(text: str) -> list[Any]:
         whole = [LatexExtractionConfig(boxed_match_priority=-1)]
+        # With a dollar within, it would be several formulas, of which the last one counts.
+        text = text.replace(r"\$", "").replace("$", "")
         found = parse(f"${text}$", whole, parsing_timeout=None)
         return [
             one.subs({symbol: I for symbol in one.free_symbols if symbol.name == "i"})

@@ -129,23 +129,23 @@ def hog(*_):
 
 
 @pytest.mark.parametrize(
-    ("work", "wall_s", "verdict"),
+    ("work", "cpu_s", "wall_s", "verdict"),
     [
-        (lambda *_: True, 60, True),
-        (lambda *_: False, 60, False),
-        (spin, 60, "time"),
-        (lambda *_: signal.pause(), 0.2, "time"),
-        (hog, 60, "memory"),
-        (lambda *_: os.kill(os.getpid(), signal.SIGKILL), 60, "crash"),
-        (lambda *_: os._exit(3), 60, "crash"),
-        (lambda *_: 1 / 0, 60, "crash"),
+        (lambda *_: True, 60, 600, True),
+        (lambda *_: False, 60, 600, False),
+        (spin, 1, 600, "time"),
+        (lambda *_: signal.pause(), 60, 0.2, "time"),
+        (hog, 60, 600, "memory"),
+        (lambda *_: os.kill(os.getpid(), signal.SIGKILL), 60, 600, "crash"),
+        (lambda *_: os._exit(3), 60, 600, "crash"),
+        (lambda *_: 1 / 0, 60, 600, "crash"),
     ],
     ids=["yes", "no", "spin", "sleep", "hog", "killed", "exit", "raise"],
 )
-def test_what_a_fork_may_do(monkeypatch, work, wall_s, verdict):
+def test_what_a_fork_may_do(monkeypatch, work, cpu_s, wall_s, verdict):
     monkeypatch.setattr(math_worker, "equal", work)
     ours, theirs = Pipe()
-    request = {"reference": "", "answer": "", "cpu_s": 1, "wall_s": wall_s}
+    request = {"reference": "", "answer": "", "cpu_s": cpu_s, "wall_s": wall_s}
     peak_mb = int(math_worker._peak_mb())  # This process is larger than a worker.
     assert math_worker._in_a_fork(request, 2 * peak_mb + 512, theirs) == verdict
     ours.close()
