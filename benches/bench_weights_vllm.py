@@ -127,7 +127,7 @@ def test_update(engine, ratios, benchmark, tmp_path: Path):
         "5 ms",
         5 / middle_cpu,
         minimum=1.0,
-        detail=f"median {middle_cpu:.2f} CPU ms of all three processes; wall-clock best {flip:.2f}, "
+        detail=f"median {middle_cpu:.2f} CPU ms of three processes; wall-clock best {flip:.2f}, "
         f"median {1e3 * middle:.2f} ms",
     )
     path = tmp_path / "model.safetensors"
