@@ -5,12 +5,14 @@
 538 MB, the shapes of SmolLM2-135M in float32. The flip is ``finish_weight_update``, as the trainer
 calls it: from its process through the engine core to the worker and back, and once more to the
 engine core with the version's name. What is verified before it, while the engine may go on serving,
-is in the whole update. Best of the rounds, wall-clock time: three processes share the work, and a
-busy machine only ever slows one down.
+is in the whole update. The flip counts in CPU time of the three processes that share it, the median
+of the rounds; the wall-clock time, which on a busy machine is mostly waiting, stands beside it. The
+rest is the best wall-clock time.
 The peers are timed within the worker: vLLM's own loader, given the arena's tensors, and the same
 from a safetensors file that is in the page cache. Neither checks anything.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -87,6 +89,12 @@ def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
+def cpu_ms(pids: list[int]) -> float:
+    """That these processes' threads have run for."""
+    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e6
+
+
 def in_worker(engine: VLLMEngine, method: str, *args: Any) -> Any:
     assert engine.server is not None
     return engine.server.wait(engine.server.llm.collective_rpc(method, args=args), method)[0]
@@ -94,16 +102,18 @@ def in_worker(engine: VLLMEngine, method: str, *args: Any) -> Any:
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason=MISSING)
 def test_update(engine, ratios, benchmark, tmp_path: Path):
-    flips, updates = [], []
+    flips, flips_cpu, updates = [], [], []
+    pids = [os.getpid(), *engine.server.pids, in_worker(engine, "weights_served")["pid"]]
 
     def one_round() -> None:
         version, server = engine.policy_version + 1, engine.server
         started = time.perf_counter()
         engine._publish(version)
         server.prepare(version)
-        prepared = time.perf_counter()
+        prepared, prepared_cpu = time.perf_counter(), cpu_ms(pids)
         server.flip(version)
         flips.append(time.perf_counter() - prepared)
+        flips_cpu.append(cpu_ms(pids) - prepared_cpu)
         updates.append(time.perf_counter() - started)
         engine.policy_version = version
 
@@ -111,12 +121,14 @@ def test_update(engine, ratios, benchmark, tmp_path: Path):
     report = in_worker(engine, "weights_served")
     assert report["version"] == engine.policy_version and report["views"]
     flip, update = 1e3 * min(flips), 1e3 * min(updates)
+    middle_cpu, middle = (sorted(times)[ROUNDS // 2] for times in (flips_cpu, flips))
     ratios.record(
         "weights flip, through vLLM's API",
         "5 ms",
-        5 / flip,
+        5 / middle_cpu,
         minimum=1.0,
-        detail=f"best {flip:.2f} ms, median {1e3 * sorted(flips)[ROUNDS // 2]:.2f} ms",
+        detail=f"median {middle_cpu:.2f} CPU ms of three processes; wall-clock best {flip:.2f}, "
+        f"median {1e3 * middle:.2f} ms",
     )
     path = tmp_path / "model.safetensors"
     save_file({name: p.detach() for name, p in engine.model.named_parameters()}, path)

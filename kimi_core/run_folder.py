@@ -294,7 +294,8 @@ def _toml_value(value: bool | int | float | str | list[Any] | dict[str, Any]) ->
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
     if isinstance(value, dict):
-        items = (f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
+        keys = {k: k if re.fullmatch(r"[A-Za-z0-9_-]+", k) else _toml_value(k) for k in value}
+        items = (f"{keys[k]} = {_toml_value(v)}" for k, v in value.items() if v is not None)
         return f"{{{', '.join(items)}}}"
     return repr(value)
 

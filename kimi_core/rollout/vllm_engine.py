@@ -12,6 +12,7 @@
 
 import asyncio
 import os
+import shutil
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -37,6 +38,12 @@ from kimi_core.weights.publish import publish_model
 
 CHUNK = 16
 """Tokens of a response that vLLM hands over at once, at most; by then a repeat is noticed."""
+
+SLOTS = 3
+"""Of an arena: the version served, one that was refused, and the one after that."""
+
+MARGIN = 1 << 24
+"""Bytes of shared memory left free: the arena's header and what vLLM itself puts there."""
 
 COLDEST = 0.01
 """Below this temperature vLLM samples at another one than it was told."""
@@ -272,20 +279,31 @@ class VLLMEngine:
     def _make_arenas(self) -> None:
         """In shared memory and nameless, so that nothing is left of them if we are killed."""
         size = self.options.get("tensor_parallel_size", 1)
-        memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
         for rank in range(len(self._arenas), size):
             layout = Layout.from_config(
                 self.model.config, dtype=self.model.dtype, tp_rank=rank, tp_size=size
             )
-            with tempfile.TemporaryDirectory(dir=memory, prefix="kimi_core-") as folder:
-                path = Path(folder) / "weights"
-                # Three slots: the version served, one that was refused, and the one after that.
-                arena = WeightArena.create(path, layout, slots=3)
+            folder = tempfile.TemporaryDirectory(
+                dir=_memory(SLOTS * layout.payload_bytes), prefix="kimi_core-"
+            )
+            with folder as name:
+                path = Path(name) / "weights"
+                arena = WeightArena.create(path, layout, slots=SLOTS)
                 self._arenas.append((arena, os.open(path, os.O_RDWR)))
 
     def _publish(self, version: int) -> None:
         for arena, _ in self._arenas:
             publish_model(self.model, WeightVersion(version), arena)
+
+
+def _memory(size: int) -> str | None:
+    """A folder in shared memory; None, for one on disk, where it has no room (as in containers).
+
+    A file on disk is as fast while its pages are in memory.
+    """
+    memory = Path("/dev/shm")
+    room = shutil.disk_usage(memory).free if memory.is_dir() else 0
+    return str(memory) if room > size + MARGIN else None
 
 
 def _sampling_params(response: Response, sampling: Sampling, *, position: int) -> Any:
