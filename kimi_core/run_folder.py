@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from kimi_core.config import Config, load_config
+from kimi_core.config import Config, Section, load_config
 
 MAY_CHANGE_ON_RESUME = ("name", "runs", "iterations", "samples", "save_every", "evaluation")
 """Keys and sections that do not change what an iteration computes."""
@@ -271,17 +271,17 @@ def dump_toml(config: Config) -> str:
     Unset values are left out, as TOML has no null: every setting that can be unset is so by
     default.
     """
-    return "\n\n".join(_toml_sections("", config.model_dump())) + "\n"
+    return "\n\n".join(_toml_sections("", config)) + "\n"
 
 
-def _toml_sections(name: str, section: dict[str, Any]) -> list[str]:
+def _toml_sections(name: str, section: Section) -> list[str]:
     """The section's own keys, which TOML wants first, then the sections within it."""
-    keys = {k: v for k, v in section.items() if not isinstance(v, dict) and v is not None}
-    lines = [f"{key} = {_toml_value(value)}" for key, value in keys.items()]
+    within = {key: value for key, value in section if isinstance(value, Section)}
+    own = ((key, value) for key, value in section if key not in within and value is not None)
+    lines = [f"{key} = {_toml_value(value)}" for key, value in own]
     blocks = ["\n".join([f"[{name}]", *lines] if name else lines)]
-    for key, value in section.items():
-        if isinstance(value, dict):
-            blocks += _toml_sections(f"{name}.{key}" if name else key, value)
+    for key, value in within.items():
+        blocks += _toml_sections(f"{name}.{key}" if name else key, value)
     return blocks
 
 
@@ -301,7 +301,7 @@ def _toml_value(value: bool | int | float | str | list[Any] | dict[str, Any]) ->
 
 
 def _check_same_settings(path: Path, saved: Config, given: Config) -> None:
-    before, now = _flatten(saved.model_dump()), _flatten(given.model_dump())
+    before, now = _flatten(saved), _flatten(given)
     different = [
         f"  {key}: saved {before[key]!r}, given {now[key]!r}"
         for key in before
@@ -315,10 +315,10 @@ def _check_same_settings(path: Path, saved: Config, given: Config) -> None:
         )
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(section: Section, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        nested = isinstance(value, dict)
+    for key, value in section:
+        nested = isinstance(value, Section)
         flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 
