@@ -20,6 +20,7 @@ EVERYWHERE = ["boxed", "hashes", "answer", "last_line"]
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{\text{a } brace}", r"\text{a } brace"),
         (r"\boxed{x = \boxed{4}}", "4"),
+        (r"\boxed{\boxed{41} \boxed{42} 43}", "42"),
         (r"\boxed {7}", "7"),
         (r"\fbox{7}", "7"),
         (r"\boxed{7} and then \boxed{8", "7"),
