@@ -71,3 +71,25 @@ def test_package_without_its_core_names_the_command(tmp_path: Path) -> None:
     imported = run(sys.executable, "-S", "-c", script, cwd=tmp_path)
     assert imported.returncode != 0
     assert "pip install ." in imported.stderr
+
+
+def test_a_module_started_in_the_source_folder_is_the_installed_one(tmp_path: Path) -> None:
+    init = (ROOT / "kimi_core" / "__init__.py").read_text()
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    for folder, files in (
+        (source, {"__init__.py": init, "tool.py": "print('source')"}),
+        (installed, {"__init__.py": init, "tool.py": "print('installed')", "_C.py": ""}),
+    ):
+        (folder / "kimi_core").mkdir(parents=True)
+        for name, text in files.items():
+            (folder / "kimi_core" / name).write_text(text)
+    started = subprocess.run(
+        [sys.executable, "-S", "-m", "kimi_core.tool"],  # -S: as in the test above.
+        cwd=source,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+        | {"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert started.stdout == "installed\n", started.stderr
