@@ -5,8 +5,8 @@
 538 MB, the shapes of SmolLM2-135M in float32. The flip is ``finish_weight_update``, as the trainer
 calls it: from its process through the engine core to the worker and back, and once more to the
 engine core with the version's name. What is verified before it, while the engine may go on serving,
-is in the whole update. Best of the rounds, wall-clock time: a busy machine only ever slows one down,
-and CPU time, which stands beside it, counts how long vLLM's processes spin while they wait.
+is in the whole update. Best of the rounds, wall-clock time: a busy machine only ever slows one
+down, and CPU time, which stands beside it, counts how long vLLM's processes spin while they wait.
 The peers are timed within the worker: vLLM's own loader, given the arena's tensors, and the same
 from a safetensors file that is in the page cache. Neither checks anything.
 """
