@@ -8,7 +8,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'WeightArena', 'WeightLease', 'balance', 'crc32c', 'instruction_sets', 'push_all', 'tile_gradient', 'tile_statistics']
+__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'WeightArena', 'WeightLease', 'balance', 'crc32c', 'instruction_sets', 'push_all', 'spawn', 'tile_gradient', 'tile_statistics']
 class SegmentView:
     """
     The tokens of one segment where they lie in the file, read-only.
@@ -352,6 +352,22 @@ def push_all(detectors: collections.abc.Sequence[RepeatDetector], token_ids: typ
         ValueError: the two differ in length, or `token_ids` is not one-dimensional.
     
     An error leaves every detector as it was.
+    """
+def spawn(argv: collections.abc.Sequence[str], *, standard: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], inherited: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], cgroup_procs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], user: typing.SupportsInt | typing.SupportsIndex | None) -> int:
+    """
+    Start a program with no environment and return its pid, without copying this process.
+    
+    The kernel kills it when the calling thread ends.
+    
+    Args:
+        argv: the program's path, and its arguments.
+        standard: descriptors that become its stdin, stdout and stderr; none is 0, 1 or 2.
+        inherited: other descriptors that it keeps, by the same numbers.
+        cgroup_procs: descriptors of `cgroup.procs`, open for writing: the cgroups that it is in.
+        user: its user, group and only group; None: those of this process.
+    
+    Raises:
+        OSError: a step failed, which the message names; then there is no child.
     """
 def tile_gradient(logits: numpy.typing.NDArray[numpy.float32], targets: numpy.typing.NDArray[numpy.int64], top: numpy.typing.NDArray[numpy.float32], total: numpy.typing.NDArray[numpy.float64], outer: numpy.typing.NDArray[numpy.float32], bias: numpy.typing.NDArray[numpy.float32] | None = None, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0, temperature: typing.SupportsFloat | typing.SupportsIndex = 1.0, threads: typing.SupportsInt | typing.SupportsIndex = 1, instruction_set: str | None = None) -> None:
     """

@@ -1,8 +1,16 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <cerrno>
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <vector>
 
 #include "base/crc32c.h"
+#include "base/spawn.h"
 #include "bindings/register.h"
 
 namespace py = pybind11;
@@ -23,11 +31,38 @@ uint32_t crc32c_of(const py::buffer& data, uint32_t crc) {
   return crc32c::Extend(crc, info.ptr, static_cast<size_t>(info.size * info.itemsize));
 }
 
+int spawn(std::vector<std::string> argv, std::array<int, 3> standard, std::vector<int> inherited,
+          std::vector<int> cgroup_procs, std::optional<uint32_t> user) {
+  if (argv.empty()) throw py::value_error("argv is empty; its first word is the program's path");
+  try {
+    return Spawn({std::move(argv), standard, std::move(inherited), std::move(cgroup_procs), user});
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.what());
+    throw py::error_already_set();
+  }
+}
+
 }  // namespace
 
 void register_base(py::module_& m) {
   m.def("crc32c", &crc32c_of, py::arg("data"), py::arg("crc") = 0,
         "The CRC32C of what `crc` is the CRC32C of, followed by the bytes of `data`.");
+  m.def("spawn", &spawn, py::arg("argv"), py::kw_only(), py::arg("standard"), py::arg("inherited"),
+        py::arg("cgroup_procs"), py::arg("user"),
+        R"(Start a program with no environment and return its pid, without copying this process.
+
+The kernel kills it when the calling thread ends.
+
+Args:
+    argv: the program's path, and its arguments.
+    standard: descriptors that become its stdin, stdout and stderr; none is 0, 1 or 2.
+    inherited: other descriptors that it keeps, by the same numbers.
+    cgroup_procs: descriptors of `cgroup.procs`, open for writing: the cgroups that it is in.
+    user: its user, group and only group; None: those of this process.
+
+Raises:
+    OSError: a step failed, which the message names; then there is no child.)");
 }
 
 }  // namespace kimi

@@ -37,7 +37,8 @@ class Cgroup:
             folder.mkdir(exist_ok=True)
         self.kill()  # What a slot that died may have left.
         join = {folder / "cgroup.procs" for folder in self.folders.values()}
-        self._join = [os.open(path, os.O_WRONLY) for path in join]
+        self.procs = [os.open(path, os.O_WRONLY) for path in join]
+        """Descriptors to write a pid to, to move it in."""
         self._limits: Limits | None = None
         self._cpu_before, self._oom_before = 0.0, 0
 
@@ -61,11 +62,6 @@ class Cgroup:
             self._write("memory", "memory.limit_in_bytes", limits.memory_bytes)
             self._try_write("memory", "memory.memsw.limit_in_bytes", limits.memory_bytes)
         self._write("pids", "pids.max", limits.processes + OVERHEAD)
-
-    def join(self) -> None:
-        """Move the calling process in."""
-        for fd in self._join:
-            os.write(fd, b"0")
 
     def cpu_s(self) -> float:
         return self._cpu() - self._cpu_before
@@ -101,7 +97,7 @@ class Cgroup:
         Raises:
             TimeoutError: as for ``kill``.
         """
-        for fd in (*self._fds.values(), *self._join):
+        for fd in (*self._fds.values(), *self.procs):
             os.close(fd)
         deadline = time.monotonic() + END_S
         for folder in set(self.folders.values()):

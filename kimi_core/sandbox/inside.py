@@ -1,22 +1,22 @@
 """What waits inside a ready sandbox: reads its files and a Python program, and becomes it.
 
 This text runs as ``python3 -S -c``, not as a module; no hostile code is there yet. ``-S`` saves a
-fifth of Python's start, and what programs use of the site module is made up for here. When it
+fifth of Python's start, and what programs use of the site module is made up for here; ``posix`` is
+what ``os`` is made of, and is there already. When it
 listens it writes a newline to stdout. On stdin then come a line ``SIZE NAME`` for each file, of
 which the last is the program, an empty line, the contents one after the other, and what the program
 itself will read. Nothing is read ahead of that, so the program finds its stdin untouched.
 """
 
-import _sitebuiltins
 import builtins
-import os
+import posix
 import sys
 
 
 def _line() -> str:
     line = b""
     while not line.endswith(b"\n"):
-        byte = os.read(0, 1)
+        byte = posix.read(0, 1)
         if not byte:
             raise SystemExit  # The slot is gone.
         line += byte
@@ -26,11 +26,25 @@ def _line() -> str:
 def _exactly(size: int) -> bytes:
     parts = []
     while size:
-        parts.append(os.read(0, size))
+        parts.append(posix.read(0, size))
         if not parts[-1]:
             raise SystemExit
         size -= len(parts[-1])
     return b"".join(parts)
+
+
+def _write(name: str, content: bytes) -> None:
+    above = ""
+    for folder in name.split("/")[:-1]:
+        above += f"{folder}/"
+        try:  # noqa: SIM105 - contextlib would have to be imported.
+            posix.mkdir(above)
+        except FileExistsError:
+            pass
+    fd = posix.open(name, posix.O_WRONLY | posix.O_CREAT | posix.O_TRUNC, 0o755)
+    while content:
+        content = content[posix.write(fd, content) :]
+    posix.close(fd)
 
 
 def _receive() -> tuple[str, bytes]:
@@ -41,10 +55,7 @@ def _receive() -> tuple[str, bytes]:
         sizes.append((int(digits), name))
     for size, name in sizes:
         content = _exactly(size)
-        if os.path.dirname(name):
-            os.makedirs(os.path.dirname(name), exist_ok=True)
-        with open(name, "wb", opener=lambda path, flags: os.open(path, flags, 0o755)) as file:
-            file.write(content)
+        _write(name, content)
     return name, content
 
 
@@ -59,14 +70,17 @@ def _add_site() -> None:
     version = f"{sys.base_prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
     debian = version.replace("/usr/", "/usr/local/", 1) + "/dist-packages"
     sys.path += [f"{version}/site-packages", debian, "/usr/lib/python3/dist-packages"]
-    for name in ("exit", "quit"):
-        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
-    builtins.help = _sitebuiltins._Helper()
+    builtins.exit = builtins.quit = _quit  # type: ignore[assignment]
+
+
+def _quit(code=None) -> None:  # type: ignore[no-untyped-def]
+    """``exit()`` and ``quit()``, which the site module brings."""
+    raise SystemExit(code)
 
 
 def _become() -> None:
     _add_site()
-    os.write(1, b"\n")  # Ready.
+    posix.write(1, b"\n")  # Ready.
     name, source = _receive()
     sys.argv[:] = [name]
     sys.excepthook = _show

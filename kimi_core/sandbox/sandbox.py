@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_core import _C
 from kimi_core.sandbox import bubblewrap, seccomp
 from kimi_core.sandbox.cgroups import Cgroup
-from kimi_core.sandbox.system import die_with_parent
 from kimi_core.sandbox.types import MB, Limits
 
 START_S = 30.0
@@ -83,9 +83,20 @@ class Sandbox:
             files=contents,
             fds={"seccomp": rules, "block": inner_block, "json-status": inner_report},
         )
-        self._bwrap = _spawn(identity, [*command, *argv], standard, others)
-        for fd in (*standard, *others):
-            os.close(fd)
+        try:
+            self._bwrap = _C.spawn(
+                [bubblewrap.find_bwrap(), *command[1:], *argv],
+                standard=standard,
+                inherited=others,
+                cgroup_procs=identity.cgroup.procs if identity.cgroup else (),
+                user=identity.uid,
+            )
+        except OSError as error:
+            self.close()
+            raise StartError(f"The sandbox did not start: {error}") from error
+        finally:
+            for fd in (*standard, *others):
+                os.close(fd)
         (self._bwrap_end,) = self._own((os.pidfd_open(self._bwrap),), 0)
         self._reported = b""
         try:
@@ -224,32 +235,6 @@ def await_ready(sandbox: Sandbox) -> None:
     if os.read(sandbox.stdout, 1) != READY:
         said = os.read(sandbox.stderr, 4096) if readable(sandbox.stderr, deadline) else b""
         raise StartError(f"Python did not start in the sandbox: {said.decode(errors='replace')}")
-
-
-def _spawn(
-    identity: Identity, command: list[str], standard: tuple[int, ...], others: tuple[int, ...]
-) -> int:
-    path, parent = bubblewrap.find_bwrap(), os.getpid()
-    pid = os.fork()  # Of a small process with one thread: cheap, and Python may run on.
-    if pid:
-        return pid
-    try:
-        for target, fd in enumerate(standard):
-            os.dup2(fd, target)
-        for fd in others:
-            os.set_inheritable(fd, True)
-        if identity.cgroup:
-            identity.cgroup.join()
-        if identity.uid is not None:
-            os.setgroups([])
-            os.setresgid(identity.uid, identity.uid, identity.uid)
-            os.setresuid(identity.uid, identity.uid, identity.uid)
-        die_with_parent(parent)
-        os.execve(path, command, {})
-    except OSError as error:
-        os.write(2, f"{error}\n".encode())
-    finally:
-        os._exit(127)
 
 
 @contextlib.contextmanager

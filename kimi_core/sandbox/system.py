@@ -2,10 +2,9 @@
 
 import ctypes
 import os
-import signal
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_PR_SET_CHILD_SUBREAPER = 36
 _CLONE_NEWNET = 0x40000000
 
 
@@ -18,13 +17,6 @@ def _checked(result: int, call: str) -> None:
 def become_subreaper() -> None:
     """Orphans among the descendants of this process become its children."""
     _checked(_LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when ``parent`` dies; a change of uid would undo it."""
-    _checked(_LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # It died before.
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def enter_empty_network() -> None:

@@ -89,7 +89,8 @@ def test_a_cgroup_is_made_and_removed() -> None:
     group.begin(Limits())
     pid = os.fork()
     if pid == 0:
-        group.join()
+        for fd in group.procs:
+            os.write(fd, b"0")
         while True:
             os.getpid()
     while not any(cgroups._members(folder) for folder in folders):
