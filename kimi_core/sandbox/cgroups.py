@@ -16,6 +16,7 @@ PREFIX = "kimi-sandbox-"
 OVERHEAD = 2  # bwrap and the init of its pid namespace.
 END_S = 10.0
 _NEEDED = {"memory", "pids"}
+STARTING = 64  # Processes that a sandbox may have before its program begins; it has three.
 _V1 = ("memory", "pids", "cpuacct")
 
 
@@ -36,17 +37,23 @@ class Cgroup:
         for folder in self.folders.values():
             folder.mkdir(exist_ok=True)
         self.kill()  # What a slot that died may have left.
+        self._await_reaped()
         join = {folder / "cgroup.procs" for folder in self.folders.values()}
         self.procs = [os.open(path, os.O_WRONLY) for path in join]
         """Descriptors to write a pid to, to move it in."""
         self._limits: Limits | None = None
         self._cpu_before, self._oom_before = 0.0, 0
 
+    def lift(self) -> None:
+        """Let a sandbox be started, whatever the run before was limited to."""
+        self._write("pids", "pids.max", STARTING)
+
     def begin(self, limits: Limits) -> None:
         """Set the limits of the next run, and count its CPU time and memory from here on."""
         if limits != self._limits:
             self._set(limits)
             self._limits = limits
+        self._write("pids", "pids.max", limits.processes + OVERHEAD)
         self._cpu_before, self._oom_before = self._cpu(), self._oom_kills()
         # v2 before Linux 6.12 cannot reset its peak.
         self._try_write("memory", "memory.peak" if self.v2 else "memory.max_usage_in_bytes", 0)
@@ -61,7 +68,6 @@ class Cgroup:
             self._try_write("memory", "memory.memsw.limit_in_bytes", -1)
             self._write("memory", "memory.limit_in_bytes", limits.memory_bytes)
             self._try_write("memory", "memory.memsw.limit_in_bytes", limits.memory_bytes)
-        self._write("pids", "pids.max", limits.processes + OVERHEAD)
 
     def cpu_s(self) -> float:
         return self._cpu() - self._cpu_before
@@ -90,6 +96,14 @@ class Cgroup:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             _pause(deadline, f"processes {sorted(members)} do not die by SIGKILL")
+
+    def _await_reaped(self) -> None:
+        """Wait until the host's init has reaped what a slot that died has left: until then the dead
+        count as processes of the slot."""
+        deadline = time.monotonic() + END_S
+        count = self.folders["pids"] / "pids.current"
+        while count.exists() and int(count.read_text()):
+            _pause(deadline, f"dead processes in {count.parent} are not reaped")
 
     def close(self) -> None:
         """Kill what is inside and remove the folders.

@@ -83,6 +83,8 @@ class Sandbox:
             files=contents,
             fds={"seccomp": rules, "block": inner_block, "json-status": inner_report},
         )
+        if identity.cgroup:
+            identity.cgroup.lift()
         try:
             self._bwrap = _C.spawn(
                 [bubblewrap.find_bwrap(), *command[1:], *argv],
