@@ -29,7 +29,8 @@ NEARLY = 1.25
 """Storage is made for all that the rows may reach at once if that is at most so many times more."""
 
 WORTH_A_COHORT = 1 << 19
-"""Bytes that a layer reads in vain before the rows are split: as long as one more call takes."""
+"""Bytes that a layer reads in vain before the rows are split. One more call costs 15 to 20 µs, and
+this much takes 20 µs at 25 GB/s: little matters which side of it a cohort is on."""
 
 
 class Cohort:

@@ -2,11 +2,12 @@
 
     python -c 'from kimi_core.sandbox.slot import main; main()' FD WARM
 
-Sandboxes are started from here rather than from the trainer, because forking a process with many
-threads and gigabytes is slow and unsafe, and because their orphans must be inherited by somebody
-(``PR_SET_CHILD_SUBREAPER``) who waits for all of them. Over FD come requests, one at a time, and
-go back results. The slot ends with its pool or the process of its pool, and every sandbox ends
-with the slot: the kernel sees to it, whatever way the slot dies.
+Sandboxes are started from here rather than from the trainer, because their orphans must be
+inherited by somebody (``PR_SET_CHILD_SUBREAPER``) who waits for all of them, because the network
+namespace and the real user ids of this process are theirs, and because a sandbox is bound to the
+life of the thread that starts it. Over FD come requests, one at a time, and go back results. The
+slot ends with its pool or the process of its pool, and every sandbox ends with the slot: the kernel
+sees to it, whatever way the slot dies.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """What a pool and its slots talk over: pickled objects, each after its length, on a socket.
 
 Both ends are our own processes; what a sandboxed program wrote is only ever bytes in a Result.
-``multiprocessing.connection`` does the same, but its imports make a slot a third larger, and a slot
-is copied at each start of a sandbox.
+``multiprocessing.connection`` does the same, but its imports make a slot a third larger, and there
+is one for each CPU.
 """
 
 import pickle
