@@ -25,10 +25,10 @@ import torch
 from transformers import LlamaConfig
 
 from kimi_core.weights.arena import WeightArena
-from kimi_core.weights.broadcast import WeightSender
+from kimi_core.weights.broadcast.receiver import WeightReceiver
+from kimi_core.weights.broadcast.rounds import Terms
+from kimi_core.weights.broadcast.sender import WeightSender
 from kimi_core.weights.layout import Layout
-from kimi_core.weights.receiver import WeightReceiver
-from kimi_core.weights.rounds import Terms
 
 ROUNDS = 4
 WAIT_S = 120

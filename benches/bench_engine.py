@@ -27,9 +27,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from kimi_core.models import load_pretrained
+from kimi_core.models.load import load_pretrained
 from kimi_core.rollout.engine import Request, Sampling
-from kimi_core.rollout.torch_engine import TorchEngine
+from kimi_core.rollout.torch.engine import TorchEngine
 
 GREEDY = Sampling(temperature=0, seed=0, stop_token_ids=frozenset())
 BATCHES = (1, 16, 64, 256)

@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kimi_core.kernels import linear_logprob, omd_loss
-from kimi_core.models import load_pretrained
-from kimi_core.trainer import objective
+from kimi_core.models.load import load_pretrained
+from kimi_core.trainer import objectives
 from kimi_core.trainer.policy import Policy
 from kimi_core.types import Batch
 
@@ -292,7 +292,7 @@ class PlainPolicy(Policy):
     def omd_loss(self, micro, responses, *, tau, normalize):
         logits = self._head(self._hidden(micro)) / self.temperature
         logprobs = torch.log_softmax(logits, dim=-1).gather(1, micro.ids_t[:, None])[:, 0]
-        losses = objective.omd(logprobs, responses, tau=tau, normalize=normalize)
+        losses = objectives.omd(logprobs, responses, tau=tau, normalize=normalize)
         return _Plain(losses.mean(), logprobs.detach())
 
 
@@ -306,7 +306,7 @@ class _Plain:
 def test_training_step(benchmark, ratios, shape):
     """Forward and backward of an update of SmolLM2-135M, as the trainer makes it."""
     from kimi_core.config import TrainerConfig
-    from kimi_core.models import freeze_below
+    from kimi_core.models.load import freeze_below
     from kimi_core.trainer.trainer import Trainer, TrainingData
 
     model = load_pretrained("smollm2-135m", dtype="float32", device="cpu")[0]

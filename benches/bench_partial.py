@@ -17,7 +17,7 @@ from rich.console import Console
 
 from kimi_core.config import load_config
 from kimi_core.loop import Loop
-from kimi_core.run import build, fine_tune
+from kimi_core.run.run import build, fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,7 +25,7 @@ import pytest
 
 from conftest import Ratios
 from kimi_core.sandbox import Limits, Pool, Status, bubblewrap
-from kimi_core.sandbox.system import become_subreaper
+from kimi_core.sandbox.syscalls import become_subreaper
 
 STARTS, ROUNDS = 40, 4
 REPORT_PER_CORE = 120 / 16

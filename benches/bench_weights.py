@@ -22,8 +22,8 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.binding import bind
 from kimi_core.weights.layout import Layout
-from kimi_core.weights.views import bind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

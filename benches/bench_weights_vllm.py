@@ -23,7 +23,7 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from kimi_core.rollout.vllm_engine import VLLMEngine
+from kimi_core.rollout.vllm.engine import VLLMEngine
 
 ROUNDS = 12
 CONFIG = {
@@ -41,7 +41,7 @@ CONFIG = {
 MISSING = "vLLM is not installed here; python/install_vllm.sh makes an environment with it"
 
 if find_spec("vllm") is not None:
-    from kimi_core.weights import vllm_backend
+    from kimi_core.rollout.vllm import backend as vllm_backend
 
     class PeerWorker(vllm_backend.ArenaWorker):
         """A worker that also does what the peers would; seconds it took."""

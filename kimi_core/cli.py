@@ -41,7 +41,7 @@ def main(
     except ValueError as error:
         return _fail(error, 2)
     # Only now: torch takes seconds to load, and neither --help nor a misspelt key should.
-    from kimi_core.reward.function import RewardOutage
+    from kimi_core.reward.base import RewardOutage
     from kimi_core.rollout.engine import EngineFailed
     from kimi_core.trainer.trainer import LogprobMismatch, TrainingDiverged
 

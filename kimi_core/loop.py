@@ -17,9 +17,9 @@ from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics
 from kimi_core.prompts.curriculum import Curriculum
-from kimi_core.reward.scoring import GroupScorer
+from kimi_core.reward.groups import GroupScorer
 from kimi_core.rollout.engine import Engine, Sampling
-from kimi_core.rollout.worker import RolloutReport, begin_group, roll_out
+from kimi_core.rollout.phase import RolloutReport, begin_group, roll_out
 from kimi_core.trainer.trainer import Trainer, TrainingData, TrainingMetrics
 from kimi_core.types import Group, Prompt, Trajectory, WeightVersion
 from kimi_core.weights.publish import publish

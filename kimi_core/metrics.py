@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
 
-from kimi_core.run_folder import write_atomically
+from kimi_core.run.folder import write_atomically
 from kimi_core.types import EndReason
 
 
@@ -241,7 +241,7 @@ class MetricsWriter:
         self._tensorboard.close()
         summary = summarize(self.iterations, self.evaluations, sft_s=sft_s)
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        from kimi_core.curves import draw_curves  # Brings matplotlib, which only the end needs.
+        from kimi_core.run.curves import draw_curves  # Brings matplotlib, which only the end needs.
 
         draw_curves(self.iterations, self.evaluations, self.folder / "curves.png")
         if self.evaluations:

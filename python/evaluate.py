@@ -29,7 +29,7 @@ arguments.add_argument("--limit", type=int, metavar="N", help="only the first N 
 
 
 def evaluate_held_out(config: Config, limit: int | None) -> None:
-    from kimi_core.run import EVALUATION_SEED, build
+    from kimi_core.run.run import EVALUATION_SEED, build
 
     seed = config.seed + EVALUATION_SEED
     with closing(build(config)) as parts:
@@ -44,8 +44,8 @@ if __name__ == "__main__":
         if given.task == "held-out":
             evaluate_held_out(config, given.limit)
             return
-        from kimi_core.humaneval import evaluate
-        from kimi_core.reward.code import code_reward
+        from kimi_core.evaluation.humaneval import evaluate
+        from kimi_core.reward.code.reward import code_reward
 
         with closing(code_reward(config.reward.sandbox)) as reward:
             found = evaluate(config, reward, solutions=given.solutions, limit=given.limit)

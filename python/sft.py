@@ -19,8 +19,8 @@ def run(config: Config) -> None:
     from rich.console import Console
 
     from kimi_core.metrics import MetricsWriter
-    from kimi_core.run import build, evaluate, fine_tune
-    from kimi_core.run_folder import RunFolder
+    from kimi_core.run.folder import RunFolder
+    from kimi_core.run.run import build, evaluate, fine_tune
 
     console = Console()
     with (

@@ -26,8 +26,8 @@ if __name__ == "__main__":
     given = arguments.parse_args()
 
     def run(config: Config) -> None:
-        from kimi_core.plan import describe
-        from kimi_core.run import train
+        from kimi_core.run.dry_run import describe
+        from kimi_core.run.run import train
 
         if given.dry_run:
             print(describe(config))

@@ -7,8 +7,8 @@
 Both see the same labelled examples, as many times: the classic one fits right or wrong with a
 binary loss, the other writes out its reasoning and then the verdict in JSON. Prints a JSON line for
 each: accuracy and calibration on examples whose problem was in no training example.
-`--data` is JSONL as kimi_core/reward/labelled.py describes it; unset, sums made from the `multiply`
-prompts.
+`--data` is JSONL as kimi_core/reward/judges/labelled.py describes it; unset, the examples are sums
+made from the `multiply` prompts.
 """
 
 import argparse
@@ -50,9 +50,9 @@ def run(given: argparse.Namespace) -> None:
 
 def data(given: argparse.Namespace, seed: int) -> tuple[list, list]:
     """Train and test examples that share no problem; the test is the same for every seed."""
-    from kimi_core.prompts import multiply
-    from kimi_core.prompts.sources import split
-    from kimi_core.reward.labelled import load_labelled, split_labelled, sums
+    from kimi_core.prompts.load import split
+    from kimi_core.reward.judges.labelled import load_labelled, split_labelled, sums
+    from kimi_core.tasks import multiply
 
     if given.data is not None:
         train, test = split_labelled(load_labelled(given.data), given.test, seed=0)
@@ -66,8 +66,8 @@ def data(given: argparse.Namespace, seed: int) -> tuple[list, list]:
 
 def classic(given: argparse.Namespace, train: list, test: list, seed: int) -> dict:
     """A value head on the model, trained with a binary loss."""
-    from kimi_core.codec import Codec
-    from kimi_core.reward.value_model import ValueModel, train_value
+    from kimi_core.models.codec import Codec
+    from kimi_core.reward.judges.value_model import ValueModel, train_value
     from kimi_core.types import Prompt
 
     model, tokenizer = load(given, seed)
@@ -94,11 +94,11 @@ def classic(given: argparse.Namespace, train: list, test: list, seed: int) -> di
 
 def judge(given: argparse.Namespace, train: list, test: list, seed: int) -> dict:
     """The model fine-tuned to reason and to end with a verdict; what it says is then parsed."""
-    from kimi_core.codec import Codec
     from kimi_core.config import SftConfig, TrainerConfig
-    from kimi_core.reward.judge import JudgeReward, Verdict
-    from kimi_core.reward.labelled import TEMPLATE, VERDICT
-    from kimi_core.rollout.torch_engine import TorchEngine
+    from kimi_core.models.codec import Codec
+    from kimi_core.reward.judges.judge import JudgeReward, Verdict
+    from kimi_core.reward.judges.labelled import TEMPLATE, VERDICT
+    from kimi_core.rollout.torch.engine import TorchEngine
     from kimi_core.trainer.sft import train_sft
 
     if not all(one.reasoning for one in train):
@@ -133,7 +133,7 @@ def judge(given: argparse.Namespace, train: list, test: list, seed: int) -> dict
 
 def scores(probabilities: np.ndarray, examples: list) -> dict:
     """Of the probabilities that examples are right; those without a verdict are not among them."""
-    from kimi_core.reward.value_model import brier, expected_calibration_error
+    from kimi_core.reward.judges.value_model import brier, expected_calibration_error
 
     if not examples:
         return {"n": 0, "accuracy": None, "brier": None, "ece": None}
@@ -149,8 +149,8 @@ def scores(probabilities: np.ndarray, examples: list) -> dict:
 def load(given: argparse.Namespace, seed: int):
     """The model that both start from; one from scratch has the same weights for both."""
     from kimi_core.config import ModelConfig
-    from kimi_core.models import limit_threads, load_model
-    from kimi_core.reward.labelled import ALPHABET
+    from kimi_core.models.load import limit_threads, load_model
+    from kimi_core.reward.judges.labelled import ALPHABET
 
     settings = ModelConfig(
         name=given.model, layers=given.layers, width=given.width, context=128, device="auto"

@@ -21,8 +21,8 @@ from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, load_config
 from kimi_core.metrics import read_metrics
 from kimi_core.rollout.engine import Request
-from kimi_core.rollout.torch_engine import TorchEngine
-from kimi_core.run import Parts, build, fine_tune, train
+from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.run.run import Parts, build, fine_tune, train
 from kimi_core.types import PROMPT_VERSION, Trajectory
 
 TINY = [
@@ -225,7 +225,7 @@ STEPWISE = """
     import signal
     import sys
     from pathlib import Path
-    from kimi_core import run
+    from kimi_core.run.run import run
     from kimi_core.config import load_config
 
     save, calls = run._save, None
@@ -285,7 +285,7 @@ def killed(overrides: list[str], **environment: str) -> None:
     "moment",
     [
         "kimi_core.loop:publish:1",  # trained, not counted
-        "kimi_core.run_folder:_swap:1",  # in metrics.jsonl, its state half saved
+        "kimi_core.run.folder:_swap:1",  # in metrics.jsonl, its state half saved
         "kimi_core.loop:Loop._evict_consumed:1",  # saved, and the buffer is still as it was
         "kimi_core.loop:Loop._begin:1",  # evicted, nothing begun
         "kimi_core.buffer:RolloutBuffer.append:5",  # a trajectory begun without its prompt
@@ -315,7 +315,7 @@ def test_a_run_killed_in_a_rollout_continues_from_the_last_token(
     straight, tmp_path, monkeypatch, calls
 ):
     """kill -9 between two segments: what was acknowledged is the beginning of what goes on."""
-    killed([*TINY, *RUN, f"runs={tmp_path}"], DIE_IN=f"kimi_core.rollout.worker:_append:{calls}")
+    killed([*TINY, *RUN, f"runs={tmp_path}"], DIE_IN=f"kimi_core.rollout.phase:_append:{calls}")
     saved = int(next((tmp_path / "think" / "states").iterdir()).name)
     with RolloutBuffer.open(tmp_path / "think" / "buffer.bin", readonly=True) as buffer:
         left = {key: buffer.read(key) for key in buffer.unfinished()}

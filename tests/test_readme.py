@@ -11,7 +11,7 @@ import pytest
 
 from kimi_core.config import ModelConfig, load_config
 from kimi_core.metrics import read_metrics
-from kimi_core.models import scratch_model
+from kimi_core.models.load import scratch_model
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

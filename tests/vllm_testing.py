@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 
 from kimi_core.rollout.engine import Request, Sampling
-from kimi_core.rollout.vllm_engine import VLLMEngine
+from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.types import Segment
 
 MARKS = [

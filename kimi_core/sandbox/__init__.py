@@ -8,7 +8,7 @@ docs/sandbox.md has the threat model, and what stops what.
 
 from kimi_core.sandbox.cpp import compile_cpp
 from kimi_core.sandbox.pool import Pool, check, run
-from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable, Status
+from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable, Status
 
 __all__ = [
     "Limits",

@@ -7,7 +7,7 @@ import stat
 import sys
 from pathlib import Path
 
-from kimi_core.sandbox.types import MB, SandboxUnavailable
+from kimi_core.sandbox.program import MB, SandboxUnavailable
 
 FOLDER = "/box"
 """Where a program finds its files and may write."""

@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 
-from kimi_core.sandbox.types import Limits
+from kimi_core.sandbox.program import Limits
 
 PREFIX = "kimi-sandbox-"
 OVERHEAD = 2  # bwrap and the init of its pid namespace.

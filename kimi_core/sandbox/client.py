@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx2
 
+from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable
 from kimi_core.sandbox.protocol import RunRequest, result_from_json
-from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable
 
 FIRST_PAUSE_S = 0.2
 """Before the first retry; doubled before each further one."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from kimi_core.sandbox.pool import run as run_in_default_pool
-from kimi_core.sandbox.types import MB, Limits, Result
+from kimi_core.sandbox.program import MB, Limits, Result
 
 COMPILE_LIMITS = Limits(
     wall_s=60, cpu_s=30, memory_bytes=1024 * MB, file_bytes=64 * MB, output_bytes=64 * MB

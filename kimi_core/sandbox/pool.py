@@ -14,9 +14,9 @@ from typing import Any, Self
 from kimi_core.sandbox import seccomp, wire
 from kimi_core.sandbox.bubblewrap import find_bwrap, find_python
 from kimi_core.sandbox.fair import FairQueue
+from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable, Status
 from kimi_core.sandbox.selftest import Protection, Report, examine
 from kimi_core.sandbox.slot import Request
-from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable, Status
 
 SLOT_START_S = 60.0
 SLOT_END_S = 60.0

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kimi_core.sandbox.types import Limits, Result, Status
+from kimi_core.sandbox.program import Limits, Result, Status
 
 TOKEN_VARIABLE = "KIMI_SANDBOX_TOKEN"
 """The environment variable that the service and the trainer read the bearer token from; a config

@@ -20,7 +20,7 @@ from pathlib import Path
 from kimi_core import _C
 from kimi_core.sandbox import bubblewrap, seccomp
 from kimi_core.sandbox.cgroups import Cgroup
-from kimi_core.sandbox.types import MB, Limits
+from kimi_core.sandbox.program import MB, Limits
 
 START_S = 30.0
 """How long a sandbox may take to be ready; a busy machine is slow."""
@@ -28,7 +28,7 @@ END_S = 30.0
 """How long its processes may take to be gone after a SIGKILL."""
 READY = b"\n"
 """What the waiting Python of ``inside.py`` writes to stdout when it listens."""
-_INSIDE = Path(__file__).with_name("inside.py").read_text()
+_INSIDE = (Path(__file__).with_name("inside") / "start.py").read_text()
 
 
 class StartError(RuntimeError):

@@ -19,7 +19,7 @@ import platform
 import socket
 import struct
 
-from kimi_core.sandbox.types import SandboxUnavailable
+from kimi_core.sandbox.program import SandboxUnavailable
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_* of linux/audit.h
 X32 = 0x40000000

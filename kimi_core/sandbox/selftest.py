@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_core.sandbox.types import MB, Limits, Result, SandboxUnavailable, Status
+from kimi_core.sandbox.program import MB, Limits, Result, SandboxUnavailable, Status
 
-_PROBE = Path(__file__).with_name("probe.py").read_text()
+_PROBE = (Path(__file__).with_name("inside") / "probe.py").read_text()
 _SLEEP = "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ntime.sleep(60)"
 _FORKS = """
 import os, time

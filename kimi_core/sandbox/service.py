@@ -29,8 +29,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_core.sandbox.pool import Pool
+from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable
 from kimi_core.sandbox.protocol import TOKEN_VARIABLE, result_to_json
-from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable
 
 MAX_BODY_BYTES = 32 << 20
 """Of one request."""

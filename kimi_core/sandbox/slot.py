@@ -21,10 +21,10 @@ from dataclasses import dataclass
 
 from kimi_core.sandbox import cgroups, wire
 from kimi_core.sandbox.cgroups import Cgroup
+from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable, Status
 from kimi_core.sandbox.sandbox import Identity, Sandbox, StartError, await_ready, start_python
-from kimi_core.sandbox.system import become_subreaper, enter_empty_network
-from kimi_core.sandbox.types import Limits, Result, SandboxUnavailable, Status
-from kimi_core.sandbox.watch import Abandoned, watch
+from kimi_core.sandbox.supervise import Abandoned, watch
+from kimi_core.sandbox.syscalls import become_subreaper, enter_empty_network
 
 SEND_S = 60.0
 NUMBERS = range(58_000, 59_000)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kimi_core.kernels import OmdLoss, linear_logprob, omd_loss
-from kimi_core.trainer.objective import Normalize, Responses
+from kimi_core.trainer.objectives import Normalize, Responses
 from kimi_core.trainer.packing import MicroBatch
 
 
@@ -54,7 +54,7 @@ class Policy:
     def omd_loss(
         self, micro: MicroBatch, responses: Responses, *, tau: float, normalize: Normalize
     ) -> OmdLoss:
-        """``objective.omd`` of the wanted tokens, averaged over the responses, as one operation.
+        """``objectives.omd`` of the wanted tokens, averaged over the responses, as one operation.
 
         Raises:
             FloatingPointError: a log-prob is NaN.

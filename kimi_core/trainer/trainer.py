@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kimi_core.config import TrainerConfig
-from kimi_core.trainer import objective
-from kimi_core.trainer.objective import Responses
+from kimi_core.trainer import objectives
+from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.policy import Policy, trainable_parameters
 from kimi_core.types import Batch
@@ -223,11 +223,11 @@ class Trainer:
             return found.loss, found.logprobs_t, count
         logprobs_t = self._policy.logprobs(micro)
         if config.objective == "reinforce":
-            losses_n = objective.reinforce(logprobs_t, responses, normalize=config.normalize)
+            losses_n = objectives.reinforce(logprobs_t, responses, normalize=config.normalize)
         elif config.objective == "grpo":
-            losses_n = objective.grpo(logprobs_t, responses)
+            losses_n = objectives.grpo(logprobs_t, responses)
         else:
-            losses_n = objective.rest(logprobs_t, responses, normalize=config.normalize)
+            losses_n = objectives.rest(logprobs_t, responses, normalize=config.normalize)
         return losses_n.mean(), logprobs_t, count
 
     def _check_gap(self, mean: float) -> bool:

@@ -21,9 +21,9 @@ from typing import Self
 import torch
 
 from kimi_core import _C
+from kimi_core.weights.gather import NamedTensors, sources_of
 from kimi_core.weights.layout import Layout
 from kimi_core.weights.slots import Lease, WritableSlot, default_threads
-from kimi_core.weights.sources import NamedTensors, sources_of
 
 __all__ = ["Lease", "NamedTensors", "WeightArena", "WritableSlot", "default_threads"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from kimi_core import _C
-from kimi_core.weights.sources import Source
+from kimi_core.weights.gather import Source
 
 if TYPE_CHECKING:
     from kimi_core.weights.arena import WeightArena

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, load_config
 from kimi_core.metrics import read_metrics
-from kimi_core.reward.function import (
+from kimi_core.reward.base import (
     InfrastructureError,
     RewardError,
     RewardOutage,
     close_reward,
     judge_all,
 )
-from kimi_core.reward.scoring import GroupScorer
-from kimi_core.run import build, train
+from kimi_core.reward.groups import GroupScorer
+from kimi_core.run.run import build, train
 from kimi_core.types import Prompt, Trajectory
 
 PROMPT = Prompt(7, "3*214=", "642")
@@ -203,7 +203,7 @@ def test_only_what_can_be_closed_is_closed():
 REWARD = """
 import hashlib
 from pathlib import Path
-from kimi_core.reward.function import InfrastructureError
+from kimi_core.reward.base import InfrastructureError
 
 HERE = Path(__file__).parent
 

@@ -7,7 +7,7 @@ import pytest
 
 from kimi_core.sandbox import cgroups
 from kimi_core.sandbox.cgroups import Cgroup
-from kimi_core.sandbox.types import MB, Limits
+from kimi_core.sandbox.program import MB, Limits
 
 
 @pytest.fixture

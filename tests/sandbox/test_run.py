@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from kimi_core.sandbox import Limits, Pool, Result, Status, compile_cpp
-from kimi_core.sandbox.types import MB
+from kimi_core.sandbox.program import MB
 
 
 def test_a_program_reads_stdin_and_its_files(pool: Pool) -> None:

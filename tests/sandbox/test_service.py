@@ -21,8 +21,8 @@ pytest.importorskip("uvicorn", reason="the service needs pip install 'kimi-core[
 import httpx2
 import uvicorn
 
-from kimi_core.reward.code import CodeReward
-from kimi_core.reward.function import InfrastructureError
+from kimi_core.reward.base import InfrastructureError
+from kimi_core.reward.code.reward import CodeReward
 from kimi_core.sandbox import Limits, SandboxUnavailable, Status
 from kimi_core.sandbox.client import SandboxClient
 from kimi_core.sandbox.protocol import TOKEN_VARIABLE, RunRequest, result_from_json, result_to_json

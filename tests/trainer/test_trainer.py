@@ -10,9 +10,9 @@ import transformers as hf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kimi_core.config import TrainerConfig
-from kimi_core.models import freeze_below
-from kimi_core.trainer import objective
-from kimi_core.trainer.objective import Responses
+from kimi_core.models.load import freeze_below
+from kimi_core.trainer import objectives
+from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.trainer import (
     PATIENCE,
     LogprobMismatch,
@@ -124,10 +124,10 @@ def test_a_step_descends_the_mean_loss_over_the_responses(name, steps):
     )
     own = torch.cat(logprobs)
     losses = {
-        "omd": lambda: objective.omd(own, responses, tau=0.3, normalize="sqrt_length"),
-        "reinforce": lambda: objective.reinforce(own, responses, normalize="sqrt_length"),
-        "grpo": lambda: objective.grpo(own, responses),
-        "rest": lambda: objective.rest(own, responses, normalize="sqrt_length"),
+        "omd": lambda: objectives.omd(own, responses, tau=0.3, normalize="sqrt_length"),
+        "reinforce": lambda: objectives.reinforce(own, responses, normalize="sqrt_length"),
+        "grpo": lambda: objectives.grpo(own, responses),
+        "rest": lambda: objectives.rest(own, responses, normalize="sqrt_length"),
     }[name]()
     expected = torch.autograd.grad(losses.mean(), list(model.parameters()))
     assert metrics.loss == pytest.approx(losses.mean().item(), rel=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
-from kimi_core.models import ModelUnavailable, get_smollm2
+from kimi_core.models.load import ModelUnavailable, get_smollm2
 from kimi_core.weights.layout import Layout
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.binding import bind
 from kimi_core.weights.layout import Layout
-from kimi_core.weights.views import bind
 
 HEADER_SUMMED, CURRENT, SLOT_STATES, LEASES, TABLE = 80, 128, 192, 4096, 3 * 4096
 FLIPS = 12

@@ -1,0 +1,92 @@
+"""Accuracy on held-out prompts, greedy and sampled, by the same engine and reward as training."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from kimi_core.config import RolloutConfig
+from kimi_core.metrics import EvaluationMetrics
+from kimi_core.reward.base import RewardFunction, judge_all
+from kimi_core.rollout.engine import Engine, Request, Sampling
+from kimi_core.rollout.phase import sampling_for
+from kimi_core.types import Prompt
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Answers held-out prompts and scores the answers.
+
+    ``encode`` gives a prompt's token ids, int32 ``[n]``; ``response_text`` turns a response's ids
+    into the text that the reward function sees.
+    """
+
+    engine: Engine
+    prompts: Sequence[Prompt]
+    encode: Callable[[Prompt], np.ndarray]
+    response_text: Callable[[np.ndarray], str]
+    reward: RewardFunction
+    rollout: RolloutConfig
+    stop_token_ids: frozenset[int]
+    workers: int = 1
+    """Threads that call ``reward``."""
+
+    def evaluate(self, *, iteration: int, seed: int, limit: int | None = None) -> EvaluationMetrics:
+        """One greedy and one sampled response to each of the first ``limit`` prompts.
+
+        Responses whose verdict could not be reached are counted, and left out of the means.
+
+        Raises:
+            RewardError: the reward function raised or returned no finite number.
+            RewardOutage: most verdicts could not be reached.
+        """
+        started = time.perf_counter()
+        prompts = self.prompts[:limit]
+        greedy, _ = self._answer(prompts, self._sampling(seed, greedy=True))
+        sampled, lengths = self._answer(prompts, self._sampling(seed, greedy=False))
+        return EvaluationMetrics(
+            iteration=iteration,
+            policy_version=self.engine.policy_version,
+            accuracy_greedy=_mean(greedy),
+            accuracy_sampled=_mean(sampled),
+            length_mean=float(np.mean(lengths)),
+            n=len(prompts),
+            seed=seed,
+            wall_s=time.perf_counter() - started,
+            infrastructure_errors=greedy.count(None) + sampled.count(None),
+        )
+
+    def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
+        sampling = sampling_for(self.rollout, self.stop_token_ids, seed=seed, greedy=greedy)
+        return replace(sampling, stream_tokens=0)  # Whole responses: nothing of them is kept.
+
+    def _answer(
+        self, prompts: Sequence[Prompt], sampling: Sampling
+    ) -> tuple[list[float | None], list[int]]:
+        """Correctness, None where there is no verdict, and length of a response to each prompt."""
+        limit = self.rollout.max_response_tokens
+        requests = []
+        for index, prompt in enumerate(prompts):
+            token_ids = self.encode(prompt)
+            requests.append(
+                Request(index, token_ids, len(token_ids), budget=limit, remaining=limit)
+            )
+        texts = [""] * len(prompts)
+        lengths = [0] * len(prompts)
+        for segment in chain.from_iterable(self.engine.generate(requests, sampling)):
+            texts[segment.trajectory_id] = self.response_text(segment.token_ids)
+            lengths[segment.trajectory_id] = len(segment)
+        correctness = judge_all(
+            self.reward,
+            list(zip(prompts, texts, strict=True)),
+            workers=self.workers,
+            outage_from=self.rollout.samples_per_prompt,
+        )
+        return correctness, lengths
+
+
+def _mean(correctness: Sequence[float | None]) -> float:
+    judged = [one for one in correctness if one is not None]
+    return float(np.mean(judged)) if judged else float("nan")

@@ -1,0 +1,164 @@
+"""Where prompts come from, and which of them are held out for evaluation."""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kimi_core.config import PromptsConfig
+from kimi_core.plugins import load_function
+from kimi_core.tasks import addition, humaneval, maximum, multiply, programs
+from kimi_core.types import Prompt
+
+
+def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> list[Prompt]:
+    """All prompts of ``config.source``, in a fixed order and with distinct ids.
+
+    Args:
+        base_folder: what relative file names in ``config.source`` are relative to.
+
+    Raises:
+        ValueError: an unknown source, a file that is missing or malformed, or a function that does
+            not return a list of prompts with distinct ids.
+    """
+    source = config.source
+    if source == "multiply":
+        return multiply.prompts()
+    if source == "addition":
+        # The split's seed, so that runs that differ in `seed` are tested on the same prompts.
+        return addition.prompts(config.shots, config.largest, config.split_seed)
+    if source == "maximum":
+        return maximum.prompts(config.shots, config.largest, config.split_seed)
+    if source == "programs":
+        return programs.prompts()
+    if source == "humaneval":
+        return humaneval.prompts()
+    if source.endswith(".jsonl"):
+        return read_prompts(Path(base_folder) / source)
+    if ".py:" in source:
+        return _check_prompts(load_function(source, base_folder)(), source)
+    raise ValueError(
+        f"prompts.source = {source!r}; allowed are multiply, addition, maximum, programs, "
+        "humaneval, a file that ends in .jsonl, or file.py:function"
+    )
+
+
+def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Divide into (train in the given order, held out in random order).
+
+    The first so many of the held out, which evaluations during a run use, are thus a fair sample.
+    Prompts with the same ``problem`` tag (or, without the tag, the same text) stay on one side, so
+    no held-out question is seen in training in other clothes. Whole problems are drawn at random
+    as long as they fit into ``held_out`` prompts.
+
+    Raises:
+        ValueError: nothing would be left to train on, or no problem is small enough to hold out.
+    """
+    problems: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        problems.setdefault(prompt.tags.get("problem", prompt.text), []).append(prompt)
+    if held_out >= len(prompts):
+        raise ValueError(
+            f"Cannot hold out {held_out} of {len(prompts)} prompts: at least one must be left to "
+            "train on; lower prompts.held_out"
+        )
+    order = list(problems)
+    random.Random(seed).shuffle(order)
+    test: list[Prompt] = []
+    for problem in order:
+        if len(test) + len(problems[problem]) <= held_out:
+            test.extend(problems[problem])
+    if not test:
+        smallest = min(len(members) for members in problems.values())
+        raise ValueError(
+            f"Cannot hold out {held_out} prompts: each problem has at least {smallest}, which stay "
+            "together; raise prompts.held_out"
+        )
+    chosen = {prompt.id for prompt in test}
+    return [prompt for prompt in prompts if prompt.id not in chosen], test
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Prompts from a JSONL file, numbered from 0: ``prompt`` and ``answer``, both strings.
+
+    ``difficulty`` is optional; other keys become tags, as text.
+
+    Raises:
+        ValueError: a missing or empty file, or a bad line, named with what was found.
+    """
+    prompts: list[Prompt] = []
+    for where, record in _read_records(Path(path), ("prompt", "answer")):
+        text, answer = record.pop("prompt"), record.pop("answer")
+        difficulty = record.pop("difficulty", None)
+        if difficulty is not None and not _is_fraction(difficulty):
+            raise ValueError(
+                f'{where}: "difficulty" is {json.dumps(difficulty)}; allowed are 0 to 1, or leave '
+                "it out"
+            )
+        tags = {k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()}
+        prompts.append(Prompt(len(prompts), text, answer, difficulty, tags))
+    return prompts
+
+
+def load_examples(path: str | Path) -> list[tuple[str, str]]:
+    """(prompt, response) pairs for SFT from a JSONL file; other keys are ignored.
+
+    Raises: as `read_prompts`.
+    """
+    records = _read_records(Path(path), ("prompt", "response"))
+    return [(record["prompt"], record["response"]) for _, record in records]
+
+
+def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (where, record) for each line that is not blank; every key holds a non-empty string."""
+    if not path.is_file():
+        raise ValueError(f"No file {path}; give a JSONL file whose lines hold {' and '.join(keys)}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    # Not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends here.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty; its lines should hold {' and '.join(keys)}")
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        example = "{" + ", ".join(f'"{key}": "..."' for key in keys) + "}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: {error} in {line[:80]!r}; expected {example}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: found {line[:80]!r}; expected an object, {example}")
+        for key in keys:
+            if key not in record:
+                found = ", ".join(record) or "none"
+                raise ValueError(f'{where}: no "{key}" among its keys ({found}); write {example}')
+            if not isinstance(record[key], str) or not record[key]:
+                raise ValueError(
+                    f'{where}: "{key}" is {json.dumps(record[key])}; allowed is a non-empty string'
+                )
+        yield where, record
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _check_prompts(found: object, source: str) -> list[Prompt]:
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{source} returned {found!r:.80}; expected a non-empty list of Prompt")
+    ids: set[int] = set()
+    for index, prompt in enumerate(found):
+        if not isinstance(prompt, Prompt):
+            raise ValueError(
+                f"{source} returned {prompt!r:.80} at index {index}; expected a Prompt"
+            )
+        if prompt.id in ids:
+            raise ValueError(
+                f"{source} returned two prompts with id {prompt.id}; give each its own, as "
+                "success rates are kept by id"
+            )
+        ids.add(prompt.id)
+    return found

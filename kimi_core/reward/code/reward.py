@@ -1,0 +1,227 @@
+"""Reward of a program: 1 if it passes all tests of its problem, 0 if it fails one (section 2.3.5).
+
+Every test runs in a sandbox of its own, and the verdict is reached outside of it:
+
+* A test with standard input gives the program its input; the output is compared here. What is
+  expected never enters the sandbox.
+* A check (asserts about a function) is split: the program answers calls in one sandbox, and the
+  answers, plain data, are judged elsewhere. Here, if the asserts compare them with literals
+  (``literals``); else by the asserts in a second sandbox, without the program (``check_driver``).
+
+A run that the sandbox itself spoiled is repeated once and then raised as ``InfrastructureError``:
+nothing is known of the response. ``docs/code_rewards.md`` says what can and cannot be forged.
+"""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kimi_core.config import SandboxConfig
+from kimi_core.reward.base import InfrastructureError
+from kimi_core.reward.code import check_driver
+from kimi_core.reward.code.literals import gives, literal_cases
+from kimi_core.reward.code.problem import CheckTest, IoTest, Problem, extract_program, problem_of
+from kimi_core.reward.code.runner import (
+    Executable,
+    Run,
+    Runner,
+    last_words,
+    limits_of,
+    open_sandbox,
+)
+from kimi_core.sandbox import Limits, Result, Status
+from kimi_core.types import Prompt
+
+DRIVER = Path(check_driver.__file__).read_text()
+
+ANSWER_BYTES = 1 << 20
+"""Of all answers to one check together; of the calls that one check makes."""
+
+ROUNDS = 8
+"""A check whose calls depend on answers is run again, with more answers, at most so many times."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a program did; ``test`` is the index of the first test it failed, if it failed one."""
+
+    status: Status
+    test: int | None = None
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.status is Status.OK
+
+
+class CodeReward:
+    """A reward function over a sandbox; may be called from several threads at once.
+
+    Args:
+        run: runs one program in a fresh sandbox.
+        limits: of each run of the response's program.
+        close: ends the sandbox.
+    """
+
+    def __init__(
+        self, run: Run, limits: Limits | None = None, close: Callable[[], None] = lambda: None
+    ) -> None:
+        self.close = close
+        self._runner = Runner(run)
+        self._limits = limits or Limits()
+        self._first_calls: dict[CheckTest, list[Any]] = {}
+        self._lock = threading.Lock()
+        self.counts: Counter[Status] = Counter()
+        """Verdicts by status, INFRA for those that could not be reached."""
+
+    def __call__(self, prompt: Prompt, response: str) -> float:
+        """1.0 or 0.0.
+
+        Raises:
+            InfrastructureError: the sandbox failed twice, or the check could not be carried out.
+            ValueError: the prompt carries no problem, or a broken one.
+        """
+        return float(self.judge(prompt, response).passed)
+
+    def judge(self, prompt: Prompt, response: str) -> Verdict:
+        """The verdict on a response: that of the first test it fails. Raises as a call does."""
+        problem = problem_of(prompt)
+        try:
+            program = extract_program(problem, response)
+            # A lone surrogate is no text that could be handed on.
+            verdict = self._judge(problem, program.encode(errors="replace").decode())
+        except InfrastructureError:
+            self._count(Status.INFRA)
+            raise
+        except ValueError as error:
+            raise ValueError(f"Prompt {prompt.id}: {error}") from None
+        self._count(verdict.status)
+        return verdict
+
+    def _count(self, status: Status) -> None:
+        with self._lock:
+            self.counts[status] += 1
+
+    def _judge(self, problem: Problem, program: str) -> Verdict:
+        built = self._runner.build(program, problem.language)
+        if isinstance(built, Result):
+            return Verdict(built.status, detail=f"does not compile: {last_words(built)}")
+        for index, test in enumerate(problem.tests):
+            if isinstance(test, IoTest):
+                verdict = self._compare_output(built, test)
+            else:
+                verdict = self._carry_out(program, test)
+            if not verdict.passed:
+                return replace(verdict, test=index)
+        return Verdict(Status.OK)
+
+    def _compare_output(self, program: Executable, test: IoTest) -> Verdict:
+        expected = test.stdout.encode()
+        room = max(self._limits.output_bytes, 2 * len(expected))
+        limits = replace(self._limits, output_bytes=room)
+        done = self._runner.execute(program, stdin=test.stdin.encode(), limits=limits)
+        if done.status is not Status.OK:
+            return Verdict(done.status, detail=last_words(done))
+        if same_output(done.stdout, expected):
+            return Verdict(Status.OK)
+        return Verdict(Status.WRONG, detail=f"printed {done.stdout[:80]!r}")
+
+    def _carry_out(self, program: str, test: CheckTest) -> Verdict:
+        """Make the check's calls, then judge the answers: here if the check only compares them with
+        literals, else by running it; again where it then makes other calls."""
+        if cases := literal_cases(test):
+            answers = self._answers(program, test, [call for call, _ in cases])
+            if isinstance(answers, Verdict):
+                return answers
+            for answer, (_, expected) in zip(answers, cases, strict=True):
+                if not gives(answer, expected):
+                    return Verdict(Status.WRONG, detail=f"{expected!r:.80} expected")
+            return Verdict(Status.OK)
+        calls = self._calls_of(test)
+        for _ in range(ROUNDS):
+            answers = self._answers(program, test, calls)
+            if isinstance(answers, Verdict):
+                return answers
+            report = self._ask(test, calls, answers)
+            if report["verdict"] == "pass":
+                return Verdict(Status.OK)
+            if report["verdict"] == "fail":
+                return Verdict(Status.WRONG, detail=report["fault"])
+            calls = report["calls"]
+        raise InfrastructureError(
+            f"The check of {test.entry_point} makes other calls with each answer; after {ROUNDS} "
+            "rounds there is no verdict"
+        )
+
+    def _answers(self, program: str, test: CheckTest, calls: list[Any]) -> list[str] | Verdict:
+        """A line of JSON for each call, or the verdict on a program that did not get that far."""
+        given = {"program": program, "entry_point": test.entry_point, "calls": calls}
+        limits = replace(self._limits, output_bytes=ANSWER_BYTES)
+        done = self._runner.run(DRIVER, stdin=_message("candidate", given), limits=limits)
+        if done.status is not Status.OK:
+            return Verdict(done.status, detail=last_words(done))
+        answers = done.stdout.decode(errors="replace").split("\n")[:-1]
+        if len(answers) < len(calls):
+            ended = f"ended after {len(answers)} of {len(calls)} calls"
+            return Verdict(Status.RUNTIME, detail=ended)
+        return answers[: len(calls)]
+
+    def _calls_of(self, test: CheckTest) -> list[Any]:
+        """The calls of a check as far as they are known without any answer; found once."""
+        if test not in self._first_calls:
+            self._first_calls[test] = self._ask(test, [], [])["calls"]
+        return self._first_calls[test]
+
+    def _ask(self, test: CheckTest, calls: list[Any], answers: list[str]) -> dict[str, Any]:
+        """Run the check on what is known, where no line of the response's is run."""
+        given = {
+            "setup": test.setup,
+            "check": test.check,
+            "entry_point": test.entry_point,
+            "calls": calls,
+            "answers": answers,
+        }
+        limits = Limits(output_bytes=ANSWER_BYTES)
+        done = self._runner.run(DRIVER, stdin=_message("judge", given), limits=limits)
+        if not calls and done.status in (Status.RUNTIME, Status.OUTPUT, Status.MEMORY):
+            raise ValueError(f"the check of {test.entry_point} is broken: {last_words(done)}")
+        if done.status is not Status.OK:
+            raise InfrastructureError(
+                f"The check of {test.entry_point} ended with {done.status}: {last_words(done)}"
+            )
+        report: dict[str, Any] = json.loads(done.stdout)
+        if report["verdict"] == "broken":
+            raise ValueError(f"the check of {test.entry_point} is broken: {report['fault']}")
+        return report
+
+
+def same_output(found: bytes, expected: bytes) -> bool:
+    """Whether two outputs are equal but for white space at line ends and blank lines at the end.
+
+    >>> same_output(b"1 2 \\r\\n3\\n\\n", b"1 2\\n3"), same_output(b"1  2", b"1 2")
+    (True, False)
+    """
+    return normalized(found) == normalized(expected)
+
+
+def normalized(output: bytes) -> bytes:
+    """An output without white space at line ends and without blank lines at its end."""
+    return b"\n".join(line.rstrip() for line in output.split(b"\n")).rstrip(b"\n")
+
+
+def _message(mode: str, given: dict[str, Any]) -> bytes:
+    return json.dumps({"mode": mode, **given}).encode()
+
+
+def code_reward(config: SandboxConfig) -> CodeReward:
+    """The reward `code`, with the sandbox that the config names.
+
+    Raises:
+        ValueError: programs cannot be run safely here, or the service does not answer.
+    """
+    sandbox = open_sandbox(config)
+    return CodeReward(sandbox.run, limits_of(config), sandbox.close)

@@ -1,0 +1,134 @@
+"""A small labelled set for judges, made from the `multiply` prompts: is an unfinished sum right?
+
+The response leaves the product as the sum of two parts, so it is another form of the reference,
+and only adding up tells whether it is right. A wrong one has one digit of one part changed. The
+reasoning adds the columns from the right and holds each digit against the reference.
+
+    question   7*384=
+    reference  2688
+    response   2100+0588
+    reasoning  0+8=8,0:8=8;0+8+0=8,0:8=8;1+5+0=6,0:6=6;2+0+0=2,0:2=2;
+
+A column reads: digits and carry = digit, carry : digit beside the reference's, = or # (not equal).
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_core.tasks import multiply
+from kimi_core.types import Prompt
+
+TEMPLATE = "{question}{reference}?{response}>"
+"""A prompt in characters for a model from scratch."""
+
+ALPHABET = multiply.ALPHABET + ':{}" correctuefals'
+"""Every character of the examples and of their verdicts."""
+
+VERDICT = {True: '{"correct":true}', False: '{"correct":false}'}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A response with the truth about it, and how one may come to see it.
+
+    >>> Labelled("7*384=", "2688", "2100+0588", True).prompt()
+    '7*384=2688?2100+0588>'
+    """
+
+    question: str
+    reference: str
+    response: str
+    correct: bool
+    reasoning: str = ""
+
+    def prompt(self, template: str = TEMPLATE) -> str:
+        return template.format(
+            question=self.question, reference=self.reference, response=self.response
+        )
+
+
+def sums(prompts: Sequence[Prompt], *, seed: int) -> list[Labelled]:
+    """One response for each of the `multiply` ``prompts``: right for one half, wrong for the other.
+
+    In random order, as ``seed`` has it.
+    """
+    rng = random.Random(seed)
+    shuffled = rng.sample(list(prompts), len(prompts))
+    return [_example(prompt, index % 2 == 0, rng) for index, prompt in enumerate(shuffled)]
+
+
+def load_labelled(path: str | Path) -> list[Labelled]:
+    """Read JSONL whose lines hold ``question``, ``reference``, ``response``, ``correct`` (a bool),
+    and, for a judge to be trained, ``reasoning``.
+
+    Raises:
+        ValueError: no such file, or a line that is not so; the message names it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ValueError(f"No file {path}") from None
+    examples = []
+    for number, line in enumerate(lines, 1):
+        try:
+            example = Labelled(**json.loads(line))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        texts = (example.question, example.reference, example.response, example.reasoning)
+        if not isinstance(example.correct, bool) or not all(isinstance(t, str) for t in texts):
+            raise ValueError(f"{path}, line {number}: `correct` is true or false, the rest is text")
+        examples.append(example)
+    return examples
+
+
+def split_labelled(
+    examples: Sequence[Labelled], held_out: int, *, seed: int
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Train and test examples, in random order; those on one question stay on one side.
+
+    The test has at least ``held_out`` examples.
+
+    Raises:
+        ValueError: that leaves nothing to train on.
+    """
+    by_question: dict[str, list[Labelled]] = {}
+    for example in examples:
+        by_question.setdefault(example.question, []).append(example)
+    rng = random.Random(seed)
+    questions = rng.sample(sorted(by_question), len(by_question))
+    test: list[Labelled] = []
+    while questions and len(test) < held_out:
+        test += by_question[questions.pop()]
+    train = [example for question in questions for example in by_question[question]]
+    if not train:
+        raise ValueError(f"{held_out} of {len(examples)} labelled examples to test on leave none")
+    return rng.sample(train, len(train)), rng.sample(test, len(test))
+
+
+def _example(prompt: Prompt, correct: bool, rng: random.Random) -> Labelled:
+    factor, digits = prompt.text.rstrip("=").split("*")
+    parts = [int(factor) * int(digits[0]) * 100, int(factor) * int(digits[1:])]
+    response = "+".join(f"{part:04d}" for part in parts)
+    if not correct:
+        places = [place for place, char in enumerate(response) if char != "+"]
+        place = rng.choice(places)
+        digit = rng.choice([d for d in "0123456789" if d != response[place]])
+        response = response[:place] + digit + response[place + 1 :]
+    reference = f"{int(prompt.answer):04d}"
+    return Labelled(prompt.text, reference, response, correct, _add_up(response, reference))
+
+
+def _add_up(response: str, reference: str) -> str:
+    """Column by column from the right: the sum, the carry, and the digit beside the reference's."""
+    parts, carry, steps = response.split("+"), 0, ""
+    for column in range(-1, -5, -1):
+        digits = [part[column] for part in parts]
+        total = carry + sum(map(int, digits))
+        carried = f"+{carry}" if column < -1 else ""
+        carry, digit = divmod(total, 10)
+        sign = "=" if str(digit) == reference[column] else "#"
+        steps += f"{'+'.join(digits)}{carried}={digit},{carry}:{digit}{sign}{reference[column]};"
+    return steps

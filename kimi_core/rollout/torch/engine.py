@@ -1,0 +1,317 @@
+"""The embedded engine: batched decoding with the trainer's own Hugging Face model, no copy.
+
+1. Requests wait in order of their context's length, the longest first.
+2. Free rows are filled from there: each distinct context is prefilled once, in micro-batches of
+   about equal lengths, and stored in the rows of all the samples that share it.
+3. A decode step extends every row by one token; rows of about one length attend side by side (see
+   ``kv_cache``). Rows that end leave, others move into their places, and the batch stays dense.
+   What a row has gathered is handed over when it ends, and every ``stream_tokens`` before that.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, product
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kimi_core.rollout.engine import Request, Sampling, check_request
+from kimi_core.rollout.sampling import draw, uniforms
+from kimi_core.rollout.torch import attention
+from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, KVCache
+from kimi_core.rollout.torch.rows import Rows
+from kimi_core.types import Segment
+
+PREFILL_TOKENS = 4096
+"""Tokens, padding included, in one forward pass of a prefill."""
+
+WORTH_A_PASS = 64
+"""Tokens that a prefill gathers: with fewer, reading the weights takes longer than using them."""
+
+
+class TorchEngine:
+    """Implements ``Engine`` on any causal model of transformers with plain attention.
+
+    The model's own parameters are read at every step, so the weights are always the trainer's
+    newest; ``update`` names them when they change.
+
+    Args:
+        model: on any device, in any dtype. Checked here: a small batch decoded through the cache
+            must give the logits of a plain forward pass.
+        batch_rows: sequences decoded side by side at most.
+        policy_version: written on every segment.
+
+    Raises:
+        ValueError: the model keeps a state other than keys and values of all positions.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, batch_rows: int, policy_version: int = 0):
+        if batch_rows < 1:
+            raise ValueError(f"batch_rows = {batch_rows}: at least 1 row is needed")
+        self.model = model
+        self.batch_rows = batch_rows
+        self.policy_version = policy_version
+        self.decode_steps = 0
+        self.layers, self.max_positions = _attention_layers(model)
+        self.embedding = model.get_input_embeddings()
+        self.plain_head = True
+        self.split = (
+            model.config._attn_implementation == "sdpa" and model._supports_attention_backend
+        )
+        self.position_bytes = WORTH_A_COHORT  # as long as it is not known
+        with self._lent():
+            self._check_model()
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
+        """Extend every request by at most its budget; yield segments as they are complete.
+
+        The model is in eval mode, and attends by ``attention``, until the iterator is exhausted or
+        closed.
+
+        Raises:
+            ValueError: a request is empty, out of the model's vocabulary or longer than its
+                context; at once, before anything is generated.
+        """
+        for request in requests:
+            check_request(
+                request,
+                vocabulary=self.embedding.num_embeddings,
+                context=self.max_positions,
+            )
+        return self._generate(requests, sampling)
+
+    def update(self, version: int) -> None:
+        """Name the weights, which are the trainer's own and so there already."""
+        self.policy_version = version
+
+    def close(self) -> None:
+        """Nothing: the model is the caller's."""
+
+    def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
+        if not requests:
+            return
+        # Shortest first, as entries are taken off the end; equal contexts stand side by side.
+        waiting = sorted(requests, key=lambda r: (len(r.token_ids), r.token_ids.tobytes()))
+        rows = Rows(
+            min(self.batch_rows, len(requests)),
+            max(request.steps for request in requests),
+            sampling,
+        )
+        cache = self._cache()
+        with self._lent():
+            while waiting or rows.count:
+                free = rows.capacity - rows.count
+                if _time_to_enter(waiting, free, rows.capacity):
+                    entering, waiting = waiting[-free:][::-1], waiting[:-free]
+                    first_row = rows.count
+                    logits_nv = self._enter(rows, cache, entering)
+                else:
+                    first_row = 0
+                    logits_nv = self._decode(rows, cache)
+                self.decode_steps += 1
+                if segments := self._append(rows, cache, first_row, logits_nv):
+                    yield segments
+
+    @contextmanager
+    def _lent(self) -> Iterator[None]:
+        """The model in eval mode and with our attention, and afterwards as it was."""
+        model, was_training = self.model, self.model.training
+        implementation = model.config._attn_implementation
+        model.eval()
+        if self.split:
+            model.config._attn_implementation = attention.NAME
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = implementation
+            model.train(was_training)
+
+    def _cache(self) -> KVCache:
+        like = self.embedding.weight
+        return KVCache(self.layers, like, self.position_bytes, split=self.split)
+
+    @torch.inference_mode()
+    def _enter(self, rows: Rows, cache: KVCache, entering: list[Request]) -> torch.Tensor:
+        """Give each request, longest first, a row with its context; the rows' logits ``[m, V]``."""
+        lengths = np.array([len(request.token_ids) for request in entering])
+        logits = []
+        for part in cache.cut(lengths):
+            bound = max(len(request.token_ids) + request.steps for request in entering[part])
+            cache.add(lengths[part], bound)
+            logits += self._prefill(cache, [request.token_ids for request in entering[part]])
+        rows.add(entering)
+        return torch.cat(logits)
+
+    def _prefill(self, cache: KVCache, contexts: list[np.ndarray]) -> list[torch.Tensor]:
+        """Fill the rows of the newest cohort, longest first, equal contexts side by side; each
+        pass's logits, ``[m, V]``.
+
+        Padding is on the right, so that causal attention alone hides it and no mask is needed.
+        """
+        samples = [list(equal) for _, equal in groupby(contexts, key=lambda ids: ids.tobytes())]
+        logits = []
+        first_row = start = 0
+        while start < len(samples):
+            longest = len(samples[start][0])
+            batch = samples[start : start + max(1, PREFILL_TOKENS // longest)]
+            start += len(batch)
+            ids_bs = np.zeros((len(batch), longest), np.int64)
+            for row, (context, *_) in zip(ids_bs, batch, strict=True):
+                row[: len(context)] = context
+            counts_b = np.array([len(equal) for equal in batch])
+            shared = counts_b.max() > 1
+            context_m = self._tensor(np.arange(len(batch)).repeat(counts_b)) if shared else None
+            rows = slice(first_row, first_row := first_row + int(counts_b.sum()))
+            cache.begin_prefill(rows, longest, context_m)
+            positions_bs = self._tensor(np.arange(longest)).expand(len(batch), -1)
+            last_b = self._tensor(np.array([len(context) - 1 for context, *_ in batch]))
+            logits_bv = self._logits(self._tensor(ids_bs), positions_bs, None, cache, last_b)
+            logits.append(logits_bv[context_m] if shared else logits_bv)
+        return logits
+
+    @torch.inference_mode()
+    def _decode(self, rows: Rows, cache: KVCache) -> torch.Tensor:
+        """Logits ``[n, V]`` after each live row's newest token."""
+        n = rows.count
+        positions_n = rows.length[:n] - 1
+        cache.begin_decode(positions_n)
+        newest, positions = self._tensor(rows.newest[:n]), self._tensor(positions_n)
+        mask_n11s = None if cache.split else cache.cohorts[0].mask
+        return self._logits(newest[:, None], positions[:, None], mask_n11s, cache, None)
+
+    def _logits(
+        self,
+        ids_bs: torch.Tensor,
+        positions_bs: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: KVCache,
+        last_b: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Logits ``[b, V]`` at position ``last_b`` of each row (None: the only one)."""
+        inputs = dict(
+            input_ids=ids_bs,
+            position_ids=positions_bs,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        rows = range(len(ids_bs))
+        if self.plain_head:
+            hidden_bsd = self.model.base_model(**inputs).last_hidden_state
+            hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows, last_b]
+            return _head_logits(self.model.get_output_embeddings(), hidden_bd)
+        # A head that scales or caps its logits: the model's own, at the positions any row needs.
+        if last_b is None:
+            return self.model(**inputs).logits[:, 0]
+        keep, column_b = last_b.unique(return_inverse=True)
+        return self.model(**inputs, logits_to_keep=keep).logits[rows, column_b]
+
+    def _append(
+        self, rows: Rows, cache: KVCache, first_row: int, logits_nv: torch.Tensor
+    ) -> list[Segment]:
+        """Draw a token for every row from ``first_row`` on; remove rows that end; what is ready."""
+        sampling = rows.sampling
+        live = slice(first_row, rows.count)
+        uniform_n = None
+        if sampling.temperature > 0:
+            uniform_n = uniforms(sampling.seed, rows.trajectory_id[live], rows.length[live])
+        ended = rows.append(first_row, *draw(logits_nv, sampling.temperature, uniform_n))
+        ready = ended | rows.due()
+        if not ready.any():
+            return []
+        segments = [
+            rows.segment(int(row), self.policy_version, ended=bool(ended[row]))
+            for row in np.flatnonzero(ready)
+        ]
+        if not ended.any():
+            return segments
+        rows.keep(cache.remove(ended))
+        return segments
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.embedding.weight.device, non_blocking=True)
+
+    @torch.inference_mode()
+    def _check_model(self) -> None:
+        """Decode two short rows of different lengths through the cache; compare with no cache."""
+        contexts = [np.arange(length) % self.embedding.num_embeddings for length in (4, 2)]
+        expected = [self.model(input_ids=self._tensor(c)[None]).logits[0, -1] for c in contexts]
+        expected_bv = torch.stack(expected).float()
+        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
+        # A model that does not call our attention gives wrong logits with two cohorts.
+        splits = (True, False) if self.split else (False,)
+        for self.split, self.plain_head in product(splits, (True, False)):
+            rows = Rows(2, 1, Sampling(temperature=0, seed=0, stop_token_ids=frozenset()))
+            cache = self._cache()
+            for context in contexts:
+                cache.add(np.array([len(context) - 1]), len(context))
+                self._prefill(cache, [context[:-1]])
+            rows.add([Request(0, context, 0, 1, 1) for context in contexts])
+            error = (self._decode(rows, cache).float() - expected_bv).abs().max()
+            if error <= tolerance * expected_bv.abs().max():
+                self.position_bytes = cache.cohorts[0].position_bytes()
+                return
+        raise ValueError(
+            f"The embedded engine cannot run {type(self.model).__name__}: decoding with its cache "
+            "differs from a plain forward pass. It needs a causal model whose only state is the "
+            "keys and values of all positions and that takes position_ids and a 4D mask"
+        )
+
+
+def _head_logits(head: torch.nn.Module, hidden_bd: torch.Tensor) -> torch.Tensor:
+    """``head(hidden_bd)``, ``[b, V]``.
+
+    A large vocabulary on a CPU goes through oneDNN, which takes 0.7 to 0.8 of the time that torch's
+    own product does for up to 256 rows; that one packs the weights at every call. torch hands
+    float32 to oneDNN only by the operator that its compiler emits.
+    """
+    if _large(head) and hidden_bd.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        return linear(hidden_bd, head.weight, head.bias, "none", [], "")
+    return head(hidden_bd)
+
+
+def _large(head: torch.nn.Module) -> bool:
+    """Whether the product outweighs the 2 ms that oneDNN takes for each new number of rows."""
+    if type(head) is not torch.nn.Linear or head.weight.device.type != "cpu":
+        return False
+    return head.weight.numel() >= 1 << 24
+
+
+def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:
+    """Whether to prefill now or to let more rows come free.
+
+    Where a step's time goes with its rows an idle one costs nothing, hence an eighth at least;
+    where it does not, waiting for a full pass pays until half of the rows are idle.
+    """
+    if not waiting or not free:
+        return False
+    if free >= min(len(waiting), capacity / 2):
+        return True
+    tokens = sum(len(request.token_ids) for request in waiting[-free:])
+    return free >= capacity / 8 and tokens >= WORTH_A_PASS
+
+
+def _attention_layers(model: PreTrainedModel) -> tuple[int, int | None]:
+    """How many layers keep keys and values, and the positions they attend to (None: no limit).
+
+    Raises:
+        ValueError: a layer keeps anything else (a state-space or linear-attention layer, say).
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    other = {type(layer).__name__ for layer in layers}
+    other -= {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
+    if other or not layers:
+        raise ValueError(
+            f"The embedded engine cannot run model type {config.model_type!r}: its cache has "
+            f"{', '.join(sorted(other)) or 'no layers'}; allowed are layers that keep the keys and "
+            "values of all positions (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, Gemma and the like)"
+        )
+    # A sliding window is plain attention for sequences that fit in it.
+    limits = [layer.get_max_length() for layer in layers if layer.is_sliding]
+    if (context := getattr(config, "max_position_embeddings", None)) is not None:
+        limits.append(context)
+    return len(layers), min(limits, default=None)

@@ -1,0 +1,68 @@
+"""``curves.png``: accuracy, length, reward and log-prob mismatch over the iterations of a run.
+
+Matplotlib is imported here and nowhere else, when a run ends.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kimi_core.metrics import EvaluationMetrics, IterationMetrics
+from kimi_core.run.folder import write_atomically
+
+
+def draw_curves(
+    iterations: Sequence[IterationMetrics], evaluations: Sequence[EvaluationMetrics], path: Path
+) -> None:
+    """Draw the four panels to a PNG at ``path``, replacing it in one step.
+
+    Training values are lines; evaluations on held-out prompts are dots.
+    """
+    # A Figure of its own, without pyplot: no display, no global state.
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    (accuracy, length), (reward, mismatch) = figure.subplots(2, 2)
+    steps = [m.iteration for m in iterations]
+    evaluated = [e.iteration for e in evaluations]
+
+    accuracy.plot(steps, [m.accuracy_sampled for m in iterations], ".-", label="training, sampled")
+    accuracy.plot(
+        evaluated, [e.accuracy_sampled for e in evaluations], "o", label="held out, sampled"
+    )
+    accuracy.plot(
+        evaluated, [e.accuracy_greedy for e in evaluations], "s", label="held out, greedy"
+    )
+    accuracy.set_ylim(-0.02, 1.02)
+    _label(accuracy, "accuracy")
+
+    length.plot(steps, [m.length_mean for m in iterations], ".-", label="training, sampled")
+    length.plot(evaluated, [e.length_mean for e in evaluations], "o", label="held out, sampled")
+    length.set_ylim(bottom=0)
+    _label(length, "response length, tokens")
+
+    reward.plot(steps, [m.reward_mean for m in iterations], ".-", label="training, mean")
+    _label(reward, "reward")
+
+    mismatch.plot(steps, [_drawable(m.logprob_gap_mean) for m in iterations], ".-", label="mean")
+    mismatch.plot(steps, [_drawable(m.logprob_gap_max) for m in iterations], ".-", label="largest")
+    mismatch.set_yscale("log")
+    _label(mismatch, "|Δ log-prob| engine − trainer, nats")
+
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
+
+
+def _label(axes: Axes, title: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("iteration")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+
+
+def _drawable(gap: float) -> float:
+    """Zero has no place on a logarithmic axis; leave it out as if not measured."""
+    return gap if gap > 0 else math.nan

@@ -1,0 +1,154 @@
+"""What a run would do and how much memory it would take, without doing it: ``--dry-run``."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kimi_core.buffer import RolloutBuffer
+from kimi_core.config import Config
+from kimi_core.models import load as models
+from kimi_core.models.codec import Codec
+from kimi_core.prompts.load import load_prompts
+from kimi_core.rollout.phase import buffer_size
+from kimi_core.rollout.torch.kv_cache import ROUND_TO
+from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
+from kimi_core.run.folder import dump_toml
+from kimi_core.run.run import alphabet
+from kimi_core.trainer.policy import trainable_parameters
+from kimi_core.types import Prompt
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes by part. Activations are left out: they depend on the architecture."""
+
+    weights: int
+    gradients: int
+    optimizer_moments: int
+    """Of AdamW: two numbers a trained parameter, in the parameter's own dtype."""
+    arena: int
+    """What hands the weights to vLLM: three versions of them, in shared memory. vLLM reads them
+    there on a CPU, and has a copy besides on a GPU."""
+    kv_cache: int
+    """For vLLM what it is given; 0 where it decides itself, on a GPU."""
+    logits: int
+    """``head_chunk`` rows over the vocabulary, float32; their gradient takes their place."""
+    buffer: int
+    """As much again on the disk: it is a file."""
+
+
+def describe(config: Config) -> str:
+    """The resolved run as TOML, and as TOML comments what memory its parts would take, in MB.
+
+    No weights are loaded and nothing is fetched: a model that is not on this machine is named as
+    such, and its memory left out.
+
+    Raises:
+        ValueError: the model or the prompts cannot be what the config says.
+    """
+    prompts = load_prompts(config.prompts)
+    found = _skeleton(config)
+    if found is None:
+        remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
+        return "\n".join([dump_toml(config), *remark, ""])
+    model, tokenizer = found
+    parts = asdict(estimate(config, model, tokenizer, prompts))
+    parts["total"] = sum(parts.values())
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines = [
+        f"# {total:,} parameters, {trained:,} of them trained. Memory in MB, without activations:",
+        *(f"#   {part.replace('_', ' '):<18}{size / 1e6:>12.1f}" for part, size in parts.items()),
+    ]
+    return "\n".join([dump_toml(config), *lines, ""])
+
+
+def estimate(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+) -> Memory:
+    """Bytes that a run with this model needs; its parameters may be on torch's meta device.
+
+    Raises:
+        ValueError: a prompt or a stop string cannot be tokenized as it must.
+    """
+    codec = Codec(tokenizer, config.rollout.stop)
+    encoded = [codec.encode_prompt(prompt) for prompt in prompts]
+    tokens, trajectories = buffer_size(encoded, config.rollout)
+    trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model))
+    longest = max(map(len, encoded)) + config.rollout.max_response_tokens
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    on_cpu = models._device(config.model.device).type == "cpu"
+    if config.rollout.engine == "vllm":
+        arena = 3 * weights
+        kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
+    else:
+        arena = 0
+        kv_cache = _rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model)
+    return Memory(
+        weights=weights,
+        gradients=trained,
+        optimizer_moments=2 * trained,
+        arena=arena,
+        kv_cache=kv_cache,
+        logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
+        buffer=RolloutBuffer.file_bytes(tokens, trajectories),
+    )
+
+
+def _rows(config: Config) -> int:
+    """Trajectories decoded side by side: all that can be open at once, up to ``batch_rows``."""
+    rollout = config.rollout
+    open_iterations = -(-rollout.max_response_tokens // (rollout.token_budget or 1 << 62))
+    open_at_once = rollout.prompts_per_iteration * rollout.samples_per_prompt * open_iterations
+    return min(rollout.batch_rows, open_at_once)
+
+
+def _kv_bytes(model: PreTrainedModel) -> int:
+    """Bytes that one token of one trajectory takes in the key-value cache."""
+    text = model.config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * text.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+
+
+def _skeleton(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+    """The model without weights, and its tokenizer; None where they would have to be fetched."""
+    settings = config.model
+    device = models._device(settings.device)
+    if settings.name == "scratch":
+        model, tokenizer = models.scratch_model(settings, alphabet(config), config.seed)
+    else:
+        source = settings.name
+        if source == models.SMOLLM2:
+            source = str(models.cache_folder() / models.SMOLLM2)
+            if not Path(source).is_dir():
+                return None
+        is_folder = Path(source).is_dir()
+        if is_folder:
+            models._check_folder(Path(source))
+        try:
+            architecture = AutoConfig.from_pretrained(source, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        except (OSError, ValueError) as error:
+            if is_folder or source.startswith((".", "/", "~")):
+                raise ValueError(f"Cannot load the model in {source}: {error}") from error
+            return None
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                architecture, dtype=models._dtype(settings.dtype, device)
+            )
+    models.freeze_below(model, config.trainer.trainable_layers)
+    return model, tokenizer

@@ -1,0 +1,141 @@
+"""--dry-run: the memory it names is what the real parts take."""
+
+import tomllib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kimi_core.buffer import RolloutBuffer
+from kimi_core.config import Config, load_config
+from kimi_core.models import load as models
+from kimi_core.models.load import load_model
+from kimi_core.rollout.torch.kv_cache import KVCache
+from kimi_core.run.dry_run import describe, estimate
+from kimi_core.run.run import build
+from kimi_core.tasks import multiply
+
+SMALL = [
+    "model.layers=2",
+    "model.width=32",
+    "model.heads=2",
+    "model.context=96",
+    "model.device=cpu",
+    "rollout.prompts_per_iteration=2",
+    "rollout.samples_per_prompt=3",
+    "rollout.max_response_tokens=70",
+    "rollout.token_budget=30",
+    "prompts.held_out=7100",
+]
+
+PROMPTS = multiply.prompts()
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, [*SMALL, *overrides])
+
+
+def size(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layers", [None, 1])
+def test_weights_gradients_and_moments_are_those_of_the_real_model(dtype, layers):
+    given = config(f"model.dtype={dtype}", *([f"trainer.trainable_layers={layers}"] * bool(layers)))
+    parts = build(given)
+    trained = [p for p in parts.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [
+        state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
+    ]
+
+    memory = estimate(given, parts.model, parts.tokenizer, PROMPTS)
+
+    assert memory.weights == size(list(parts.model.parameters()))
+    assert memory.gradients == size([parameter.grad for parameter in trained])
+    assert memory.optimizer_moments == size(moments)
+
+
+def test_the_buffer_is_the_one_that_a_run_makes_and_the_cache_no_larger(monkeypatch):
+    sizes = []
+
+    class Recorded(KVCache):
+        def begin_decode(self, positions_n):
+            super().begin_decode(positions_n)
+            sizes.append(size([t for cohort in self.cohorts for t in cohort.tensors()]))
+
+    monkeypatch.setattr("kimi_core.rollout.torch.engine.KVCache", Recorded)
+    given = config()
+    parts = build(given)
+    parts.loop.sampling = replace(parts.loop.sampling, stop_token_ids=frozenset())
+    for _ in range(3):
+        parts.loop.iterate()
+
+    memory = estimate(given, parts.model, parts.tokenizer, PROMPTS)
+
+    # The estimate has all rows at the greatest length, which those of younger ages have not.
+    assert 0.5 * memory.kv_cache < max(sizes) <= memory.kv_cache
+    stats = parts.loop.buffer.stats()
+    assert memory.buffer == RolloutBuffer.file_bytes(stats.capacity_tokens, stats.max_trajectories)
+
+
+def test_rows_of_the_cache_are_bounded_by_batch_rows():
+    parts = build(config())
+    bounded = estimate(config("rollout.batch_rows=9"), parts.model, parts.tokenizer, PROMPTS)
+    whole = estimate(config(), parts.model, parts.tokenizer, PROMPTS)
+    assert bounded.kv_cache * 2 == whole.kv_cache  # 9 rows of 2 prompts x 3 samples x 3 iterations
+
+
+def test_the_text_is_toml_that_gives_the_same_config():
+    text = describe(config())
+    assert Config(**tomllib.loads(text)) == config()
+    assert "weights" in text
+    assert "total" in text
+
+
+def test_a_folder_counts_without_its_weights_being_read(tmp_path):
+    given = config()
+    model, tokenizer = load_model(given.model, alphabet=multiply.ALPHABET)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    expected = estimate(given, model, tokenizer, PROMPTS)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    text = describe(config(f"model.name={tmp_path}"))
+
+    assert f"{parameters:,} parameters" in text
+    assert f"{expected.kv_cache / 1e6:.1f}" in text
+
+
+def test_a_model_that_is_not_here_is_named_and_not_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    text = describe(config("model.name=smollm2-135m"))
+    assert "smollm2-135m is not on this machine" in text
+    assert "weights" not in text
+    assert Config(**tomllib.loads(text)).model.name == "smollm2-135m"
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="Cannot load the model in"):
+        describe(config(f"model.name={tmp_path / 'nowhere'}"))
+
+
+def test_vllm_takes_three_versions_of_the_weights_and_the_cache_it_is_given():
+    given = config("rollout.engine=vllm")
+    model, tokenizer = load_model(given.model, alphabet=multiply.ALPHABET)
+    memory = estimate(given, model, tokenizer, PROMPTS)
+    assert memory.arena == 3 * memory.weights and memory.kv_cache == 1 << 30
+    less = config("rollout.engine=vllm", "rollout.vllm.args.kv_cache_memory_bytes=1000000")
+    assert estimate(less, model, tokenizer, PROMPTS).kv_cache == 1_000_000
+    assert estimate(config(), model, tokenizer, PROMPTS).arena == 0
+
+
+def test_vllms_arguments_are_printed_as_they_would_be_read():
+    given = config("rollout.engine=vllm", 'rollout.vllm.args={a = 1, "b.c" = [true, "d"], e = {}}')
+    printed = tomllib.loads(describe(given))
+    assert printed["rollout"]["vllm"]["args"] == {"a": 1, "b.c": [True, "d"], "e": {}}

@@ -1,0 +1,360 @@
+"""The run folder: no crash and no full disk loses a state, and no run is taken for another."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kimi_core
+from kimi_core.config import Config, load_config
+from kimi_core.run.folder import RunFolder, dump_toml
+
+# Saves states whose every file says which iteration it is of, so that a mix would show.
+SAVE_LOOP = """
+    import sys
+    from itertools import count
+    import torch
+    from kimi_core.config import Config
+    from kimi_core.run.folder import RunFolder
+
+    run = RunFolder.create(sys.argv[1], Config())
+    for i in count():
+        run.save_state(
+            i,
+            {"w": torch.full((50_000,), float(i))},
+            {"buffer.bin": lambda path: path.write_bytes(i.to_bytes(8, "little") * 10_000)},
+            {"i": i},
+        )
+        print(i, flush=True)
+"""
+
+
+def python(script: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """Subprocesses import the package that these tests run on."""
+    root = str(Path(kimi_core.__file__).parents[1])
+    return os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+
+
+def save(run: RunFolder, iteration: int, fingerprint: str = "") -> Path:
+    tensors = {"w": torch.full((3,), float(iteration))}
+    files = {"buffer.bin": lambda path: path.write_bytes(bytes([iteration]) * 100)}
+    return run.save_state(iteration, tensors, files, {"i": iteration}, fingerprint)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- settings
+
+
+@given(
+    config=st.builds(
+        Config,
+        name=st.from_regex(r"[a-z0-9_.-]+", fullmatch=True),
+        samples=st.none() | st.integers(1),
+        runs=st.text(st.characters(exclude_categories=["Cs"])),
+        rollout=st.fixed_dictionaries(
+            {"stop": st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5))}
+        ),
+        trainer=st.fixed_dictionaries(
+            {
+                "learning_rate": st.floats(1e-300, 1e300),
+                "activation_checkpointing": st.booleans(),
+                "max_staleness": st.none() | st.integers(0),
+            }
+        ),
+    )
+)
+def test_saved_settings_load_back_equal(
+    config: Config, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(dump_toml(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_create_saves_the_settings(tmp_path: Path) -> None:
+    config = Config(seed=7, rollout={"stop": ["\n"], "token_budget": 24})
+    with RunFolder.create(tmp_path / "run", config) as run:
+        assert load_config(run.path / "config.toml") == config
+
+
+# ---- who may write
+
+
+def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
+    with (
+        RunFolder.create(tmp_path, Config()),
+        pytest.raises(ValueError, match=rf"pid {os.getpid()}: .*name="),
+    ):
+        RunFolder.create(tmp_path, Config())
+
+
+def test_the_lock_goes_with_the_process_that_held_it(tmp_path: Path) -> None:
+    script = python(SAVE_LOOP, tmp_path)
+    with subprocess.Popen(script, stdout=subprocess.PIPE, env=environment()) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match=f"pid {holder.pid}"):
+            RunFolder.resume(tmp_path, Config())
+        holder.kill()
+    RunFolder.resume(tmp_path, Config()).close()
+
+
+def test_a_folder_that_could_not_be_opened_is_not_left_locked(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 3)
+    with pytest.raises(ValueError, match=r"reached iteration 3: .*--resume.*name="):
+        RunFolder.create(tmp_path, Config())
+    with pytest.raises(ValueError, match="seed: saved 0, given 1"):
+        RunFolder.resume(tmp_path, Config(seed=1))
+    RunFolder.resume(tmp_path, Config()).close()
+
+
+# ---- create and resume
+
+
+@pytest.mark.parametrize("trace", ["summary.json", "metrics.jsonl", "checkpoint"])
+def test_create_never_overwrites_results(tmp_path: Path, trace: str) -> None:
+    (tmp_path / trace).mkdir()
+    with pytest.raises(ValueError, match=rf"{trace} of an earlier run.*name="):
+        RunFolder.create(tmp_path, Config())
+
+
+def test_a_run_stopped_before_its_first_state_starts_again(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, Config()).close()
+    with pytest.raises(ValueError, match="start it again without --resume"):
+        RunFolder.resume(tmp_path, Config())
+    RunFolder.create(tmp_path, Config(seed=1)).close()
+
+
+def test_resume_needs_a_run_and_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No run to resume"):
+        RunFolder.resume(tmp_path / "nothing", Config())
+    assert names(tmp_path) == []
+
+
+def test_resume_names_every_setting_that_differs(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 1)
+    other = Config(seed=1, trainer={"tau": 0.5}, rollout={"token_budget": 24})
+    with pytest.raises(ValueError, match="other settings") as fault:
+        RunFolder.resume(tmp_path, other)
+    for line in (
+        "seed: saved 0, given 1",
+        "trainer.tau: saved 0.01, given 0.5",
+        "rollout.token_budget: saved None, given 24",
+    ):
+        assert line in str(fault.value)
+
+
+def test_resume_takes_settings_that_change_no_iteration(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 1)
+    longer = Config(iterations=90, samples=5, save_every=2, runs="x", evaluation={"every": 3})
+    with RunFolder.resume(tmp_path, longer):
+        assert load_config(tmp_path / "config.toml") == longer
+
+
+# ---- states
+
+
+def test_a_state_comes_back_as_it_was_given(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(2, 3).to(torch.bfloat16), "b": torch.arange(6).view(2, 3).T}
+    with RunFolder.create(tmp_path, Config()) as run:
+        files = {"x.bin": lambda path: path.write_bytes(b"x" * 9)}
+        run.save_state(4, tensors, files, {"rng": [1, 2]}, "llama 3x96")
+        saved = run.load_state("llama 3x96")
+    assert (saved.iteration, saved.state) == (4, {"rng": [1, 2]})
+    assert saved.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(saved.tensors[name], tensor, rtol=0, atol=0)
+    assert (saved.folder / "x.bin").read_bytes() == b"x" * 9
+
+
+def test_only_the_newest_state_stays(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        assert run.latest_state() is None
+        for iteration in (0, 1, 9, 10):
+            save(run, iteration)
+        assert run.latest_state() == (10, tmp_path / "states" / "000010")
+        assert names(run.states) == ["000010"]
+
+
+def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 5)
+        run.save_state(5, {}, {}, {"i": "again"})
+        assert run.load_state().state == {"i": "again"}
+        assert names(run.states) == ["000005"]
+
+
+def test_the_state_being_replaced_counts_until_the_new_one_stands(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        old = save(run, 5)
+        old.rename(old.with_suffix(".old"))  # Killed between the two renames.
+        assert run.load_state().state == {"i": 5}
+        save(run, 6)
+        assert names(run.states) == ["000006"]
+
+
+def test_half_a_state_is_never_chosen(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        whole = save(run, 5)
+        (run.states / "000006.tmp").mkdir()
+        (run.states / "000006.tmp" / "state.json").write_bytes((whole / "state.json").read_bytes())
+        assert run.latest_state() == (5, whole)
+        save(run, 6)
+        assert names(run.states) == ["000006"]
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 5, "llama 3x96")
+        with pytest.raises(ValueError, match=r"'llama 3x96'.*'llama 4x96'.*name="):
+            run.load_state("llama 4x96")
+
+
+def test_a_fault_in_a_writer_leaves_the_previous_state(tmp_path: Path) -> None:
+    def fail(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run.save_state(6, {}, {"buffer.bin": fail}, {})
+        assert names(run.states) == ["000005"]
+
+
+# ---- crashes and full disks
+
+
+@pytest.mark.slow
+def test_a_killed_save_loop_always_leaves_a_whole_state(tmp_path: Path) -> None:
+    """What was acknowledged on stdout is not lost, and what is found is not torn."""
+    moment = random.Random(0)
+    for trial in range(8):
+        folder = tmp_path / str(trial)
+        script = python(SAVE_LOOP, folder)
+        with subprocess.Popen(script, stdout=subprocess.PIPE, env=environment()) as process:
+            process.stdout.readline()  # Into the loop; importing takes most of the time.
+            time.sleep(moment.uniform(0, 0.3))
+            process.kill()
+            acknowledged = [0, *map(int, process.stdout.read().split())][-1]
+        with RunFolder.resume(folder, Config()) as run:
+            saved = run.load_state()
+            i = saved.iteration
+            assert i >= acknowledged
+            assert saved.state == {"i": i}
+            assert torch.equal(saved.tensors["w"], torch.full((50_000,), float(i)))
+            expected = i.to_bytes(8, "little") * 10_000
+            assert (saved.folder / "buffer.bin").read_bytes() == expected
+            save(run, i + 1)
+            assert names(run.states) == [f"{i + 1:06d}"]
+
+
+NO_ROOM = """
+    import json, sys
+    import torch
+    from kimi_core.config import Config
+    from kimi_core.run.folder import RunFolder
+
+    run = RunFolder.create(sys.argv[1], Config())
+    small, big = {"w": torch.ones(100)}, {"w": torch.ones(1_000_000)}
+    run.save_state(1, small, {}, {"i": 1})
+    if sys.argv[2] == "rlimit":
+        import resource, signal
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    faults = []
+    cases = [(big, {}), (small, {"buffer.bin": lambda path: path.write_bytes(bytes(4_000_000))})]
+    for tensors, files in cases:
+        try:
+            run.save_state(2, tensors, files, {"i": 2})
+        except OSError as error:
+            faults.append([error.errno, str(error)])
+    run.load_state()
+    run.save_state(2, small, {}, {"i": 2})
+    print(json.dumps(faults))
+"""
+
+
+@pytest.mark.parametrize("means", ["rlimit", "tmpfs"])
+def test_no_room_leaves_the_previous_state_and_says_so(tmp_path: Path, means: str) -> None:
+    command = python(NO_ROOM, tmp_path / "run", means)
+    if means == "tmpfs":
+        # A mount of a namespace of its own goes when the process does.
+        mount = f'mount -t tmpfs -o size=1m none {tmp_path} && exec "$@"'
+        command = [
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            mount,
+            "-",
+            *command,
+        ]
+        probe = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, "-", "true"]
+        if subprocess.run(probe, capture_output=True, check=False).returncode:
+            pytest.skip("no right to mount a tmpfs here")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    faults = json.loads(done.stdout)
+    assert len(faults) == 2
+    for _, message in faults:
+        assert "Cannot save the state of iteration 2" in message
+        assert "MB are free" in message
+        assert "state of iteration 1 is intact: make room there, then --resume" in message
+
+
+# ---- checkpoint
+
+
+class Saves:
+    """Stands in for a model and for a tokenizer."""
+
+    def __init__(self, name: str, content: str, fault: OSError | None = None) -> None:
+        self.name, self.content, self.fault = name, content, fault
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / self.name).write_text(self.content)
+        if self.fault:
+            raise self.fault
+
+
+def test_a_checkpoint_is_replaced_in_one_piece(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        for content in ("one", "two"):
+            run.save_checkpoint(Saves("model", content), Saves("tokenizer", content))
+            assert (run.checkpoint / "model").read_text() == content
+            assert names(run.checkpoint) == ["model", "tokenizer"]
+        with pytest.raises(OSError, match="Cannot save the checkpoint"):
+            run.save_checkpoint(Saves("model", "three", OSError(28, "full")), None)
+        assert (run.checkpoint / "model").read_text() == "two"
+        assert not [name for name in names(tmp_path) if name.startswith("checkpoint.")]
+
+
+def test_a_checkpoint_swap_that_was_cut_is_undone(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 1)
+        run.save_checkpoint(Saves("model", "one"), Saves("tokenizer", "one"))
+        run.checkpoint.rename(tmp_path / "checkpoint.old")
+    with RunFolder.resume(tmp_path, Config()) as run:
+        assert (run.checkpoint / "model").read_text() == "one"
