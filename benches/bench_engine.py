@@ -28,8 +28,8 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from kimi_core.models.load import load_pretrained
-from kimi_core.rollout.engine import Request, Sampling
 from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.types import Request, Sampling
 
 GREEDY = Sampling(temperature=0, seed=0, stop_token_ids=frozenset())
 BATCHES = (1, 16, 64, 256)

@@ -31,7 +31,7 @@ from kimi_core.kernels import linear_logprob, omd_loss
 from kimi_core.models.load import load_pretrained
 from kimi_core.trainer import objectives
 from kimi_core.trainer.policy import Policy
-from kimi_core.types import Batch
+from kimi_core.types import Batch, TrainingBatch
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.benchmark(timer=time.process_time)]
 
@@ -307,25 +307,28 @@ def test_training_step(benchmark, ratios, shape):
     """Forward and backward of an update of SmolLM2-135M, as the trainer makes it."""
     from kimi_core.config import TrainerConfig
     from kimi_core.models.load import freeze_below
-    from kimi_core.trainer.trainer import Trainer, TrainingData
+    from kimi_core.trainer.trainer import Trainer
+    from kimi_core.weights.publish import InPlace
 
     model = load_pretrained("smollm2-135m", dtype="float32", device="cpu")[0]
     short = shape.startswith("16")
     freeze_below(model, 8 if short else None)
     config = TrainerConfig(tokens_per_micro_batch=2048, head_chunk=256 if short else CHUNK)
-    trainer = Trainer(model, config, temperature=1.0)
+    policy = Policy(model, temperature=1.0, head_chunk=config.head_chunk)
+    trainer = Trainer(policy, config, InPlace())
     prompts, copies, prompt, answer = (16, 8, 18, 3) if short else (4, 1, 1, 512)
-    data = _training_data(prompts, copies, prompt, answer, TrainingData)
-    share, counted = np.arange(prompts * copies), data.batch.mask > 0
+    data = _training_data(prompts, copies, prompt, answer)
+    share, counted = np.arange(prompts * copies), data.tokens.mask > 0
+    met = np.empty(len(counted), np.float32)
     policies = {
-        "ours": trainer._policy,
+        "ours": policy,
         "plain": PlainPolicy(model, temperature=1.0, head_chunk=config.head_chunk),
     }
     seconds, peaks, losses, slopes = {"plain": []}, {}, {}, {}
 
     def step(name: str) -> None:
-        trainer._policy = policies[name]
-        losses[name] = trainer._accumulate(data, counted, data.batch.logprobs, share)[0]
+        trainer.policy = policies[name]
+        losses[name] = trainer._accumulate(data, counted, data.tokens.logprobs, share, met)
 
     def timed(name: str) -> None:
         model.zero_grad()  # to None: every step makes its gradients anew
@@ -355,7 +358,7 @@ def test_training_step(benchmark, ratios, shape):
         ratios.record(f"training step, {shape}", "plain loss's memory", plain / mine, 1.0, detail)
 
 
-def _training_data(prompts, copies, prompt, answer, training_data):
+def _training_data(prompts, copies, prompt, answer) -> TrainingBatch:
     """Random tokens; the copies of a prompt share it, as a group's responses do."""
     rng = np.random.default_rng(0)
     count, length = prompts * copies, prompt + answer
@@ -370,7 +373,14 @@ def _training_data(prompts, copies, prompt, answer, training_data):
         cu_seqlens=np.arange(0, count * length + 1, length, dtype=np.int32),
     )
     ones = np.ones(count)
-    return training_data(batch=batch, advantages=rng.normal(size=count), scales=ones, correct=ones)
+    return TrainingBatch(
+        tokens=batch,
+        group_ids=np.repeat(np.arange(prompts), copies),
+        rewards=ones,
+        correctness=ones,
+        advantages=rng.normal(size=count),
+        ended_rewards=dict.fromkeys(range(prompts), ones[:copies]),
+    )
 
 
 def peak_bytes(run: Callable[[], None]) -> int | None:

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from kimi_core.config import load_config
 from kimi_core.loop import Loop
-from kimi_core.run.run import build, fine_tune
+from kimi_core.run.build import build
+from kimi_core.run.run import fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,7 +36,8 @@ WARM_UP = 6
 def policy():
     config = load_config(CONFIG, ["sft.steps=600"])
     parts = build(config)
-    fine_tune(parts.model, parts.codec, config, parts.train_prompts, Console(quiet=True))
+    fine_tune(parts, config, Console(quiet=True))
+    parts.loop.start()
     for _ in range(8):
         parts.loop.iterate()
     return parts.model.state_dict()
@@ -44,6 +46,7 @@ def policy():
 def loop_with(policy, *overrides: str) -> Loop:
     parts = build(load_config(CONFIG, ["trainer.learning_rate=1e-30", *overrides]))
     parts.model.load_state_dict(policy)
+    parts.loop.start()
     return parts.loop
 
 

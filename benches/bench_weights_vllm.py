@@ -22,6 +22,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from vllm_testing import PublishedEngine
 
 from kimi_core.rollout.vllm.engine import VLLMEngine
 
@@ -76,7 +77,7 @@ def engine(monkeypatch_module) -> Iterator[VLLMEngine]:
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(hf.LlamaConfig(**CONFIG))
     monkeypatch_module.setattr(vllm_backend, "EXTENSION", f"{Path(__file__).stem}.PeerWorker")
-    engine = VLLMEngine(model, batch_rows=4, options={"kv_cache_memory_bytes": 1 << 27})
+    engine = PublishedEngine(model, batch_rows=4, options={"kv_cache_memory_bytes": 1 << 27})
     engine._started()
     yield engine
     engine.close()
@@ -107,7 +108,7 @@ def test_update(engine, ratios, benchmark, tmp_path: Path):
     def one_round() -> None:
         version, server = engine.policy_version + 1, engine.server
         started = time.perf_counter()
-        engine._publish(version)
+        engine.publisher.publish(engine.model.named_parameters(), version)
         server.prepare(version)
         prepared, prepared_cpu = time.perf_counter(), cpu_ms(pids)
         server.flip(version)

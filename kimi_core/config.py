@@ -191,8 +191,9 @@ class RewardConfig(Section):
 
 
 class TrainerConfig(Section):
-    objective: Literal["omd", "reinforce", "grpo", "rest"] = "omd"
-    """`omd` is the report's mirror descent; the others are there to compare with."""
+    objective: str = "omd"
+    """`omd` is the report's mirror descent; `reinforce`, `grpo` and `rest` are there to compare
+    with. `file.py:function` names one of yours; `trainer/objectives.py` has the signature."""
     tau: float = 0.01
     """τ > 0: strength of the pull towards the policy that sampled (section 2.3.2)."""
     baseline: Literal["mean", "log_partition"] = "mean"
@@ -242,6 +243,13 @@ class EvaluationConfig(Section):
     """Held-out prompts used by those in between; the first and the last use all. Unset: all."""
 
 
+class TrajectoriesConfig(Section):
+    every: int = Field(1, ge=0)
+    """Iterations between two files in `trajectories/`; 1 writes one per iteration, 0 none."""
+    tokens: bool = True
+    """Write token ids and log-probs. Off: texts and rewards only, about a tenth of the size."""
+
+
 class Config(Section):
     name: str = Field("think", pattern=r"^[\w.-]+$")
     """Of the run; its folder is `runs/NAME`."""
@@ -263,6 +271,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    trajectories: TrajectoriesConfig = TrajectoriesConfig()
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:

@@ -1,8 +1,8 @@
 """One iteration: prompts → curriculum → rollout → buffer → reward → trainer → weights.
 
-``Loop.iterate`` is the report's Figure 3 as code. The loop is synchronous: all sampling of an
-iteration is done with one version of the weights, and all training comes after it. Everything
-random in iteration i is drawn from ``(seed, i)``, so nothing random needs to be saved.
+``Loop.iterate`` is the report's Figure 3 as code. The loop is synchronous: one version of the
+weights samples all tokens of an iteration, and training comes after. Everything random in iteration
+i is drawn from ``(seed, i)``, so no random state has to be saved.
 """
 
 import time
@@ -12,28 +12,40 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.reward.groups import GroupScorer
-from kimi_core.rollout.engine import Engine, Sampling
-from kimi_core.rollout.phase import RolloutReport, begin_group, roll_out
-from kimi_core.trainer.trainer import Trainer, TrainingData, TrainingMetrics
-from kimi_core.types import Group, Prompt, Trajectory, WeightVersion
-from kimi_core.weights.publish import publish
+from kimi_core.rollout.engine import Engine
+from kimi_core.rollout.phase import Rollout, begin_group, roll_out
+from kimi_core.trainer.trainer import Trainer, TrainingMetrics
+from kimi_core.types import Group, Prompt, Sampling, TrainingBatch, Trajectory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The responses that one iteration used up, for whoever records them."""
+
+    groups: list[Group] = field(default_factory=list)
+    """Responses that were trained."""
+    unjudged: list[Trajectory] = field(default_factory=list)
+    """Responses without a verdict: not trained, and not kept."""
+    logprobs: dict[int, np.ndarray] = field(default_factory=dict)
+    """Trajectory id → the trainer's log-probs of its tokens, float32; NaN where not counted."""
 
 
 @dataclass
 class Loop:
-    """The parts, and where the run stands. The parts do not know of each other."""
+    """The parts of a run, and how far the run has come. No part calls the loop."""
 
     config: Config
     prompts: dict[int, Prompt]
     """The training prompts by id."""
     encode: Callable[[Prompt], np.ndarray]
-    """A prompt's token ids, int32 ``[n]``."""
+    """Gives a prompt's token ids, int32 ``[n]``."""
     curriculum: Curriculum
     engine: Engine
     sampling: Sampling
@@ -46,53 +58,52 @@ class Loop:
     """Responses trained so far."""
     next_group: int = 0
     consumed: list[int] = field(default_factory=list)
-    """Trajectories that the last iteration trained, or found no verdict on; still in the buffer
-    until the next begins."""
-    latest_groups: list[Group] = field(default_factory=list)
-    """What the last iteration trained, for whoever wants to look at it."""
+    """Trajectories that the last iteration trained, or that have no verdict. The buffer keeps them
+    until the next iteration begins."""
+    latest: Outcome = field(default_factory=Outcome)
+
+    def start(self, version: int = 0) -> None:
+        """Publish the weights that the first rollout samples from."""
+        self.trainer.publish(version)
+        self.engine.serve(version)
 
     def iterate(self) -> IterationMetrics:
-        """Run one iteration and return what it did.
+        """Run one iteration and return its metrics.
 
-        What it trained stays in the buffer until the next one begins, so that a state saved in
-        between comes before the loss. An iteration that a crash cut short goes on: what is in the
-        buffer of it already is neither begun nor sampled again.
+        Trained responses stay in the buffer until the next iteration begins, so that a state can be
+        saved before anything is dropped. An iteration that a crash interrupted goes on: what the
+        buffer holds of it is neither begun nor sampled a second time.
 
         Raises:
-            RewardError, RewardOutage: the reward function failed, or most of its verdicts did; the
+            RewardError, RewardOutage: the reward function failed, or most of its verdicts did. The
                 sampled tokens stay in the buffer, and a resumed run judges them again.
             TrainingDiverged, LogprobMismatch: as ``Trainer.train`` raises them.
             EngineFailed: the engine could not be kept alive, or refused the new weights.
         """
-        wall, cpu = time.perf_counter(), time.process_time()
-        version = WeightVersion(self.engine.policy_version)
-
+        clock = _Clock()
+        version = self.engine.policy_version
         self._evict_consumed()
-        self._begin(self._next_prompts())
-        rollout = roll_out(self.engine, self.buffer, self.config.rollout, self.sampling)
-        sampled = time.perf_counter()
-        groups, unjudged = self._score()
-        trained = self._train(groups, version)
-        publish(self.engine, version.next())
-        self._count(groups, unjudged)
-
-        self.iteration += 1
-        self.latest_groups = groups
-        done = time.perf_counter()
-        return self._report(
-            groups,
-            rollout,
-            trained,
-            version,
-            infrastructure_errors=len(unjudged),
-            wall_s=done - wall,
-            cpu_s=time.process_time() - cpu,
-            rollout_s=sampled - wall,
-            train_s=done - sampled,
+        prompts = self.curriculum.draw(
+            self.config.rollout.prompts_per_iteration,
+            iteration=self.iteration,
+            rng=np.random.default_rng(self._seed(0)),
         )
+        self._begin(prompts)
+        self.engine.wake()
+        rollout = roll_out(self.engine, self.buffer, self.config.rollout, self.sampling)
+        self.engine.sleep()
+        clock.sampled()
+        groups, unjudged = self._score(rollout)
+        trained = self._train(groups, version)
+        self.trainer.publish(version + 1)
+        self.trainer.rest()
+        self.engine.serve(version + 1)
+        self._count(groups, unjudged)
+        self.latest = Outcome(groups, unjudged, _by_trajectory(groups, trained))
+        return self._report(version, rollout, trained, clock.seconds())
 
     def state(self) -> dict[str, Any]:
-        """Everything but tensors and the buffer that the next iteration starts from, as JSON."""
+        """What the next iteration starts from, except tensors and the buffer, as JSON."""
         return {
             "iteration": self.iteration,
             "policy_version": self.engine.policy_version,
@@ -105,9 +116,12 @@ class Loop:
         }
 
     def load_state(self, state: dict[str, Any], buffer: RolloutBuffer) -> None:
-        """Take over what :meth:`state` gave, and the buffer that belongs to it."""
+        """Take over what :meth:`state` gave, and the buffer that belongs to it.
+
+        The trainer has loaded the weights of that state before; they are published here.
+        """
         self.iteration = state["iteration"]
-        self.engine.update(state["policy_version"])
+        self.start(state["policy_version"])
         self.samples_trained = state["samples_trained"]
         self.next_group = state["next_group"]
         self.consumed = state["consumed"]
@@ -119,19 +133,18 @@ class Loop:
         self.buffer = buffer
 
     def close(self) -> None:
-        """Give the buffer's file free, and end what the engine has started."""
+        """Close the buffer's file and end the engine's processes."""
         self.buffer.close()
         self.engine.close()
 
-    def _rng(self, purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.config.seed, self.iteration, purpose])
-
-    def _next_prompts(self) -> list[Prompt]:
-        count = self.config.rollout.prompts_per_iteration
-        return self.curriculum.draw(count, iteration=self.iteration, rng=self._rng(0))
+    def _seed(self, purpose: int) -> tuple[int, ...]:
+        return self.config.seed, self.iteration, purpose
 
     def _evict_consumed(self) -> None:
-        """The mark comes first, and reaches the disk first: see ``live_buffer``."""
+        """Drop what the last iteration used up.
+
+        The mark is set first, and reaches the disk first: ``run/state.py`` says why.
+        """
         self.buffer.mark = self.iteration
         self.buffer.flush()
         there = {info.trajectory_id for info in self.buffer.trajectories()}
@@ -152,87 +165,79 @@ class Loop:
             )
         self.next_group += len(prompts)
 
-    def _score(self) -> tuple[list[Group], list[int]]:
-        """Groups of the responses that are to be trained now, and ids of those without a verdict,
-        which are in no group."""
+    def _score(self, rollout: Rollout) -> tuple[list[Group], list[Trajectory]]:
+        """The groups of responses to train now, and the responses without a verdict."""
         finished: dict[int, list[Trajectory]] = defaultdict(list)
-        for key in self.buffer.finished():
-            trajectory = self.buffer.read(key)
-            finished[trajectory.group_id].append(trajectory)
-        open_lengths: dict[int, list[int]] = defaultdict(list)
-        for key in self.buffer.unfinished():
-            trajectory = self.buffer.read(key)
-            open_lengths[trajectory.group_id].append(trajectory.response_length)
-        unjudged = self.scorer.judge(
-            [(self.prompts[t.prompt_id], t) for ended in finished.values() for t in ended]
-        )
-        groups = []
-        for group_id, trajectories in finished.items():
-            prompt = self.prompts[trajectories[0].prompt_id]
-            group = self.scorer.group(
-                prompt,
-                trajectories,
-                open_lengths[group_id],
+        for one in rollout.finished:
+            finished[one.group_id].append(one)
+        ended = [one for members in finished.values() for one in members]
+        missing = set(self.scorer.judge([(self.prompts[one.prompt_id], one) for one in ended]))
+        groups = [
+            self.scorer.group(
+                self.prompts[members[0].prompt_id],
+                members,
+                rollout.open_lengths.get(group_id, []),
                 iteration=self.iteration,
-                expected=self.curriculum.success_rate(prompt.id),
+                expected=self.curriculum.success_rate(members[0].prompt_id),
             )
-            if group is not None:
-                groups.append(group)
-        return groups, unjudged
+            for group_id, members in finished.items()
+        ]
+        unjudged = [one for one in ended if one.trajectory_id in missing]
+        return [group for group in groups if group is not None], unjudged
 
-    def _train(self, groups: Sequence[Group], version: WeightVersion) -> TrainingMetrics | None:
-        """One training phase; None where nothing has ended yet, as may be in the first ones."""
+    def _train(self, groups: Sequence[Group], version: int) -> TrainingMetrics | None:
+        """One training phase; None if no response has ended, as may happen in the first ones."""
         if not groups:
             return None
-        trained_ids = [t.trajectory_id for group in groups for t in group.trajectories]
-        data = TrainingData(
-            batch=self.buffer.pack(trained_ids),
+        batch = TrainingBatch(
+            tokens=self.buffer.pack(_trained(groups)),
+            group_ids=np.repeat(
+                [group.group_id for group in groups], [len(group.rewards) for group in groups]
+            ),
+            rewards=np.concatenate([group.rewards for group in groups]),
+            correctness=np.concatenate([group.correctness for group in groups]),
             advantages=np.concatenate([group.advantages for group in groups]),
-            scales=np.concatenate([np.full(len(g.rewards), g.reward_std) for g in groups]),
-            correct=np.concatenate([group.correctness for group in groups]),
+            ended_rewards={group.group_id: group.ended_rewards for group in groups},
         )
-        return self.trainer.train(data, policy_version=version.number, rng=self._rng(1))
+        return self.trainer.train(batch, policy_version=version, seed=self._seed(1))
 
-    def _count(self, groups: Sequence[Group], unjudged: Sequence[int]) -> None:
-        """Count what was trained; what has not ended stays for the next iteration.
+    def _count(self, groups: Sequence[Group], unjudged: Sequence[Trajectory]) -> None:
+        """Count what was trained; responses that have not ended stay for the next iteration.
 
-        A response without a verdict says nothing about its prompt and goes like a trained one.
+        A response without a verdict says nothing about its prompt, and is dropped like a trained
+        one.
         """
         for group in groups:
             for correctness in group.correctness:
                 self.curriculum.record(group.prompt.id, correctness)
             self.samples_trained += len(group.trajectories)
-        trained = [t.trajectory_id for group in groups for t in group.trajectories]
-        self.consumed = trained + list(unjudged)
+        self.consumed = _trained(groups) + [one.trajectory_id for one in unjudged]
+        self.iteration += 1
 
     def _report(
         self,
-        groups: Sequence[Group],
-        rollout: RolloutReport,
+        version: int,
+        rollout: Rollout,
         trained: TrainingMetrics | None,
-        version: WeightVersion,
-        *,
-        infrastructure_errors: int,
-        **seconds: float,
+        seconds: dict[str, float],
     ) -> IterationMetrics:
-        def mean(arrays: list[np.ndarray]) -> float:
-            return float(np.concatenate(arrays).mean()) if arrays else float("nan")
-
+        groups = self.latest.groups
         nothing = float("nan")
-        lengths = [np.array([t.response_length for t in group.trajectories]) for group in groups]
         return IterationMetrics(
             iteration=self.iteration,
-            policy_version=version.number,
-            reward_mean=mean([group.rewards for group in groups]),
-            accuracy_sampled=mean([group.correctness for group in groups]),
-            length_mean=mean(lengths),
+            policy_version=version,
+            reward_mean=_mean([group.rewards for group in groups]),
+            accuracy_sampled=_mean([group.correctness for group in groups]),
+            length_mean=_mean(
+                [[t.response_length for t in group.trajectories] for group in groups]
+            ),
             tokens_sampled=rollout.tokens,
             tokens_per_s=rollout.tokens / max(seconds["rollout_s"], 1e-9),
             decode_steps=rollout.decode_steps,
-            trajectories_finished=rollout.finished,
+            trajectories_finished=rollout.finished_now,
             trajectories_unfinished=rollout.unfinished,
             repeat_stops=rollout.repeat_stops,
-            samples_trained=sum(map(len, lengths)),
+            samples_trained=len(_trained(groups)),
             samples_trained_total=self.samples_trained,
             tokens_stale_share=trained.tokens_stale_share if trained else nothing,
             max_staleness=trained.max_staleness if trained else 0,
@@ -245,7 +250,47 @@ class Loop:
             loss=trained.loss if trained else nothing,
             grad_norm=trained.grad_norm if trained else nothing,
             entropy=trained.entropy if trained else nothing,
-            zero_advantage_share=mean([group.advantages == 0 for group in groups]),
-            infrastructure_errors=infrastructure_errors,
+            zero_advantage_share=_mean([group.advantages == 0 for group in groups]),
+            infrastructure_errors=len(self.latest.unjudged),
             **seconds,
         )
+
+
+class _Clock:
+    """Seconds of one iteration, and of its two halves."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._sampled = self._wall
+
+    def sampled(self) -> None:
+        self._sampled = time.perf_counter()
+
+    def seconds(self) -> dict[str, float]:
+        now = time.perf_counter()
+        return {
+            "wall_s": now - self._wall,
+            "cpu_s": time.process_time() - self._cpu,
+            "rollout_s": self._sampled - self._wall,
+            "train_s": now - self._sampled,
+        }
+
+
+def _trained(groups: Sequence[Group]) -> list[int]:
+    """Trajectory ids in the order in which they are packed."""
+    return [one.trajectory_id for group in groups for one in group.trajectories]
+
+
+def _by_trajectory(
+    groups: Sequence[Group], trained: TrainingMetrics | None
+) -> dict[int, np.ndarray]:
+    """Trajectory id → the trainer's log-probs."""
+    if trained is None:
+        return {}
+    lengths = [len(one.token_ids) for group in groups for one in group.trajectories]
+    parts = np.split(trained.logprobs, np.cumsum(lengths)[:-1])
+    return dict(zip(_trained(groups), parts, strict=True))
+
+
+def _mean(arrays: Sequence[ArrayLike]) -> float:
+    return float(np.concatenate(arrays).mean()) if len(arrays) else float("nan")

@@ -1,4 +1,4 @@
-"""What a run reports: ``metrics.jsonl``, TensorBoard, sampled trajectories, progress, a summary.
+"""The two records of a run, how ``metrics.jsonl`` is read, and the summary of both.
 
 ``docs/metrics.md`` describes the files. A number that was not measured, or is not finite, is NaN
 here and ``null`` in the files.
@@ -6,20 +6,10 @@ here and ``null`` in the files.
 
 import json
 import math
-import os
-import unicodedata
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Column, Table
-
-from kimi_core.run.folder import write_atomically
-from kimi_core.types import EndReason
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,9 +101,6 @@ class EvaluationMetrics:
 KINDS: dict[str, type] = {"iteration": IterationMetrics, "evaluation": EvaluationMetrics}
 """What the ``kind`` of a line of ``metrics.jsonl`` may be, and what it then holds."""
 
-Sample = tuple[str, str, float, EndReason | None, Sequence[int]]
-"""Prompt, response, reward, why it ended (None: it goes on), policy version of each token."""
-
 
 def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[EvaluationMetrics]]:
     """Read a ``metrics.jsonl`` in file order. Keys this version does not know are left out.
@@ -125,165 +112,13 @@ def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[Evaluat
     """
     iterations: list[IterationMetrics] = []
     evaluations: list[EvaluationMetrics] = []
-    for _, record in _read_lines(Path(path)):
+    for _, record in read_lines(Path(path)):
         values = {name: math.nan if value is None else value for name, value in record.items()}
         if values.pop("kind") == "iteration":
             iterations.append(IterationMetrics(**_known(IterationMetrics, values)))
         else:
             evaluations.append(EvaluationMetrics(**_known(EvaluationMetrics, values)))
     return iterations, evaluations
-
-
-class MetricsWriter:
-    """Takes the metrics of a run as they come, and tells user and files. Use it in ``with``.
-
-    Report an iteration before its state is saved: then every state finds its line on resume, and a
-    line without a state is cut off and comes again.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        total_iterations: int,
-        start_iteration: int = 0,
-        console: Console | None = None,
-    ) -> None:
-        """Go on after ``start_iteration``: lines of later iterations in ``folder`` are cut off.
-
-        Args:
-            folder: the run folder; it exists.
-            total_iterations: what progress and ETA count towards.
-            start_iteration: iterations done in the state that the run goes on from.
-            console: where progress goes; standard output unless given.
-        """
-        from torch.utils.tensorboard import SummaryWriter  # Readers need not wait for it.
-
-        self.folder = Path(folder)
-        self.path = self.folder / "metrics.jsonl"
-        self.total_iterations = total_iterations
-        self.console = console or Console()
-        _cut_after(self.path, start_iteration)
-        self.iterations, self.evaluations = read_metrics(self.path)
-        self._tensorboard = SummaryWriter(
-            str(self.folder / "tensorboard"), purge_step=start_iteration + 1
-        )
-        self._recent_wall_s: deque[float] = deque(maxlen=10)
-        self._closed = False
-        self._progress = Progress(
-            BarColumn(bar_width=10),
-            TextColumn("{task.description}", table_column=Column(no_wrap=False), markup=False),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._task = self._progress.add_task(
-            f"iter {start_iteration}/{total_iterations}",
-            total=total_iterations,
-            completed=start_iteration,
-        )
-        self._progress.start()
-
-    def iteration(self, metrics: IterationMetrics) -> None:
-        """Report an iteration.
-
-        Raises:
-            OSError: the line could not be written.
-        """
-        metrics = _plain(metrics)
-        self.iterations.append(metrics)
-        self._write("iteration", metrics)
-        self._recent_wall_s.append(metrics.wall_s)
-        line = progress_line(metrics, self.total_iterations, self._eta_s(metrics.iteration))
-        if self.console.is_terminal:
-            self._progress.update(self._task, completed=metrics.iteration, description=line)
-        else:
-            self._print(line)
-
-    def evaluation(self, metrics: EvaluationMetrics) -> None:
-        """Report an evaluation. Raises OSError as ``iteration`` does."""
-        metrics = _plain(metrics)
-        self.evaluations.append(metrics)
-        self._write("evaluation", metrics)
-        self._print(
-            f"evaluation after {metrics.iteration}  greedy {metrics.accuracy_greedy:.3f}  "
-            f"sampled {metrics.accuracy_sampled:.3f}  length {metrics.length_mean:.1f}  "
-            f"n {metrics.n}{_no_verdict(metrics)}"
-        )
-
-    def sample_text(self, iteration: int, samples: Iterable[Sample]) -> None:
-        """Write trajectories to ``samples/000010.txt`` for a person to read.
-
-        What a model writes is not to be trusted: characters that steer a terminal are written as
-        escapes, and every line of it stands behind a bar, so that it cannot pose as ours.
-        """
-        blocks = [f"Iteration {iteration}\n"]
-        for number, (prompt, response, reward, end_reason, versions) in enumerate(samples, 1):
-            sampled = sorted({int(version) for version in versions if version >= 0})
-            blocks.append(
-                f"--- {number}: reward {reward:.4g}, end {end_reason or 'open'}, "
-                f"policy versions {', '.join(map(str, sampled)) or 'none'}\n"
-                f"prompt\n{_behind_bars(prompt)}\nresponse\n{_behind_bars(response)}\n"
-            )
-        path = self.folder / "samples" / f"{iteration:06d}.txt"
-        path.parent.mkdir(exist_ok=True)
-        write_atomically(path, "\n".join(blocks))
-
-    def close(self, *, sft_s: float = 0.0) -> None:
-        """Write ``summary.json`` and ``curves.png`` and print the table before → after; once.
-
-        Args:
-            sft_s: wall-clock seconds of SFT, added to the wall time of the summary.
-        """
-        if self._closed:
-            return
-        self._closed = True
-        self._progress.stop()
-        self._tensorboard.close()
-        summary = summarize(self.iterations, self.evaluations, sft_s=sft_s)
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        from kimi_core.run.curves import draw_curves  # Brings matplotlib, which only the end needs.
-
-        draw_curves(self.iterations, self.evaluations, self.folder / "curves.png")
-        if self.evaluations:
-            self.console.print(_before_after(self.evaluations[0], self.evaluations[-1], summary))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _write(self, kind: str, metrics: IterationMetrics | EvaluationMetrics) -> None:
-        record = _to_record(metrics)
-        _append(self.path, json.dumps({"kind": kind} | record, allow_nan=False) + "\n")
-        for name, value in record.items():
-            if name != "iteration" and value is not None:
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, metrics.iteration)
-        self._tensorboard.flush()
-
-    def _eta_s(self, done: int) -> float:
-        mean = sum(self._recent_wall_s) / len(self._recent_wall_s)
-        return mean * max(0, self.total_iterations - done)
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def progress_line(metrics: IterationMetrics, total: int, eta_s: float) -> str:
-    """One line about an iteration, as ``iter 12/60  reward 0.61  …  eta 2:14``."""
-    trajectories = metrics.trajectories_finished + metrics.trajectories_unfinished
-    unfinished = metrics.trajectories_unfinished / max(1, trajectories)
-    return (
-        f"iter {metrics.iteration}/{total}  reward {metrics.reward_mean:.2f}  "
-        f"accuracy {metrics.accuracy_sampled:.2f}  length {metrics.length_mean:.1f}  "
-        f"{metrics.tokens_per_s:.0f} tok/s  unfinished {unfinished:.0%}  "
-        f"mismatch {metrics.logprob_gap_mean:.1e}{_no_verdict(metrics)}  eta {_clock(eta_s)}"
-    )
-
-
-def _no_verdict(metrics: IterationMetrics | EvaluationMetrics) -> str:
-    count = metrics.infrastructure_errors
-    return f"  no verdict {count}" if count else ""
 
 
 def summarize(
@@ -300,58 +135,12 @@ def summarize(
         "tokens_sampled": sum(m.tokens_sampled for m in iterations),
         "samples_trained": sum(m.samples_trained for m in iterations),
         "infrastructure_errors": sum(m.infrastructure_errors for m in iterations),
-        "first_evaluation": _to_record(evaluations[0]) if evaluations else None,
-        "last_evaluation": _to_record(evaluations[-1]) if evaluations else None,
+        "first_evaluation": to_record(evaluations[0]) if evaluations else None,
+        "last_evaluation": to_record(evaluations[-1]) if evaluations else None,
     }
 
 
-def visible(text: str) -> str:
-    """``text`` with everything but line feeds that does not print as itself written as an escape.
-
-    >>> visible("1\\x1b[2J")
-    '1\\\\x1b[2J'
-    """
-    return "".join(c if _prints(c) else c.encode("unicode_escape").decode() for c in text)
-
-
-def _prints(char: str) -> bool:
-    category = unicodedata.category(char)
-    return char == "\n" or (category[0] != "C" and category not in ("Zl", "Zp"))
-
-
-def _behind_bars(text: str) -> str:
-    return "\n".join(f"  | {line}" for line in visible(text).split("\n"))
-
-
-def _clock(seconds: float) -> str:
-    """Seconds as ``2:14`` or ``1:02:14``; ``?`` where not finite."""
-    if not math.isfinite(seconds):
-        return "?"
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, rest = divmod(rest, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _before_after(
-    first: EvaluationMetrics, last: EvaluationMetrics, summary: dict[str, Any]
-) -> Table:
-    table = Table(
-        "held out",
-        *(Column(heading, justify="right") for heading in ("before", "after", "change")),
-        title=f"{summary['iterations']} iterations, {_clock(summary['wall_s'])}, "
-        f"{summary['tokens_sampled']:,} tokens sampled",
-    )
-    for name, before, after, form in (
-        ("accuracy, greedy", first.accuracy_greedy, last.accuracy_greedy, ".3f"),
-        ("accuracy, sampled", first.accuracy_sampled, last.accuracy_sampled, ".3f"),
-        ("length, tokens", first.length_mean, last.length_mean, ".1f"),
-    ):
-        table.add_row(name, f"{before:{form}}", f"{after:{form}}", f"{after - before:+{form}}")
-    table.add_row("prompts", str(first.n), str(last.n))
-    return table
-
-
-def _to_record(metrics: IterationMetrics | EvaluationMetrics) -> dict[str, Any]:
+def to_record(metrics: IterationMetrics | EvaluationMetrics) -> dict[str, Any]:
     """As JSON allows it: what is not finite is None."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -359,7 +148,7 @@ def _to_record(metrics: IterationMetrics | EvaluationMetrics) -> dict[str, Any]:
     }
 
 
-def _plain(metrics: Any) -> Any:
+def plain(metrics: Any) -> Any:
     """The same metrics with Python numbers for the scalars of numpy and torch."""
     scalars = {k: v.item() for k, v in vars(metrics).items() if hasattr(v, "item")}
     return replace(metrics, **scalars)
@@ -369,7 +158,7 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     return {field.name: values[field.name] for field in fields(kind) if field.name in values}
 
 
-def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Every whole line with what it says."""
     if not path.exists():
         return []
@@ -387,26 +176,3 @@ def _read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             raise ValueError(f"{path}, line {number} lacks {', '.join(missing)}")
         records.append((line, record))
     return records
-
-
-def _cut_after(path: Path, iteration: int) -> None:
-    """Drop what was written after the state of ``iteration``, and a torn last line."""
-    if path.exists():
-        kept = [line for line, record in _read_lines(path) if record["iteration"] <= iteration]
-        write_atomically(path, b"".join(line + b"\n" for line in kept))
-
-
-def _append(path: Path, line: str) -> None:
-    """Add a line durably and with one ``write``, so that nobody ever sees two lines mixed."""
-    content = line.encode()
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        written = os.write(handle, content)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    if written < len(content):
-        raise OSError(
-            f"{path} took {written} of {len(content)} bytes: the disk is full; make room and "
-            "continue with --resume, which drops the torn line"
-        )

@@ -1,13 +1,18 @@
 """The nouns of the system, each with a worked example. ``loop.py`` has the verbs.
 
-The running example: prompt 7 asks ``3*214=`` and the policy, at version 4, may add three tokens to
-a response in one iteration. Characters are tokens.
+The examples all follow one case. Prompt 7 asks ``3*214=``. The policy is at version 4 and may add
+three tokens to a response in one iteration. Each character is one token.
 
-Token arrays are one-dimensional numpy arrays, one entry a token: ``token_ids`` int32, ``logprobs``
-float32 in nats, ``mask`` uint8 (1 = sampled by the policy, counts in the loss; 0 = prompt) and
-``policy_versions`` int32 (the weights that sampled the token; ``PROMPT_VERSION`` on prompt tokens).
+Token arrays are one-dimensional numpy arrays with one entry per token: ``token_ids`` int32,
+``logprobs`` float32 in nats, ``mask`` uint8 (1: sampled by the policy, counts in the loss; 0: part
+of the prompt) and ``policy_versions`` int32 (the version of the weights that sampled the token;
+``PROMPT_VERSION`` on prompt tokens).
+
+A policy version is an int. Version 0 is the policy that RL starts from, and each iteration
+publishes the next one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +22,10 @@ PROMPT_VERSION = -1
 """The policy version written on tokens that no policy sampled."""
 
 EndReason = Literal["stop", "length", "repeat"]
-"""Why a response ended: it said so, it reached the total length limit, or it repeated itself."""
+"""Why a response ended: with a stop token, at the total length limit, or by repeating itself."""
+
+Normalize = Literal["none", "length", "sqrt_length"]
+"""What an objective divides a response's summed log-probs by: 1, its length, or its root."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +40,17 @@ class Prompt:
     text: str
     answer: str
     difficulty: float | None = None
-    """1 − pass rate of the start model, in [0, 1]; None where nobody measured it."""
+    """1 − pass rate of the start model, in [0, 1]; None if it was not measured."""
     tags: dict[str, str] = field(default_factory=dict)
-    """Whatever else the source knows (domain, discipline); reward functions may read it."""
+    """Other facts from the source, such as the domain. Reward functions may read them."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """What one iteration added to one response; the engine's output and the buffer's input.
+    """Tokens that an engine added to one response; the engine's output and the buffer's input.
 
-    The first iteration may add three tokens, so the answer ``642`` plus the stop token (id 1) takes
-    two segments; the first one leaves the trajectory open.
+    The answer ``642`` and the stop token (id 1) are four tokens, so they take two iterations and
+    two segments. The first segment leaves the trajectory open.
 
     >>> part = Segment(trajectory_id=0, token_ids=np.array([9, 7, 5], np.int32),
     ...     logprobs=np.array([-0.1, -0.7, -0.2], np.float32), policy_version=4, end_reason=None)
@@ -64,7 +72,7 @@ class Segment:
 class Trajectory:
     """One prompt with one response, finished or not, as the buffer returns it.
 
-    After two iterations: six prompt tokens, three tokens from version 4 and one from version 5.
+    After two iterations it has six prompt tokens, three from version 4 and one from version 5.
 
     >>> whole = Trajectory(trajectory_id=0, prompt_id=7, group_id=0,
     ...     token_ids=np.array([6, 17, 5, 4, 7, 3, 9, 7, 5, 1], np.int32),
@@ -87,13 +95,13 @@ class Trajectory:
 
     @property
     def prompt_length(self) -> int:
-        """Tokens before the first one that a policy sampled."""
+        """Number of tokens before the first sampled one."""
         sampled = np.flatnonzero(self.mask)
         return int(sampled[0]) if len(sampled) else len(self.token_ids)
 
     @property
     def response_length(self) -> int:
-        """Tokens from the first sampled one on."""
+        """Number of tokens from the first sampled one to the end."""
         return len(self.token_ids) - self.prompt_length
 
     @property
@@ -103,25 +111,36 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Group:
-    """The responses of one prompt that are scored and trained together, with their rewards.
+    """Responses to one prompt that are trained together in one iteration, with their rewards.
 
-    >>> group = Group(prompt=Prompt(7, "3*214=", "642"), trajectories=(),
-    ...     correctness=np.array([1.0, 0.0]), rewards=np.array([1.15, 0.0]),
-    ...     advantages=np.array([0.575, -0.575]), reward_std=0.575)
-    >>> float(group.advantages.sum())
-    0.0
+    Arrays are float64 ``[k]``, one entry per trajectory.
+
+    >>> group = Group(group_id=0, prompt=Prompt(7, "3*214=", "642"), trajectories=(),
+    ...     correctness=np.array([1.0, 0.0]), length_rewards=np.array([0.15, 0.0]),
+    ...     penalties=np.array([0.0, 0.0]), advantages=np.array([0.575, -0.575]),
+    ...     ended_rewards=np.array([1.15, 0.0]))
+    >>> group.rewards.tolist(), float(group.advantages.sum())
+    ([1.15, 0.0], 0.0)
     """
 
+    group_id: int
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
     correctness: np.ndarray
-    """What the reward function gave, float64 ``[k]``."""
-    rewards: np.ndarray
-    """Correctness plus the weighted length reward and the repeat penalty, float64 ``[k]``."""
+    """The reward function's result."""
+    length_rewards: np.ndarray
+    """The weighted length reward (section 2.3.3); 0 while it is off."""
+    penalties: np.ndarray
+    """What a response loses for repeating itself; at least 0."""
     advantages: np.ndarray
-    """Rewards minus the baseline (section 2.3.2: the mean reward of the group), float64 ``[k]``."""
-    reward_std: float
-    """Standard deviation of the rewards of all its responses that have ended so far."""
+    """Rewards minus the baseline (section 2.3.2: the mean reward of the group)."""
+    ended_rewards: np.ndarray
+    """Rewards of every response of the group that has ended so far, also in earlier iterations."""
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """Correctness plus length reward minus penalty."""
+        return self.correctness + self.length_rewards - self.penalties
 
 
 @dataclass(frozen=True)
@@ -152,15 +171,84 @@ class Batch:
         return np.diff(self.cu_seqlens)
 
 
-@dataclass(frozen=True, order=True)
-class WeightVersion:
-    """Names one published set of weights. Version 0 is the policy that RL starts from.
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one training phase learns from: n responses that have ended, packed, with their rewards.
 
-    >>> WeightVersion(4).next() > WeightVersion(4)
-    True
+    >>> tokens = Batch(token_ids=np.zeros(10, np.int32), logprobs=np.zeros(10, np.float32),
+    ...     mask=np.ones(10, np.uint8), policy_versions=np.zeros(10, np.int32),
+    ...     cu_seqlens=np.array([0, 4, 10], np.int32))
+    >>> batch = TrainingBatch(tokens, group_ids=np.array([3, 3]), rewards=np.array([1.0, 0.0]),
+    ...     correctness=np.array([1.0, 0.0]), advantages=np.array([0.5, -0.5]),
+    ...     ended_rewards={3: np.array([1.0, 0.0])})
+    >>> len(batch)
+    2
     """
 
-    number: int
+    tokens: Batch
+    group_ids: np.ndarray
+    """The group of each response, int64 ``[n]``."""
+    rewards: np.ndarray
+    """float64 ``[n]``."""
+    correctness: np.ndarray
+    """The reward function's result, float64 ``[n]``."""
+    advantages: np.ndarray
+    """Rewards minus the baseline, float64 ``[n]``."""
+    ended_rewards: Mapping[int, np.ndarray]
+    """Group id → ``Group.ended_rewards``, float64."""
 
-    def next(self) -> "WeightVersion":
-        return WeightVersion(self.number + 1)
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One open trajectory that an engine is to extend.
+
+    ``budget`` and ``remaining`` are at least 1. A response that reaches ``remaining`` ends with
+    ``"length"``; one that spends ``budget`` first stays open.
+
+    >>> prompt = np.array([6, 17, 5, 4, 7, 3], np.int32)
+    >>> Request(trajectory_id=0, token_ids=prompt, prompt_length=6, budget=3, remaining=96).steps
+    3
+    """
+
+    trajectory_id: int
+    """Names the trajectory in the segments that come back, and seeds its sampling."""
+    token_ids: np.ndarray
+    """The prompt and every segment so far, int32 ``[n]``; not empty."""
+    prompt_length: int
+    """Where the response begins. Repeats are looked for from there."""
+    budget: int
+    """Output tokens that this call may add."""
+    remaining: int
+    """Output tokens left until the total length limit."""
+
+    @property
+    def steps(self) -> int:
+        """The most tokens that the call may add."""
+        return min(self.budget, self.remaining)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an engine draws tokens; the same for all requests of a call.
+
+    Log-probs are those of the distribution that is sampled: ``softmax(logits / temperature)``. With
+    ``temperature = 0`` the engine takes the most likely token and reports its log-prob at
+    temperature 1. A token depends only on ``(seed, trajectory_id, position)`` and the model. It
+    does not depend on the other rows of the batch, nor on how a response is cut into segments.
+
+    >>> Sampling(temperature=1.0, seed=0, stop_token_ids=frozenset({1})).repeat_window
+    0
+    """
+
+    temperature: float
+    seed: int
+    stop_token_ids: frozenset[int]
+    repeat_window: int = 0
+    """Length of the repeated block, in tokens; 0 turns detection off."""
+    repeat_count: int = 0
+    """A response ends with ``"repeat"`` when one block has occurred this many times."""
+    stream_tokens: int = 0
+    """Tokens of a growing response between two segments; 0: one segment at its end."""

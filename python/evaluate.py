@@ -29,10 +29,12 @@ arguments.add_argument("--limit", type=int, metavar="N", help="only the first N 
 
 
 def evaluate_held_out(config: Config, limit: int | None) -> None:
-    from kimi_core.run.run import EVALUATION_SEED, build
+    from kimi_core.run.build import build
+    from kimi_core.run.run import EVALUATION_SEED
 
     seed = config.seed + EVALUATION_SEED
     with closing(build(config)) as parts:
+        parts.loop.start()
         done = parts.evaluator.evaluate(iteration=0, seed=seed, limit=limit)
     print(json.dumps(asdict(done)))
 

@@ -18,18 +18,20 @@ from kimi_core.config import Config
 def run(config: Config) -> None:
     from rich.console import Console
 
-    from kimi_core.metrics import MetricsWriter
+    from kimi_core.run.build import build
     from kimi_core.run.folder import RunFolder
-    from kimi_core.run.run import build, evaluate, fine_tune
+    from kimi_core.run.report import Report
+    from kimi_core.run.run import evaluate, fine_tune
 
     console = Console()
     with (
         closing(build(config)) as parts,
         RunFolder.create(Path(config.runs) / config.name, config) as folder,
     ):
-        with MetricsWriter(folder.path, total_iterations=0, console=console) as metrics:
-            fine_tune(parts.model, parts.codec, config, parts.train_prompts, console)
-            evaluate(parts, config, metrics)
+        with Report(folder.path, total_iterations=0, console=console) as report:
+            fine_tune(parts, config, console)
+            parts.loop.start()
+            evaluate(parts, config, report)
         print(f"checkpoint: {folder.save_checkpoint(parts.model, parts.tokenizer)}")
 
 

@@ -20,10 +20,10 @@ import kimi_core
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, load_config
 from kimi_core.metrics import read_metrics
-from kimi_core.rollout.engine import Request
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.run.run import Parts, build, fine_tune, train
-from kimi_core.types import PROMPT_VERSION, Trajectory
+from kimi_core.run.build import Parts, build
+from kimi_core.run.run import fine_tune, train
+from kimi_core.types import PROMPT_VERSION, Request, Trajectory
 
 TINY = [
     "model.layers=2",
@@ -53,7 +53,8 @@ def started(*overrides: str) -> Parts:
     """A model after a little SFT, so that some of its responses end by themselves."""
     given = config(*overrides)
     parts = build(given)
-    fine_tune(parts.model, parts.codec, given, parts.train_prompts, Console(file=StringIO()))
+    fine_tune(parts, given, Console(file=StringIO()))
+    parts.loop.start()
     return parts
 
 
@@ -62,7 +63,7 @@ def trained_by(parts: Parts, iterations: int) -> list[list[Trajectory]]:
     trained = []
     for _ in range(iterations):
         parts.loop.iterate()
-        trained.append([t for group in parts.loop.latest_groups for t in group.trajectories])
+        trained.append([t for group in parts.loop.latest.groups for t in group.trajectories])
     return trained
 
 
@@ -98,7 +99,7 @@ def test_continued_trajectories_carry_their_versions_and_are_trained_once(releas
     group_trained: dict[int, set[int]] = defaultdict(set)
     for iteration in range(8):
         report = parts.loop.iterate()
-        trained = [t for group in parts.loop.latest_groups for t in group.trajectories]
+        trained = [t for group in parts.loop.latest.groups for t in group.trajectories]
         assert report.policy_version == iteration
         assert report.decode_steps <= BUDGET
         assert report.samples_trained == len(trained)
@@ -156,7 +157,7 @@ def test_tokens_of_older_versions_are_stale_in_the_metrics():
 
 
 def test_a_resumed_run_remembers_how_long_engine_and_trainer_have_differed():
-    before, after = started(), started()
+    before, after = started(), build(config())
     before.loop.trainer.gaps_over_limit = 2
     after.loop.load_state(json.loads(json.dumps(before.loop.state())), before.loop.buffer)
     assert after.loop.trainer.gaps_over_limit == 2
@@ -225,17 +226,17 @@ STEPWISE = """
     import signal
     import sys
     from pathlib import Path
-    from kimi_core.run.run import run
+    from kimi_core.run import run, state
     from kimi_core.config import load_config
 
-    save, calls = run._save, None
-    def saved(parts, folder, *rest):
+    save, calls = state.save, None
+    def saved(loop, folder, *rest):
         global calls
-        save(parts, folder, *rest)
-        print("saved", parts.loop.iteration, flush=True)
-        if parts.loop.iteration == int(os.environ.get("DIE_AFTER", 2)):
+        save(loop, folder, *rest)
+        print("saved", loop.iteration, flush=True)
+        if loop.iteration == int(os.environ.get("DIE_AFTER", 2)):
             calls = itertools.count(1)
-    run._save = saved
+    state.save = saved
 
     if "DIE_IN" in os.environ:
         module, path, fatal = os.environ["DIE_IN"].split(":")
@@ -284,8 +285,8 @@ def killed(overrides: list[str], **environment: str) -> None:
 @pytest.mark.parametrize(
     "moment",
     [
-        "kimi_core.loop:publish:1",  # trained, not counted
-        "kimi_core.run.folder:_swap:1",  # in metrics.jsonl, its state half saved
+        "kimi_core.trainer.trainer:Trainer.publish:1",  # trained, not counted
+        "kimi_core.run.folder:swap:1",  # in metrics.jsonl, its state half saved
         "kimi_core.loop:Loop._evict_consumed:1",  # saved, and the buffer is still as it was
         "kimi_core.loop:Loop._begin:1",  # evicted, nothing begun
         "kimi_core.buffer:RolloutBuffer.append:5",  # a trajectory begun without its prompt
@@ -354,7 +355,7 @@ def test_a_run_killed_in_a_rollout_continues_from_the_last_token(
 def test_a_live_buffer_that_does_not_fit_gives_way_to_the_snapshot(straight, tmp_path, spoilt):
     """With ``save_every`` = 3 a kill in iteration 5 finds a buffer of weights that are lost."""
     overrides = [*RUN, f"runs={tmp_path}", "save_every=3"]
-    killed([*TINY, *overrides], DIE_IN="kimi_core.loop:publish:2", DIE_AFTER="3")
+    killed([*TINY, *overrides], DIE_IN="kimi_core.trainer.trainer:Trainer.publish:2", DIE_AFTER="3")
     live = tmp_path / "think" / "buffer.bin"
     if spoilt == "missing":
         live.unlink()

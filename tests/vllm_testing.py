@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers as hf
 
-from kimi_core.rollout.engine import Request, Sampling
 from kimi_core.rollout.vllm.engine import VLLMEngine
-from kimi_core.types import Segment
+from kimi_core.types import Request, Sampling, Segment
+from kimi_core.weights.publish import ArenaPublisher
 
 MARKS = [
     pytest.mark.vllm,
@@ -60,9 +60,34 @@ def perturb(model: Any, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
 
 
-def next_version(engine: VLLMEngine) -> None:
+class PublishedEngine(VLLMEngine):
+    """A ``VLLMEngine`` with the model and the publisher that belong to its trainer."""
+
+    def __init__(self, model: Any, *, policy_version: int = 0, **settings: Any):
+        self.model = model
+        size = settings.get("options", {}).get("tensor_parallel_size", 1)
+        self.publisher = ArenaPublisher(model.config, model.dtype, tp_size=size)
+        super().__init__(
+            model.config,
+            model.dtype,
+            lambda: self.publisher.paths,
+            policy_version=policy_version,
+            **settings,
+        )
+        self.publisher.publish(model.named_parameters(), policy_version)
+
+    def publish_and_serve(self, version: int) -> None:
+        self.publisher.publish(self.model.named_parameters(), version)
+        self.serve(version)
+
+    def close(self) -> None:
+        super().close()
+        self.publisher.close()
+
+
+def next_version(engine: PublishedEngine) -> None:
     perturb(engine.model, engine.policy_version)
-    engine.update(engine.policy_version + 1)
+    engine.publish_and_serve(engine.policy_version + 1)
 
 
 def requests_of(n: int, budget: int = 40, remaining: int = 40) -> list[Request]:

@@ -1,26 +1,26 @@
-"""Accuracy on held-out prompts, greedy and sampled, by the same engine and reward as training."""
+"""Accuracy on held-out prompts, greedy and sampled, with the engine and reward of training."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 
 from kimi_core.config import RolloutConfig
 from kimi_core.metrics import EvaluationMetrics
 from kimi_core.reward.base import RewardFunction, judge_all
-from kimi_core.rollout.engine import Engine, Request, Sampling
+from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import sampling_for
-from kimi_core.types import Prompt
+from kimi_core.rollout.texts import complete
+from kimi_core.types import Prompt, Sampling
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Answers held-out prompts and scores the answers.
 
-    ``encode`` gives a prompt's token ids, int32 ``[n]``; ``response_text`` turns a response's ids
-    into the text that the reward function sees.
+    ``encode`` gives a prompt's token ids, int32 ``[n]``. ``response_text`` turns the ids of a
+    response into the text that the reward function sees.
     """
 
     engine: Engine
@@ -36,7 +36,7 @@ class Evaluator:
     def evaluate(self, *, iteration: int, seed: int, limit: int | None = None) -> EvaluationMetrics:
         """One greedy and one sampled response to each of the first ``limit`` prompts.
 
-        Responses whose verdict could not be reached are counted, and left out of the means.
+        Responses without a verdict are counted, and left out of the means.
 
         Raises:
             RewardError: the reward function raised or returned no finite number.
@@ -60,31 +60,26 @@ class Evaluator:
 
     def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
         sampling = sampling_for(self.rollout, self.stop_token_ids, seed=seed, greedy=greedy)
-        return replace(sampling, stream_tokens=0)  # Whole responses: nothing of them is kept.
+        return replace(sampling, stream_tokens=0)  # Nothing has to be stored in between.
 
     def _answer(
         self, prompts: Sequence[Prompt], sampling: Sampling
     ) -> tuple[list[float | None], list[int]]:
-        """Correctness, None where there is no verdict, and length of a response to each prompt."""
-        limit = self.rollout.max_response_tokens
-        requests = []
-        for index, prompt in enumerate(prompts):
-            token_ids = self.encode(prompt)
-            requests.append(
-                Request(index, token_ids, len(token_ids), budget=limit, remaining=limit)
-            )
-        texts = [""] * len(prompts)
-        lengths = [0] * len(prompts)
-        for segment in chain.from_iterable(self.engine.generate(requests, sampling)):
-            texts[segment.trajectory_id] = self.response_text(segment.token_ids)
-            lengths[segment.trajectory_id] = len(segment)
+        """Correctness (None: no verdict) and length of one response to each prompt."""
+        answers = complete(
+            self.engine,
+            [self.encode(prompt) for prompt in prompts],
+            sampling,
+            max_tokens=self.rollout.max_response_tokens,
+        )
+        texts = [self.response_text(answer.token_ids) for answer in answers]
         correctness = judge_all(
             self.reward,
             list(zip(prompts, texts, strict=True)),
             workers=self.workers,
             outage_from=self.rollout.samples_per_prompt,
         )
-        return correctness, lengths
+        return correctness, [len(answer) for answer in answers]
 
 
 def _mean(correctness: Sequence[float | None]) -> float:

@@ -1,23 +1,19 @@
-"""pass@1 on HumanEval: of a model, or of the canonical or the empty solutions, as a check of ours.
+"""pass@1 on HumanEval, of a model or, as a check of the scorer, of given solutions.
 
 A model's response is its most likely continuation of each prompt (greedy), cut as
-``extract_program`` says. Every verdict is accounted for: those that could not be reached are
-counted apart, and are in no rate.
+``extract_program`` says. Problems without a verdict are counted apart and are in no rate.
 """
 
 import time
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, Literal
-
-import numpy as np
 
 from kimi_core.config import Config
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import limit_threads, load_model
 from kimi_core.reward.base import judge_all
 from kimi_core.reward.code.reward import CodeReward
-from kimi_core.rollout.engine import Request
+from kimi_core.rollout import texts
 from kimi_core.rollout.phase import sampling_for
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.tasks import humaneval
@@ -76,17 +72,13 @@ def complete(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     engine = TorchEngine(model, batch_rows=config.rollout.batch_rows)
     most = config.rollout.max_response_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    requests = []
-    for index, prompt in enumerate(prompts):
-        ids = codec.encode_prompt(prompt)
+    contexts = [codec.encode_prompt(prompt) for prompt in prompts]
+    for prompt, ids in zip(prompts, contexts, strict=True):
         if context is not None and len(ids) + most > context:
             raise ValueError(
                 f"{prompt.tags['problem']} has {len(ids)} tokens; with rollout.max_response_tokens "
                 f"= {most} that is more than the model's context of {context}: lower the limit"
             )
-        requests.append(Request(index, ids, len(ids), budget=most, remaining=most))
     sampling = sampling_for(config.rollout, codec.stop_token_ids, seed=config.seed, greedy=True)
-    parts: list[list[int]] = [[] for _ in prompts]
-    for segment in chain.from_iterable(engine.generate(requests, sampling)):
-        parts[segment.trajectory_id].extend(segment.token_ids.tolist())
-    return [codec.response_text(np.array(ids, np.int32)) for ids in parts]
+    answers = texts.complete(engine, contexts, sampling, max_tokens=most)
+    return [codec.response_text(answer.token_ids) for answer in answers]

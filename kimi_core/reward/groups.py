@@ -1,25 +1,24 @@
 """From responses that ended to groups with rewards and advantages (sections 2.3.2 and 2.3.3).
 
-A response may be trained in the iteration in which it ends, while siblings of its group are still
-open; the scorer keeps what it needs of those that ended before.
+A response may be trained in the iteration in which it ends, while other responses of its group are
+still open. The scorer therefore remembers what it needs of those that ended before.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from kimi_core.config import Config
 from kimi_core.reward.base import RewardFunction, judge_all
 from kimi_core.reward.length import length_rewards
-from kimi_core.trainer.objectives import baseline
 from kimi_core.types import Group, Prompt, Trajectory
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What is kept of a response with a verdict until its whole group has ended."""
+    """What the scorer keeps of a response with a verdict until its whole group has ended."""
 
     trajectory_id: int
     correctness: float
@@ -28,16 +27,16 @@ class Ended:
 
 
 class GroupScorer:
-    """Judges responses, and remembers each open group's until the whole group has ended.
+    """Judges responses, and remembers those of each open group until the whole group has ended.
 
-    A response whose verdict could not be reached is left out of its group: neither the baseline nor
-    the range of lengths knows of it.
+    A response without a verdict is left out of its group: it counts neither for the baseline nor
+    for the range of lengths.
 
     Args:
         config: ``reward``, ``trainer.release``, ``trainer.tau``, ``trainer.baseline`` and
             ``rollout.samples_per_prompt`` are read.
         reward: the run's reward function.
-        response_text: from token ids ``[n]`` to text, without the stop token.
+        response_text: turns token ids, int32 ``[n]``, into text without the stop token.
     """
 
     def __init__(
@@ -49,9 +48,9 @@ class GroupScorer:
         self._ended: dict[int, list[Ended]] = {}
 
     def judge(self, finished: Sequence[tuple[Prompt, Trajectory]]) -> list[int]:
-        """Judge all that an iteration ended; returns the ids of those without a verdict.
+        """Judge the responses that ended; return the ids of those without a verdict.
 
-        Those that a previous call judged are not judged again. An error leaves everything as it
+        A response that an earlier call judged is not judged again. An error leaves the scorer as it
         was.
 
         Raises:
@@ -90,18 +89,18 @@ class GroupScorer:
         iteration: int,
         expected: float,
     ) -> Group | None:
-        """Rewards and advantages of what one group has to train now; None if nothing is.
+        """Rewards and advantages of the responses to train now; None if there are none.
 
-        A response that is alone in its group, because there is no verdict on its siblings, has
-        nothing to be compared with: its advantage is 0.
+        A response that has no siblings, because they have no verdict, has nothing to be compared
+        with. Its advantage is 0.
 
         Args:
             prompt: the group's.
-            finished: its responses that have ended and have not been trained, at least one; all
-                went through `judge`.
-            open_lengths: response lengths so far of its siblings that are still open.
+            finished: the group's responses that have ended and were not trained; at least one, and
+                all of them went through ``judge``.
+            open_lengths: response lengths so far of the group's responses that go on.
             iteration: decides whether the length reward is on.
-            expected: the prompt's success rate, which stands in for each open sibling.
+            expected: the prompt's success rate, which stands for each open response.
         """
         group_id = finished[0].group_id
         if open_lengths and self._config.trainer.release == "group":
@@ -113,7 +112,10 @@ class GroupScorer:
         judged = [one for one in finished if one.trajectory_id in row]
         if not judged:
             return None
-        rewards = self._rewards(ended, open_lengths, iteration)
+        correctness = np.array([one.correctness for one in ended])
+        length_rewards = self._length_rewards(ended, open_lengths, iteration)
+        penalties = self._config.reward.repeat_penalty * np.array([one.repeated for one in ended])
+        rewards = correctness + length_rewards - penalties
         level = baseline(
             rewards,
             missing=len(open_lengths),
@@ -123,12 +125,14 @@ class GroupScorer:
         )
         rows = [row[one.trajectory_id] for one in judged]
         return Group(
+            group_id=group_id,
             prompt=prompt,
             trajectories=tuple(judged),
-            correctness=np.array([ended[row].correctness for row in rows]),
-            rewards=rewards[rows],
+            correctness=correctness[rows],
+            length_rewards=length_rewards[rows],
+            penalties=penalties[rows],
             advantages=rewards[rows] - level,
-            reward_std=float(rewards.std()),
+            ended_rewards=rewards,
         )
 
     def state(self) -> dict[str, Any]:
@@ -139,17 +143,45 @@ class GroupScorer:
         """Take over what :meth:`state` gave."""
         self._ended = {int(key): [Ended(**one) for one in ended] for key, ended in state.items()}
 
-    def _rewards(
+    def _length_rewards(
         self, ended: Sequence[Ended], open_lengths: Sequence[int], iteration: int
     ) -> np.ndarray:
+        """The weighted length reward of each ended response; 0 while it is off."""
         config = self._config.reward
-        correctness = np.array([one.correctness for one in ended])
-        rewards = correctness - config.repeat_penalty * np.array([one.repeated for one in ended])
-        if config.length_weight and iteration >= config.length_warmup:
-            # An open sibling is at least as long as it is now, so it belongs in the range.
-            lengths = [one.length for one in ended] + list(open_lengths)
-            correct = np.concatenate([correctness > 0.5, np.zeros(len(open_lengths), bool)])
-            rewards = (
-                rewards + config.length_weight * length_rewards(lengths, correct)[: len(ended)]
-            )
-        return rewards
+        if not config.length_weight or iteration < config.length_warmup:
+            return np.zeros(len(ended))
+        # An open response is at least as long as it is now, so its length belongs in the range.
+        lengths = [one.length for one in ended] + list(open_lengths)
+        correct = [one.correctness > 0.5 for one in ended] + [False] * len(open_lengths)
+        return config.length_weight * length_rewards(lengths, correct)[: len(ended)]
+
+
+def baseline(
+    rewards: np.ndarray,
+    *,
+    missing: int,
+    expected: float,
+    tau: float,
+    kind: Literal["mean", "log_partition"],
+) -> float:
+    """Estimate of τ·log Z from the responses of one prompt (section 2.3.2).
+
+    Args:
+        rewards: of the responses that have ended, in this iteration or before, float64 ``[m]``.
+        missing: number of responses that are still open. Each counts with the reward that the
+            prompt's success rate predicts, so that the few which end first do not decide alone.
+        expected: that success rate, in [0, 1].
+        tau: τ, the strength of the regulariser.
+        kind: ``mean``: the mean reward, as the report does in practice;
+            ``log_partition``: τ·log mean exp(r/τ), which tends to the mean for large τ.
+    """
+    total = len(rewards) + missing
+    if kind == "mean":
+        return (float(rewards.sum()) + missing * expected) / total
+    # An open response ends with reward 1 with probability `expected`, otherwise with 0.
+    outcomes = np.append(rewards, [1.0, 0.0])
+    weights = np.append(np.ones(len(rewards)), [missing * expected, missing * (1 - expected)])
+    outcomes, weights = outcomes[weights > 0], weights[weights > 0]
+    # Shifted by the largest outcome, because exp(1 / τ) overflows and exp(-1 / τ) vanishes.
+    top = float(outcomes.max())
+    return float(top + tau * np.log((weights * np.exp((outcomes - top) / tau)).sum() / total))

@@ -1,29 +1,44 @@
-"""The rollout phase: every open trajectory goes on by at most the token budget (section 2.6.2)."""
+"""The rollout phase: every open trajectory grows by at most the token budget (section 2.6.2).
+
+``roll_out`` reads each trajectory of the buffer once, before it samples. Everything that it reports
+comes from that read and from the segments as they pass.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
 
 from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import RolloutConfig
-from kimi_core.rollout.engine import Engine, Request, Sampling
-from kimi_core.types import PROMPT_VERSION, Prompt, Segment, Trajectory
+from kimi_core.rollout.engine import Engine
+from kimi_core.types import PROMPT_VERSION, Prompt, Request, Sampling, Segment, Trajectory
 
 SPARE_SEGMENTS = 100
-"""Room in each trajectory for the cuts that crashes make: one more segment each."""
+"""Extra segments that fit into each trajectory: a crash cuts a response once more."""
 
 
 @dataclass(frozen=True)
-class RolloutReport:
-    """What one rollout phase did."""
+class Rollout:
+    """What the buffer holds after one rollout phase, and what the phase did."""
 
-    finished: int
-    unfinished: int
+    finished: list[Trajectory]
+    """Every trajectory in the buffer that has ended, oldest first."""
+    open_lengths: dict[int, list[int]]
+    """Group id → response lengths so far of its trajectories that go on."""
+    finished_now: int
+    """Trajectories that ended in this phase."""
     repeat_stops: int
+    """Of these, the ones that were stopped for repeating themselves."""
     tokens: int
+    """Tokens sampled in this phase."""
     decode_steps: int
+    """Decode steps of this process."""
+
+    @property
+    def unfinished(self) -> int:
+        return sum(map(len, self.open_lengths.values()))
 
 
 def begin_group(
@@ -35,10 +50,11 @@ def begin_group(
     samples: int,
     begun: Sequence[TrajectoryInfo] = (),
 ) -> None:
-    """Open ``samples`` trajectories on one prompt; its tokens are their first segment, mask 0.
+    """Open ``samples`` trajectories on one prompt, whose tokens are their first segment, mask 0.
 
-    ``begun`` are those of the group that are in the buffer already, after a crash; one of them may
-    lack its prompt.
+    Args:
+        begun: trajectories of the group that are in the buffer already, after a crash. One of them
+            may lack its prompt.
     """
     nothing_sampled = np.zeros(len(prompt_ids), np.float32)
     empty = [info.trajectory_id for info in begun if not info.length]
@@ -55,22 +71,27 @@ def begin_group(
 
 def roll_out(
     engine: Engine, buffer: RolloutBuffer, config: RolloutConfig, sampling: Sampling
-) -> RolloutReport:
+) -> Rollout:
     """Extend every unfinished trajectory in ``buffer``; segments are appended as they arrive.
 
-    What the engine's present version has sampled already, before a crash, counts: towards each
-    trajectory's budget, and in the report.
+    Tokens that the engine's present version sampled before a crash count towards a trajectory's
+    budget and in the report.
     """
     version, steps_before = engine.policy_version, engine.decode_steps
-    requests = [_request(buffer.read(key), config, version) for key in buffer.unfinished()]
+    before = [buffer.read(info.trajectory_id) for info in buffer.trajectories()]
+    requests = [_request(one, config, version) for one in before if one.end_reason is None]
     requests = [request for request in requests if request.budget > 0]
+    added: dict[int, list[Segment]] = {}
     for segments in engine.generate(requests, sampling):
         _append(buffer, segments)
-    return _report(buffer, version, engine.decode_steps - steps_before)
+        for segment in segments:
+            added.setdefault(segment.trajectory_id, []).append(segment)
+    after = [_extended(one, added.get(one.trajectory_id, ())) for one in before]
+    return _report(after, version, engine.decode_steps - steps_before)
 
 
 def _append(buffer: RolloutBuffer, segments: Sequence[Segment]) -> None:
-    """Store segments in one call; a response ends in the same instant as its last token."""
+    """Store segments in one call; the end of a response is stored with its last token."""
     token_ids = np.concatenate([segment.token_ids for segment in segments])
     buffer.append_many(
         np.array([segment.trajectory_id for segment in segments]),
@@ -83,19 +104,35 @@ def _append(buffer: RolloutBuffer, segments: Sequence[Segment]) -> None:
     )
 
 
-def _report(buffer: RolloutBuffer, version: int, decode_steps: int) -> RolloutReport:
-    """What the buffer holds of one version; the steps are those of this process."""
-    tokens, reasons = 0, []
-    for info in buffer.trajectories():
-        sampled = int(np.count_nonzero(buffer.read(info.trajectory_id).policy_versions == version))
-        tokens += sampled
-        if sampled:
-            reasons.append(info.end_reason)
-    return RolloutReport(
-        finished=len(reasons) - reasons.count(None),
-        unfinished=len(buffer.unfinished()),
+def _extended(one: Trajectory, segments: Sequence[Segment]) -> Trajectory:
+    """The trajectory as the buffer holds it after ``segments`` were appended."""
+    if not segments:
+        return one
+    new = sum(map(len, segments))
+    versions = [np.full(len(part), part.policy_version, np.int32) for part in segments]
+    return replace(
+        one,
+        token_ids=np.concatenate([one.token_ids, *(part.token_ids for part in segments)]),
+        logprobs=np.concatenate([one.logprobs, *(part.logprobs for part in segments)]),
+        mask=np.concatenate([one.mask, np.ones(new, np.uint8)]),
+        policy_versions=np.concatenate([one.policy_versions, *versions]),
+        end_reason=segments[-1].end_reason,
+    )
+
+
+def _report(after: Sequence[Trajectory], version: int, decode_steps: int) -> Rollout:
+    open_lengths: dict[int, list[int]] = {}
+    sampled = [int(np.count_nonzero(one.policy_versions == version)) for one in after]
+    for one in after:
+        if one.end_reason is None:
+            open_lengths.setdefault(one.group_id, []).append(one.response_length)
+    reasons = [one.end_reason for one, count in zip(after, sampled, strict=True) if count]
+    return Rollout(
+        finished=[one for one in after if one.end_reason is not None],
+        open_lengths=open_lengths,
+        finished_now=len(reasons) - reasons.count(None),
         repeat_stops=reasons.count("repeat"),
-        tokens=tokens,
+        tokens=sum(sampled),
         decode_steps=decode_steps,
     )
 
@@ -103,7 +140,7 @@ def _report(buffer: RolloutBuffer, version: int, decode_steps: int) -> RolloutRe
 def sampling_for(
     config: RolloutConfig, stop_token_ids: frozenset[int], *, seed: int, greedy: bool = False
 ) -> Sampling:
-    """The engine's settings for this run."""
+    """How the engine draws tokens in this run."""
     return Sampling(
         temperature=0.0 if greedy else config.temperature,
         seed=seed,
@@ -132,8 +169,8 @@ def _request(trajectory: Trajectory, config: RolloutConfig, version: int) -> Req
 def buffer_size(prompts: Sequence[np.ndarray], config: RolloutConfig) -> tuple[int, int]:
     """Tokens and trajectories that the buffer must hold so that a run never fills it.
 
-    A response takes at most ``ceil(max_response_tokens / token_budget)`` iterations, and its group
-    stays until the slowest has ended.
+    A response takes at most ``ceil(max_response_tokens / token_budget)`` iterations. Its group
+    stays in the buffer until the slowest response has ended.
     """
     budget = config.token_budget or config.max_response_tokens
     iterations = -(-config.max_response_tokens // budget) + 1

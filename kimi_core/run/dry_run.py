@@ -21,9 +21,8 @@ from kimi_core.prompts.load import load_prompts
 from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
+from kimi_core.run.build import alphabet
 from kimi_core.run.folder import dump_toml
-from kimi_core.run.run import alphabet
-from kimi_core.trainer.policy import trainable_parameters
 from kimi_core.types import Prompt
 
 
@@ -63,7 +62,7 @@ def describe(config: Config) -> str:
     model, tokenizer = found
     parts = asdict(estimate(config, model, tokenizer, prompts))
     parts["total"] = sum(parts.values())
-    trained = sum(parameter.numel() for parameter in trainable_parameters(model))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = [
         f"# {total:,} parameters, {trained:,} of them trained. Memory in MB, without activations:",
@@ -86,7 +85,7 @@ def estimate(
     codec = Codec(tokenizer, config.rollout.stop)
     encoded = [codec.encode_prompt(prompt) for prompt in prompts]
     tokens, trajectories = buffer_size(encoded, config.rollout)
-    trained = sum(p.numel() * p.element_size() for p in trainable_parameters(model))
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     longest = max(map(len, encoded)) + config.rollout.max_response_tokens
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = models._device(config.model.device).type == "cpu"

@@ -1,4 +1,4 @@
-"""The folder of one run: who may write in it, its settings, and states that survive any crash.
+"""The folder of one run: its lock, its settings, and states that survive any crash.
 
 ::
 
@@ -9,35 +9,46 @@
       states/000012/  what iteration 13 starts from: tensors.safetensors, state.json, other files
       checkpoint/     the policy in Hugging Face format
 
-A state is written beside its final name, forced to disk, and only then renamed: a folder without
-``.tmp`` in its name is whole. The previous state goes after the new one stands, so at every instant
-at least one whole state exists. See ``docs/metrics.md`` for the other files.
+A state is written under a name that ends in ``.tmp``, forced to disk, and only then renamed, so a
+folder without ``.tmp`` in its name is whole. The previous state is removed after the new one is
+complete. At every instant at least one whole state exists. ``docs/metrics.md`` has the other files.
 """
 
-import errno
 import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
 from kimi_core.config import Config, Section, load_config
+from kimi_core.run.files import (
+    OUT_OF_ROOM,
+    discard,
+    finish_swap,
+    os_errors,
+    swap,
+    sync_tree,
+    write_atomically,
+)
 
-MAY_CHANGE_ON_RESUME = ("name", "runs", "iterations", "samples", "save_every", "evaluation")
+MAY_CHANGE_ON_RESUME = (
+    "name",
+    "runs",
+    "iterations",
+    "samples",
+    "save_every",
+    "evaluation",
+    "trajectories",
+)
 """Keys and sections that do not change what an iteration computes."""
 
-OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TRACES = ("checkpoint", "summary.json", "metrics.jsonl")
-"""What a run leaves besides its states; a folder with any of them is not reused."""
+"""Other files that a run leaves; a folder with any of them is not used for a new run."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,7 @@ class SavedState:
     iteration: int
     """Iterations done when it was saved; 0 is the start of RL."""
     folder: Path
-    """Holds the extra files under the names they were given."""
-    tensors: dict[str, torch.Tensor]
-    """On the CPU, with the dtypes and shapes they were saved with."""
+    """Holds the files that the writers wrote."""
     state: dict[str, Any]
 
 
@@ -57,7 +66,7 @@ class RunFolder:
     """A locked run folder. Made by ``create`` or ``resume``; released by ``close`` or at exit."""
 
     def __init__(self, path: str | Path) -> None:
-        """Make and lock the folder; the two class methods are the public doors.
+        """Make and lock the folder. Call ``create`` or ``resume`` instead.
 
         Raises:
             ValueError: another process runs in this folder.
@@ -68,7 +77,7 @@ class RunFolder:
         self.buffer = self.path / "buffer.bin"
         self.states.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _take_lock(self.path)
-        _finish_swap(self.checkpoint)
+        finish_swap(self.checkpoint)
 
     @classmethod
     def create(cls, path: str | Path, config: Config) -> "RunFolder":
@@ -97,9 +106,9 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: str | Path, config: Config) -> "RunFolder":
-        """Open the run at ``path`` to continue it; ``load_state`` says from where.
+        """Open the run at ``path`` to continue it from the state that ``load_state`` gives.
 
-        Settings in ``MAY_CHANGE_ON_RESUME`` may differ from the saved ones, and are saved anew.
+        Settings in ``MAY_CHANGE_ON_RESUME`` may differ from the saved ones; the new ones are saved.
 
         Raises:
             ValueError: there is no run or no state, another process runs in this folder, or
@@ -131,8 +140,7 @@ class RunFolder:
     def save_state(
         self,
         iteration: int,
-        tensors: Mapping[str, torch.Tensor],
-        files: Mapping[str, Callable[[Path], None]],
+        writers: Sequence[Callable[[Path], None]],
         state: Mapping[str, Any],
         fingerprint: str = "",
     ) -> Path:
@@ -140,16 +148,15 @@ class RunFolder:
 
         Args:
             iteration: iterations done, at least 0. Saving the same one again replaces it.
-            tensors: any shape and dtype; tied ones once (``named_parameters`` does that).
-            files: file name to a function that writes the file at the path it is given.
+            writers: functions that write their files into the folder they are given.
             state: whatever else there is, as JSON.
             fingerprint: names the model; ``load_state`` refuses another.
 
         Returns the folder of the state. When it returns, the state survives a power cut.
 
         Raises:
-            OSError: the disk or the quota is full (or any other fault of the disk). The half
-                written folder is gone, and the previous state is as it was.
+            OSError: the disk or the quota is full, or the disk has another fault. The half-written
+                folder is gone, and the previous state is as it was.
         """
         final = self.states / f"{iteration:06d}"
         partial = final.with_suffix(".tmp")
@@ -157,16 +164,14 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
         with self._writing(partial, f"the state of iteration {iteration}"):
             partial.mkdir()
-            whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-            save_file(whole, partial / "tensors.safetensors")
-            for name, write in files.items():
-                write(partial / name)
+            for write in writers:
+                write(partial)
             record = {"iteration": iteration, "fingerprint": fingerprint, "state": dict(state)}
             (partial / "state.json").write_text(json.dumps(record, indent=1))
-            _sync_tree(partial)
-            _swap(partial, final)
+            sync_tree(partial)
+            swap(partial, final)
         for _, older in _whole_states(self.states)[:-1]:
-            _discard(older)
+            discard(older)
         return final
 
     def load_state(self, fingerprint: str = "") -> SavedState:
@@ -186,8 +191,7 @@ class RunFolder:
                 f"continued with {fingerprint!r}: resume with the same model, or start a run with "
                 "another name=..."
             )
-        tensors = load_file(folder / "tensors.safetensors")
-        return SavedState(iteration, folder, tensors, record["state"])
+        return SavedState(iteration, folder, record["state"])
 
     def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
@@ -203,12 +207,12 @@ class RunFolder:
         with self._writing(partial, "the checkpoint"):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            _sync_tree(partial)
-            _swap(partial, self.checkpoint)
+            sync_tree(partial)
+            swap(partial, self.checkpoint)
         return self.checkpoint
 
     def close(self) -> None:
-        """Release the lock; the object is of no use afterwards."""
+        """Release the lock. Safe to call twice."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -221,9 +225,9 @@ class RunFolder:
 
     @contextmanager
     def _writing(self, partial: Path, what: str) -> Iterator[None]:
-        """Leaves no ``partial`` folder behind; says what to do when there is no room for it."""
+        """Remove ``partial`` at the end; if the disk is full, say what to do."""
         try:
-            with _os_errors():
+            with os_errors():
                 yield
         except OSError as error:
             if error.errno not in OUT_OF_ROOM:
@@ -251,18 +255,6 @@ def holds_state(path: str | Path) -> bool:
     path = Path(path)
     has_folder = (path / "config.toml").is_file() and (path / "states").is_dir()
     return has_folder and bool(_whole_states(path / "states"))
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace the file at ``path``: readers see the old content or the new, also after a crash."""
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def dump_toml(config: Config) -> str:
@@ -311,7 +303,7 @@ def _check_same_settings(path: Path, saved: Config, given: Config) -> None:
         raise ValueError(
             f"Cannot resume {path} with other settings:\n" + "\n".join(different) + "\n"
             f"Give the saved values, or start a run with another name=...; only "
-            f"{', '.join(MAY_CHANGE_ON_RESUME)} may change on the way"
+            f"{', '.join(MAY_CHANGE_ON_RESUME)} may change"
         )
 
 
@@ -324,7 +316,7 @@ def _flatten(section: Section, prefix: str = "") -> dict[str, Any]:
 
 
 def _take_lock(path: Path) -> int:
-    """Lock ``path/lock`` and write our pid into it. The kernel releases it when we end, however."""
+    """Lock ``path/lock`` and write our pid into it. The kernel releases the lock when we end."""
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -340,65 +332,11 @@ def _take_lock(path: Path) -> int:
     return lock
 
 
-@contextmanager
-def _os_errors() -> Iterator[None]:
-    """safetensors reports faults of the disk as its own error; raise the OSError that it had."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code)) from error
-
-
 def _whole_states(states: Path) -> list[tuple[int, Path]]:
-    """Every whole state, oldest first. ``.old`` is one that its namesake was replacing."""
+    """Every whole state, oldest first. ``.old`` marks one that a newer write was replacing."""
     found = []
     for folder in states.iterdir():
         name = re.fullmatch(r"(\d{6,})(\.old)?", folder.name)
         if name:
             found.append((int(name[1]), name[2] is None, folder))
     return [(iteration, folder) for iteration, _, folder in sorted(found)]
-
-
-def _swap(partial: Path, final: Path) -> None:
-    """Put ``partial`` in the place of ``final``; ``final`` or ``.old`` is whole at any instant."""
-    old = final.with_suffix(".old")
-    if final.exists():
-        _discard(old)
-        final.rename(old)
-    partial.rename(final)
-    _sync(final.parent)
-    _discard(old)
-
-
-def _finish_swap(final: Path) -> None:
-    """Undo a swap that was cut between its two renames."""
-    old = final.with_suffix(".old")
-    if old.exists() and not final.exists():
-        old.rename(final)
-
-
-def _discard(folder: Path) -> None:
-    """Remove a folder; renamed first, so that half of it is never taken for the whole."""
-    if folder.exists():
-        rubbish = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(rubbish, ignore_errors=True)
-        folder.rename(rubbish)
-        shutil.rmtree(rubbish, ignore_errors=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

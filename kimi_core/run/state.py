@@ -1,19 +1,25 @@
-"""The buffer file that a run works on, and which one belongs to a state.
+"""The state of a run: how it is saved, restored, and joined with the live buffer file.
 
-The live file ``runs/NAME/buffer.bin`` changes with every segment, a state only when it is saved,
-with a snapshot of the buffer in it. The file's mark tells whether the two still fit: iteration i+1
-begins with these steps, once the state of i is saved if it was due:
+The live file ``runs/NAME/buffer.bin`` changes with every segment. A state changes only when it is
+saved, and it holds a snapshot of the buffer. The file's mark tells whether the two still fit.
+Iteration i+1 begins with these steps, after the state of i was saved if it was due:
 
 1. the mark becomes i, and reaches the disk;
-2. what iteration i trained is evicted; the state of i lists it (``consumed``);
+2. the trajectories that iteration i used up are evicted; the state of i lists them (``consumed``);
 3. trajectories begin and grow.
 
-So beside the state of n, a mark of n − 1 means that iteration n was the last to change the file: it
-holds what the snapshot holds. A mark of n means that iteration n + 1 has begun: but for what n
-consumed, which may be gone or not and is evicted again, all that the snapshot holds is there, with
-the tokens sampled since by the weights that the state holds. In both cases the live file is right.
-A greater mark means that iterations went by unsaved (``save_every`` > 1): their tokens are of
-weights that are lost and what they trained is gone, so the snapshot takes the file's place.
+Take the state of iteration n:
+
+* A mark of n − 1 means that iteration n was the last to change the file. The file holds what the
+  snapshot holds.
+* A mark of n means that iteration n + 1 has begun. The file holds what the snapshot holds, and the
+  tokens sampled since then with the weights of the state. Trajectories that n consumed may be gone
+  or not; they are evicted a second time.
+* A greater mark means that iterations went by unsaved (``save_every`` > 1). Their tokens come from
+  weights that are lost, and the trajectories that they trained are gone. The snapshot then replaces
+  the live file.
+
+In the first two cases the run continues from the live file.
 """
 
 import shutil
@@ -22,22 +28,54 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kimi_core.buffer import RolloutBuffer
+from kimi_core.loop import Loop
+from kimi_core.run.folder import RunFolder
+
+SNAPSHOT = "buffer.bin"
+
+
+def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
+    """Make durable what the next iteration starts from.
+
+    Args:
+        sft_s: seconds that SFT took, for the summary of a resumed run.
+
+    Raises: OSError as ``RunFolder.save_state``.
+    """
+    writers = [loop.trainer.save, lambda partial: loop.buffer.snapshot(partial / SNAPSHOT)]
+    state = loop.state() | {"sft_s": sft_s}
+    folder.save_state(loop.iteration, writers, state, fingerprint=loop.trainer.fingerprint())
+
+
+def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
+    """Take over the newest state.
+
+    Returns the seconds that SFT took, and a line that says which buffer the run continues with.
+
+    Raises:
+        ValueError: there is no state, or it belongs to another model.
+    """
+    saved = folder.load_state(loop.trainer.fingerprint())
+    loop.trainer.load(saved.folder)
+    buffer, remark = resume(folder.buffer, saved.folder / SNAPSHOT, saved.iteration)
+    loop.load_state(saved.state, buffer)
+    return float(saved.state["sft_s"]), remark
 
 
 def start(path: Path, new_buffer: Callable[[Path], RolloutBuffer]) -> RolloutBuffer:
-    """An empty live file, in place of one that a run left which never saved a state."""
+    """Make an empty live file. It replaces one of a run that never saved a state."""
     path.unlink(missing_ok=True)
     return new_buffer(path)
 
 
 def nameless(new_buffer: Callable[[Path], RolloutBuffer]) -> RolloutBuffer:
-    """An empty buffer outside of any run: its file has no name and goes with the object."""
+    """Make an empty buffer outside of any run: its file has no name, and ends with the object."""
     with tempfile.TemporaryDirectory() as folder:
         return new_buffer(Path(folder) / "buffer.bin")
 
 
 def resume(path: Path, snapshot: Path, iteration: int) -> tuple[RolloutBuffer, str]:
-    """The buffer to continue the state of ``iteration`` with, and a line that says which it is."""
+    """The buffer that continues the state of ``iteration``, and a line that says which it is."""
     try:
         buffer = RolloutBuffer.open(path)
     except FileNotFoundError:

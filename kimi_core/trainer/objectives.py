@@ -1,80 +1,101 @@
-"""The policy-optimisation objectives: mirror descent, and three to compare it with.
+"""Policy-optimisation objectives: mirror descent, and three to compare it with.
 
-Each maps the log-probs of the counted tokens to one loss per response; the trainer descends their
-mean. Shape suffixes: t counted tokens of all responses, n responses.
+An objective maps the log-probs of the counted tokens to one loss per response. The trainer descends
+their mean. To add one, write a function with the signature ``Objective`` into a file and name it in
+the config: ``trainer.objective = "my_objective.py:my_function"``.
+
+Shape suffixes: t counted tokens of all responses, n responses, m responses of one group.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from kimi_core.config import TrainerConfig
+from kimi_core.plugins import load_function
+from kimi_core.types import Normalize
 
 CLIP = 0.2
 """GRPO keeps each token's probability ratio within 1 ± this."""
 
-Normalize = Literal["none", "length", "sqrt_length"]
-
 
 @dataclass(frozen=True)
 class Responses:
-    """What an objective needs to know of the responses besides the policy's log-probs."""
+    """The responses of one micro-batch: what happened, besides the policy's log-probs."""
 
     ref_logprobs_t: Tensor
     """Log-prob of each counted token when it was sampled, float32: log π_i."""
     response_t: Tensor
-    """Which response each counted token belongs to, int64 in [0, n), not decreasing."""
+    """Index of the response that each counted token belongs to, int64 in [0, n), ascending."""
+    groups_n: Tensor
+    """Group id of each response, int64."""
+    rewards_n: Tensor
+    """r_j, float64."""
+    correctness_n: Tensor
+    """The reward function's result, float64; 1 for a right answer."""
     advantages_n: Tensor
-    """A_j = r_j − r̄."""
-    scales_n: Tensor
-    """Standard deviation of the rewards in the response's group; only GRPO divides by it."""
-    correct_n: Tensor
-    """1 for a right answer, else 0; only ReST asks."""
+    """A_j = r_j − r̄, float64."""
+    ended_rewards: Mapping[int, Tensor]
+    """Group id → rewards of all its responses that have ended so far, float64 ``[m]``. A
+    micro-batch may hold only some of a group's responses, so an objective derives from this what it
+    needs to know of the whole group."""
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """Where each response's counted tokens begin, and the last one's end, int64 ``[n + 1]``."""
+        """Cumulative counts of the responses' counted tokens, int64 ``[n + 1]``."""
         lengths_n = torch.bincount(self.response_t, minlength=len(self.advantages_n))
         return torch.nn.functional.pad(lengths_n.cumsum(0), (1, 0))
 
     def sum(self, values_t: Tensor) -> Tensor:
         """Sum of a per-token value over each response, ``[n]``.
 
-        In float64: sequence-level sums add up thousands of per-token rounding errors.
+        In float64, because a sum over a response adds up thousands of per-token rounding errors.
         """
         total_n = values_t.new_zeros(len(self.advantages_n), dtype=torch.float64)
         return total_n.index_add(0, self.response_t, values_t.double())
 
     def norms(self, normalize: Normalize) -> Tensor:
-        """What each response's sums are divided by, ``[n]``."""
+        """What each response's sum is divided by, ``[n]``."""
         lengths_n = self.sum(torch.ones_like(self.ref_logprobs_t)).clamp(min=1)
         if normalize == "length":
             return lengths_n
         return lengths_n.sqrt() if normalize == "sqrt_length" else torch.ones_like(lengths_n)
 
 
+Objective = Callable[[Tensor, Responses], Tensor]
+"""Log-probs of the counted tokens, float32 ``[t]``, and the responses → one loss each, ``[n]``."""
+
+
 def omd(logprobs_t: Tensor, responses: Responses, *, tau: float, normalize: Normalize) -> Tensor:
     """Online mirror descent (section 2.3.2): ℓ_j = (A_j − τ·ρ_j)² / (2τ), float64 ``[n]``.
 
-    ρ_j = Σ_t [log π_θ − log π_i] is the log-ratio of the whole response, so that the gradient of
-    every counted token's log-prob is −(A_j − τ·ρ_j): the report's equation (3).
+    ρ_j = Σ_t [log π_θ − log π_i] is the log-ratio of the whole response. The gradient with respect
+    to every counted token's log-prob is −(A_j − τ·ρ_j), which is the report's equation (3).
 
-    The trainer takes it together with the log-probs, as ``kernels.omd_loss``; this is the formula.
+    The trainer computes this loss together with the log-probs, by ``kernels.omd_loss``.
     """
     ratio_n = responses.sum(logprobs_t - responses.ref_logprobs_t) / responses.norms(normalize)
     return (responses.advantages_n - tau * ratio_n) ** 2 / (2 * tau)
 
 
 def reinforce(logprobs_t: Tensor, responses: Responses, *, normalize: Normalize) -> Tensor:
-    """Policy gradient with the same baseline and no pull: ℓ_j = −A_j·Σ_t log π_θ, ``[n]``."""
+    """Policy gradient with the same baseline and no pull back: ℓ_j = −A_j·Σ_t log π_θ, ``[n]``."""
     return -responses.advantages_n * responses.sum(logprobs_t) / responses.norms(normalize)
 
 
 def grpo(logprobs_t: Tensor, responses: Responses) -> Tensor:
-    """GRPO (arXiv 2402.03300) without its KL term: the clipped token-level surrogate with
-    A_j divided by the group's standard deviation, averaged over each response, ``[n]``."""
-    advantages_t = (responses.advantages_n / (responses.scales_n + 1e-6))[responses.response_t]
+    """GRPO (arXiv 2402.03300) without its KL term, ``[n]``.
+
+    The clipped token-level surrogate, averaged over each response. A_j is divided by the standard
+    deviation of the group's rewards.
+    """
+    spread = {group: float(r_m.std(correction=0)) for group, r_m in responses.ended_rewards.items()}
+    spread_n = responses.advantages_n.new_tensor([spread[int(g)] for g in responses.groups_n])
+    advantages_t = (responses.advantages_n / (spread_n + 1e-6))[responses.response_t]
     ratio_t = (logprobs_t - responses.ref_logprobs_t).exp()
     clipped_t = ratio_t.clamp(1 - CLIP, 1 + CLIP)
     surrogate_t = torch.minimum(ratio_t * advantages_t, clipped_t * advantages_t)
@@ -86,35 +107,30 @@ def rest(logprobs_t: Tensor, responses: Responses, *, normalize: Normalize) -> T
 
     ``normalize`` chooses between the sum (``none``) and the mean (``length``) of the log-probs.
     """
-    return -responses.correct_n * responses.sum(logprobs_t) / responses.norms(normalize)
+    return -responses.correctness_n * responses.sum(logprobs_t) / responses.norms(normalize)
 
 
-def baseline(
-    rewards: np.ndarray,
-    *,
-    missing: int,
-    expected: float,
-    tau: float,
-    kind: Literal["mean", "log_partition"],
-) -> float:
-    """Estimate of τ·log Z from the responses of one prompt (section 2.3.2).
+def load_objective(config: TrainerConfig, *, base_folder: str | Path = ".") -> Objective:
+    """The function that ``trainer.objective`` names, with its settings.
 
     Args:
-        rewards: float64 ``[m]``, of the responses that have ended, in this iteration or before.
-        missing: siblings that are still open. Each stands in with what the prompt's success rate
-            leads one to expect, so that the few that end first do not set the bar alone.
-        expected: that success rate, in [0, 1].
-        tau: τ.
-        kind: ``mean``: the mean reward, as the report does in practice;
-            ``log_partition``: τ·log mean exp(r/τ), whose limit for large τ the mean is.
+        config: ``objective``, ``tau`` and ``normalize`` are read.
+        base_folder: the folder that a relative ``file.py:function`` starts from.
+
+    Raises:
+        ValueError: no built-in objective has this name, or the file or function does not exist.
     """
-    total = len(rewards) + missing
-    if kind == "mean":
-        return (float(rewards.sum()) + missing * expected) / total
-    # An open sibling ends with reward 1 with chance `expected`, else with 0.
-    outcomes = np.append(rewards, [1.0, 0.0])
-    weights = np.append(np.ones(len(rewards)), [missing * expected, missing * (1 - expected)])
-    outcomes, weights = outcomes[weights > 0], weights[weights > 0]
-    # Shifted by the largest that can happen: exp(1 / τ) overflows, and exp(-1 / τ) vanishes.
-    top = float(outcomes.max())
-    return float(top + tau * np.log((weights * np.exp((outcomes - top) / tau)).sum() / total))
+    name, normalize = config.objective, config.normalize
+    built_in: dict[str, Objective] = {
+        "omd": partial(omd, tau=config.tau, normalize=normalize),
+        "reinforce": partial(reinforce, normalize=normalize),
+        "grpo": grpo,
+        "rest": partial(rest, normalize=normalize),
+    }
+    if name in built_in:
+        return built_in[name]
+    if ".py:" not in name:
+        raise ValueError(
+            f"trainer.objective = {name!r}; allowed are {', '.join(built_in)}, or file.py:function"
+        )
+    return load_function(name, base_folder)

@@ -4,37 +4,48 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from kimi_core.kernels import OmdLoss, linear_logprob, omd_loss
-from kimi_core.trainer.objectives import Normalize, Responses
+from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.packing import MicroBatch
+from kimi_core.types import Normalize
 
 
-class Policy:
-    """Runs the body of a model and hands its hidden states to ``kimi_core.kernels``.
+class Policy(nn.Module):
+    """The body of a model, with its head computed by ``kimi_core.kernels``.
 
-    The model's own head would form all logits; this one keeps the output matrix and what the
+    A model's own head would form all logits. This one takes the output matrix and what the
     architecture does to the logits (bias, scale, soft cap), and never holds more than
-    ``head_chunk`` rows of them.
+    ``head_chunk`` rows of logits.
+
+    To shard a policy with FSDP2, make it from the whole model first, because the head is checked
+    here. Then call ``fully_shard`` on each decoder layer, and last on the policy: the root whose
+    forward gathers embeddings, final norm and head for whatever the loss reads.
 
     Args:
         model: any ``AutoModelForCausalLM``.
-        temperature: the one that the tokens were sampled with.
+        temperature: the temperature that the tokens were sampled with.
         head_chunk: rows of logits that exist at once.
 
     Raises:
-        ValueError: the model's logits are not made from its last hidden state in a known way.
+        ValueError: the model is sharded already, or its logits are not made from its last hidden
+            state in a known way.
     """
 
     def __init__(self, model: PreTrainedModel, *, temperature: float, head_chunk: int) -> None:
+        super().__init__()
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            raise ValueError(
+                f"Cannot make a policy of a sharded {type(model).__name__}: make the Policy first, "
+                "then call fully_shard on its layers and on the policy itself"
+            )
         self.model = model
         self.temperature = temperature
         self.head_chunk = head_chunk
-        head = model.get_output_embeddings()
-        if head is None:
+        if model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no output embeddings: not a causal LM")
-        self._head = head
         text = model.config.get_text_config()
         self._softcap: float | None = getattr(text, "final_logit_softcapping", None)
         # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
@@ -43,31 +54,58 @@ class Policy:
         )
         self._check_head()
 
-    def logprobs(self, micro: MicroBatch) -> Tensor:
-        """Log-probs of the wanted tokens, float32 ``[t]``; differentiable unless under no_grad.
+    def forward(
+        self,
+        micro: MicroBatch,
+        responses: Responses | None = None,
+        *,
+        tau: float = 0.0,
+        normalize: Normalize = "none",
+    ) -> Tensor | OmdLoss:
+        """Log-probs of the wanted tokens or, given ``responses``, the mirror-descent loss.
+
+        ``logprobs`` and ``omd_loss`` are the same calls with one return type each. Everything that
+        reads a parameter happens in here, so a sharded policy is whole where it has to be.
 
         Raises:
             FloatingPointError: a log-prob is NaN.
         """
-        return linear_logprob(self._hidden(micro), **self._head_of(micro))
-
-    def omd_loss(
-        self, micro: MicroBatch, responses: Responses, *, tau: float, normalize: Normalize
-    ) -> OmdLoss:
-        """``objectives.omd`` of the wanted tokens, averaged over the responses, as one operation.
-
-        Raises:
-            FloatingPointError: a log-prob is NaN.
-        """
+        hidden, head = self._hidden(micro), self._head_of(micro)
+        if responses is None:
+            return linear_logprob(hidden, **head)
         return omd_loss(
-            self._hidden(micro),
-            **self._head_of(micro),
+            hidden,
+            **head,
             ref_logprobs=responses.ref_logprobs_t,
             advantages=responses.advantages_n,
             cu_seqlens=responses.cu_seqlens,
             tau=tau,
             normalize=normalize,
         )
+
+    def logprobs(self, micro: MicroBatch) -> Tensor:
+        """Log-probs of the wanted tokens, float32 ``[t]``; differentiable unless under no_grad.
+
+        Raises: as ``forward``.
+        """
+        return self(micro)
+
+    def omd_loss(
+        self, micro: MicroBatch, responses: Responses, *, tau: float, normalize: Normalize
+    ) -> OmdLoss:
+        """``objectives.omd`` of the wanted tokens, averaged over the responses, as one operation.
+
+        Raises: as ``forward``.
+        """
+        return self(micro, responses, tau=tau, normalize=normalize)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that require a gradient by their names in the model, in the model's order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def _head(self) -> Any:
+        return self.model.get_output_embeddings()
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states that predict the wanted tokens, ``[t, d]``."""
@@ -91,11 +129,14 @@ class Policy:
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether responses may share their prompt: a window per layer needs more than one mask."""
+        """Whether responses may share their prompt.
+
+        Not with sliding windows, because the layers then need different masks.
+        """
         return getattr(self.model.config.get_text_config(), "sliding_window", None) is None
 
     def _mask(self, micro: MicroBatch) -> Tensor | None:
-        """Additive ``[r, 1, l, l]``, as eager and SDPA attention take it; None: by position."""
+        """Additive ``[r, 1, l, l]``, as eager and SDPA attention take it, or None."""
         if micro.visible_rll is None:
             return None
         dtype = self._head.weight.dtype
@@ -119,10 +160,5 @@ class Policy:
             gap = float((ours - theirs).abs().max())
             raise ValueError(
                 f"Cannot train {type(self.model).__name__}: its logits differ by {gap:.3g} from "
-                "hidden states times output matrix; its head does something not known here"
+                "hidden states times output matrix; its head does something that is not supported"
             )
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that require a gradient, in the model's order."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

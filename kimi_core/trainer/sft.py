@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on packed sequences (section 2.2), with the trainer's own parts."""
+"""Supervised fine-tuning on packed sequences (section 2.2)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from kimi_core.config import SftConfig, TrainerConfig
 from kimi_core.trainer.packing import micro_batches
-from kimi_core.trainer.policy import Policy, trainable_parameters
+from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.trainer import TrainingDiverged
 from kimi_core.types import PROMPT_VERSION, Batch
 
@@ -26,17 +26,18 @@ def train_sft(
     seed: int,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Fit the responses, given the prompts; the model is updated in place.
+    """Fit the responses, given their prompts; the model is updated in place.
 
-    Examples are dealt out in random order, each once before any comes again.
+    Examples come in random order, and each comes once before any comes a second time.
 
     Args:
-        model: any causal LM; parameters that require a gradient are trained.
-        examples: at least one; a prompt has at least one token, as has a response.
+        model: any causal LM; its parameters that require a gradient are trained.
+        examples: at least one; prompt and response have at least one token each.
         config: steps, batch size and learning rate.
         trainer: ``tokens_per_micro_batch``, ``head_chunk``, ``grad_clip`` and ``weight_decay``.
-        seed: of the order.
-        report: called with each step, from 1, and its mean loss in nats a token.
+        seed: decides the order of the examples.
+        report: called with the number of each step, starting at 1, and its mean loss in nats per
+            token.
 
     Raises:
         ValueError: there are no examples.
@@ -45,7 +46,7 @@ def train_sft(
     if not examples:
         raise ValueError("SFT needs at least one example; the file or source gave none")
     policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk)
-    parameters = trainable_parameters(model)
+    parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=trainer.weight_decay, betas=(0.9, 0.95)
     )
@@ -61,7 +62,7 @@ def train_sft(
         batch = pack_examples([examples[index] for index in chosen])
         try:
             loss = _accumulate(policy, batch, trainer.tokens_per_micro_batch)
-        except FloatingPointError:  # A log-prob is NaN; so is the loss, then.
+        except FloatingPointError:  # A log-prob is NaN, so the loss is NaN too.
             loss = math.nan
         norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.grad_clip)
         if not (math.isfinite(loss) and math.isfinite(float(norm))):
@@ -76,7 +77,7 @@ def train_sft(
 
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: up over the first 5 % of the steps, then a cosine to 0.1."""
+    """Factor on the learning rate: it rises over the first 5 % of the steps, then falls to 0.1."""
     warmup = max(1, steps // 20)
     if step < warmup:
         return (step + 1) / warmup
@@ -85,7 +86,7 @@ def warmup_cosine(step: int, steps: int) -> float:
 
 
 def pack_examples(examples: Sequence[Example]) -> Batch:
-    """Prompts and responses end to end; the mask is 1 on responses."""
+    """Pack prompts and responses end to end; the mask is 1 on responses."""
     tokens = [np.concatenate(example) for example in examples]
     mask = [np.repeat([0, 1], [len(prompt), len(response)]) for prompt, response in examples]
     total = sum(map(len, tokens))
@@ -99,7 +100,7 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
 
 
 def _accumulate(policy: Policy, batch: Batch, max_tokens: int) -> float:
-    """Add the gradient of the mean negative log-prob of the responses' tokens; return it."""
+    """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean."""
     counted = batch.mask > 0
     total = 0.0
     device = policy.model.device

@@ -1,27 +1,39 @@
 """One training phase: a fresh optimizer, a few updates on responses that ended (section 2.3.2).
 
-The reference π_i is not a second model: it is the log-probs that the engine reported when it
-sampled the tokens, and they are measured against the trainer's own in every iteration.
+The reference π_i is not a second model. It is the log-probs that the engine reported when it
+sampled the tokens, and every iteration compares them with the trainer's own.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
 
 from kimi_core.config import TrainerConfig
-from kimi_core.trainer import objectives
-from kimi_core.trainer.objectives import Responses
+from kimi_core.trainer.objectives import Responses, load_objective, omd
 from kimi_core.trainer.packing import MicroBatch, micro_batches
-from kimi_core.trainer.policy import Policy, trainable_parameters
-from kimi_core.types import Batch
+from kimi_core.trainer.policy import Policy
+from kimi_core.types import Batch, TrainingBatch
+from kimi_core.weights.publish import Publisher
 
 PATIENCE = 3
-"""Iterations running in which the log-prob gap may be over its limit before the run stops."""
+"""Consecutive iterations whose log-prob gap may exceed its limit before the run stops."""
+
+PARAMETERS = "tensors.safetensors"
+"""The file with the trained parameters in the folder of a state."""
+
+VOLATILE_SETTINGS = ("_name_or_path", "transformers_version", "use_cache", "dtype")
+"""Settings of a model that may differ between two copies of the same model."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -29,104 +41,104 @@ class TrainingDiverged(RuntimeError):
 
 
 class LogprobMismatch(RuntimeError):
-    """Engine and trainer give the same tokens different log-probs, iteration after iteration."""
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What one training phase learns from; n responses."""
-
-    batch: Batch
-    advantages: np.ndarray
-    """float64 ``[n]``: A_j = r_j − r̄."""
-    scales: np.ndarray
-    """float64 ``[n]``, standard deviation of the rewards in each response's group (GRPO)."""
-    correct: np.ndarray
-    """float64 ``[n]``, the reward function's verdict (ReST)."""
+    """Engine and trainer give the same tokens different log-probs in several iterations running."""
 
 
 @dataclass(frozen=True)
 class TrainingMetrics:
-    """Means over the updates of one phase; gaps in nats, over the fresh tokens of the first."""
+    """What one training phase did; gaps in nats, over the fresh tokens of the first update."""
 
     loss: float
+    """Mean over the updates."""
     grad_norm: float
+    """Mean over the updates, before clipping."""
     logprob_gap_mean: float
     logprob_gap_max: float
     logprob_gap_over_limit_share: float
-    """Of these tokens, the share whose own gap is above ``logprob_gap_limit``, in [0, 1]."""
+    """Share of the fresh tokens whose own gap is above ``logprob_gap_limit``, in [0, 1]."""
     reference_recomputed: bool
     tokens_stale_share: float
     max_staleness: int
     entropy: float
+    logprobs: np.ndarray
+    """The trainer's log-prob of each token in the pass that trained it, float32 ``[T]``; NaN for a
+    token that does not count. The second update's passes come after the first update."""
 
 
 class Trainer:
-    """Updates a model in place.
+    """Updates a policy in place, saves it, and publishes its weights.
 
     Args:
-        model: the policy, in eval mode; parameters that require a gradient are trained. With
-            activation checkpointing its dropout probabilities are set to zero for good.
+        policy: in eval mode; its parameters that require a gradient are trained. Activation
+            checkpointing sets the model's dropout probabilities to zero for good.
         config: the objective and its settings.
-        temperature: the one that tokens are sampled with.
+        publisher: takes the weights to the engine.
+
+    Raises:
+        ValueError: ``trainer.objective`` names nothing that exists.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, config: TrainerConfig, *, temperature: float
-    ) -> None:
+    def __init__(self, policy: Policy, config: TrainerConfig, publisher: Publisher) -> None:
+        self.policy = policy
         self._config = config
-        self._policy = Policy(model, temperature=temperature, head_chunk=config.head_chunk)
-        self._parameters = trainable_parameters(model)
-        self._device = self._parameters[0].device
+        self._publisher = publisher
+        self._objective = load_objective(config)
+        self.published: int | None = None
+        """The version published last."""
         self.gaps_over_limit = 0
-        """Iterations running in which the gap was over its limit; of a run's state."""
+        """Consecutive iterations whose gap exceeded its limit; part of a run's state."""
         if config.activation_checkpointing:
-            # The frozen bottom of a model feeds activations that need no gradient; only the
-            # non-reentrant kind carries gradients to parameters above them.
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            # transformers then also asks for a gradient of the embeddings' output, which only the
+            # Frozen lower layers feed activations that need no gradient. Only the non-reentrant
+            # kind carries gradients to the parameters above them.
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers then asks for a gradient of the embeddings' output, which only the
             # reentrant kind needs: it would send the backward pass through every frozen layer.
-            model.disable_input_require_grads()
-            _remove_dropout(model)
+            policy.model.disable_input_require_grads()
+            _remove_dropout(policy.model)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.policy.parameters()).device
 
     def train(
-        self, data: TrainingData, *, policy_version: int, rng: np.random.Generator
+        self, batch: TrainingBatch, *, policy_version: int, seed: tuple[int, ...]
     ) -> TrainingMetrics:
         """Take ``updates_per_iteration`` steps, each on its share of the responses.
 
         Args:
-            data: responses that have ended; at least one.
-            policy_version: of the weights as they stand, which sampled this iteration's tokens.
-            rng: deals the responses out to the updates.
+            batch: at least one response.
+            policy_version: the version of the present weights, which sampled this iteration's
+                tokens.
+            seed: decides which update each response belongs to.
 
         Raises:
             TrainingDiverged: a loss or gradient is not finite; that update is not taken.
-            LogprobMismatch: the gap to the engine stayed over its limit although the reference was
-                recomputed, for ``PATIENCE`` iterations running.
+            LogprobMismatch: the gap to the engine exceeded its limit for ``PATIENCE`` iterations
+                running.
+            RuntimeError: the policy's parameters were replaced during the phase.
         """
         optimizer = self._fresh_optimizer()
-        ages = policy_version - data.batch.policy_versions
-        counted = data.batch.mask > 0
+        tokens = batch.tokens
+        ages = policy_version - tokens.policy_versions
+        counted = tokens.mask > 0
         if self._config.max_staleness is not None:
             counted = counted & (ages <= self._config.max_staleness)
-        reference = data.batch.logprobs
-        shares = np.array_split(
-            rng.permutation(len(data.batch)), self._config.updates_per_iteration
-        )
+        reference, met = tokens.logprobs, np.full(len(tokens.token_ids), np.nan, np.float32)
+        order = np.random.default_rng(seed).permutation(len(batch))
+        shares = np.array_split(order, self._config.updates_per_iteration)
         losses, norms, gap = [], [], (0.0, 0.0, 0.0)
         recomputed = False
         for number, share in enumerate(share for share in shares if len(share)):
-            loss, logprobs = self._accumulate(data, counted, reference, share)
+            loss = self._accumulate(batch, counted, reference, share, met)
             if number == 0:
                 fresh = (ages == 0) & counted
-                gap = _gap(logprobs, reference, fresh, self._config.logprob_gap_limit)
+                gap = _gap(met, reference, fresh, self._config.logprob_gap_limit)
                 recomputed = self._check_gap(gap[0])
                 if recomputed:
                     optimizer.zero_grad()
-                    everyone = np.arange(len(data.batch))
-                    own = self.logprobs(data.batch, counted, everyone)
+                    own = self.logprobs(tokens, counted, np.arange(len(batch)))
                     reference = np.where(fresh, own, reference)
-                    loss, _ = self._accumulate(data, counted, reference, share)
+                    loss = self._accumulate(batch, counted, reference, share, met)
             norms.append(self._update(optimizer, loss))
             losses.append(loss)
         return TrainingMetrics(
@@ -139,7 +151,71 @@ class Trainer:
             tokens_stale_share=float((ages[counted] > 0).mean()) if counted.any() else 0.0,
             max_staleness=int(ages[counted].max(initial=0)),
             entropy=float(-reference[counted].mean()) if counted.any() else 0.0,
+            logprobs=met,
         )
+
+    def publish(self, version: int) -> None:
+        """Hand the present weights over as ``version``; an engine then serves them.
+
+        Raises:
+            ValueError: the version is not newer than the one published last.
+            TimeoutError: an arena has no free slot; the message names the processes that use them.
+        """
+        if self.published is not None and version <= self.published:
+            raise ValueError(
+                f"Cannot publish version {version}: version {self.published} was published, and "
+                "versions only grow"
+            )
+        self._publisher.publish(self.policy.model.named_parameters(), version)
+        self.published = version
+
+    def save(self, folder: Path) -> None:
+        """Write the trained parameters into ``folder``.
+
+        Frozen parameters come with the model, and the optimizer is new in each iteration.
+        """
+        trained = {name: p.detach().contiguous() for name, p in self.policy.trainable().items()}
+        save_file(trained, folder / PARAMETERS)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Take over what ``save`` wrote.
+
+        Raises:
+            ValueError: the parameters there are not those that this trainer trains.
+        """
+        saved = load_file(folder / PARAMETERS)
+        trained = self.policy.trainable()
+        if odd := saved.keys() ^ trained.keys():
+            raise ValueError(
+                f"{folder} holds {len(saved)} trained parameters and the model has {len(trained)}; "
+                f"{sorted(odd)[0]} is in one of them only: resume with the same model and the same "
+                "trainer.trainable_layers"
+            )
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+    def fingerprint(self) -> str:
+        """Names the model by what training never changes: settings and frozen parameters."""
+        model = self.policy.model
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        settings = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_SETTINGS}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                # In the precision that the weights have on a GPU and on a CPU alike.
+                some = parameter.detach().flatten()[:1000].bfloat16().float().cpu()
+                digest.update(name.encode() + some.numpy().tobytes())
+        return f"{type(model).__name__}, {parameters} parameters, {digest.hexdigest()[:12]}"
+
+    def rest(self) -> None:
+        """Free the device memory that only training needs, until the next ``train``.
+
+        Between phases no optimizer exists, so this returns gradients and cached blocks.
+        """
+        self.policy.zero_grad(set_to_none=True)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.no_grad()
     def logprobs(
@@ -148,38 +224,49 @@ class Trainer:
         """The policy's log-probs of the ``wanted`` tokens, float32 ``[T]``, NaN elsewhere."""
         result = np.full(len(batch.token_ids), np.nan, np.float32)
         for micro in self._micro_batches(batch, wanted, which):
-            result[micro.source_t.cpu().numpy()] = self._policy.logprobs(micro).cpu().numpy()
+            result[micro.source_t.cpu().numpy()] = self.policy.logprobs(micro).cpu().numpy()
         return result
 
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
-        """Its moments belong to the reference it was built against, and that has just changed."""
+        """AdamW without moments: moments belong to a reference, and the reference just changed.
+
+        The parameters are collected here, before any forward pass, because a sharded policy shows
+        gathered copies of them between a forward pass and the end of its backward pass.
+        """
         return torch.optim.AdamW(
-            self._parameters,
+            list(self.policy.trainable().values()),
             lr=self._config.learning_rate,
             weight_decay=self._config.weight_decay,
             betas=(0.9, 0.95),
         )
 
     def _accumulate(
-        self, data: TrainingData, counted: np.ndarray, reference: np.ndarray, share: np.ndarray
-    ) -> tuple[float, np.ndarray]:
-        """Add the gradient of the mean loss over ``share``; return it and the log-probs met."""
+        self,
+        batch: TrainingBatch,
+        counted: np.ndarray,
+        reference: np.ndarray,
+        share: np.ndarray,
+        met: np.ndarray,
+    ) -> float:
+        """Add the gradient of the mean loss over ``share`` and return the loss.
+
+        Writes the log-probs of its counted tokens into ``met``.
+        """
         total = 0.0
-        met = np.full(len(reference), np.nan, np.float32)
-        for micro in self._micro_batches(data.batch, counted, share):
-            # transformers checkpoints in training mode only, and says nothing otherwise.
-            self._policy.model.train(self._config.activation_checkpointing)
+        for micro in self._micro_batches(batch.tokens, counted, share):
+            # transformers checkpoints activations in training mode only, without a warning.
+            self.policy.model.train(self._config.activation_checkpointing)
             try:
-                mean, logprobs_t, count = self._loss(micro, data, reference)
+                mean, logprobs_t, count = self._loss(micro, batch, reference)
             except FloatingPointError as error:
                 raise self._diverged(str(error)) from error
             finally:
-                self._policy.model.eval()
+                self.policy.model.eval()
             loss = mean * (count / len(share))
             loss.backward()
             total += float(loss.detach())
             met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
-        return total, met
+        return total
 
     def _micro_batches(
         self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray
@@ -189,45 +276,48 @@ class Trainer:
             wanted,
             which,
             max_tokens=self._config.tokens_per_micro_batch,
-            share_prompts=self._policy.shares_prompts,
+            share_prompts=self.policy.shares_prompts,
             device=self._device,
         )
 
-    def _responses(self, data: TrainingData, reference: np.ndarray, micro: MicroBatch) -> Responses:
-        # A sequence's wanted tokens lie side by side in a micro-batch.
+    def _responses(
+        self, batch: TrainingBatch, reference: np.ndarray, micro: MicroBatch
+    ) -> Responses:
+        # The wanted tokens of a sequence are adjacent in a micro-batch.
         members_n, response_t = torch.unique_consecutive(micro.sequence_t, return_inverse=True)
         rows = members_n.cpu().numpy()
 
         def tensor(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).to(self._device)
 
+        groups_n = batch.group_ids[rows]
+        ended = {int(group): tensor(batch.ended_rewards[group]) for group in np.unique(groups_n)}
         return Responses(
             ref_logprobs_t=tensor(reference[micro.source_t.cpu().numpy()]),
             response_t=response_t,
-            advantages_n=tensor(data.advantages[rows]),
-            scales_n=tensor(data.scales[rows]),
-            correct_n=tensor(data.correct[rows]),
+            groups_n=tensor(groups_n),
+            rewards_n=tensor(batch.rewards[rows]),
+            correctness_n=tensor(batch.correctness[rows]),
+            advantages_n=tensor(batch.advantages[rows]),
+            ended_rewards=ended,
         )
 
     def _loss(
-        self, micro: MicroBatch, data: TrainingData, reference: np.ndarray
+        self, micro: MicroBatch, batch: TrainingBatch, reference: np.ndarray
     ) -> tuple[Tensor, Tensor, int]:
-        """Mean loss over the responses of a micro-batch, the log-probs met, how many responses."""
-        config = self._config
-        responses = self._responses(data, reference, micro)
+        """Mean loss over a micro-batch's responses, its log-probs, and its number of responses."""
+        responses = self._responses(batch, reference, micro)
         count = len(responses.advantages_n)
-        if config.objective == "omd":
-            found = self._policy.omd_loss(
-                micro, responses, tau=config.tau, normalize=config.normalize
+        if isinstance(self._objective, partial) and self._objective.func is omd:
+            fused = self.policy.omd_loss(micro, responses, **self._objective.keywords)
+            return fused.loss, fused.logprobs_t, count
+        logprobs_t = self.policy.logprobs(micro)
+        losses_n = self._objective(logprobs_t, responses)
+        if losses_n.shape != (count,):
+            raise ValueError(
+                f"trainer.objective = {self._config.objective!r} returned a tensor of shape "
+                f"{tuple(losses_n.shape)}; it must return one loss per response, shape ({count},)"
             )
-            return found.loss, found.logprobs_t, count
-        logprobs_t = self._policy.logprobs(micro)
-        if config.objective == "reinforce":
-            losses_n = objectives.reinforce(logprobs_t, responses, normalize=config.normalize)
-        elif config.objective == "grpo":
-            losses_n = objectives.grpo(logprobs_t, responses)
-        else:
-            losses_n = objectives.rest(logprobs_t, responses, normalize=config.normalize)
         return losses_n.mean(), logprobs_t, count
 
     def _check_gap(self, mean: float) -> bool:
@@ -240,32 +330,49 @@ class Trainer:
             raise LogprobMismatch(
                 f"Engine and trainer differ by {mean:.3g} nats a token (limit "
                 f"{self._config.logprob_gap_limit}) for {PATIENCE} iterations running: the engine "
-                "samples from other weights or in another precision than the trainer's. Check "
+                "samples from other weights or in another precision than the trainer. Check "
                 "model.dtype and the weight hand-over, or raise trainer.logprob_gap_limit"
             )
         return True
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: float) -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.grad_clip))
+        """Clip, take one step, and return the norm of the gradient before clipping."""
+        parameters = self._held_by(optimizer)
+        found: Any = nn.utils.clip_grad_norm_(parameters, self._config.grad_clip)
+        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
         if not (math.isfinite(norm) and math.isfinite(loss)):
             raise self._diverged(f"Loss {loss} with gradient norm {norm}")
         optimizer.step()
         optimizer.zero_grad()
         return norm
 
+    def _held_by(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+        """The optimizer's parameters, after a check that every trainable one is among them."""
+        held = optimizer.param_groups[0]["params"]
+        known = {id(parameter) for parameter in held}
+        missing = [name for name, p in self.policy.trainable().items() if id(p) not in known]
+        if missing:
+            raise RuntimeError(
+                f"The optimizer does not hold {len(missing)} trainable parameters, {missing[0]} "
+                "among them, so they would get no update. Something replaced them during the "
+                "training phase: shard the policy before train() is called, with itself as the root"
+            )
+        return held
+
     def _diverged(self, what: str) -> TrainingDiverged:
-        for parameter in self._parameters:
-            parameter.grad = None
+        self.policy.zero_grad(set_to_none=True)
         return TrainingDiverged(
             f"{what}: the update was not taken. Lower trainer.learning_rate (now "
-            f"{self._config.learning_rate}) or look at the rewards and log-probs of this "
-            "iteration's samples"
+            f"{self._config.learning_rate}) or look at the rewards and log-probs in "
+            "this iteration's file in trajectories/"
         )
 
 
 def _remove_dropout(model: nn.Module) -> None:
-    """Let training mode compute what eval mode does: with dropout or jitter, trainer and engine
-    would disagree on the log-probs."""
+    """Make training mode compute what eval mode computes.
+
+    With dropout or jitter, trainer and engine would disagree on the log-probs.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -277,8 +384,10 @@ def _remove_dropout(model: nn.Module) -> None:
 def _gap(
     own: np.ndarray, engines: np.ndarray, fresh: np.ndarray, limit: float
 ) -> tuple[float, float, float]:
-    """Over the fresh tokens that were met: mean and maximum of |Δ log-prob|, in nats, and the share
-    of tokens above ``limit``."""
+    """Mean and maximum of |Δ log-prob| in nats, and the share of tokens above ``limit``.
+
+    Over those fresh tokens that ``own`` has a log-prob of.
+    """
     delta = np.abs(own[fresh] - engines[fresh])
     delta = delta[~np.isnan(own[fresh])]
     if not len(delta):

@@ -1,51 +1,131 @@
-"""Handing new weights from the trainer to the engines.
+"""Publishing: how the trainer's weights get to the engines, between iterations.
 
-An engine in the trainer's own process samples from the trainer's parameters, so there is nothing to
-move: to ``publish`` is to say which version they are from now on. Engines in other processes read
-them in an arena: ``publish_model`` puts a copy there, as the vLLM engine does when it is updated.
-Either happens between iterations, never while a rollout runs.
+An engine in the trainer's process reads a module that shares the trainer's parameters
+(``module_to_read``), so ``InPlace`` moves nothing. Engines in other processes read an arena in
+shared memory, and ``ArenaPublisher`` copies each version there.
 
-The trainer does not keep its parameters in a slot, though publishing would then be a flip: the slot
-that was flipped must not be trained in, so that the next update would have to begin in another one,
-with a copy of the same bytes. The one pass of publishing is that copy.
+The trainer does not keep its parameters in a slot of the arena. Publishing would then be a flip
+without a copy, but nobody may train in the slot that is served. The next update would have to start
+in another slot, with a copy of the same bytes. The one pass of publishing is that copy.
 """
 
-from torch import nn
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
 
-from kimi_core.rollout.engine import Engine
-from kimi_core.types import WeightVersion
-from kimi_core.weights.arena import PUBLISH_S, WeightArena
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.layout import Layout
+
+SLOTS = 3
+"""Slots of an arena: the version served, one that was refused, and the one after that."""
+
+MARGIN = 1 << 24
+"""Bytes of shared memory left free for the arena's header and for vLLM."""
 
 
-def publish(engine: Engine, version: WeightVersion) -> None:
-    """Make ``engine`` sample from, and write on its segments, ``version``.
+class Publisher(Protocol):
+    """Takes the trainer's weights to where engines find them."""
 
-    Raises:
-        ValueError: the version is not newer than the one that the engine has.
-        EngineFailed: the weights did not get there; the engine serves what it had.
+    def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Make the tensors available as ``version``.
+
+        Raises: ValueError and TimeoutError as ``WeightArena.publish``; an error leaves the previous
+            version as it was.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the memory. Safe to call twice."""
+        ...
+
+
+class InPlace:
+    """For an engine that reads the trainer's own parameters: nothing moves."""
+
+    def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Do nothing: the engine sees an update as soon as the optimizer has taken it."""
+
+    def close(self) -> None:
+        """Do nothing: there is no memory to free."""
+
+
+class ArenaPublisher:
+    """Copies each version into one arena per tensor-parallel rank.
+
+    The arenas are made at the first publication. They are files without names in shared memory, so
+    nothing is left of them if this process is killed.
+
+    Args:
+        config: the model's.
+        dtype: what engines compute in; the copy casts to it.
+        tp_size: tensor-parallel ranks of the engine.
     """
-    if not version > WeightVersion(engine.policy_version):
-        raise ValueError(
-            f"Cannot publish version {version.number}: the engine has {engine.policy_version} "
-            "already, and versions only grow"
-        )
-    engine.update(version.number)
+
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, *, tp_size: int = 1) -> None:
+        self._layouts = [
+            Layout.from_config(config, dtype=dtype, tp_rank=rank, tp_size=tp_size)
+            for rank in range(tp_size)
+        ]
+        self.arenas: list[WeightArena] = []
+        """One for each rank, once a version was published."""
+        self._descriptors: list[int] = []
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths by which other processes open the arenas; empty before the first publication."""
+        return [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in self._descriptors]
+
+    def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy the tensors into a free slot of each arena, then flip the arenas to it.
+
+        Raises: ValueError and TimeoutError as ``WeightArena.publish``.
+        """
+        tensors = list(named_tensors)
+        for layout in self._layouts[len(self.arenas) :]:
+            self._make(layout)
+        for arena in self.arenas:
+            arena.publish(tensors, version=version)
+
+    def close(self) -> None:
+        """Give the memory of the arenas back. Safe to call twice."""
+        for arena, descriptor in zip(self.arenas, self._descriptors, strict=True):
+            arena.close()
+            os.close(descriptor)
+        self.arenas, self._descriptors = [], []
+
+    def _make(self, layout: Layout) -> None:
+        folder = _folder_with_room(SLOTS * layout.payload_bytes)
+        with tempfile.TemporaryDirectory(dir=folder, prefix="kimi_core-") as name:
+            path = Path(name) / "weights"
+            self.arenas.append(WeightArena.create(path, layout, slots=SLOTS))
+            self._descriptors.append(os.open(path, os.O_RDWR))
 
 
-def publish_model(
-    model: nn.Module,
-    version: WeightVersion,
-    arena: WeightArena,
-    *,
-    deadline_s: float = PUBLISH_S,
-    threads: int | None = None,
-) -> None:
-    """Serve a Hugging Face model's parameters as ``version`` to every engine on ``arena``.
+def module_to_read(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same parameters and buffers, for an engine to read.
 
-    Parameters on a GPU are first copied to host memory, all of them.
-
-    Raises: ValueError and TimeoutError as `WeightArena.publish`; what was served is served on.
+    The engine may switch its mode and its attention implementation without touching the trainer's
+    module. An update in place of a parameter shows in both.
     """
-    arena.publish(
-        model.named_parameters(), version=version.number, deadline_s=deadline_s, threads=threads
-    )
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    return copy.deepcopy(model, shared).eval()
+
+
+def _folder_with_room(size: int) -> str | None:
+    """A folder in shared memory, or None for one on disk if shared memory is too small.
+
+    Containers often have little shared memory. A file on disk is as fast while its pages are in
+    memory.
+    """
+    memory = Path("/dev/shm")
+    free = shutil.disk_usage(memory).free if memory.is_dir() else 0
+    return str(memory) if free > size + MARGIN else None

@@ -1,6 +1,7 @@
 """From ended responses to rewards and advantages, by group and by response."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from kimi_core.config import load_config
 from kimi_core.reward.base import RewardError
-from kimi_core.reward.groups import GroupScorer
+from kimi_core.reward.groups import GroupScorer, baseline
 from kimi_core.reward.length import length_rewards
 from kimi_core.types import Prompt, Trajectory
 
@@ -66,7 +67,7 @@ def test_a_complete_group_has_rewards_minus_their_mean(drawn, release, expected)
     assert group.prompt == PROMPT
     assert group.correctness.tolist() == group.rewards.tolist() == right.tolist()
     np.testing.assert_allclose(group.advantages, right - right.mean(), atol=1e-12)
-    assert group.reward_std == pytest.approx(right.std())
+    assert group.ended_rewards.std() == pytest.approx(right.std())
 
 
 def test_an_open_sibling_counts_with_the_expected_rate():
@@ -125,7 +126,7 @@ def test_the_baseline_takes_in_siblings_that_were_trained_before(drawn, early, e
     np.testing.assert_allclose(first.advantages, right[:early] - level, atol=1e-12)
     second = score(made, PROMPT, everyone[early:], [], iteration=1, expected=expected)
     np.testing.assert_allclose(second.advantages, right[early:] - right.mean(), atol=1e-12)
-    assert second.reward_std == pytest.approx(right.std())
+    assert second.ended_rewards.std() == pytest.approx(right.std())
 
 
 def test_the_length_reward_waits_for_its_warmup():
@@ -250,3 +251,61 @@ def test_a_failing_reward_is_no_verdict_and_may_be_tried_again():
     group = score(made, PROMPT, finished, [], iteration=0, expected=0.5)
     assert group.rewards.tolist() == [1.0, 0.0]
     assert group.advantages.tolist() == [0.5, -0.5]
+
+
+def test_baseline_mean():
+    rewards = np.array([1.0, 0.0, 0.0, 0.4])
+    assert baseline(rewards, missing=0, expected=0.9, tau=0.01, kind="mean") == pytest.approx(0.35)
+
+
+def test_baseline_mean_lets_open_siblings_stand_in():
+    # The first to end was wrong; its three siblings are expected to be right half the time.
+    value = baseline(np.array([0.0]), missing=3, expected=0.5, tau=0.01, kind="mean")
+    assert value == pytest.approx(1.5 / 4)
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 20.0])
+@pytest.mark.parametrize("missing", [0, 3])
+def test_baseline_log_partition_by_brute_force(tau, missing):
+    rewards, expected = [1.2, 0.0, -0.4], 0.3
+    terms = [math.exp(r / tau) for r in rewards]
+    terms += missing * [expected * math.exp(1 / tau) + (1 - expected)]
+    value = baseline(
+        np.array(rewards), missing=missing, expected=expected, tau=tau, kind="log_partition"
+    )
+    assert value == pytest.approx(tau * math.log(sum(terms) / len(terms)), rel=1e-12)
+
+
+@pytest.mark.parametrize("missing", [0, 2])
+def test_baseline_log_partition_tends_to_the_mean(missing):
+    settings = {"missing": missing, "expected": 0.25}
+    rewards = np.array([1.0, 0.0, 0.5])
+    mean = baseline(rewards, tau=1.0, kind="mean", **settings)
+    gaps = [
+        abs(baseline(rewards, tau=tau, kind="log_partition", **settings) - mean)
+        for tau in (1.0, 10.0, 1e5)
+    ]
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rewards", "missing", "expected", "value"),
+    [
+        ([1.0, 0.0], 0, 0.0, 1 - 0.01 * math.log(2)),  # the best response is all that is left
+        ([1.0, 1.0], 0, 0.0, 1.0),
+        ([0.0, 0.0], 0, 0.0, 0.0),
+        ([-9.0, -9.0], 0, 0.0, -9.0),  # exp(-900) is zero
+        ([0.0], 1, 0.0, 0.0),  # an open sibling that is sure to fail adds exp(0)
+        ([0.0], 1, 1.0, 1 - 0.01 * math.log(2)),
+    ],
+)
+def test_baseline_log_partition_does_not_overflow_at_a_small_tau(rewards, missing, expected, value):
+    # exp(1 / 0.01) is 2.7e43 and exp(1 / 0.0001) infinite.
+    got = baseline(
+        np.array(rewards), missing=missing, expected=expected, tau=0.01, kind="log_partition"
+    )
+    assert got == pytest.approx(value, abs=1e-12)
+    tiny = baseline(
+        np.array(rewards), missing=missing, expected=expected, tau=1e-4, kind="log_partition"
+    )
+    assert tiny == pytest.approx(round(value), abs=1e-4)

@@ -24,7 +24,8 @@ from kimi_core.reward.base import (
     judge_all,
 )
 from kimi_core.reward.groups import GroupScorer
-from kimi_core.run.run import build, train
+from kimi_core.run.build import build
+from kimi_core.run.run import train
 from kimi_core.types import Prompt, Trajectory
 
 PROMPT = Prompt(7, "3*214=", "642")
@@ -87,7 +88,7 @@ def test_a_group_is_as_if_the_response_had_not_been_sampled(drawn, data):
             assert group.trajectories == expected.trajectories
             np.testing.assert_array_equal(group.rewards, expected.rewards)
             np.testing.assert_array_equal(group.advantages, expected.advantages)
-            assert group.reward_std == expected.reward_std
+            np.testing.assert_array_equal(group.ended_rewards, expected.ended_rewards)
             trained += [one.trajectory_id for one in group.trajectories]
         unjudged += missing
         released = bool(group) or not open_lengths
@@ -107,7 +108,7 @@ def test_the_only_response_with_a_verdict_teaches_nothing():
     group = made.group(PROMPT, finished, [], iteration=0, expected=0.1)
     assert [one.trajectory_id for one in group.trajectories] == [0]
     assert (group.correctness.tolist(), group.advantages.tolist()) == ([1.0], [0.0])
-    assert group.reward_std == 0
+    assert group.ended_rewards.tolist() == group.rewards.tolist()
 
 
 def test_one_that_never_had_a_length_is_not_in_its_range():
@@ -268,7 +269,7 @@ def test_the_loop_accounts_for_every_response(given_config, tmp_path, release):
     for _ in range(8):
         report = loop.iterate()
         begun += 12
-        new = [t.trajectory_id for group in loop.latest_groups for t in group.trajectories]
+        new = [t.trajectory_id for group in loop.latest.groups for t in group.trajectories]
         assert not trained & set(new)
         trained.update(new)
         unjudged += report.infrastructure_errors

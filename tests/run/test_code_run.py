@@ -10,7 +10,8 @@ from plain_run import plain_run, result
 from kimi_core.config import load_config
 from kimi_core.metrics import read_metrics
 from kimi_core.reward.code import reward as code
-from kimi_core.run.run import build, train
+from kimi_core.run.build import build
+from kimi_core.run.run import train
 from kimi_core.sandbox import Pool, SandboxUnavailable, Status
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ from kimi_core.config import Config, load_config
 from kimi_core.models import load as models
 from kimi_core.models.load import load_model
 from kimi_core.rollout.torch.kv_cache import KVCache
+from kimi_core.run.build import build
 from kimi_core.run.dry_run import describe, estimate
-from kimi_core.run.run import build
 from kimi_core.tasks import multiply
 
 SMALL = [

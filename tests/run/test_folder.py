@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import kimi_core
 from kimi_core.config import Config, load_config
@@ -23,6 +24,7 @@ SAVE_LOOP = """
     import sys
     from itertools import count
     import torch
+    from safetensors.torch import save_file
     from kimi_core.config import Config
     from kimi_core.run.folder import RunFolder
 
@@ -30,8 +32,14 @@ SAVE_LOOP = """
     for i in count():
         run.save_state(
             i,
-            {"w": torch.full((50_000,), float(i))},
-            {"buffer.bin": lambda path: path.write_bytes(i.to_bytes(8, "little") * 10_000)},
+            [
+                lambda folder: save_file(
+                    {"w": torch.full((50_000,), float(i))}, folder / "tensors.safetensors"
+                ),
+                lambda folder: (folder / "buffer.bin").write_bytes(
+                    i.to_bytes(8, "little") * 10_000
+                ),
+            ],
             {"i": i},
         )
         print(i, flush=True)
@@ -49,9 +57,10 @@ def environment() -> dict[str, str]:
 
 
 def save(run: RunFolder, iteration: int, fingerprint: str = "") -> Path:
-    tensors = {"w": torch.full((3,), float(iteration))}
-    files = {"buffer.bin": lambda path: path.write_bytes(bytes([iteration]) * 100)}
-    return run.save_state(iteration, tensors, files, {"i": iteration}, fingerprint)
+    def write(folder: Path) -> None:
+        (folder / "buffer.bin").write_bytes(bytes([iteration]) * 100)
+
+    return run.save_state(iteration, [write], {"i": iteration}, fingerprint)
 
 
 def names(folder: Path) -> list[str]:
@@ -173,15 +182,11 @@ def test_resume_takes_settings_that_change_no_iteration(tmp_path: Path) -> None:
 
 
 def test_a_state_comes_back_as_it_was_given(tmp_path: Path) -> None:
-    tensors = {"a": torch.randn(2, 3).to(torch.bfloat16), "b": torch.arange(6).view(2, 3).T}
     with RunFolder.create(tmp_path, Config()) as run:
-        files = {"x.bin": lambda path: path.write_bytes(b"x" * 9)}
-        run.save_state(4, tensors, files, {"rng": [1, 2]}, "llama 3x96")
+        writers = [lambda folder: (folder / "x.bin").write_bytes(b"x" * 9)]
+        run.save_state(4, writers, {"rng": [1, 2]}, "llama 3x96")
         saved = run.load_state("llama 3x96")
     assert (saved.iteration, saved.state) == (4, {"rng": [1, 2]})
-    assert saved.tensors.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        torch.testing.assert_close(saved.tensors[name], tensor, rtol=0, atol=0)
     assert (saved.folder / "x.bin").read_bytes() == b"x" * 9
 
 
@@ -197,7 +202,7 @@ def test_only_the_newest_state_stays(tmp_path: Path) -> None:
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, Config()) as run:
         save(run, 5)
-        run.save_state(5, {}, {}, {"i": "again"})
+        run.save_state(5, [], {"i": "again"})
         assert run.load_state().state == {"i": "again"}
         assert names(run.states) == ["000005"]
 
@@ -229,14 +234,14 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_fault_in_a_writer_leaves_the_previous_state(tmp_path: Path) -> None:
-    def fail(path: Path) -> None:
-        path.write_bytes(b"half")
+    def fail(folder: Path) -> None:
+        (folder / "buffer.bin").write_bytes(b"half")
         raise KeyboardInterrupt
 
     with RunFolder.create(tmp_path, Config()) as run:
         save(run, 5)
         with pytest.raises(KeyboardInterrupt):
-            run.save_state(6, {}, {"buffer.bin": fail}, {})
+            run.save_state(6, [fail], {})
         assert names(run.states) == ["000005"]
 
 
@@ -260,7 +265,8 @@ def test_a_killed_save_loop_always_leaves_a_whole_state(tmp_path: Path) -> None:
             i = saved.iteration
             assert i >= acknowledged
             assert saved.state == {"i": i}
-            assert torch.equal(saved.tensors["w"], torch.full((50_000,), float(i)))
+            tensors = load_file(saved.folder / "tensors.safetensors")
+            assert torch.equal(tensors["w"], torch.full((50_000,), float(i)))
             expected = i.to_bytes(8, "little") * 10_000
             assert (saved.folder / "buffer.bin").read_bytes() == expected
             save(run, i + 1)
@@ -270,25 +276,29 @@ def test_a_killed_save_loop_always_leaves_a_whole_state(tmp_path: Path) -> None:
 NO_ROOM = """
     import json, sys
     import torch
+    from safetensors.torch import save_file
     from kimi_core.config import Config
     from kimi_core.run.folder import RunFolder
 
+    def tensors(size):
+        return lambda folder: save_file({"w": torch.ones(size)}, folder / "tensors.safetensors")
+
     run = RunFolder.create(sys.argv[1], Config())
-    small, big = {"w": torch.ones(100)}, {"w": torch.ones(1_000_000)}
-    run.save_state(1, small, {}, {"i": 1})
+    small, big = tensors(100), tensors(1_000_000)
+    run.save_state(1, [small], {"i": 1})
     if sys.argv[2] == "rlimit":
         import resource, signal
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     faults = []
-    cases = [(big, {}), (small, {"buffer.bin": lambda path: path.write_bytes(bytes(4_000_000))})]
-    for tensors, files in cases:
+    buffer = lambda folder: (folder / "buffer.bin").write_bytes(bytes(4_000_000))
+    for writers in ([big], [small, buffer]):
         try:
-            run.save_state(2, tensors, files, {"i": 2})
+            run.save_state(2, writers, {"i": 2})
         except OSError as error:
             faults.append([error.errno, str(error)])
     run.load_state()
-    run.save_state(2, small, {}, {"i": 2})
+    run.save_state(2, [small], {"i": 2})
     print(json.dumps(faults))
 """
 

@@ -1,12 +1,12 @@
-"""Each objective against its formula, gradients against autograd in float64, and the baseline."""
+"""Each objective against its formula, and its gradients against autograd in float64."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from kimi_core.trainer.objectives import CLIP, Responses, baseline, grpo, omd, reinforce, rest
+from kimi_core.config import TrainerConfig
+from kimi_core.trainer.objectives import CLIP, Responses, grpo, load_objective, omd, reinforce, rest
 
 LENGTHS = [5, 1, 3]  # three responses of one prompt, one of them a single token
 NORMS = {"none": [1, 1, 1], "length": [5, 1, 3], "sqrt_length": [5**0.5, 1, 3**0.5]}
@@ -19,8 +19,11 @@ def responses(ref_logprobs, **changes) -> Responses:
         "ref_logprobs_t": ref_logprobs,
         "response_t": torch.repeat_interleave(torch.arange(3), torch.tensor(LENGTHS)),
         "advantages_n": REWARDS - REWARDS.mean(),
-        "scales_n": torch.full((3,), 0.5, dtype=torch.float64),
-        "correct_n": torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64),
+        "groups_n": torch.tensor([4, 4, 4]),
+        "rewards_n": REWARDS,
+        "correctness_n": torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64),
+        # One response of the group was trained before; the standard deviation is 0.5.
+        "ended_rewards": {4: torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)},
     }
     return Responses(**{**fields, **changes})
 
@@ -139,7 +142,15 @@ def test_grpo_clips_only_what_has_gone_far_enough(advantage, log_ratio, clipped)
     ref = torch.full((1,), -1.0, dtype=torch.float64)
     own = (ref + log_ratio).requires_grad_()
     one = torch.ones(1, dtype=torch.float64)
-    given = Responses(ref, torch.zeros(1, dtype=torch.long), advantage * one, 0.5 * one, one)
+    given = Responses(
+        ref_logprobs_t=ref,
+        response_t=torch.zeros(1, dtype=torch.long),
+        groups_n=torch.tensor([4]),
+        rewards_n=one,
+        correctness_n=one,
+        advantages_n=advantage * one,
+        ended_rewards={4: torch.tensor([1.0, 0.0], dtype=torch.float64)},
+    )
     losses = grpo(own, given)
     scaled = advantage / (0.5 + 1e-6)
     ratio = math.exp(log_ratio)
@@ -151,8 +162,17 @@ def test_grpo_clips_only_what_has_gone_far_enough(advantage, log_ratio, clipped)
 
 def test_grpo_averages_over_tokens_and_divides_by_the_deviation():
     own, _ = logprob_pair()
-    given = responses(own.detach(), scales_n=torch.tensor([0.5, 0.25, 0.0], dtype=torch.float64))
-    expected = -given.advantages_n / (given.scales_n + 1e-6)  # every ratio is 1
+    spread = {4: 0.5, 5: 0.25, 6: 0.0}
+    given = responses(
+        own.detach(),
+        groups_n=torch.tensor([4, 5, 6]),
+        ended_rewards={
+            group: torch.tensor([half, -half, half, -half], dtype=torch.float64)
+            for group, half in spread.items()
+        },
+    )
+    deviations = torch.tensor(list(spread.values()), dtype=torch.float64)
+    expected = -given.advantages_n / (deviations + 1e-6)  # every ratio is 1
     losses = grpo(own, given)
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=0)
     lengths = torch.tensor(LENGTHS, dtype=torch.float64)
@@ -173,59 +193,17 @@ def test_rest_fits_right_answers_only(normalize):
     assert slope[5] == 0  # the wrong one
 
 
-def test_baseline_mean():
-    rewards = np.array([1.0, 0.0, 0.0, 0.4])
-    assert baseline(rewards, missing=0, expected=0.9, tau=0.01, kind="mean") == pytest.approx(0.35)
-
-
-def test_baseline_mean_lets_open_siblings_stand_in():
-    # The first to end was wrong; its three siblings are expected to be right half the time.
-    value = baseline(np.array([0.0]), missing=3, expected=0.5, tau=0.01, kind="mean")
-    assert value == pytest.approx(1.5 / 4)
-
-
-@pytest.mark.parametrize("tau", [0.3, 1.0, 20.0])
-@pytest.mark.parametrize("missing", [0, 3])
-def test_baseline_log_partition_by_brute_force(tau, missing):
-    rewards, expected = [1.2, 0.0, -0.4], 0.3
-    terms = [math.exp(r / tau) for r in rewards]
-    terms += missing * [expected * math.exp(1 / tau) + (1 - expected)]
-    value = baseline(
-        np.array(rewards), missing=missing, expected=expected, tau=tau, kind="log_partition"
+def test_an_objective_in_a_file_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def plain(logprobs_t, responses):\n"
+        "    return -responses.rewards_n * responses.sum(logprobs_t)\n"
     )
-    assert value == pytest.approx(tau * math.log(sum(terms) / len(terms)), rel=1e-12)
+    config = TrainerConfig(objective="mine.py:plain")
+    own, ref = logprob_pair()
+    losses = load_objective(config, base_folder=tmp_path)(own, responses(ref))
+    torch.testing.assert_close(losses, -REWARDS * per_response(own))
 
 
-@pytest.mark.parametrize("missing", [0, 2])
-def test_baseline_log_partition_tends_to_the_mean(missing):
-    settings = {"missing": missing, "expected": 0.25}
-    rewards = np.array([1.0, 0.0, 0.5])
-    mean = baseline(rewards, tau=1.0, kind="mean", **settings)
-    gaps = [
-        abs(baseline(rewards, tau=tau, kind="log_partition", **settings) - mean)
-        for tau in (1.0, 10.0, 1e5)
-    ]
-    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("rewards", "missing", "expected", "value"),
-    [
-        ([1.0, 0.0], 0, 0.0, 1 - 0.01 * math.log(2)),  # the best response is all that is left
-        ([1.0, 1.0], 0, 0.0, 1.0),
-        ([0.0, 0.0], 0, 0.0, 0.0),
-        ([-9.0, -9.0], 0, 0.0, -9.0),  # exp(-900) is zero
-        ([0.0], 1, 0.0, 0.0),  # an open sibling that is sure to fail adds exp(0)
-        ([0.0], 1, 1.0, 1 - 0.01 * math.log(2)),
-    ],
-)
-def test_baseline_log_partition_does_not_overflow_at_a_small_tau(rewards, missing, expected, value):
-    # exp(1 / 0.01) is 2.7e43 and exp(1 / 0.0001) infinite.
-    got = baseline(
-        np.array(rewards), missing=missing, expected=expected, tau=0.01, kind="log_partition"
-    )
-    assert got == pytest.approx(value, abs=1e-12)
-    tiny = baseline(
-        np.array(rewards), missing=missing, expected=expected, tau=1e-4, kind="log_partition"
-    )
-    assert tiny == pytest.approx(round(value), abs=1e-4)
+def test_an_unknown_objective_is_an_error_that_lists_those_there_are():
+    with pytest.raises(ValueError, match=r"'ppo'; allowed are omd, .*, or file\.py:function"):
+        load_objective(TrainerConfig(objective="ppo"))

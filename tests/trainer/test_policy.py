@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 
 from kimi_core.trainer.packing import micro_batches
-from kimi_core.trainer.policy import Policy, trainable_parameters
+from kimi_core.trainer.policy import Policy
 from kimi_core.types import Batch
 
 VOCAB = 40
@@ -91,7 +91,7 @@ def test_logprobs_and_gradients_are_the_models_own(name, temperature):
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
-    parameters = trainable_parameters(model)
+    parameters = list(policy.trainable().values())
     weights = torch.linspace(-1, 1, len(ours))
     own = torch.autograd.grad((ours * weights).sum(), parameters, allow_unused=True)
     true = torch.autograd.grad((theirs * weights).sum(), parameters, allow_unused=True)
@@ -134,4 +134,5 @@ def test_looking_at_the_head_leaves_the_mode_alone(training):
 def test_trainable_parameters_are_those_that_want_a_gradient():
     model = build(hf.LlamaForCausalLM, CONFIGS["llama"]()).requires_grad_(False)
     model.model.norm.requires_grad_(True)
-    assert trainable_parameters(model) == [model.model.norm.weight]
+    policy = Policy(model, temperature=1.0, head_chunk=4)
+    assert policy.trainable() == {"model.norm.weight": model.model.norm.weight}

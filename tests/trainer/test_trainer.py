@@ -13,14 +13,15 @@ from kimi_core.config import TrainerConfig
 from kimi_core.models.load import freeze_below
 from kimi_core.trainer import objectives
 from kimi_core.trainer.objectives import Responses
+from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.trainer import (
     PATIENCE,
     LogprobMismatch,
     Trainer,
-    TrainingData,
     TrainingDiverged,
 )
-from kimi_core.types import PROMPT_VERSION, Batch
+from kimi_core.types import PROMPT_VERSION, Batch, TrainingBatch
+from kimi_core.weights.publish import InPlace
 
 VOCAB, VERSION = 40, 5
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
@@ -43,10 +44,12 @@ def build(config):
 
 def trainer_of(model, **settings):
     defaults = {"tau": 0.3, "learning_rate": 1e-3, "updates_per_iteration": 1, "grad_clip": 1e9}
-    return Trainer(model, TrainerConfig(**{**defaults, **settings}), temperature=0.8)
+    config = TrainerConfig(**{**defaults, **settings})
+    policy = Policy(model, temperature=0.8, head_chunk=config.head_chunk)
+    return Trainer(policy, config, InPlace())
 
 
-def data_of(model, *, seed=0, shift=0.0, age=0) -> TrainingData:
+def data_of(model, *, seed=0, shift=0.0, age=0) -> TrainingBatch:
     """Six responses whose reference is the model's own log-probs plus ``shift``."""
     rng = np.random.default_rng(seed)
     mask = np.concatenate([np.repeat([0, 1], lengths) for lengths in LENGTHS]).astype(np.uint8)
@@ -60,16 +63,18 @@ def data_of(model, *, seed=0, shift=0.0, age=0) -> TrainingData:
     )
     own = trainer_of(model).logprobs(batch, mask > 0, range(count))
     batch = dataclasses.replace(batch, logprobs=np.where(mask, own + shift, 0).astype(np.float32))
-    return TrainingData(
-        batch=batch,
+    return TrainingBatch(
+        tokens=batch,
+        group_ids=np.array([7, 7, 7, 9, 9, 9]),
+        rewards=rng.normal(size=count),
+        correctness=np.array([1.0, 0, 1, 0, 1, 0]),
         advantages=rng.normal(size=count),
-        scales=rng.uniform(0.2, 0.6, size=count),
-        correct=np.array([1.0, 0, 1, 0, 1, 0]),
+        ended_rewards={7: rng.normal(size=4), 9: rng.normal(size=3)},
     )
 
 
 def train(trainer, data, *, seed=0):
-    return trainer.train(data, policy_version=VERSION, rng=np.random.default_rng(seed))
+    return trainer.train(data, policy_version=VERSION, seed=(seed,))
 
 
 def weights_of(model):
@@ -109,18 +114,20 @@ def test_a_step_descends_the_mean_loss_over_the_responses(name, steps):
     metrics = train(trainer_of(model, objective=name, **settings), data)
 
     model = llama()  # the weights from before
-    edges = data.batch.cu_seqlens
+    edges = data.tokens.cu_seqlens
     logprobs = []
     for start, end, (prompt, _) in zip(edges, edges[1:], LENGTHS, strict=False):
-        ids = torch.from_numpy(data.batch.token_ids[start:end]).long()
+        ids = torch.from_numpy(data.tokens.token_ids[start:end]).long()
         rows = (model(ids[None]).logits[0, prompt - 1 : -1] / 0.8).log_softmax(-1)
         logprobs.append(rows.gather(1, ids[prompt:, None])[:, 0])
     responses = Responses(
-        ref_logprobs_t=torch.from_numpy(data.batch.logprobs[data.batch.mask > 0]),
+        ref_logprobs_t=torch.from_numpy(data.tokens.logprobs[data.tokens.mask > 0]),
         response_t=torch.repeat_interleave(torch.tensor([length for _, length in LENGTHS])),
+        groups_n=torch.from_numpy(data.group_ids),
+        rewards_n=torch.from_numpy(data.rewards),
+        correctness_n=torch.from_numpy(data.correctness),
         advantages_n=torch.from_numpy(data.advantages),
-        scales_n=torch.from_numpy(data.scales),
-        correct_n=torch.from_numpy(data.correct),
+        ended_rewards={g: torch.from_numpy(r) for g, r in data.ended_rewards.items()},
     )
     own = torch.cat(logprobs)
     losses = {
@@ -189,18 +196,20 @@ def test_weight_decay_and_learning_rate_are_the_configs():
     torch.testing.assert_close(model.lm_head.weight.detach(), before * (1 - 0.1 * 0.5))
 
 
-def with_versions(data, versions) -> TrainingData:
+def with_versions(data, versions) -> TrainingBatch:
     """Every third sampled token from each of ``versions``, in turn."""
-    sampled = np.flatnonzero(data.batch.mask)
-    written = data.batch.policy_versions.copy()
+    sampled = np.flatnonzero(data.tokens.mask)
+    written = data.tokens.policy_versions.copy()
     written[sampled] = np.resize(versions, len(sampled))
-    return dataclasses.replace(data, batch=dataclasses.replace(data.batch, policy_versions=written))
+    return dataclasses.replace(
+        data, tokens=dataclasses.replace(data.tokens, policy_versions=written)
+    )
 
 
-def with_logprobs_moved(data, version) -> TrainingData:
-    moved = data.batch.logprobs - 3.0 * (data.batch.policy_versions == version)
-    batch = dataclasses.replace(data.batch, logprobs=moved.astype(np.float32))
-    return dataclasses.replace(data, batch=batch)
+def with_logprobs_moved(data, version) -> TrainingBatch:
+    moved = data.tokens.logprobs - 3.0 * (data.tokens.policy_versions == version)
+    batch = dataclasses.replace(data.tokens, logprobs=moved.astype(np.float32))
+    return dataclasses.replace(data, tokens=batch)
 
 
 def test_max_staleness_keeps_older_tokens_out_of_the_loss(steps):
@@ -305,8 +314,8 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(where):
     good = data_of(model, age=1)
     bad = dataclasses.replace(good, advantages=good.advantages * np.nan)
     if where == "reference":
-        logprobs = np.where(good.batch.mask, -np.inf, 0).astype(np.float32)
-        bad = dataclasses.replace(good, batch=dataclasses.replace(good.batch, logprobs=logprobs))
+        logprobs = np.where(good.tokens.mask, -np.inf, 0).astype(np.float32)
+        bad = dataclasses.replace(good, tokens=dataclasses.replace(good.tokens, logprobs=logprobs))
     before = weights_of(model)
     trainer = trainer_of(model)
     with pytest.raises(TrainingDiverged, match=r"the update was not taken.*learning_rate"):
@@ -319,17 +328,17 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(where):
 def test_the_gap_to_the_engine_is_measured_on_fresh_tokens():
     model = llama()
     data = with_versions(data_of(model), [VERSION, VERSION - 1])
-    logprobs = data.batch.logprobs + 0.02 * (data.batch.policy_versions == VERSION)
-    logprobs -= 9.0 * (data.batch.policy_versions == VERSION - 1)  # older: may be far away
-    logprobs[np.flatnonzero(data.batch.policy_versions == VERSION)[0]] += 0.1
-    moved = dataclasses.replace(data.batch, logprobs=logprobs.astype(np.float32))
-    metrics = train(trainer_of(model), dataclasses.replace(data, batch=moved))
-    fresh = (data.batch.policy_versions == VERSION).sum()
+    logprobs = data.tokens.logprobs + 0.02 * (data.tokens.policy_versions == VERSION)
+    logprobs -= 9.0 * (data.tokens.policy_versions == VERSION - 1)  # older: may be far away
+    logprobs[np.flatnonzero(data.tokens.policy_versions == VERSION)[0]] += 0.1
+    moved = dataclasses.replace(data.tokens, logprobs=logprobs.astype(np.float32))
+    metrics = train(trainer_of(model), dataclasses.replace(data, tokens=moved))
+    fresh = (data.tokens.policy_versions == VERSION).sum()
     assert metrics.logprob_gap_mean == pytest.approx(0.02 + 0.1 / fresh, abs=1e-5)
     assert metrics.logprob_gap_max == pytest.approx(0.12, abs=1e-5)
     assert metrics.logprob_gap_over_limit_share == pytest.approx(1 / fresh)  # The limit is 0.05.
     assert not metrics.reference_recomputed
-    counted = data.batch.mask > 0
+    counted = data.tokens.mask > 0
     assert metrics.entropy == pytest.approx(-float(logprobs[counted].mean()), rel=1e-5)
 
 
@@ -381,9 +390,9 @@ def test_a_bfloat16_model_trains():
         assert value.dtype == torch.bfloat16 and value.isfinite().all(), name
         assert not torch.equal(value, before[name]), name
     # What was better than its siblings became likelier, what was worse less likely.
-    after = trainer.logprobs(data.batch, data.batch.mask > 0, range(len(LENGTHS)))
-    moved = np.nan_to_num(after - data.batch.logprobs)
-    moved = np.add.reduceat(moved, data.batch.cu_seqlens[:-1])
+    after = trainer.logprobs(data.tokens, data.tokens.mask > 0, range(len(LENGTHS)))
+    moved = np.nan_to_num(after - data.tokens.logprobs)
+    moved = np.add.reduceat(moved, data.tokens.cu_seqlens[:-1])
     assert (moved * data.advantages).sum() > 0
 
 

@@ -13,13 +13,11 @@ import torch
 import transformers as hf
 
 from kimi_core.models.load import load_pretrained
-from kimi_core.rollout.engine import Request, Sampling
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.types import WeightVersion
+from kimi_core.types import Request, Sampling
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.binding import bind
 from kimi_core.weights.layout import Layout
-from kimi_core.weights.publish import publish_model
 
 GREEDY = Sampling(temperature=0, seed=0, stop_token_ids=frozenset())
 
@@ -27,7 +25,7 @@ GREEDY = Sampling(temperature=0, seed=0, stop_token_ids=frozenset())
 @pytest.fixture
 def arena(arena_path, layout, model):
     with WeightArena.create(arena_path, layout) as arena:
-        publish_model(model, WeightVersion(0), arena)
+        arena.publish(model.named_parameters(), version=0)
         yield arena
 
 
@@ -61,7 +59,7 @@ def test_parameters_are_views_of_the_slot_and_stay_tied(arena, tiny, model):
         assert fused.data_ptr() == first.data_ptr()
         train(model)
         assert not torch.equal(first, model.model.layers[0].self_attn.q_proj.weight)
-        publish_model(model, WeightVersion(version), arena)
+        arena.publish(model.named_parameters(), version=version)
         assert binding.follow() == version
         assert not lease.held
     for name, parameter in engine_model.named_parameters():
@@ -78,18 +76,18 @@ def test_parameters_are_views_of_the_slot_and_stay_tied(arena, tiny, model):
 
 def test_a_version_in_use_is_kept_until_the_flip(arena_path, layout, model, tiny):
     with WeightArena.create(arena_path, layout, slots=2) as arena:
-        publish_model(model, WeightVersion(0), arena)
+        arena.publish(model.named_parameters(), version=0)
         binding = bind(hf.LlamaForCausalLM(tiny), arena.acquire())
-        publish_model(model, WeightVersion(1), arena)
+        arena.publish(model.named_parameters(), version=1)
         with pytest.raises(TimeoutError, match=rf"\(version 0\) by pid {os.getpid()}"):
-            publish_model(model, WeightVersion(2), arena, deadline_s=0)
+            arena.publish(model.named_parameters(), version=2, deadline_s=0)
         binding.follow()
-        publish_model(model, WeightVersion(2), arena, deadline_s=0)
+        arena.publish(model.named_parameters(), version=2, deadline_s=0)
 
 
 def test_an_older_or_other_version_is_refused(arena, arena_path, model, tiny):
     old = arena.acquire()
-    publish_model(model, WeightVersion(1), arena)
+    arena.publish(model.named_parameters(), version=1)
     engine_model = hf.LlamaForCausalLM(tiny)
     binding = bind(engine_model, arena.acquire())
     with pytest.raises(ValueError, match="Cannot go back from version 1 to 0"):
@@ -97,7 +95,7 @@ def test_an_older_or_other_version_is_refused(arena, arena_path, model, tiny):
     assert not old.held
     other = Layout.from_config(tiny, dtype="bfloat16")
     with WeightArena.create(arena_path.with_name("other"), other) as halves:
-        publish_model(model, WeightVersion(2), halves)
+        halves.publish(model.named_parameters(), version=2)
         with pytest.raises(ValueError, match=r"has another layout: .*bind the model anew"):
             binding.flip(halves.acquire())
     assert binding.version == 1 and binding.lease.held
@@ -138,7 +136,7 @@ def test_other_dtypes_ties_and_shards_are_refused(arena, arena_path, tiny, model
             bind(hf.LlamaForCausalLM(tiny), other.acquire())
     shard = Layout.from_config(tiny, dtype="float32", tp_size=2)
     with WeightArena.create(arena_path.with_name("shard"), shard) as other:
-        publish_model(model, WeightVersion(0), other)
+        other.publish(model.named_parameters(), version=0)
         with pytest.raises(ValueError, match="on rank 0 of 2"):
             bind(hf.LlamaForCausalLM(tiny), other.acquire())
 
@@ -193,7 +191,7 @@ def follow_in_another_process(
         before: list[float] = []
         for version in range(1, versions + 1):
             train(model)
-            publish_model(model, WeightVersion(version), arena)
+            arena.publish(model.named_parameters(), version=version)
             child.stdin.write("\n")
             child.stdin.flush()
             now = []
@@ -221,7 +219,7 @@ def test_smollm2_in_another_process_follows(smollm2, arena_path):
     model, _ = load_pretrained(str(smollm2), dtype="float32", device="cpu")
     layout = Layout.from_config(model.config, dtype="float32")
     with WeightArena.create(arena_path, layout, slots=2) as arena:
-        publish_model(model, WeightVersion(0), arena)
+        arena.publish(model.named_parameters(), version=0)
         worst = follow_in_another_process(model, arena, versions=2)
     print(f"SmolLM2: largest |Δ log-prob| {worst:.2e}")
     assert worst <= 1e-4

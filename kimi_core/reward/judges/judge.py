@@ -20,8 +20,8 @@ import numpy as np
 
 from kimi_core.models.codec import Codec
 from kimi_core.reward.base import InfrastructureError
-from kimi_core.rollout.engine import Engine, Request, Sampling
-from kimi_core.types import Prompt, Segment
+from kimi_core.rollout.engine import Engine
+from kimi_core.types import Prompt, Request, Sampling, Segment
 
 TEMPLATE = """\
 You grade an answer. Decide whether the response reaches the reference answer, in whatever form.

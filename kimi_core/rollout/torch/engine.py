@@ -1,4 +1,4 @@
-"""The embedded engine: batched decoding with the trainer's own Hugging Face model, no copy.
+"""The embedded engine: batched decoding with a Hugging Face model in the trainer's process.
 
 1. Requests wait in order of their context's length, the longest first.
 2. Free rows are filled from there: each distinct context is prefilled once, in micro-batches of
@@ -17,12 +17,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kimi_core.rollout.engine import Request, Sampling, check_request
+from kimi_core.rollout.engine import check_newer, check_request
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.rollout.torch import attention
 from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, KVCache
 from kimi_core.rollout.torch.rows import Rows
-from kimi_core.types import Segment
+from kimi_core.types import Request, Sampling, Segment
 
 PREFILL_TOKENS = 4096
 """Tokens, padding included, in one forward pass of a prefill."""
@@ -34,14 +34,14 @@ WORTH_A_PASS = 64
 class TorchEngine:
     """Implements ``Engine`` on any causal model of transformers with plain attention.
 
-    The model's own parameters are read at every step, so the weights are always the trainer's
-    newest; ``update`` names them when they change.
+    Every step reads the module's parameters as they are. In the trainer's process they are the
+    trainer's parameters (``weights.publish.module_to_read``), so ``serve`` only names the version.
 
     Args:
-        model: on any device, in any dtype. Checked here: a small batch decoded through the cache
-            must give the logits of a plain forward pass.
-        batch_rows: sequences decoded side by side at most.
-        policy_version: written on every segment.
+        model: the module to read, on any device, in any dtype. The constructor checks that a small
+            batch decoded through the cache has the logits of a plain forward pass.
+        batch_rows: sequences decoded together at most.
+        policy_version: the version written on every segment.
 
     Raises:
         ValueError: the model keeps a state other than keys and values of all positions.
@@ -82,12 +82,23 @@ class TorchEngine:
             )
         return self._generate(requests, sampling)
 
-    def update(self, version: int) -> None:
-        """Name the weights, which are the trainer's own and so there already."""
+    def serve(self, version: int) -> None:
+        """Write ``version`` on segments from now on: the module shares the published parameters.
+
+        Raises:
+            ValueError: the version is older than the present one.
+        """
+        check_newer(version, self.policy_version)
         self.policy_version = version
 
+    def sleep(self) -> None:
+        """Do nothing: the trainer works on the same parameters, and the cache lives in a call."""
+
+    def wake(self) -> None:
+        """Do nothing, as ``sleep`` does."""
+
     def close(self) -> None:
-        """Nothing: the model is the caller's."""
+        """Do nothing: the module belongs to the caller."""
 
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         if not requests:

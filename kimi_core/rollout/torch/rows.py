@@ -3,8 +3,7 @@
 import numpy as np
 
 from kimi_core import _C
-from kimi_core.rollout.engine import Request, Sampling
-from kimi_core.types import EndReason, Segment
+from kimi_core.types import EndReason, Request, Sampling, Segment
 
 
 class Rows:

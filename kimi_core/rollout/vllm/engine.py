@@ -1,27 +1,24 @@
-"""The vLLM engine: sampling in processes of its own, with the trainer's weights by way of an arena.
+"""The vLLM engine: sampling in vLLM's processes, with weights from an arena in shared memory.
 
-1. The first call starts vLLM, from the model's config alone. The trainer's weights are published
-   into an arena in shared memory; the workers serve them from there (``weights/vllm_backend.py``).
-2. A call asks for all responses at once; what comes is cut into segments as the embedded engine
-   cuts them, and repeats are looked for on the way.
-3. ``update`` publishes new weights; the workers verify them, then flip. Keys and values of older
-   weights are not reused: the version is part of the prefix cache's key.
+1. The first call starts vLLM from the model's config alone. The workers open the arenas that the
+   trainer publishes into, and serve the weights from there (``rollout/vllm/backend.py``).
+2. A call asks for all responses at once. The tokens that come are cut into the same segments as
+   the embedded engine's, and repeats are looked for on the way.
+3. ``serve`` makes the workers verify the published weights and then flip to them. Keys and values
+   of older weights are not reused, because the version is part of the prefix cache's key.
 4. Processes that die or hang are replaced at once, with the current version, and asked for the rest
-   of each response. Twice without a token in between ends the call.
+   of each response. Two failures with no token in between end the call.
 """
 
 import asyncio
-import os
-import shutil
-import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PretrainedConfig
 
-from kimi_core.rollout.engine import EngineFailed, Request, Sampling, check_request
+from kimi_core.rollout.engine import EngineFailed, check_newer, check_request
 from kimi_core.rollout.sampling import derived_seed
 from kimi_core.rollout.vllm.response import Response
 from kimi_core.rollout.vllm.server import (
@@ -31,48 +28,44 @@ from kimi_core.rollout.vllm.server import (
     WeightsRefused,
     check_options,
 )
-from kimi_core.types import Segment, WeightVersion
-from kimi_core.weights.arena import WeightArena
-from kimi_core.weights.layout import Layout
-from kimi_core.weights.publish import publish_model
+from kimi_core.types import Request, Sampling, Segment
 
 CHUNK = 16
-"""Tokens of a response that vLLM hands over at once, at most; by then a repeat is noticed."""
-
-SLOTS = 3
-"""Of an arena: the version served, one that was refused, and the one after that."""
-
-MARGIN = 1 << 24
-"""Bytes of shared memory left free: the arena's header and what vLLM itself puts there."""
+"""Most tokens of a response that vLLM hands over at once; a repeat is noticed by then."""
 
 COLDEST = 0.01
-"""Below this temperature vLLM samples at another one than it was told."""
+"""Below this temperature vLLM replaces the temperature that it was given."""
 
 
 class VLLMEngine:
     """Implements ``Engine`` with vLLM.
 
-    The same seed gives the same run on the same machine: vLLM draws a response with a seed that
-    derives from (seed, trajectory, position at which the call took it up). So a token does not
-    depend on the batch it was drawn in; but, unlike with the embedded engine, it does on where the
-    response was cut: to continue it draws other tokens, of the same distribution, than to go on
-    would have. A restart is such a cut. Greedy responses do not depend on cuts.
+    The same seed gives the same run on the same machine. vLLM draws a response with a seed that
+    derives from (seed, trajectory, position at which the call took it up), so a token does not
+    depend on the batch it was drawn in. Unlike with the embedded engine it depends on where the
+    response was cut: a continued response draws other tokens, of the same distribution, than an
+    unbroken one. A restart is such a cut. Greedy responses do not depend on cuts.
 
     Args:
-        model: the trainer's; its parameters are what ``update`` hands over.
-        batch_rows: sequences decoded side by side at most.
+        config: the model's config.
+        dtype: what vLLM computes in.
+        arenas: gives the paths of the arenas to bind to, one for each tensor-parallel rank, when
+            vLLM starts.
+        batch_rows: sequences decoded together at most.
         options: further arguments of vLLM's ``AsyncEngineArgs``.
-        timeout_s: longest wait for the next tokens, or for an update of the weights.
-        start_timeout_s: longest wait for vLLM to start.
-        policy_version: written on every segment.
+        timeout_s: longest wait for the next tokens or for new weights, seconds.
+        start_timeout_s: longest wait for vLLM to start, seconds.
+        policy_version: the version written on segments until the first ``serve``.
 
     Raises:
-        ValueError: vLLM is not installed here, or an option is one that the engine sets itself.
+        ValueError: vLLM is not installed here, or the engine sets one of the options itself.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        arenas: Callable[[], Sequence[str]],
         *,
         batch_rows: int,
         options: Mapping[str, Any] | None = None,
@@ -82,19 +75,19 @@ class VLLMEngine:
     ):
         self.options = {"max_num_seqs": batch_rows} | dict(options or {})
         check_options(self.options)
-        self.model = model
+        self.config = config
+        self.dtype = dtype
         self.timeout_s = timeout_s
         self.start_timeout_s = start_timeout_s
         self.policy_version = policy_version
         self.server: VLLMServer | None = None
         self.starts = 0
         """How often vLLM was started."""
-        text = model.config.get_text_config(decoder=True)
+        text = config.get_text_config(decoder=True)
         self._vocabulary: int = text.vocab_size
         limits = getattr(text, "max_position_embeddings", None), self.options.get("max_model_len")
         self._context = min((limit for limit in limits if limit is not None), default=None)
-        self._arenas: list[tuple[WeightArena, int]] = []
-        """Of each tensor-parallel rank, with a file descriptor that keeps it open."""
+        self._arenas = arenas
         self._steps_before = 0
         self._requests = 0
         self._busy = False
@@ -135,7 +128,9 @@ class VLLMEngine:
                 except ServerDown as error:
                     self._stop()
                     if went_down:
-                        raise EngineFailed(f"{error}; twice, with nothing in between") from error
+                        raise EngineFailed(
+                            f"{error}; this happened twice with no token in between"
+                        ) from error
                     went_down = True
                 open_ = [response for response in open_ if not response.ended]
         finally:
@@ -165,7 +160,7 @@ class VLLMEngine:
                         done.append(item)
                         continue
                     response, output = item
-                    if response in running:  # Else it ended with a repeat, and this came after it.
+                    if response in running:  # Otherwise a repeat has ended it already.
                         self._add(response, output)
                         segments += response.ready(self.policy_version)
                         if response.ended:
@@ -173,19 +168,19 @@ class VLLMEngine:
                             tasks[response].cancel()  # Aborts the request where vLLM would go on.
                 if segments:
                     yield segments
-                for task in done:  # Only now: what came along with an error counts.
+                for task in done:  # Only now, because tokens that came with an error count.
                     _raise_its_error(task)
         finally:
             for task in tasks.values():
                 task.cancel()
             ended, _ = server.loop.run_until_complete(asyncio.wait(tasks.values(), timeout=END_S))
             for task in ended:
-                task.cancelled() or task.exception()  # Seen, so that asyncio does not complain.
+                task.cancelled() or task.exception()  # Retrieved, or asyncio would warn.
 
     async def _follow(
         self, server: VLLMServer, response: Response, sampling: Sampling, queue: asyncio.Queue[Any]
     ) -> None:
-        """Put what vLLM makes of one response into the queue, with the response."""
+        """Put each output of vLLM for one response into the queue, as (response, output)."""
         from vllm import TokensPrompt
 
         context = response.context
@@ -213,56 +208,61 @@ class VLLMEngine:
                 f"{self.policy_version} alone: does anything else update it?"
             )
 
-    def update(self, version: int) -> None:
-        """Hand the trainer's present weights over, and write ``version`` from now on.
+    def serve(self, version: int) -> None:
+        """Make the workers verify the published weights and sample from them from now on.
 
         Raises:
-            ValueError: a rollout is under way, or the version is not newer than the last.
-            EngineFailed: the workers refused the weights, and serve what they had.
-            TimeoutError: the arena has no idle slot; the message names its readers.
+            ValueError: a rollout is under way, or the version is older than the present one.
+            EngineFailed: the workers refused the weights and keep serving the previous version.
         """
         if self._busy:
             raise ValueError(f"Cannot serve version {version} while a rollout is under way")
-        if self.server is not None:
-            self._publish(version)
+        check_newer(version, self.policy_version)
+        if self.server is not None and version != self.policy_version:
             try:
                 self.server.serve(version)
             except WeightsRefused as error:
                 raise EngineFailed(
-                    f"vLLM refused version {version} and serves {self.policy_version} on: {error}"
+                    f"vLLM refused version {version} and keeps serving version "
+                    f"{self.policy_version}: {error}"
                 ) from error
             except ServerDown:
                 self._stop()  # The next call starts with these weights.
         self.policy_version = version
 
+    def sleep(self) -> None:
+        """Do nothing yet: vLLM keeps its memory while the trainer works."""
+
+    def wake(self) -> None:
+        """Do nothing yet, as ``sleep`` does."""
+
     def close(self) -> None:
-        """End vLLM's processes and give the arena's memory back. Again: nothing happens."""
+        """End vLLM's processes. Safe to call twice."""
         if self.server is not None:
             self.server.close()
         self._stop()
-        for arena, descriptor in self._arenas:
-            arena.close()
-            os.close(descriptor)
-        self._arenas = []
 
     def _started(self) -> VLLMServer:
         """vLLM, serving the current version; started if it is not there or not alive."""
         if self.server is not None and self.server.down:
             self._stop()
         if self.server is None:
-            self._make_arenas()
-            if self._arenas[0][0].active_version != self.policy_version:
-                self._publish(self.policy_version)
+            arenas = self._arenas()
+            if not arenas:
+                raise EngineFailed(
+                    f"vLLM has no weights to serve as version {self.policy_version}: publish them "
+                    "before the first rollout"
+                )
             self.server = VLLMServer(
-                self.model,
+                self.config,
+                self.dtype,
                 self.options,
                 timeout_s=self.timeout_s,
                 start_timeout_s=self.start_timeout_s,
             )
             self.starts += 1
             try:
-                # By way of our descriptors: the files have no names.
-                self.server.connect([f"/proc/{os.getpid()}/fd/{fd}" for _, fd in self._arenas])
+                self.server.connect(arenas)
                 self.server.serve(self.policy_version)
             except WeightsRefused as error:
                 self._stop()
@@ -270,40 +270,11 @@ class VLLMEngine:
         return self.server
 
     def _stop(self) -> None:
-        """End what there is of vLLM at once."""
+        """End what is left of vLLM at once."""
         if self.server is not None:
             self._steps_before += self.server.steps
             self.server.close(kill=True)
             self.server = None
-
-    def _make_arenas(self) -> None:
-        """In shared memory and nameless, so that nothing is left of them if we are killed."""
-        size = self.options.get("tensor_parallel_size", 1)
-        for rank in range(len(self._arenas), size):
-            layout = Layout.from_config(
-                self.model.config, dtype=self.model.dtype, tp_rank=rank, tp_size=size
-            )
-            folder = tempfile.TemporaryDirectory(
-                dir=_memory(SLOTS * layout.payload_bytes), prefix="kimi_core-"
-            )
-            with folder as name:
-                path = Path(name) / "weights"
-                arena = WeightArena.create(path, layout, slots=SLOTS)
-                self._arenas.append((arena, os.open(path, os.O_RDWR)))
-
-    def _publish(self, version: int) -> None:
-        for arena, _ in self._arenas:
-            publish_model(self.model, WeightVersion(version), arena)
-
-
-def _memory(size: int) -> str | None:
-    """A folder in shared memory; None, for one on disk, where it has no room (as in containers).
-
-    A file on disk is as fast while its pages are in memory.
-    """
-    memory = Path("/dev/shm")
-    room = shutil.disk_usage(memory).free if memory.is_dir() else 0
-    return str(memory) if room > size + MARGIN else None
 
 
 def _sampling_params(response: Response, sampling: Sampling, *, position: int) -> Any:
@@ -314,9 +285,9 @@ def _sampling_params(response: Response, sampling: Sampling, *, position: int) -
         temperature=sampling.temperature,
         seed=derived_seed(sampling.seed, response.request.trajectory_id, position),
         stop_token_ids=sorted(sampling.stop_token_ids),
-        ignore_eos=True,  # What ends a response is in stop_token_ids.
+        ignore_eos=True,  # stop_token_ids has everything that ends a response.
         max_tokens=response.left,
-        logprobs=0,  # The sampled token's alone.
+        logprobs=0,  # Of the sampled token only.
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
@@ -325,7 +296,7 @@ def _sampling_params(response: Response, sampling: Sampling, *, position: int) -
 
 
 async def _take_all(queue: asyncio.Queue[Any]) -> list[Any]:
-    """What is in the queue, at least one item."""
+    """Every item of the queue; waits for the first."""
     items = [await queue.get()]
     while not queue.empty():
         items.append(queue.get_nowait())
@@ -333,7 +304,7 @@ async def _take_all(queue: asyncio.Queue[Any]) -> list[Any]:
 
 
 def _raise_its_error(task: asyncio.Task[None]) -> None:
-    """Raise ServerDown if vLLM went down under it, and any other error as it is."""
+    """Raise ServerDown if vLLM went down during the task, and any other error as it is."""
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
     if task.cancelled() or task.exception() is None:

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kimi_core.rollout.engine import EngineFailed
 
@@ -58,7 +60,8 @@ class VLLMServer:
     """One life of vLLM's processes. ``llm`` is the ``AsyncLLM``.
 
     Args:
-        model: what to serve; only its config and dtype are taken.
+        config: the model's.
+        dtype: what vLLM computes in.
         options: further arguments of vLLM's ``AsyncEngineArgs``.
         timeout_s: longest wait for an answer.
         start_timeout_s: longest wait for the start, in whole seconds. The first server of a
@@ -71,7 +74,8 @@ class VLLMServer:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
         options: Mapping[str, Any],
         *,
         timeout_s: float,
@@ -88,7 +92,7 @@ class VLLMServer:
         self.loop = asyncio.new_event_loop()
         # Only the config is there: the weights come from the arena.
         with tempfile.TemporaryDirectory(prefix="kimi_core-vllm-") as folder:
-            arguments = _arguments(model, folder, options)
+            arguments = _arguments(config, dtype, folder, options)
 
             async def start() -> Any:  # Within the loop, where AsyncLLM then watches for errors.
                 return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._counter()])
@@ -239,18 +243,22 @@ def check_options(options: Mapping[str, Any]) -> None:
         raise ValueError(f"rollout.vllm.args: {', '.join(refused)} cannot be set, the run does")
 
 
-def _arguments(model: PreTrainedModel, folder: str, options: Mapping[str, Any]) -> Any:
+def _arguments(
+    config: PretrainedConfig, dtype: torch.dtype, folder: str, options: Mapping[str, Any]
+) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
 
     from kimi_core.rollout.vllm.backend import BACKEND, EXTENSION, OWNER
 
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
+    written = type(config).from_dict(config.to_dict())
+    # A model made from a config alone has no list of architectures.
+    written.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    written.save_pretrained(folder)
     arguments: dict[str, Any] = {
         "model": folder,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
@@ -259,7 +267,7 @@ def _arguments(model: PreTrainedModel, folder: str, options: Mapping[str, Any]) 
         "worker_extension_cls": EXTENSION,
         "additional_config": {OWNER: os.getpid()},
     }
-    if model.device.type == "cpu":
+    if current_platform.is_cpu():
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
         # Only full blocks are reused, and prompts seldom fill vLLM's default of 128 here.
         arguments["block_size"] = 32

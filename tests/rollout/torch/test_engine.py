@@ -9,9 +9,8 @@ import pytest
 import torch
 import transformers as hf
 
-from kimi_core.rollout.engine import Request, Sampling
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.types import Segment
+from kimi_core.types import Request, Sampling, Segment
 
 VOCAB, CONTEXT, STOP = 32, 96, 1
 SHAPE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}

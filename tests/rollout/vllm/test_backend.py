@@ -1,7 +1,6 @@
 """vLLM's side of the hand-over: what is refused, and that the old version is served on."""
 
 import mmap
-import os
 from dataclasses import replace
 from itertools import chain
 
@@ -14,6 +13,7 @@ from vllm_testing import (
     MARKS,
     SAMPLED,
     SMALL_CACHE,
+    PublishedEngine,
     after,
     assert_logprobs_are_those_of,
     gathered,
@@ -26,21 +26,22 @@ from vllm_testing import (
 
 from kimi_core.config import TrainerConfig
 from kimi_core.models.load import ModelUnavailable, get_smollm2, load_pretrained
-from kimi_core.rollout.engine import EngineFailed, Request, Sampling
+from kimi_core.rollout.engine import EngineFailed
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.rollout.vllm.server import WeightsRefused
-from kimi_core.trainer.trainer import Trainer, TrainingData
-from kimi_core.types import Batch
+from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.trainer import Trainer
+from kimi_core.types import Batch, Request, Sampling, TrainingBatch
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.layout import Layout
+from kimi_core.weights.publish import ArenaPublisher, InPlace
 
 pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = VLLMEngine(tiny_model(), batch_rows=32, options=SMALL_CACHE)
+    engine = PublishedEngine(tiny_model(), batch_rows=32, options=SMALL_CACHE)
     yield engine
     engine.close()
 
@@ -57,7 +58,7 @@ def old(engine):
     assert engine.policy_version == served(engine)["version"] == version
     parts = gathered(engine.generate(requests, GREEDY))
     assert_logprobs_are_those_of(old, requests, parts, GREEDY)
-    engine.update(version + 10)
+    engine.publish_and_serve(version + 10)
     parts = gathered(engine.generate(requests, GREEDY))
     assert_logprobs_are_those_of(engine.model, requests, parts, GREEDY)
     assert served(engine)["version"] == version + 10
@@ -74,18 +75,18 @@ def flip_a_bit(arena: WeightArena, descriptor: int, offset: int) -> None:
 
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
 def test_a_flipped_bit_is_refused(engine, old, where, monkeypatch):
-    ((arena, descriptor),) = engine._arenas
+    (arena,), (descriptor,) = engine.publisher.arenas, engine.publisher._descriptors
     entries = arena.layout.entries
     entry = {"first": entries[0], "middle": entries[len(entries) // 2], "last": entries[-1]}[where]
 
-    def publish(version):
-        VLLMEngine._publish(engine, version)
+    def publish(tensors, version):
+        ArenaPublisher.publish(engine.publisher, tensors, version)
         flip_a_bit(arena, descriptor, entry.offset + entry.nbytes - 1)
 
-    monkeypatch.setattr(engine, "_publish", publish)
+    monkeypatch.setattr(engine.publisher, "publish", publish)
     version = engine.policy_version
     with pytest.raises(EngineFailed, match=rf"refused version {version + 1} .*{entry.name}"):
-        engine.update(version + 1)
+        engine.publish_and_serve(version + 1)
     monkeypatch.undo()
 
 
@@ -124,13 +125,12 @@ def test_where_addresses_must_stay_the_slot_is_copied_there(engine):
     from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
     gathered(engine.generate(requests_of(1), GREEDY))
-    paths = [f"/proc/{os.getpid()}/fd/{descriptor}" for _, descriptor in engine._arenas]
-    init = WeightTransferInitRequest({"paths": paths, "copy": True})
+    init = WeightTransferInitRequest({"paths": engine.publisher.paths, "copy": True})
     engine.server.wait(engine.server.llm.init_weight_transfer_engine(init), "the arena")
     addresses = set()
     for _ in range(3):
         perturb(engine.model, engine.policy_version)
-        engine.update(engine.policy_version + 1)
+        engine.publish_and_serve(engine.policy_version + 1)
         requests = requests_of(6)
         parts = gathered(engine.generate(requests, GREEDY))
         assert_logprobs_are_those_of(engine.model, requests, parts, GREEDY)
@@ -155,7 +155,7 @@ def test_a_model_of_an_unknown_family_is_copied_by_vllms_own_loader():
         pad_token_id=None,
     )
     model = hf.Olmo2ForCausalLM(config).eval()
-    engine = VLLMEngine(model, batch_rows=8, options=SMALL_CACHE)
+    engine = PublishedEngine(model, batch_rows=8, options=SMALL_CACHE)
     requests = requests_of(6)
     try:
         for _ in range(2):
@@ -164,7 +164,7 @@ def test_a_model_of_an_unknown_family_is_copied_by_vllms_own_loader():
             assert_logprobs_are_those_of(model, requests, parts, SAMPLED)
             assert not served(engine)["views"]
             perturb(model, 1)
-            engine.update(engine.policy_version + 1)
+            engine.publish_and_serve(engine.policy_version + 1)
             parts = gathered(engine.generate(requests, SAMPLED))
             assert_logprobs_are_those_of(model, requests, parts, SAMPLED)
             break
@@ -188,8 +188,9 @@ def test_smollm2_after_real_optimizer_steps(smollm2):
     prompts = [np.array(tokenizer(text)["input_ids"], np.int32) for text in texts]
     requests = [Request(i, prompts[i % 3], len(prompts[i % 3]), 24, 24) for i in range(6)]
     sampling = Sampling(temperature=0.9, seed=1, stop_token_ids=frozenset({2}))
-    trainer = Trainer(model, TrainerConfig(learning_rate=2e-5, head_chunk=64), temperature=0.9)
-    vllm = VLLMEngine(model, batch_rows=8, options={**SMALL_CACHE, "max_model_len": 128})
+    policy = Policy(model, temperature=0.9, head_chunk=64)
+    trainer = Trainer(policy, TrainerConfig(learning_rate=2e-5), InPlace())
+    vllm = PublishedEngine(model, batch_rows=8, options={**SMALL_CACHE, "max_model_len": 128})
     embedded = TorchEngine(model, batch_rows=8)
     untrained = model.model.layers[5].mlp.up_proj.weight.detach().clone()
     try:
@@ -201,11 +202,11 @@ def test_smollm2_after_real_optimizer_steps(smollm2):
                 trainer.train(
                     _data(requests, parts),
                     policy_version=version,
-                    rng=np.random.default_rng(version),
+                    seed=(version,),
                 )
                 model.eval()
-                vllm.update(version + 1)
-                embedded.update(version + 1)
+                vllm.publish_and_serve(version + 1)
+                embedded.serve(version + 1)
         assert not torch.equal(untrained, model.model.layers[5].mlp.up_proj.weight)
         greedy = replace(sampling, temperature=0.0)
         whole = gathered(vllm.generate(requests[:3], greedy))
@@ -220,7 +221,7 @@ def test_smollm2_after_real_optimizer_steps(smollm2):
         vllm.close()
 
 
-def _data(requests, parts) -> TrainingData:
+def _data(requests, parts) -> TrainingBatch:
     """Half of the responses are right."""
     answers = [joined(parts[request.trajectory_id]) for request in requests]
     lengths = [len(r.token_ids) + len(a) for r, (a, _) in zip(requests, answers, strict=True)]
@@ -230,8 +231,8 @@ def _data(requests, parts) -> TrainingData:
     mask = [[0] * len(z) + [1] * len(a) for z, (a, _) in zip(zeros, answers, strict=True)]
     mask = np.array([*chain.from_iterable(mask)], np.uint8)
     rewards = np.array([index % 2 - 0.5 for index in range(len(requests))])
-    return TrainingData(
-        batch=Batch(
+    return TrainingBatch(
+        tokens=Batch(
             token_ids=np.array([*chain.from_iterable(ids)], np.int32),
             logprobs=np.concatenate(
                 [part for z, (_, given) in zip(zeros, answers, strict=True) for part in (z, given)]
@@ -240,7 +241,9 @@ def _data(requests, parts) -> TrainingData:
             policy_versions=np.where(mask, versions, -1).astype(np.int32),
             cu_seqlens=np.cumsum([0, *lengths]).astype(np.int32),
         ),
+        group_ids=np.zeros(len(requests), np.int64),
+        rewards=rewards + 0.5,
+        correctness=rewards + 0.5,
         advantages=rewards,
-        scales=np.full(len(requests), 0.5),
-        correct=rewards + 0.5,
+        ended_rewards={0: rewards + 0.5},
     )

@@ -9,6 +9,7 @@ from vllm_testing import (
     MARKS,
     SAMPLED,
     SMALL_CACHE,
+    PublishedEngine,
     after,
     assert_logprobs_are_those_of,
     gathered,
@@ -20,16 +21,15 @@ from vllm_testing import (
     tiny_model,
 )
 
-from kimi_core.rollout.engine import Request, Sampling
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.rollout.vllm.engine import VLLMEngine
+from kimi_core.types import Request, Sampling
 
 pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = VLLMEngine(tiny_model(), batch_rows=32, options=SMALL_CACHE, policy_version=3)
+    engine = PublishedEngine(tiny_model(), batch_rows=32, options=SMALL_CACHE, policy_version=3)
     yield engine
     engine.close()
 
@@ -126,7 +126,7 @@ def test_versions_switch_at_the_right_token_of_a_request_under_way(engine):
     perturb(engine.model, 99)
     new.load_state_dict(engine.model.state_dict())
     before, server = engine.policy_version, engine.server
-    engine._publish(before + 1)
+    engine.publisher.publish(engine.model.named_parameters(), before + 1)
 
     async def stream():
         params = SamplingParams(
@@ -187,7 +187,7 @@ def test_an_abandoned_call_leaves_the_engine_usable(engine):
     stream = engine.generate(requests_of(12), Sampling(0, 0, frozenset(), stream_tokens=2))
     next(stream)
     with pytest.raises(ValueError, match="while a rollout is under way"):
-        engine.update(engine.policy_version + 1)
+        engine.publish_and_serve(engine.policy_version + 1)
     with pytest.raises(ValueError, match="generating already"):
         next(engine.generate(requests_of(2), GREEDY))
     stream.close()

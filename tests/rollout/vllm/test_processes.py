@@ -15,6 +15,7 @@ from vllm_testing import (
     GREEDY,
     MARKS,
     SMALL_CACHE,
+    PublishedEngine,
     assert_logprobs_are_those_of,
     gathered,
     joined,
@@ -27,19 +28,19 @@ from vllm_testing import (
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import RolloutConfig
-from kimi_core.rollout.engine import EngineFailed, Request, Sampling
+from kimi_core.rollout.engine import EngineFailed
 from kimi_core.rollout.phase import begin_group, roll_out
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.rollout.vllm.server import ServerDown
-from kimi_core.types import Prompt
+from kimi_core.types import Prompt, Request, Sampling
 
 pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def engine():
-    engine = VLLMEngine(tiny_model(), batch_rows=32, options=SMALL_CACHE, policy_version=3)
+    engine = PublishedEngine(tiny_model(), batch_rows=32, options=SMALL_CACHE, policy_version=3)
     yield engine
     engine.close()
 
@@ -180,14 +181,14 @@ def _raising_from_the_second_call_on(started):
 
 
 def test_a_start_that_fails_is_an_error_that_says_so():
-    engine = VLLMEngine(tiny_model(), batch_rows=4, options={"kv_cache_memory_bytes": 1000})
+    engine = PublishedEngine(tiny_model(), batch_rows=4, options={"kv_cache_memory_bytes": 1000})
     with pytest.raises(EngineFailed, match=r"vLLM did not start \(it had 600 s\)"):
         gathered(engine.generate(requests_of(1), GREEDY))
     engine.close()
 
 
 def test_options_that_vllm_does_not_know_are_named():
-    engine = VLLMEngine(tiny_model(), batch_rows=4, options={"max_tokens_at_all": 3})
+    engine = PublishedEngine(tiny_model(), batch_rows=4, options={"max_tokens_at_all": 3})
     with pytest.raises(ValueError, match=r"rollout\.vllm\.args: .*max_tokens_at_all"):
         gathered(engine.generate(requests_of(1), GREEDY))
     engine.close()
@@ -196,11 +197,12 @@ def test_options_that_vllm_does_not_know_are_named():
 OWNER = """
 import sys
 sys.path.insert(0, {tests!r})
-from vllm_testing import GREEDY, SMALL_CACHE, gathered, processes_of, requests_of, tiny_model
-from kimi_core.rollout.vllm.engine import VLLMEngine
+from vllm_testing import (
+    GREEDY, SMALL_CACHE, PublishedEngine, gathered, processes_of, requests_of, tiny_model
+)
 
 if __name__ == "__main__":
-    engine = VLLMEngine(tiny_model(), batch_rows=4, options=SMALL_CACHE)
+    engine = PublishedEngine(tiny_model(), batch_rows=4, options=SMALL_CACHE)
     gathered(engine.generate(requests_of(1), GREEDY))
     print(*processes_of(engine), flush=True)
     sys.stdin.read()

@@ -5,13 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_core.rollout.engine import Request, Sampling
 from kimi_core.rollout.sampling import derived_seed
 from kimi_core.rollout.torch.rows import Rows
 from kimi_core.rollout.vllm import server as vllm_server
 from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.rollout.vllm.response import Response
-from kimi_core.types import Segment
+from kimi_core.types import Request, Sampling, Segment
 
 VERSION = 7
 

@@ -1,0 +1,170 @@
+"""From a config to the parts of a run, loaded and wired. Nothing is trained or written here."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kimi_core.buffer import RolloutBuffer
+from kimi_core.config import Config, RolloutConfig
+from kimi_core.evaluation.held_out import Evaluator
+from kimi_core.loop import Loop
+from kimi_core.models.codec import Codec
+from kimi_core.models.load import freeze_below, limit_threads, load_model
+from kimi_core.prompts.curriculum import Curriculum
+from kimi_core.prompts.load import load_examples, load_prompts, split
+from kimi_core.reward.base import RewardFunction, close_reward, load_reward
+from kimi_core.reward.groups import GroupScorer
+from kimi_core.rollout.engine import Engine
+from kimi_core.rollout.phase import buffer_size, sampling_for
+from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.rollout.vllm.engine import VLLMEngine
+from kimi_core.run import state
+from kimi_core.tasks import multiply, programs
+from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.sft import Example
+from kimi_core.trainer.trainer import Trainer
+from kimi_core.types import Prompt
+from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher, module_to_read
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a config describes, built and wired."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    codec: Codec
+    train_prompts: list[Prompt]
+    reward: RewardFunction
+    publisher: Publisher
+    evaluator: Evaluator
+    loop: Loop
+    new_buffer: Callable[[Path], RolloutBuffer]
+    """Makes an empty buffer of the size that the run needs."""
+
+    def close(self) -> None:
+        """End the processes of reward function and engine, and free the memory they shared."""
+        close_reward(self.reward)
+        self.loop.close()
+        self.publisher.close()
+
+
+def build(config: Config) -> Parts:
+    """Load and wire everything.
+
+    Raises:
+        ValueError: a setting or a file cannot work, or a prompt does not fit into the context.
+    """
+    everything = load_prompts(config.prompts)
+    train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
+    reward = load_reward(config.reward)
+    model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
+    limit_threads(model)
+    freeze_below(model, config.trainer.trainable_layers)
+    codec = Codec(tokenizer, config.rollout.stop)
+    encoded = {prompt.id: codec.encode_prompt(prompt) for prompt in everything}
+    _check_context(model, encoded, config)
+    engine, publisher = _engine(model, config.rollout)
+    policy = Policy(
+        model, temperature=config.rollout.temperature, head_chunk=config.trainer.head_chunk
+    )
+    tokens, trajectories = buffer_size(list(encoded.values()), config.rollout)
+    new_buffer = partial(
+        RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories
+    )
+    loop = Loop(
+        config=config,
+        prompts={prompt.id: prompt for prompt in train_prompts},
+        encode=lambda prompt: encoded[prompt.id],
+        curriculum=Curriculum(train_prompts, config.curriculum),
+        engine=engine,
+        sampling=sampling_for(config.rollout, codec.stop_token_ids, seed=config.seed),
+        buffer=state.nameless(new_buffer),
+        scorer=GroupScorer(config, reward, codec.response_text),
+        trainer=Trainer(policy, config.trainer, publisher),
+    )
+    evaluator = Evaluator(
+        engine=engine,
+        prompts=held_out,
+        encode=lambda prompt: encoded[prompt.id],
+        response_text=codec.response_text,
+        reward=reward,
+        rollout=config.rollout,
+        stop_token_ids=codec.stop_token_ids,
+        workers=config.reward.workers,
+    )
+    return Parts(
+        model, tokenizer, codec, train_prompts, reward, publisher, evaluator, loop, new_buffer
+    )
+
+
+def _engine(model: PreTrainedModel, rollout: RolloutConfig) -> tuple[Engine, Publisher]:
+    """The engine, and the publisher that takes the trainer's weights to it."""
+    if rollout.engine == "torch":
+        return TorchEngine(module_to_read(model), batch_rows=rollout.batch_rows), InPlace()
+    size = rollout.vllm.args.get("tensor_parallel_size", 1)
+    publisher = ArenaPublisher(model.config, model.dtype, tp_size=size)
+    # vLLM is neither loaded nor started before the first response is asked for.
+    engine = VLLMEngine(
+        model.config,
+        model.dtype,
+        lambda: publisher.paths,
+        batch_rows=rollout.batch_rows,
+        options=rollout.vllm.args,
+        timeout_s=rollout.vllm.timeout_s,
+        start_timeout_s=rollout.vllm.start_timeout_s,
+    )
+    return engine, publisher
+
+
+def sft_examples(config: Config, codec: Codec, train_prompts: list[Prompt]) -> list[Example]:
+    """The tokenized examples that ``sft.data`` names.
+
+    Raises:
+        ValueError: the data is unknown, missing or malformed.
+    """
+    if config.sft.data in ("multiply", "multiply_lengths"):
+        shares = multiply.MIXED if config.sft.data == "multiply" else multiply.LENGTHS
+        pairs = multiply.examples(train_prompts, shares, seed=config.seed)
+    elif config.sft.data == "programs":
+        pairs = programs.examples(train_prompts, programs.MIXED, seed=config.seed)
+    elif config.sft.data.endswith(".jsonl"):
+        pairs = load_examples(config.sft.data)
+    else:
+        raise ValueError(
+            f"sft.data = {config.sft.data!r}; allowed are none, multiply, multiply_lengths, "
+            "programs, or a file that ends in .jsonl"
+        )
+    if config.sft.examples is not None:
+        pairs = random.Random(config.seed).sample(pairs, min(config.sft.examples, len(pairs)))
+    return [codec.encode_example(prompt, response) for prompt, response in pairs]
+
+
+def alphabet(config: Config) -> str:
+    """The characters that a model made from scratch must read and write."""
+    if config.prompts.source == "programs":
+        return programs.ALPHABET
+    if config.model.name == "scratch" and config.prompts.source != "multiply":
+        raise ValueError(
+            "model.name = 'scratch' knows the characters of prompts.source = 'multiply' and "
+            f"'programs' only, not of {config.prompts.source!r}: name a pretrained model in "
+            "model.name"
+        )
+    return multiply.ALPHABET
+
+
+def _check_context(model: PreTrainedModel, encoded: dict[int, np.ndarray], config: Config) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(encoded, key=lambda key: len(encoded[key]))
+    needed = len(encoded[longest]) + config.rollout.max_response_tokens
+    if context is not None and needed > context:
+        raise ValueError(
+            f"Prompt {longest} has {len(encoded[longest])} tokens; with "
+            f"rollout.max_response_tokens = {config.rollout.max_response_tokens} that is {needed}, "
+            f"and the model's context is {context}: shorten the prompt or lower the limit"
+        )

@@ -1,0 +1,244 @@
+"""What a run reports: ``metrics.jsonl``, TensorBoard and progress, and a summary at its end.
+
+Each of the three sinks takes every record as it comes.
+"""
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+
+from kimi_core.metrics import (
+    EvaluationMetrics,
+    IterationMetrics,
+    plain,
+    read_lines,
+    read_metrics,
+    summarize,
+    to_record,
+)
+from kimi_core.run.files import append_line, write_atomically
+
+Metrics = IterationMetrics | EvaluationMetrics
+
+
+class Sink(Protocol):
+    """Takes the records of a run."""
+
+    def take(self, kind: str, metrics: Metrics) -> None: ...
+    def close(self) -> None: ...
+
+
+class Report:
+    """Hands the records of a run to its sinks. Use it in ``with``.
+
+    Report an iteration before its state is saved. Then every state finds its line when the run is
+    resumed, and a line without a state is cut off and comes again.
+
+    Args:
+        folder: the run folder; it exists. Lines of iterations after ``start_iteration`` are cut.
+        total_iterations: what progress and remaining time count towards.
+        start_iteration: iterations done in the state that the run continues from.
+        console: where progress goes; standard output unless given.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_iterations: int,
+        start_iteration: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.console = console or Console()
+        path = self.folder / "metrics.jsonl"
+        _cut_after(path, start_iteration)
+        self.iterations, self.evaluations = read_metrics(path)
+        self._sinks: list[Sink] = [
+            JsonLines(path),
+            TensorBoard(self.folder / "tensorboard", start_iteration),
+            ProgressLines(self.console, start_iteration, total_iterations),
+        ]
+        self._closed = False
+
+    def iteration(self, metrics: IterationMetrics) -> None:
+        """Report an iteration.
+
+        Raises:
+            OSError: the line could not be written.
+        """
+        self.iterations.append(plain(metrics))
+        self._tell("iteration", self.iterations[-1])
+
+    def evaluation(self, metrics: EvaluationMetrics) -> None:
+        """Report an evaluation. Raises OSError as ``iteration`` does."""
+        self.evaluations.append(plain(metrics))
+        self._tell("evaluation", self.evaluations[-1])
+
+    def close(self, *, sft_s: float = 0.0) -> None:
+        """Write ``summary.json`` and ``curves.png``, print the table before → after; once.
+
+        Args:
+            sft_s: wall-clock seconds of SFT; part of the summary's wall time.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        for sink in self._sinks:
+            sink.close()
+        summary = summarize(self.iterations, self.evaluations, sft_s=sft_s)
+        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        from kimi_core.run.curves import draw_curves  # Loads matplotlib, which only the end needs.
+
+        draw_curves(self.iterations, self.evaluations, self.folder / "curves.png")
+        if self.evaluations:
+            self.console.print(_before_after(self.evaluations[0], self.evaluations[-1], summary))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _tell(self, kind: str, metrics: Metrics) -> None:
+        for sink in self._sinks:
+            sink.take(kind, metrics)
+
+
+class JsonLines:
+    """A line of JSON per record in ``metrics.jsonl``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def take(self, kind: str, metrics: Metrics) -> None:
+        line = json.dumps({"kind": kind} | to_record(metrics), allow_nan=False)
+        append_line(self.path, line + "\n")
+
+    def close(self) -> None:
+        """Do nothing: every line is on the disk already."""
+
+
+class TensorBoard:
+    """Every number of every record, as ``iteration/NAME`` and ``evaluation/NAME``."""
+
+    def __init__(self, folder: Path, start_iteration: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # Slow to load.
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_iteration + 1)
+
+    def take(self, kind: str, metrics: Metrics) -> None:
+        for name, value in to_record(metrics).items():
+            if name != "iteration" and value is not None:
+                self._writer.add_scalar(f"{kind}/{name}", value, metrics.iteration)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ProgressLines:
+    """A progress bar on a terminal, and a line per iteration elsewhere."""
+
+    def __init__(self, console: Console, start_iteration: int, total_iterations: int) -> None:
+        self.console = console
+        self.total = total_iterations
+        self._recent_wall_s: deque[float] = deque(maxlen=10)
+        self._progress = Progress(
+            BarColumn(bar_width=10),
+            TextColumn("{task.description}", table_column=Column(no_wrap=False), markup=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            f"iter {start_iteration}/{total_iterations}",
+            total=total_iterations,
+            completed=start_iteration,
+        )
+        self._progress.start()
+
+    def take(self, kind: str, metrics: Metrics) -> None:
+        if isinstance(metrics, EvaluationMetrics):
+            self._print(evaluation_line(metrics))
+            return
+        self._recent_wall_s.append(metrics.wall_s)
+        mean_s = sum(self._recent_wall_s) / len(self._recent_wall_s)
+        eta_s = mean_s * max(0, self.total - metrics.iteration)
+        line = progress_line(metrics, self.total, eta_s)
+        if self.console.is_terminal:
+            self._progress.update(self._task, completed=metrics.iteration, description=line)
+        else:
+            self._print(line)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def evaluation_line(metrics: EvaluationMetrics) -> str:
+    """One line about an evaluation."""
+    return (
+        f"evaluation after {metrics.iteration}  greedy {metrics.accuracy_greedy:.3f}  "
+        f"sampled {metrics.accuracy_sampled:.3f}  length {metrics.length_mean:.1f}  "
+        f"n {metrics.n}{_no_verdict(metrics)}"
+    )
+
+
+def progress_line(metrics: IterationMetrics, total: int, eta_s: float) -> str:
+    """One line about an iteration, as ``iter 12/60  reward 0.61  …  eta 2:14``."""
+    trajectories = metrics.trajectories_finished + metrics.trajectories_unfinished
+    unfinished = metrics.trajectories_unfinished / max(1, trajectories)
+    return (
+        f"iter {metrics.iteration}/{total}  reward {metrics.reward_mean:.2f}  "
+        f"accuracy {metrics.accuracy_sampled:.2f}  length {metrics.length_mean:.1f}  "
+        f"{metrics.tokens_per_s:.0f} tok/s  unfinished {unfinished:.0%}  "
+        f"mismatch {metrics.logprob_gap_mean:.1e}{_no_verdict(metrics)}  eta {_clock(eta_s)}"
+    )
+
+
+def _no_verdict(metrics: Metrics) -> str:
+    count = metrics.infrastructure_errors
+    return f"  no verdict {count}" if count else ""
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as ``2:14`` or ``1:02:14``; ``?`` where not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _before_after(
+    first: EvaluationMetrics, last: EvaluationMetrics, summary: dict[str, Any]
+) -> Table:
+    table = Table(
+        "held out",
+        *(Column(heading, justify="right") for heading in ("before", "after", "change")),
+        title=f"{summary['iterations']} iterations, {_clock(summary['wall_s'])}, "
+        f"{summary['tokens_sampled']:,} tokens sampled",
+    )
+    for name, before, after, form in (
+        ("accuracy, greedy", first.accuracy_greedy, last.accuracy_greedy, ".3f"),
+        ("accuracy, sampled", first.accuracy_sampled, last.accuracy_sampled, ".3f"),
+        ("length, tokens", first.length_mean, last.length_mean, ".1f"),
+    ):
+        table.add_row(name, f"{before:{form}}", f"{after:{form}}", f"{after - before:+{form}}")
+    table.add_row("prompts", str(first.n), str(last.n))
+    return table
+
+
+def _cut_after(path: Path, iteration: int) -> None:
+    """Drop lines that came after the state of ``iteration``, and a torn last line."""
+    if path.exists():
+        kept = [line for line, record in read_lines(path) if record["iteration"] <= iteration]
+        write_atomically(path, b"".join(line + b"\n" for line in kept))
