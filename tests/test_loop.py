@@ -134,6 +134,30 @@ def test_continued_trajectories_carry_their_versions_and_are_trained_once(releas
         assert any(len(iterations) > 1 for iterations in group_trained.values())
 
 
+@pytest.mark.parametrize("release", ["response", "group"])
+def test_an_iteration_reads_the_buffer_twice(release):
+    """Once for what it holds before the rollout, and once to pack what is trained."""
+    parts = started(f"rollout.token_budget={BUDGET}", f"trainer.release={release}")
+    buffer, read, packed = parts.loop.buffer, Counter(), Counter()
+    plain_read, plain_pack = buffer.read, buffer.pack
+
+    def counted_read(key):
+        read[key] += 1
+        return plain_read(key)
+
+    def counted_pack(keys):
+        packed.update(keys)
+        return plain_pack(keys)
+
+    buffer.read, buffer.pack = counted_read, counted_pack
+    for _ in range(5):
+        read.clear(), packed.clear()
+        report = parts.loop.iterate()
+        assert set(read.values()) == {1}
+        assert len(read) >= report.trajectories_finished + report.trajectories_unfinished
+        assert sorted(packed) == sorted(parts.loop.consumed) and set(packed.values()) <= {1}
+
+
 def check_versions(one: Trajectory, *, last: int) -> None:
     response = one.policy_versions[one.prompt_length :]
     assert set(one.policy_versions[: one.prompt_length].tolist()) == {PROMPT_VERSION}

@@ -408,3 +408,49 @@ def test_log_probs_that_are_nan_leave_the_weights_alone(name):
     for key, value in model.named_parameters():
         assert torch.equal(value.nan_to_num(), before[key].nan_to_num()) and value.grad is None
     assert not model.training
+
+
+def test_only_trained_parameters_are_saved_and_they_come_back(tmp_path):
+    model, other = llama(), llama()
+    for one in (model, other):
+        freeze_below(one, 1)
+    trainer, twin = trainer_of(model), trainer_of(other)
+    train(trainer, data_of(model))
+    trainer.save(tmp_path)
+    twin.load(tmp_path)
+    assert_same(weights_of(model), weights_of(other))
+    assert twin.fingerprint() == trainer.fingerprint()
+    with pytest.raises(ValueError, match=r"trainer\.trainable_layers"):
+        trainer_of(llama()).load(tmp_path)
+
+
+def test_a_parameter_that_is_replaced_while_training_is_an_error():
+    """It would get no update, and nothing else would say so."""
+    model = llama()
+    trainer, data = trainer_of(model), data_of(model)
+
+    def replace(module, *_):
+        module.weight = torch.nn.Parameter(module.weight.detach().clone())
+
+    model.model.norm.register_forward_pre_hook(replace)
+    with pytest.raises(RuntimeError, match=r"does not hold 1 trainable .*model\.norm\.weight"):
+        train(trainer, data)
+
+
+def test_an_objective_of_ones_own_that_gives_one_number_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def mine(logprobs_t, responses):\n    return logprobs_t.mean()\n")
+    model = llama()
+    with pytest.raises(ValueError, match=r"shape \(\); it must return one loss per response"):
+        train(trainer_of(model, objective=f"{file}:mine"), data_of(model))
+
+
+def test_the_trainer_reports_the_log_probs_that_it_met():
+    model = llama()
+    data = data_of(model, shift=0.01)
+    metrics = train(trainer_of(model), data)
+    sampled = data.tokens.mask > 0
+    np.testing.assert_allclose(
+        metrics.logprobs[sampled], data.tokens.logprobs[sampled] - 0.01, atol=1e-5
+    )
+    assert np.isnan(metrics.logprobs[~sampled]).all()
