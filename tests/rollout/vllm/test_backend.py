@@ -155,19 +155,16 @@ def test_a_model_of_an_unknown_family_is_copied_by_vllms_own_loader():
         pad_token_id=None,
     )
     model = hf.Olmo2ForCausalLM(config).eval()
-    engine = PublishedEngine(model, batch_rows=8, options=SMALL_CACHE)
+    with pytest.warns(UserWarning, match="olmo2"):
+        engine = PublishedEngine(model, batch_rows=8, options=SMALL_CACHE)
     requests = requests_of(6)
     try:
         for _ in range(2):
-            with pytest.warns(UserWarning, match="olmo2"):
-                parts = gathered(engine.generate(requests, SAMPLED))
+            parts = gathered(engine.generate(requests, SAMPLED))
             assert_logprobs_are_those_of(model, requests, parts, SAMPLED)
             assert not served(engine)["views"]
             perturb(model, 1)
             engine.publish_and_serve(engine.policy_version + 1)
-            parts = gathered(engine.generate(requests, SAMPLED))
-            assert_logprobs_are_those_of(model, requests, parts, SAMPLED)
-            break
     finally:
         engine.close()
 
