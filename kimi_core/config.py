@@ -247,7 +247,7 @@ class TrajectoriesConfig(Section):
     every: int = Field(1, ge=0)
     """Iterations between two files in `trajectories/`; 1 writes one per iteration, 0 none."""
     tokens: bool = True
-    """Write token ids and log-probs. Off: texts and rewards only, about a tenth of the size."""
+    """Write token ids and log-probs. Off: texts and rewards only, a sixth of the size or less."""
 
 
 class Config(Section):
