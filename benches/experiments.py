@@ -29,13 +29,13 @@ OBJECTIVES = {
     "omd": ["trainer.objective=omd"],
     "reinforce": ["trainer.objective=reinforce"],
     "grpo": ["trainer.objective=grpo"],
-    "rest, sum": ["trainer.objective=rest", "trainer.normalize=none"],
-    "rest, mean": ["trainer.objective=rest", "trainer.normalize=length"],
+    "rest, sum": ["trainer.objective=rest", "trainer.ablation.normalize=none"],
+    "rest, mean": ["trainer.objective=rest", "trainer.ablation.normalize=length"],
 }
 BUDGETS = {
     "full": [],
     "budget 24, train as they end": ["rollout.token_budget=24"],
-    "budget 24, wait for the group": ["rollout.token_budget=24", "trainer.release=group"],
+    "budget 24, wait for the group": ["rollout.token_budget=24", "trainer.ablation.release=group"],
     "budget 24, only fresh tokens": ["rollout.token_budget=24", "trainer.max_staleness=0"],
 }
 LENGTHS = {"off": [], "0.3": ["reward.length_weight=0.3"], "1.0": ["reward.length_weight=1.0"]}
@@ -83,7 +83,7 @@ def mixed_start(seed: int) -> list[str]:
     return [f"model.name={folder}/checkpoint", "sft.data=none"]
 
 
-ROOM = ["rollout.max_response_tokens=144", "model.context=160", "rollout.repeat_count=5"]
+ROOM = ["rollout.max_response_tokens=144", "model.scratch.context=160", "rollout.repeat_count=5"]
 """The styles of ``multiply_lengths`` need more room than the default run has, and one of them says
 the same three times over."""
 

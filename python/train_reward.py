@@ -153,7 +153,7 @@ def load(given: argparse.Namespace, seed: int):
     from kimi_core.reward.judges.labelled import ALPHABET
 
     settings = ModelConfig(
-        name=given.model, layers=given.layers, width=given.width, context=128, device="auto"
+        name=given.model, scratch={"layers": given.layers, "width": given.width, "context": 128}
     )
     model, tokenizer = load_model(settings, alphabet=ALPHABET, seed=seed)
     limit_threads(model)

@@ -26,10 +26,10 @@ from kimi_core.run.run import fine_tune, train
 from kimi_core.types import PROMPT_VERSION, Request, Trajectory
 
 TINY = [
-    "model.layers=2",
-    "model.width=32",
-    "model.heads=2",
-    "model.context=64",
+    "model.scratch.layers=2",
+    "model.scratch.width=32",
+    "model.scratch.heads=2",
+    "model.scratch.context=64",
     "model.device=cpu",
     "prompts.held_out=20",
     "sft.data=multiply",
@@ -73,7 +73,7 @@ def trained_by(parts: Parts, iterations: int) -> list[list[Trajectory]]:
 def test_a_budget_changes_when_tokens_come_and_not_which(release, temperature):
     """With frozen weights, whatever a budget cuts and continues is what is sampled at once."""
     whole = started(FROZEN)
-    cut = started(FROZEN, f"rollout.token_budget={BUDGET}", f"trainer.release={release}")
+    cut = started(FROZEN, f"rollout.token_budget={BUDGET}", f"trainer.ablation.release={release}")
     for parts in (whole, cut):
         parts.loop.sampling = replace(parts.loop.sampling, temperature=temperature)
     at_once = {t.trajectory_id: t for ts in trained_by(whole, 2) for t in ts}
@@ -94,7 +94,7 @@ def test_a_budget_changes_when_tokens_come_and_not_which(release, temperature):
 
 @pytest.mark.parametrize("release", ["response", "group"])
 def test_continued_trajectories_carry_their_versions_and_are_trained_once(release):
-    parts = started(f"rollout.token_budget={BUDGET}", f"trainer.release={release}")
+    parts = started(f"rollout.token_budget={BUDGET}", f"trainer.ablation.release={release}")
     seen: Counter[int] = Counter()
     group_trained: dict[int, set[int]] = defaultdict(set)
     for iteration in range(8):
@@ -137,7 +137,7 @@ def test_continued_trajectories_carry_their_versions_and_are_trained_once(releas
 @pytest.mark.parametrize("release", ["response", "group"])
 def test_an_iteration_reads_the_buffer_twice(release):
     """Once for what it holds before the rollout, and once to pack what is trained."""
-    parts = started(f"rollout.token_budget={BUDGET}", f"trainer.release={release}")
+    parts = started(f"rollout.token_budget={BUDGET}", f"trainer.ablation.release={release}")
     buffer, read, packed = parts.loop.buffer, Counter(), Counter()
     plain_read, plain_pack = buffer.read, buffer.pack
 

@@ -135,11 +135,11 @@ def scratch_model(config: ModelConfig, alphabet: str, seed: int) -> ModelAndToke
     tokenizer = character_tokenizer(alphabet)
     architecture = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=config.width,
-        intermediate_size=4 * config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        max_position_embeddings=config.context,
+        hidden_size=config.scratch.width,
+        intermediate_size=4 * config.scratch.width,
+        num_hidden_layers=config.scratch.layers,
+        num_attention_heads=config.scratch.heads,
+        max_position_embeddings=config.scratch.context,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -7,12 +7,15 @@ import numpy as np
 from kimi_core.config import CurriculumConfig
 from kimi_core.types import Prompt
 
+PRIOR_WEIGHT = 2.0
+"""Samples' worth of the run's overall success rate in each prompt's own rate."""
+
 
 class Curriculum:
-    """Draws prompts and keeps each one's success rate.
+    """Draws prompts and keeps the success rate of each.
 
-    A prompt's success rate is that of its responses so far, mixed with ``prior_weight`` samples'
-    worth of the whole run's rate: a prompt that was never tried counts as an average one.
+    A prompt's success rate is that of its responses so far, mixed with ``PRIOR_WEIGHT`` samples'
+    worth of the whole run's rate. A prompt that was never tried counts as an average one.
     """
 
     def __init__(self, prompts: Sequence[Prompt], config: CurriculumConfig) -> None:
@@ -28,15 +31,14 @@ class Curriculum:
     def success_rates(self) -> np.ndarray:
         """Estimated success rate of every prompt, float64 ``[n]`` in [0, 1]."""
         overall = (self._successes.sum() + 1) / (self._attempts.sum() + 2)
-        prior = self._config.prior_weight
-        return (self._successes + prior * overall) / (self._attempts + prior)
+        return (self._successes + PRIOR_WEIGHT * overall) / (self._attempts + PRIOR_WEIGHT)
 
     def success_rate(self, prompt_id: int) -> float:
         """Estimated success rate of one prompt."""
         return float(self.success_rates()[self._row[prompt_id]])
 
     def weights(self, iteration: int) -> np.ndarray:
-        """Unnormalised chance of each prompt in this iteration, float64 ``[n]``.
+        """Unnormalised probability of each prompt in this iteration, float64 ``[n]``.
 
         Raises:
             ValueError: the hard phase has begun and no prompt is hard enough.
@@ -56,7 +58,7 @@ class Curriculum:
         return weights
 
     def draw(self, count: int, *, iteration: int, rng: np.random.Generator) -> list[Prompt]:
-        """``count`` different prompts (fewer only where fewer have any weight)."""
+        """Draw ``count`` different prompts, or fewer if fewer have any weight."""
         weights = self.weights(iteration)
         count = min(count, int(np.count_nonzero(weights)))
         rows = rng.choice(len(weights), count, replace=False, p=weights / weights.sum())

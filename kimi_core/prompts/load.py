@@ -27,9 +27,9 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> lis
         return multiply.prompts()
     if source == "addition":
         # The split's seed, so that runs that differ in `seed` are tested on the same prompts.
-        return addition.prompts(config.shots, config.largest, config.split_seed)
+        return addition.prompts(config.task.shots, config.task.largest, config.split_seed)
     if source == "maximum":
-        return maximum.prompts(config.shots, config.largest, config.split_seed)
+        return maximum.prompts(config.task.shots, config.task.largest, config.split_seed)
     if source == "programs":
         return programs.prompts()
     if source == "humaneval":

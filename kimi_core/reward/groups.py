@@ -33,8 +33,8 @@ class GroupScorer:
     for the range of lengths.
 
     Args:
-        config: ``reward``, ``trainer.release``, ``trainer.tau``, ``trainer.baseline`` and
-            ``rollout.samples_per_prompt`` are read.
+        config: ``reward``, ``trainer.tau``, ``trainer.ablation`` and ``rollout.samples_per_prompt``
+            are read.
         reward: the run's reward function.
         response_text: turns token ids, int32 ``[n]``, into text without the stop token.
     """
@@ -103,7 +103,7 @@ class GroupScorer:
             expected: the prompt's success rate, which stands for each open response.
         """
         group_id = finished[0].group_id
-        if open_lengths and self._config.trainer.release == "group":
+        if open_lengths and self._config.trainer.ablation.release == "group":
             return None
         ended = self._ended.get(group_id, [])
         if not open_lengths:
@@ -121,7 +121,7 @@ class GroupScorer:
             missing=len(open_lengths),
             expected=expected,
             tau=self._config.trainer.tau,
-            kind=self._config.trainer.baseline,
+            kind=self._config.trainer.ablation.baseline,
         )
         rows = [row[one.trajectory_id] for one in judged]
         return Group(

@@ -117,7 +117,6 @@ def _engine(model: PreTrainedModel, rollout: RolloutConfig) -> tuple[Engine, Pub
         batch_rows=rollout.batch_rows,
         options=rollout.vllm.args,
         timeout_s=rollout.vllm.timeout_s,
-        start_timeout_s=rollout.vllm.start_timeout_s,
     )
     return engine, publisher
 

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from kimi_core.buffer import RolloutBuffer
-from kimi_core.config import Config
+from kimi_core.config import Config, dump_toml
 from kimi_core.models import load as models
 from kimi_core.models.codec import Codec
 from kimi_core.prompts.load import load_prompts
@@ -22,7 +22,6 @@ from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
 from kimi_core.run.build import alphabet
-from kimi_core.run.folder import dump_toml
 from kimi_core.types import Prompt
 
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from kimi_core.config import Config, Section, load_config
+from kimi_core.config import Config, Section, dump_toml, load_config
 from kimi_core.run.files import (
     OUT_OF_ROOM,
     discard,
@@ -255,41 +255,6 @@ def holds_state(path: str | Path) -> bool:
     path = Path(path)
     has_folder = (path / "config.toml").is_file() and (path / "states").is_dir()
     return has_folder and bool(_whole_states(path / "states"))
-
-
-def dump_toml(config: Config) -> str:
-    """The settings as TOML that ``load_config`` reads back to an equal ``Config``.
-
-    Unset values are left out, as TOML has no null: every setting that can be unset is so by
-    default.
-    """
-    return "\n\n".join(_toml_sections("", config)) + "\n"
-
-
-def _toml_sections(name: str, section: Section) -> list[str]:
-    """The section's own keys, which TOML wants first, then the sections within it."""
-    within = {key: value for key, value in section if isinstance(value, Section)}
-    own = ((key, value) for key, value in section if key not in within and value is not None)
-    lines = [f"{key} = {_toml_value(value)}" for key, value in own]
-    blocks = ["\n".join([f"[{name}]", *lines] if name else lines)]
-    for key, value in within.items():
-        blocks += _toml_sections(f"{name}.{key}" if name else key, value)
-    return blocks
-
-
-def _toml_value(value: bool | int | float | str | list[Any] | dict[str, Any]) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but JSON lets DEL stand raw and TOML does not.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    if isinstance(value, dict):
-        keys = {k: k if re.fullmatch(r"[A-Za-z0-9_-]+", k) else _toml_value(k) for k in value}
-        items = (f"{keys[k]} = {_toml_value(v)}" for k, v in value.items() if v is not None)
-        return f"{{{', '.join(items)}}}"
-    return repr(value)
 
 
 def _check_same_settings(path: Path, saved: Config, given: Config) -> None:

@@ -27,9 +27,9 @@ def prompts(shots: int, largest: int, seed: int) -> list[Prompt]:
         ValueError: fewer than 0 shots, or operands too small to draw an example from.
     """
     if shots < 0:
-        raise ValueError(f"prompts.shots = {shots}; allowed is 0 or more")
+        raise ValueError(f"prompts.task.shots = {shots}; allowed is 0 or more")
     if largest < 2:
-        raise ValueError(f"prompts.largest = {largest}; allowed is 2 or more")
+        raise ValueError(f"prompts.task.largest = {largest}; allowed is 2 or more")
     rng = random.Random(seed)
     made: list[Prompt] = []
     for low in range(1, largest + 1):

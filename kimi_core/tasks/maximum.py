@@ -29,11 +29,11 @@ def prompts(shots: int, largest: int, seed: int) -> list[Prompt]:
         ValueError: fewer than 0 shots, or too few numbers to draw an example from.
     """
     if shots < 0:
-        raise ValueError(f"prompts.shots = {shots}; allowed is 0 or more")
+        raise ValueError(f"prompts.task.shots = {shots}; allowed is 0 or more")
     if largest < 6:
         raise ValueError(
-            f"prompts.largest = {largest}; a problem and its example need 6 numbers, allowed is 6 "
-            "or more"
+            f"prompts.task.largest = {largest}; a problem and its example need 6 numbers; "
+            "allowed is 6 or more"
         )
     rng = random.Random(seed)
     made: list[Prompt] = []

@@ -114,13 +114,13 @@ def load_objective(config: TrainerConfig, *, base_folder: str | Path = ".") -> O
     """The function that ``trainer.objective`` names, with its settings.
 
     Args:
-        config: ``objective``, ``tau`` and ``normalize`` are read.
+        config: ``objective``, ``tau`` and ``ablation.normalize`` are read.
         base_folder: the folder that a relative ``file.py:function`` starts from.
 
     Raises:
         ValueError: no built-in objective has this name, or the file or function does not exist.
     """
-    name, normalize = config.objective, config.normalize
+    name, normalize = config.objective, config.ablation.normalize
     built_in: dict[str, Objective] = {
         "omd": partial(omd, tau=config.tau, normalize=normalize),
         "reinforce": partial(reinforce, normalize=normalize),

@@ -63,7 +63,9 @@ def test_a_model_from_the_shell(tmp_path):
     """A tiny random one, so nothing passes; but every problem gets a verdict."""
     alphabet = "".join(chr(code) for code in range(32, 127)) + "\n"
     model, tokenizer = scratch_model(
-        ModelConfig(layers=1, width=16, heads=2, context=1024), alphabet, seed=0
+        ModelConfig(scratch={"layers": 1, "width": 16, "heads": 2, "context": 1024}),
+        alphabet,
+        seed=0,
     )
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -87,7 +89,7 @@ def test_a_model_from_the_shell(tmp_path):
 def test_a_context_that_is_too_short_is_named(tmp_path):
     alphabet = "".join(chr(code) for code in range(32, 127)) + "\n"
     model, tokenizer = scratch_model(
-        ModelConfig(layers=1, width=16, heads=2, context=64), alphabet, seed=0
+        ModelConfig(scratch={"layers": 1, "width": 16, "heads": 2, "context": 64}), alphabet, seed=0
     )
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

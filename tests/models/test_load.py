@@ -27,7 +27,7 @@ from kimi_core.models.load import (
 )
 
 ALPHABET = string.digits + "+-*=#;? \n\té漢"
-SMALL = ModelConfig(layers=3, width=16, heads=2, context=32, device="cpu")
+SMALL = ModelConfig(scratch={"layers": 3, "width": 16, "heads": 2, "context": 32}, device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ class TestDispatch:
     @pytest.mark.parametrize("task", [addition, maximum])
     def test_few_shot_tasks_take_their_settings(self, task):
         source = task.__name__.rpartition(".")[2]
-        config = PromptsConfig(source=source, shots=2, largest=9, split_seed=3)
+        config = PromptsConfig(source=source, task={"shots": 2, "largest": 9}, split_seed=3)
         assert load_prompts(config) == task.prompts(2, 9, 3)
 
     def test_jsonl_is_relative_to_the_folder(self, lines):
@@ -159,7 +159,7 @@ class TestAddition:
 
     @pytest.mark.parametrize(("shots", "largest"), [(-1, 9), (1, 1)])
     def test_bad_settings_are_named(self, shots, largest):
-        with pytest.raises(ValueError, match=r"prompts\.(shots = -1|largest = 1)"):
+        with pytest.raises(ValueError, match=r"prompts\.task\.(shots = -1|largest = 1)"):
             addition.prompts(shots, largest, 0)
 
 
@@ -204,7 +204,7 @@ class TestMaximum:
 
     @pytest.mark.parametrize(("shots", "largest"), [(-1, 9), (1, 5)])
     def test_bad_settings_are_named(self, shots, largest):
-        with pytest.raises(ValueError, match=r"prompts\.(shots = -1|largest = 5)"):
+        with pytest.raises(ValueError, match=r"prompts\.task\.(shots = -1|largest = 5)"):
             maximum.prompts(shots, largest, 0)
 
 

@@ -61,7 +61,7 @@ def group_of(drawn) -> list[Trajectory]:
 
 @given(responses, st.sampled_from(["response", "group"]), st.floats(0, 1))
 def test_a_complete_group_has_rewards_minus_their_mean(drawn, release, expected):
-    made = scorer(f"trainer.release={release}")
+    made = scorer(f"trainer.ablation.release={release}")
     group = score(made, PROMPT, group_of(drawn), [], iteration=0, expected=expected)
     right = np.array([right for _, right in drawn], float)
     assert group.prompt == PROMPT
@@ -93,7 +93,7 @@ def test_each_response_is_trained_once_and_judged_once(drawn, data):
             judged.append(text)
             return judge(prompt, text)
 
-        made = scorer(f"trainer.release={release}", reward=counting)
+        made = scorer(f"trainer.ablation.release={release}", reward=counting)
         waiting = group_of(drawn)
         ended: list[Trajectory] = []
         trained: list[int] = []
@@ -175,7 +175,7 @@ def test_a_reward_is_correctness_plus_weighted_shortness_minus_the_penalty(
 def test_below_a_weight_of_2_a_right_answer_is_worth_more_than_any_wrong_one(
     drawn, weight, open_lengths
 ):
-    made = scorer(f"reward.length_weight={weight}", "trainer.release=response")
+    made = scorer(f"reward.length_weight={weight}", "trainer.ablation.release=response")
     group = score(made, PROMPT, mixed_group(drawn), open_lengths, iteration=0, expected=0.5)
     right = group.correctness > 0.5
     if right.any() and not right.all():
@@ -212,7 +212,7 @@ def test_a_response_that_went_round_in_a_loop_pays_for_it():
 
 @pytest.mark.parametrize("release", ["response", "group"])
 def test_its_state_carries_open_groups_over_a_restart(release):
-    overrides = (f"trainer.release={release}", "reward.length_weight=0.5")
+    overrides = (f"trainer.ablation.release={release}", "reward.length_weight=0.5")
     made, resumed = scorer(*overrides), scorer(*overrides)
     first = [trajectory(0, 10, True, "repeat"), trajectory(1, 20, False)]
     rest = [trajectory(2, 30, True)]

@@ -68,7 +68,7 @@ def test_a_group_is_as_if_the_response_had_not_been_sampled(drawn, data):
     """Ending in any order over any number of iterations, with a restart between any two: the last
     group to be made, and the scorer's state, are those of the siblings with a verdict alone."""
     release = data.draw(st.sampled_from(["response", "group"]))
-    overrides = (f"trainer.release={release}", "reward.length_weight=0.5")
+    overrides = (f"trainer.ablation.release={release}", "reward.length_weight=0.5")
     made, without = scorer(*overrides), scorer(*overrides)
     waiting = [trajectory(key, *one) for key, one in enumerate(drawn)]
     held: list[Trajectory] = []
@@ -233,10 +233,10 @@ def given_config(tmp_path):
         return load_config(
             None,
             [
-                "model.layers=2",
-                "model.width=32",
-                "model.heads=2",
-                "model.context=64",
+                "model.scratch.layers=2",
+                "model.scratch.width=32",
+                "model.scratch.heads=2",
+                "model.scratch.context=64",
                 "model.device=cpu",
                 "prompts.held_out=20",
                 "sft.data=multiply",
@@ -264,7 +264,7 @@ def run(config: Config, **arguments) -> Path:
 @pytest.mark.parametrize("release", ["response", "group"])
 def test_the_loop_accounts_for_every_response(given_config, tmp_path, release):
     (tmp_path / "away").write_text("40")  # Few end in some iterations here.
-    parts = build(given_config(f"trainer.release={release}"))
+    parts = build(given_config(f"trainer.ablation.release={release}"))
     loop, begun, trained, unjudged = parts.loop, 0, set(), 0
     for _ in range(8):
         report = loop.iterate()

@@ -25,11 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = """
 iterations = 2
 
-[model]
+[model.scratch]
 layers = 1
 width = 16
 heads = 2
 context = 32
+
+[model]
 device = "cpu"
 
 [prompts]
@@ -82,7 +84,7 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
         ("trainer.tau=-0.1", ["trainer.tau = -0.1", "greater than 0"]),
         ("trainer.tau=nan", ["trainer.tau = nan", "greater than 0"]),
         ("name=../elsewhere", ["name = '../elsewhere'"]),
-        ("model.heads=3", ["model.width = 16 is not a multiple"]),
+        ("model.scratch.heads=3", ["model.scratch.width = 16 is not a multiple"]),
         ("rollout.stop=['##']", ["rollout.stop: '##' is 2 tokens"]),
         ("rollout.max_response_tokens=30", ["the model's context is 32", "lower the limit"]),
         ("prompts.source=riddles", ["prompts.source = 'riddles'", "multiply, addition"]),
@@ -119,7 +121,7 @@ def test_a_prompt_longer_than_the_context_is_named(run, tmp_path):
 
 
 def make_folder(path: Path, width: int = 16, seed: int = 0) -> Path:
-    given = load_config("tiny.toml", [f"model.width={width}"])
+    given = load_config("tiny.toml", [f"model.scratch.width={width}"])
     model, tokenizer = load_model(given.model, alphabet=multiply.ALPHABET, seed=seed)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

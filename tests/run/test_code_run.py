@@ -16,9 +16,9 @@ from kimi_core.sandbox import Pool, SandboxUnavailable, Status
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
-    "model.layers=1",
-    "model.width=16",
-    "model.heads=2",
+    "model.scratch.layers=1",
+    "model.scratch.width=16",
+    "model.scratch.heads=2",
     "sft.steps=2",
     "iterations=2",
     "prompts.held_out=3",

@@ -16,10 +16,10 @@ from kimi_core.run.dry_run import describe, estimate
 from kimi_core.tasks import multiply
 
 SMALL = [
-    "model.layers=2",
-    "model.width=32",
-    "model.heads=2",
-    "model.context=96",
+    "model.scratch.layers=2",
+    "model.scratch.width=32",
+    "model.scratch.heads=2",
+    "model.scratch.context=96",
     "model.device=cpu",
     "rollout.prompts_per_iteration=2",
     "rollout.samples_per_prompt=3",

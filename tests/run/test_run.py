@@ -26,11 +26,13 @@ CONFIG = """
 name = "small"
 iterations = 8
 
-[model]
+[model.scratch]
 layers = 2
 width = 48
 heads = 2
 context = 96
+
+[model]
 device = "cpu"
 
 [prompts]

@@ -110,7 +110,7 @@ def assert_close_gradients(own, others):
 def test_a_step_descends_the_mean_loss_over_the_responses(name, steps):
     model = llama()
     data = data_of(model, shift=0.2)
-    settings = {"normalize": "sqrt_length", "logprob_gap_limit": 1.0}
+    settings = {"ablation": {"normalize": "sqrt_length"}, "logprob_gap_limit": 1.0}
     metrics = train(trainer_of(model, objective=name, **settings), data)
 
     model = llama()  # the weights from before

@@ -29,6 +29,9 @@ WALL_S_PER_CPU_S = 10.0
 END_S = 10.0
 """What a worker may take to end; then it is killed."""
 
+MEMORY_MB = 1024
+"""Address space of a comparison. One that uses more than half of it gets no verdict."""
+
 ATTEMPTS = 2
 
 WORKER = "kimi_core.reward.math.worker"
@@ -78,9 +81,7 @@ class MathReward:
             said = self._ask(reference, answer)
             if isinstance(said, bool):
                 return said
-        reason = REASONS[str(said)].format(
-            cpu_s=self._config.cpu_s, memory_mb=self._config.memory_mb
-        )
+        reason = REASONS[str(said)].format(cpu_s=self._config.cpu_s, memory_mb=MEMORY_MB)
         raise InfrastructureError(
             f"Comparing the answer {answer!r:.80} to {reference!r:.80} {reason}, "
             f"{ATTEMPTS} times running"
@@ -97,7 +98,7 @@ class MathReward:
         """The verdict, or a key of REASONS; a worker that did not answer is replaced."""
         with self._lock:
             worker = self._idle.pop() if self._idle else None
-        worker = worker or _Worker(self._config.memory_mb)
+        worker = worker or _Worker()
         try:
             said = worker.ask(reference, answer, self._config.cpu_s)
         except _Silent:
@@ -118,12 +119,12 @@ class _Silent(RuntimeError):
 class _Worker:
     """A ``math_worker`` process; one question at a time."""
 
-    def __init__(self, memory_mb: int) -> None:
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 # -P: in the repository's root, -m would import the folder there, uncompiled.
-                [sys.executable, "-P", "-m", WORKER, str(theirs.fileno()), str(memory_mb)],
+                [sys.executable, "-P", "-m", WORKER, str(theirs.fileno()), str(MEMORY_MB)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -54,7 +54,6 @@ class VLLMEngine:
         batch_rows: sequences decoded together at most.
         options: further arguments of vLLM's ``AsyncEngineArgs``.
         timeout_s: longest wait for the next tokens or for new weights, seconds.
-        start_timeout_s: longest wait for vLLM to start, seconds.
         policy_version: the version written on segments until the first ``serve``.
 
     Raises:
@@ -70,7 +69,6 @@ class VLLMEngine:
         batch_rows: int,
         options: Mapping[str, Any] | None = None,
         timeout_s: float = 300.0,
-        start_timeout_s: float = 600.0,
         policy_version: int = 0,
     ):
         self.options = {"max_num_seqs": batch_rows} | dict(options or {})
@@ -78,7 +76,6 @@ class VLLMEngine:
         self.config = config
         self.dtype = dtype
         self.timeout_s = timeout_s
-        self.start_timeout_s = start_timeout_s
         self.policy_version = policy_version
         self.server: VLLMServer | None = None
         self.starts = 0
@@ -258,7 +255,6 @@ class VLLMEngine:
                 self.dtype,
                 self.options,
                 timeout_s=self.timeout_s,
-                start_timeout_s=self.start_timeout_s,
             )
             self.starts += 1
             try:

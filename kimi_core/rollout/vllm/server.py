@@ -25,6 +25,9 @@ from kimi_core.rollout.engine import EngineFailed
 
 INSTALL = "python/install_vllm.sh"
 
+START_S = 600
+"""Seconds that vLLM has to start: loading and compiling take minutes on a cold machine."""
+
 CPU_CACHE_BYTES = 1 << 30
 """Of keys and values on a CPU, unless ``kv_cache_memory_bytes`` says otherwise."""
 
@@ -64,8 +67,6 @@ class VLLMServer:
         dtype: what vLLM computes in.
         options: further arguments of vLLM's ``AsyncEngineArgs``.
         timeout_s: longest wait for an answer.
-        start_timeout_s: longest wait for the start, in whole seconds. The first server of a
-            process sets it for all.
 
     Raises:
         ValueError: vLLM does not know one of the options.
@@ -79,9 +80,8 @@ class VLLMServer:
         options: Mapping[str, Any],
         *,
         timeout_s: float,
-        start_timeout_s: float,
     ):
-        _set_environment(start_timeout_s)
+        _set_environment()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self.timeout_s = timeout_s
@@ -103,7 +103,7 @@ class VLLMServer:
             except (RuntimeError, TimeoutError) as error:
                 self.loop.close()
                 raise EngineFailed(
-                    f"vLLM did not start (it had {start_timeout_s:g} s): {error}; "
+                    f"vLLM did not start (it had {START_S} s): {error}; "
                     "VLLM_LOGGING_LEVEL=INFO shows what it did"
                 ) from error
 
@@ -277,9 +277,9 @@ def _arguments(
         raise ValueError(f"rollout.vllm.args: vLLM does not take this: {error}") from error
 
 
-def _set_environment(start_timeout_s: float) -> None:
+def _set_environment() -> None:
     """vLLM reads these when it is imported; what the user has set stays."""
-    os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", str(max(1, round(start_timeout_s))))
+    os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", str(START_S))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 

@@ -34,7 +34,7 @@ from kimi_core.reward.judges.value_model import (
 )
 from kimi_core.tasks import multiply
 
-TINY = ModelConfig(layers=1, width=16, heads=2, context=32, device="cpu")
+TINY = ModelConfig(scratch={"layers": 1, "width": 16, "heads": 2, "context": 32}, device="cpu")
 
 
 def tiny():

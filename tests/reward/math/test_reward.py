@@ -208,7 +208,7 @@ def test_nothing_is_left_after_close():
 
 
 def test_closing_a_worker_ends_the_fork_it_has():
-    worker = math_module._Worker(1024)
+    worker = math_module._Worker()
 
     def ask() -> None:
         with pytest.raises(math_module._Silent):
@@ -261,7 +261,8 @@ def test_a_missing_package_is_named(monkeypatch):
 
 def test_a_run_is_rewarded_by_it(tmp_path):
     overrides = [
-        "model.layers=1", "model.width=16", "model.heads=2", "model.context=64",
+        "model.scratch.layers=1", "model.scratch.width=16", "model.scratch.heads=2",
+        "model.scratch.context=64",
         "model.device=cpu", "prompts.held_out=4", "sft.data=none", "iterations=1",
         "rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=2",
         "rollout.max_response_tokens=8", "reward.function=math", "reward.workers=2",

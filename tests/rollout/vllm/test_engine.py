@@ -187,7 +187,7 @@ def test_an_abandoned_call_leaves_the_engine_usable(engine):
     stream = engine.generate(requests_of(12), Sampling(0, 0, frozenset(), stream_tokens=2))
     next(stream)
     with pytest.raises(ValueError, match="while a rollout is under way"):
-        engine.publish_and_serve(engine.policy_version + 1)
+        engine.serve(engine.policy_version + 1)
     with pytest.raises(ValueError, match="generating already"):
         next(engine.generate(requests_of(2), GREEDY))
     stream.close()

@@ -73,7 +73,7 @@ def test_a_kill_in_mid_rollout_costs_unacknowledged_tokens_and_nothing_else(
         finally:
             del engine.generate
         assert engine.starts == starts + 1
-        assert report.finished == 12 and report.tokens == 12 * 150
+        assert report.finished_now == 12 and report.tokens == 12 * 150
         assert served(engine)["version"] == engine.policy_version
         twin = TorchEngine(engine.model, batch_rows=16)
         requests = [Request(i, prompts[i // 2], len(prompts[i // 2]), 150, 150) for i in range(12)]
@@ -157,7 +157,7 @@ def test_a_hung_engine_is_replaced_and_twice_ends_the_call(engine, monkeypatch):
     monkeypatch.setattr(
         VLLMEngine, "_started", _raising_from_the_second_call_on(VLLMEngine._started)
     )
-    with pytest.raises(EngineFailed, match="the stand-in is down; twice"):
+    with pytest.raises(EngineFailed, match="the stand-in is down; this happened twice"):
         gathered(engine.generate(requests_of(2), GREEDY))
     assert engine.server is None
     for pid in (core, worker):
