@@ -1,7 +1,7 @@
 """Log-probs of given tokens from hidden states and the output matrix, without the logits.
 
 Logits ``[T, V]`` are formed ``chunk`` rows at a time, in the forward pass and again in the backward
-pass; what is kept between the two is two numbers a token.
+pass. Two numbers per token are kept between the two.
 """
 
 from typing import Literal, overload
@@ -11,18 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kimi_core.kernels.checks import check_finite, check_head
-from kimi_core.kernels.tiles import CHUNK, Head, WeightSums, tiles_for
+from kimi_core.kernels.arguments import check_finite, check_head
+from kimi_core.kernels.dispatch import tiles_for
+from kimi_core.kernels.tiles import CHUNK, Head, WeightSums
 
 
 def linear_logprob_ref(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     ids: Tensor,
     *,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
     mask: Tensor | None = None,
     upcast: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -30,6 +28,8 @@ def linear_logprob_ref(
 
     Returns log-probs and entropy, ``[T]``; 0 outside of the mask.
     """
+    head = head if isinstance(head, Head) else Head(head)
+    weight, bias, softcap = head.weight, head.bias, head.softcap
     if upcast:
         hidden, weight = hidden.double(), weight.double()
     logits_tv = hidden @ weight.T
@@ -37,7 +37,7 @@ def linear_logprob_ref(
         logits_tv = logits_tv + bias.to(logits_tv.dtype)
     if softcap is not None:
         logits_tv = softcap * torch.tanh(logits_tv / softcap)
-    logprobs_tv = torch.log_softmax(logits_tv / temperature, dim=-1)
+    logprobs_tv = torch.log_softmax(logits_tv / head.temperature, dim=-1)
     entropy_t = -(logprobs_tv.exp() * logprobs_tv).sum(dim=-1)
     if mask is not None:
         ids = ids.where(mask, 0)
@@ -50,83 +50,58 @@ def linear_logprob_ref(
 @overload
 def linear_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     ids: Tensor,
     *,
-    temperature: float = ...,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
     mask: Tensor | None = ...,
     return_entropy: Literal[False] = ...,
     chunk: int = ...,
-    tp_group: dist.ProcessGroup | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     ids: Tensor,
     *,
-    temperature: float = ...,
-    bias: Tensor | None = ...,
-    softcap: float | None = ...,
     mask: Tensor | None = ...,
     return_entropy: Literal[True],
     chunk: int = ...,
-    tp_group: dist.ProcessGroup | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     ids: Tensor,
     *,
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
     mask: Tensor | None = None,
     return_entropy: bool = False,
     chunk: int = CHUNK,
-    tp_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``ids`` under ``softmax(hidden @ weight.T / temperature)``.
 
     Args:
-        hidden: ``[T, D]``; float32, bfloat16, float16 or float64 (which is slow).
-        weight: ``[V, D]``, the same dtype. With ``tp_group``, this rank's rows.
+        hidden: ``[T, D]``; float32, bfloat16, float16 or float64 (which is slow). With a
+            ``tp_group`` in the head, the same on each rank, as are the ids.
+        head: the output matrix ``[V, D]``, or a ``Head`` with bias, soft cap and temperature.
         ids: ``[T]``, integers in ``[0, V)`` where the mask is set.
-        temperature: > 0, the one the tokens were sampled with.
-        bias: ``[V]``, added to the logits.
-        softcap: logits become ``softcap * tanh(logits / softcap)``, before the temperature.
-        mask: bool ``[T]``. Rows outside it are dropped before the GEMM: they cost nothing, and come
-            back as 0 with zero gradient.
-        return_entropy: also give the entropy of each row's distribution, without gradient.
+        mask: bool ``[T]``. Rows outside of it are dropped before the GEMM: they cost nothing, and
+            come back as 0 with zero gradient.
+        return_entropy: also return the entropy of each row's distribution, without a gradient.
         chunk: rows of logits that exist at once.
-        tp_group: ranks that hold the vocabulary's rows between them, in the order of their ranks,
-            with the same hidden states and ids on each. All of them get the same log-probs and the
-            same gradient of hidden; each gets that of its own rows.
 
     Returns:
-        ``[T]`` float32 in nats, differentiable in hidden, weight and bias; with ``return_entropy``
-        a pair of it and the entropy, ``[T]`` float32 in nats. (float64 for float64 inputs.)
+        ``[T]`` float32 in nats, differentiable in hidden, weight and bias. With ``return_entropy``
+        a pair of this and the entropy, ``[T]`` float32 in nats. (float64 for float64 inputs.) With
+        a ``tp_group`` all ranks get the same log-probs and the same gradient of hidden, and each
+        gets the gradient of its own rows of the weight.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, an id is out of range, or a number is not
             positive.
-        FloatingPointError: a log-prob is NaN, as hidden or weight hold NaN or infinity.
+        FloatingPointError: a log-prob is NaN, because hidden or weight hold NaN or infinity.
     """
-    head = check_head(
-        hidden,
-        weight,
-        ids,
-        temperature=temperature,
-        bias=bias,
-        softcap=softcap,
-        mask=mask,
-        chunk=chunk,
-        tp_group=tp_group,
-    )
+    head = check_head(hidden, head, ids, mask=mask, chunk=chunk)
     if mask is None:
         logprobs_t, entropy_t = logprobs_of(hidden, ids.long(), head, chunk)
     else:
@@ -142,16 +117,16 @@ def linear_logprob(
 def logprobs_of(hidden_td: Tensor, ids_t: Tensor, head: Head, chunk: int) -> tuple[Tensor, Tensor]:
     """Differentiable log-probs, and the entropy, of inputs that were checked; all rows count.
 
-    What comes out is not checked: of ranks that go on to a collective, none may stop before it.
+    The results are not checked, because no rank may stop before a collective that the others join.
     """
     logprobs_t, entropy_t = _LinearLogProb.apply(
-        hidden_td, head.weight_vd, head.bias_v, ids_t, head, chunk
+        hidden_td, head.weight, head.bias, ids_t, head, chunk
     )
     return logprobs_t, entropy_t
 
 
 class _LinearLogProb(torch.autograd.Function):
-    """Two passes: four GEMMs. Any gradient may come from above, one a token."""
+    """Two passes, four GEMMs. Takes any gradient from above, one number per token."""
 
     @staticmethod
     def forward(ctx, hidden_td, weight_vd, bias_v, ids_t, head, chunk):  # type: ignore[no-untyped-def]
@@ -175,7 +150,7 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(ctx, grad_t, _):  # type: ignore[no-untyped-def]
         hidden_td, _, _, ids_t, top_t, total_t = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # What counts for nothing (wrong answers under ReST, say) costs nothing.
+        # A row with gradient 0 (a wrong answer under ReST, say) costs nothing.
         live = grad_t.nonzero()[:, 0]
         tiles = tiles_for(ctx.head, min(ctx.chunk, len(live)))
         sums = WeightSums(tiles, weight=need_weight, bias=need_bias)

@@ -1,20 +1,19 @@
 """Online mirror descent from hidden states to the loss and its gradient (section 2.3.2).
 
-ℓ_i = (A_i − τ·ρ_i)² / (2τ), where ρ_i = Σ_t [log π_θ − log π_i] over the counted tokens of a
-response. Its gradient in each of their log-probs is *one number a response*, c_i = −(A_i − τ·ρ_i),
-and what the log-probs pass on to hidden states and output matrix does not depend on it. So the
-gradient can be formed while the logits are there, in three GEMMs instead of four:
+``omd_terms`` has the formula. The gradient of ℓ_i with respect to the log-prob of each counted
+token is *one number per response*, c_i = −(A_i − τ·ρ_i), and what the log-probs pass on to hidden
+states and output matrix does not depend on it. So the gradient can be formed while the logits are
+there, in three GEMMs instead of four:
 
-* Responses that fit in a tile together: their c_i are known once the tile's statistics are.
-* A longer one: its tiles are worked off with coefficient 1 into a scratch of the size of the output
-  matrix, and c_i multiplies the sum. The first needs no scratch: the gradient itself is still
-  empty.
+* Responses that fit into a tile together: their c_i are known once the tile's statistics are.
+* A longer response: its tiles are worked off with coefficient 1 into a scratch of the size of the
+  output matrix, and c_i multiplies the sum. The first one needs no scratch, because the gradient
+  itself is still empty.
 
-That is ``one_pass``. ``two_pass`` is ``linear_logprob`` and the plain formula; the two are equal.
+This is ``one_pass``. ``two_pass`` is ``linear_logprob`` and the plain formula; the two are equal.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -22,10 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kimi_core.kernels.checks import check_cu_seqlens, check_finite, check_head, check_tokens
+from kimi_core.kernels.arguments import check_cu_seqlens, check_finite, check_head, check_tokens
+from kimi_core.kernels.dispatch import tiles_for
 from kimi_core.kernels.linear_logprob import linear_logprob_ref, logprobs_of
-from kimi_core.kernels.omd_terms import Group, Normalize, Terms, make_terms, plan
-from kimi_core.kernels.tiles import CHUNK, Head, Tiles, WeightSums, tiles_for
+from kimi_core.kernels.omd_terms import Group, Terms, make_terms, mirror_descent, plan
+from kimi_core.kernels.tiles import CHUNK, Head, Tiles, WeightSums
+from kimi_core.types import Normalize
 
 Schedule = Literal["auto", "one_pass", "two_pass"]
 
@@ -33,8 +34,10 @@ WORKSPACE_BYTES = 1 << 30
 
 
 class OmdLoss(NamedTuple):
-    """The loss, and what the same pass knows besides; n responses, t tokens. Only ``loss`` carries
-    a gradient."""
+    """The loss, and what else the same pass finds; n responses, t tokens.
+
+    Only ``loss`` carries a gradient.
+    """
 
     loss: Tensor
     """float64: the mean of ℓ_i over the responses."""
@@ -48,12 +51,12 @@ class OmdLoss(NamedTuple):
     """float64: the mean over the counted tokens, in nats; 0 if there are none."""
     rows_computed: int
     rows_skipped: int
-    """Rows outside of the mask, which no GEMM saw."""
+    """Rows outside of the mask, which no GEMM touched."""
 
 
 def omd_loss_ref(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     ids: Tensor,
     ref_logprobs: Tensor,
     advantages: Tensor,
@@ -62,35 +65,22 @@ def omd_loss_ref(
     tau: float,
     mask: Tensor | None = None,
     normalize: Normalize = "none",
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
     upcast: bool = False,
 ) -> Tensor:
     """The slow twin of ``omd_loss(...).loss``: all logits at once, one response after the other."""
-    logprobs_t, _ = linear_logprob_ref(
-        hidden,
-        weight,
-        ids,
-        temperature=temperature,
-        bias=bias,
-        softcap=softcap,
-        mask=mask,
-        upcast=upcast,
+    logprobs_t, _ = linear_logprob_ref(hidden, head, ids, mask=mask, upcast=upcast)
+    counted = torch.ones_like(logprobs_t) > 0 if mask is None else mask
+    kept = counted.nonzero()[:, 0]
+    edges = torch.searchsorted(kept, cu_seqlens)
+    losses_n = mirror_descent(
+        logprobs_t[kept], ref_logprobs[kept], advantages, edges, tau=tau, normalize=normalize
     )
-    losses = []
-    for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        counted = torch.ones_like(ids[start:end]) > 0 if mask is None else mask[start:end]
-        delta_t = (logprobs_t[start:end] - ref_logprobs[start:end])[counted].double()
-        power = {"none": 0.0, "length": 1.0, "sqrt_length": 0.5}[normalize]
-        ratio = delta_t.sum() / max(1, len(delta_t)) ** power
-        losses.append((advantages[i].double() - tau * ratio) ** 2 / (2 * tau))
-    return torch.stack(losses).mean()
+    return losses_n.mean()
 
 
 def omd_loss(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head | Tensor,
     ids: Tensor,
     ref_logprobs: Tensor,
     advantages: Tensor,
@@ -99,54 +89,41 @@ def omd_loss(
     tau: float,
     mask: Tensor | None = None,
     normalize: Normalize = "none",
-    temperature: float = 1.0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
     schedule: Schedule = "auto",
     workspace_bytes: int = WORKSPACE_BYTES,
     chunk: int = CHUNK,
-    tp_group: dist.ProcessGroup | None = None,
     cp_group: dist.ProcessGroup | None = None,
 ) -> OmdLoss:
     """The mean over responses of (A_i − τ·ρ_i)² / (2τ), differentiable in hidden, weight and bias.
 
     Args:
-        hidden, weight, ids, temperature, bias, softcap, chunk, tp_group: as ``linear_logprob``
-            takes them; hidden states that predict the tokens of the responses, end to end.
+        hidden, head, ids, chunk: as ``linear_logprob`` takes them; the hidden states predict the
+            tokens of the responses, end to end.
         ref_logprobs: ``[T]``, log π_i of the tokens, in nats.
         advantages: ``[n]``, A_i = r_i − r̄.
         cu_seqlens: ``[n + 1]`` integers from 0 to T: response i is tokens cu[i] to cu[i + 1].
         tau: τ > 0.
-        mask: bool ``[T]``, tokens that count; the others cost and change nothing. A response
-            without any has ρ = 0 and no gradient.
-        normalize: divide ρ_i by the response's counted tokens, their root, or (the report) nothing.
-        schedule: ``one_pass`` forms the gradient in the forward, in three GEMMs, and can go
-            backward once; ``two_pass`` forms the logits again in the backward. ``auto``: one pass,
-            unless the scratch would exceed ``workspace_bytes`` or there is nothing to
-            differentiate.
-        workspace_bytes: bound on one pass's scratch, 4·V·D bytes, which it needs for the second
-            response longer than ``chunk``.
-        cp_group: ranks that hold each response's tokens between them. ``hidden``, ``ids`` and the
-            like are this rank's share, maybe none; ``advantages`` are the same on all. Every rank
-            gets the same loss, and the gradient that its own tokens contribute to it: sum those of
-            ``weight``.
+        mask: bool ``[T]``, tokens that count. The others cost nothing and change nothing. A
+            response without counted tokens has ρ = 0 and no gradient.
+        normalize: divide ρ_i by the number of the response's counted tokens, by the root of that
+            number, or (the report) by nothing.
+        schedule: ``one_pass`` forms the gradient in the forward pass, in three GEMMs, and can go
+            backward once. ``two_pass`` forms the logits a second time in the backward pass.
+            ``auto`` takes one pass, unless the scratch would exceed ``workspace_bytes`` or there is
+            nothing to differentiate.
+        workspace_bytes: bound on the scratch of one pass. It takes 4·V·D bytes from the second
+            response on that is longer than ``chunk``.
+        cp_group: ranks that share each response's tokens. ``hidden``, ``ids`` and ``ref_logprobs``
+            are this rank's share and may be empty; ``advantages`` are the same on all ranks. Every
+            rank gets the same loss, and the gradient of its own tokens: sum that of ``weight`` over
+            the ranks.
 
     Raises:
-        ValueError: as ``linear_logprob``, and cu_seqlens do not cover the tokens, tau is not
+        ValueError: as ``linear_logprob``; or cu_seqlens do not cover the tokens, tau is not
             positive, or ``one_pass`` was asked for and its scratch exceeds the bound.
-        FloatingPointError: a log-prob is NaN, as hidden or weight hold NaN or infinity.
+        FloatingPointError: a log-prob is NaN, because hidden or weight hold NaN or infinity.
     """
-    head = check_head(
-        hidden,
-        weight,
-        ids,
-        temperature=temperature,
-        bias=bias,
-        softcap=softcap,
-        mask=mask,
-        chunk=chunk,
-        tp_group=tp_group,
-    )
+    head = check_head(hidden, head, ids, mask=mask, chunk=chunk)
     check_tokens("ref_logprobs", ref_logprobs, len(ids))
     _check_choices(tau, normalize, schedule, workspace_bytes)
     edges = check_cu_seqlens(cu_seqlens, len(ids), len(advantages))
@@ -159,7 +136,7 @@ def omd_loss(
     terms = make_terms(edges, advantages, ref_logprobs, tau, normalize, cp_group)
     groups = plan(edges, chunk, merge=cp_group is None)
     if _choose(schedule, groups, head, hidden, workspace_bytes, cp_group) == "one_pass":
-        found = _OnePass.apply(hidden, weight, bias, ids.long(), head, terms, groups)
+        found = _OnePass.apply(hidden, head.weight, head.bias, ids.long(), head, terms, groups)
     else:
         found = _two_pass(hidden, ids.long(), head, terms, chunk)
     loss, ratio_n, logprobs_t, entropy_t = found
@@ -180,10 +157,10 @@ def _choose(
     workspace_bytes: int,
     cp_group: dist.ProcessGroup | None,
 ) -> Schedule:
-    parameters = [hidden_td, head.weight_vd, head.bias_v]
+    parameters = [hidden_td, head.weight, head.bias]
     wanted = [p is not None and p.requires_grad and torch.is_grad_enabled() for p in parameters]
     # The first group finds the gradient empty. An upcast tile sums in float32 also for 16 bits.
-    scratch = head.weight_vd.numel() * max(4, head.weight_vd.element_size())
+    scratch = head.weight.numel() * max(4, head.weight.element_size())
     needed = scratch if wanted[1] and any(len(group.tiles) > 1 for group in groups[1:]) else 0
     if cp_group is not None:  # One schedule for all ranks, whatever their shares.
         most = torch.tensor([needed, int(any(wanted))], device=hidden_td.device)

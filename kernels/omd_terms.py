@@ -1,21 +1,24 @@
-"""What ``omd_loss`` knows of the responses: the terms of the loss, and which rows share a tile."""
+"""The mirror-descent loss (section 2.3.2) of responses whose log-probs are known.
+
+ℓ_i = (A_i − τ·ρ_i)² / (2τ), where ρ_i = Σ_t [log π_θ − log π_i] over the counted tokens of response
+i, divided by its norm. This file is the one place that states it.
+"""
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kimi_core.kernels.tiles import response_sums
-
-Normalize = Literal["none", "length", "sqrt_length"]
+from kimi_core.kernels.dispatch import response_sums
+from kimi_core.types import Normalize
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the loss needs besides the log-probs; t counted tokens, n responses."""
+    """What the loss needs in addition to the log-probs; t counted tokens, n responses."""
 
     ref_logprobs_t: Tensor
     advantages_n: Tensor
@@ -31,7 +34,7 @@ class Terms:
         edges_n = self.edges_n[responses.start : responses.stop + 1] - rows.start
         sums_n = response_sums(delta_t, edges_n)
         if self.cp_group is not None:
-            # The value is that of all ranks, the gradient that of this rank's tokens.
+            # The value comes from all ranks, the gradient from this rank's tokens only.
             all_n = sums_n.detach().clone()
             dist.all_reduce(all_n, group=self.cp_group)
             sums_n = sums_n + (all_n - sums_n.detach())
@@ -47,8 +50,10 @@ class Terms:
 
 
 class Group(NamedTuple):
-    """Responses [first, last) whose coefficients become known together, and the tiles of their
-    rows: one for several short responses, several for one long response."""
+    """Responses [first, last) whose coefficients become known together, and their rows' tiles.
+
+    Several short responses share one tile; one long response has several.
+    """
 
     first: int
     last: int
@@ -57,8 +62,11 @@ class Group(NamedTuple):
 
 
 def plan(edges: list[int], chunk: int, *, merge: bool) -> list[Group]:
-    """Lay the responses into tiles, the longest first: that one needs no scratch. Without ``merge``
-    (context parallelism) every response is a group of its own, in an order that all ranks share."""
+    """Lay the responses into tiles, the longest first, because the first one needs no scratch.
+
+    Without ``merge`` (context parallelism) every response is one group, in the same order on all
+    ranks.
+    """
     groups: list[Group] = []
     first = 0
     while first < len(edges) - 1:
@@ -87,8 +95,38 @@ def make_terms(
     lengths_n = edges_n.diff()
     if cp_group is not None:
         dist.all_reduce(lengths_n, group=cp_group)
-    norms_n = lengths_n.clamp(min=1).double()
-    if normalize != "length":
-        norms_n = norms_n.sqrt() if normalize == "sqrt_length" else torch.ones_like(norms_n)
     advantages_n = advantages.to(device, torch.float64)
+    norms_n = response_norms(lengths_n, normalize)
     return Terms(ref_logprobs_t, advantages_n, norms_n, edges_n, tau, cp_group)
+
+
+def response_norms(lengths_n: Tensor, normalize: Normalize) -> Tensor:
+    """What the sum over each response is divided by, float64 ``[n]``; at least 1."""
+    norms_n = lengths_n.clamp(min=1).double()
+    if normalize == "length":
+        return norms_n
+    return norms_n.sqrt() if normalize == "sqrt_length" else torch.ones_like(norms_n)
+
+
+def mirror_descent(
+    logprobs_t: Tensor,
+    ref_logprobs_t: Tensor,
+    advantages_n: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    tau: float,
+    normalize: Normalize = "none",
+) -> Tensor:
+    """The losses ℓ_i of ``omd_loss`` from given log-probs, in plain torch; float64 ``[n]``.
+
+    Args:
+        logprobs_t: the policy's log-probs of the counted tokens, in nats.
+        ref_logprobs_t: log π_i of the same tokens.
+        advantages_n: A_i = r_i − r̄.
+        cu_seqlens: ``[n + 1]`` integers: response i has tokens cu[i] to cu[i + 1].
+        tau: τ > 0.
+        normalize: as ``omd_loss`` takes it.
+    """
+    terms = make_terms(cu_seqlens.tolist(), advantages_n, ref_logprobs_t, tau, normalize, None)
+    everything = slice(0, len(logprobs_t)), slice(0, len(advantages_n))
+    return terms.losses(terms.ratios(logprobs_t, *everything))

@@ -7,7 +7,6 @@ multiply that with the output matrix and the hidden states. ``Tiles`` does so in
 tokens, d hidden size, v vocabulary, c rows of a chunk.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,16 +25,20 @@ UPCAST_ELEMENTS = 1 << 21
 
 @dataclass(frozen=True)
 class Head:
-    """The output matrix, and what its logits go through: bias, then softcap, then temperature."""
+    """An output matrix, and what its logits go through: bias, then soft cap, then temperature."""
 
-    weight_vd: Tensor
-    bias_v: Tensor | None
-    temperature: float
-    softcap: float | None
+    weight: Tensor
+    """``[V, D]``, in the dtype of the hidden states. With ``tp_group``, this rank's rows."""
+    bias: Tensor | None = None
+    """``[V]``, added to the logits."""
+    temperature: float = 1.0
+    """> 0: the temperature that the tokens were sampled with."""
+    softcap: float | None = None
+    """Logits become ``softcap * tanh(logits / softcap)``, before the temperature. None: no cap."""
     tp_group: dist.ProcessGroup | None = None
-    """The ranks that hold the vocabulary's rows between them, in the order of their ranks."""
+    """The ranks that share the vocabulary's rows, in the order of their ranks."""
     first: int = 0
-    """The token id of this rank's first row."""
+    """Token id of this rank's first row. The kernels find it from ``tp_group``."""
 
 
 class Statistics(NamedTuple):
@@ -70,12 +73,10 @@ class Tiles:
 
     def __init__(self, head: Head, rows: int) -> None:
         self.head = head
-        weight_vd = head.weight_vd
+        weight_vd = head.weight
         self.dtype = torch.float64 if weight_vd.dtype == torch.float64 else torch.float32
         self._tile_cv = weight_vd.new_empty(rows, len(weight_vd), dtype=self._tile_dtype)
-        self._bias_v = (
-            None if head.bias_v is None else head.bias_v.detach().to(self.dtype).contiguous()
-        )
+        self._bias_v = None if head.bias is None else head.bias.detach().to(self.dtype).contiguous()
         # 16-bit products have to be summed in float32 and stay so: rounded to 16 bits, the logits
         # of a long response are nats away. A CPU's GEMM only does so on float32 copies.
         step = len(weight_vd)
@@ -94,7 +95,7 @@ class Tiles:
         self._targets_c = self._targets(ids_c)
         x_cd = hidden_cd.to(self.dtype)
         for part in self._parts:
-            weight_pd = self.head.weight_vd[part].to(self.dtype)
+            weight_pd = self.head.weight[part].to(self.dtype)
             torch.mm(x_cd, weight_pd.T, out=self._logits_cv[:, part])
 
     def statistics(self) -> Statistics:
@@ -111,11 +112,11 @@ class Tiles:
     def put_dhidden(self, dz_cv: Tensor, out_cd: Tensor) -> None:
         """Write ``dz @ weight``; under vocabulary parallelism, this rank's share of it."""
         if len(self._parts) == 1 and out_cd.dtype == dz_cv.dtype:
-            torch.mm(dz_cv, self.head.weight_vd, out=out_cd)
+            torch.mm(dz_cv, self.head.weight, out=out_cd)
             return
         sum_cd = torch.zeros_like(out_cd, dtype=self.dtype)
         for part in self._parts:
-            sum_cd.addmm_(dz_cv[:, part], self.head.weight_vd[part].to(self.dtype))
+            sum_cd.addmm_(dz_cv[:, part], self.head.weight[part].to(self.dtype))
         out_cd.copy_(sum_cd)
 
     def add_dweight(self, dz_cv: Tensor, hidden_cd: Tensor, sum_vd: Tensor, beta: int) -> None:
@@ -125,7 +126,7 @@ class Tiles:
     def _targets(self, ids_c: Tensor) -> Tensor:
         """The row of this rank's matrix that belongs to each id, −1 where another rank has it."""
         local_c = ids_c - self.head.first
-        mine_c = (local_c >= 0) & (local_c < len(self.head.weight_vd))
+        mine_c = (local_c >= 0) & (local_c < len(self.head.weight))
         return torch.where(mine_c, local_c, -1)
 
     def _scores(self) -> Tensor:
@@ -186,41 +187,6 @@ class CpuTiles(Tiles):
         }
 
 
-def tiles_for(head: Head, rows: int) -> Tiles:
-    """The implementation for the head's device and dtype.
-
-    A GPU without Triton gets plain torch, which is right and slow.
-    """
-    device, dtype = head.weight_vd.device, head.weight_vd.dtype
-    if dtype != torch.float64 and device.type == "cpu":
-        return CpuTiles(head, rows)
-    if dtype != torch.float64 and device.type == "cuda" and has_triton():
-        from kimi_core.kernels.triton_tiles import TritonTiles, launch_for
-
-        return TritonTiles(head, rows, launch_for(head.weight_vd))
-    return Tiles(head, rows)
-
-
-def response_sums(values_t: Tensor, edges_n: Tensor) -> Tensor:
-    """Sums of a per-token value between edges, float64 ``[n]``, differentiable.
-
-    In float64: sequence-level sums add up thousands of per-token rounding errors.
-    """
-    if values_t.is_cuda and has_triton():
-        from kimi_core.kernels.triton_tiles import SegmentSum
-
-        sums_n: Tensor = SegmentSum.apply(values_t, edges_n)
-        return sums_n
-    lengths_n = edges_n.diff()
-    response_t = torch.arange(len(lengths_n), device=values_t.device).repeat_interleave(lengths_n)
-    zeros_n = torch.zeros(len(lengths_n), dtype=torch.float64, device=values_t.device)
-    return zeros_n.index_add(0, response_t, values_t.double())
-
-
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 class WeightSums:
     """Gradients of the output matrix and the bias, summed over tiles in float32.
 
@@ -235,7 +201,7 @@ class WeightSums:
         self.empty = True
 
     def add(self, dz_cv: Tensor, hidden_cd: Tensor) -> None:
-        shape, dtype = self._tiles.head.weight_vd.shape, self._tiles.dtype
+        shape, dtype = self._tiles.head.weight.shape, self._tiles.dtype
         if self._wants[0]:
             if self.weight_vd is None:
                 self.weight_vd = dz_cv.new_empty(shape, dtype=dtype)
@@ -260,7 +226,7 @@ class WeightSums:
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
         """In the parameters' dtype; zeros if no tile was added, None where none are wanted."""
         head = self._tiles.head
-        pairs = ((self.weight_vd, head.weight_vd), (self.bias_v, head.bias_v))
+        pairs = ((self.weight_vd, head.weight), (self.bias_v, head.bias))
         found: list[Tensor | None] = []
         for wanted, (sums, parameter) in zip(self._wants, pairs, strict=True):
             if not wanted or parameter is None:

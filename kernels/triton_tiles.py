@@ -185,11 +185,11 @@ class TritonTiles(Tiles):
 
     @property
     def _tile_dtype(self) -> torch.dtype:
-        return self.head.weight_vd.dtype
+        return self.head.weight.dtype
 
     def load(self, hidden_cd: Tensor, ids_c: Tensor, *, keep: bool = True) -> None:
         block_m, block_n, block_k, warps, stages = self._launch
-        hidden_cd, weight_vd = hidden_cd.contiguous(), self.head.weight_vd.contiguous()
+        hidden_cd, weight_vd = hidden_cd.contiguous(), self.head.weight.contiguous()
         (count, width), vocab = hidden_cd.shape, len(weight_vd)
         blocks = triton.cdiv(vocab, block_n)
         self._logits_cv = self._tile_cv[:count]
@@ -222,7 +222,7 @@ class TritonTiles(Tiles):
         )
 
     def put_dhidden(self, dz_cv: Tensor, out_cd: Tensor) -> None:
-        torch.mm(dz_cv, self.head.weight_vd, out=out_cd)
+        torch.mm(dz_cv, self.head.weight, out=out_cd)
 
     def add_dweight(self, dz_cv: Tensor, hidden_cd: Tensor, sum_vd: Tensor, beta: int) -> None:
         if dz_cv.dtype == sum_vd.dtype:

@@ -19,7 +19,7 @@ def test_a_key_that_is_gone_is_named_with_what_holds_now(key):
 
 def test_old_keys_in_a_file_are_named_too(tmp_path):
     (tmp_path / "old.toml").write_text("[model]\nlayers = 2\n[trainer]\nnormalize = 'length'\n")
-    with pytest.raises(ValueError) as fault:
+    with pytest.raises(ValueError, match="is now") as fault:
         load_config(tmp_path / "old.toml")
     assert str(fault.value).splitlines() == [
         "model.layers = 2: this key is now model.scratch.layers",

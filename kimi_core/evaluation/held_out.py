@@ -8,7 +8,8 @@ import numpy as np
 
 from kimi_core.config import RolloutConfig
 from kimi_core.metrics import EvaluationMetrics
-from kimi_core.reward.base import RewardFunction, judge_all
+from kimi_core.reward.base import RewardFunction
+from kimi_core.reward.judging import judge_all
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import sampling_for
 from kimi_core.rollout.texts import complete

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from kimi_core.config import Config
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import limit_threads, load_model
-from kimi_core.reward.base import judge_all
 from kimi_core.reward.code.reward import CodeReward
+from kimi_core.reward.judging import judge_all
 from kimi_core.rollout import texts
 from kimi_core.rollout.phase import sampling_for
 from kimi_core.rollout.torch.engine import TorchEngine

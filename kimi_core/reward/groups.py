@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from kimi_core.config import Config
-from kimi_core.reward.base import RewardFunction, judge_all
+from kimi_core.reward.base import RewardFunction
+from kimi_core.reward.judging import judge_all
 from kimi_core.reward.length import length_rewards
 from kimi_core.types import Group, Prompt, Trajectory
 

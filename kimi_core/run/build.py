@@ -17,8 +17,9 @@ from kimi_core.models.codec import Codec
 from kimi_core.models.load import freeze_below, limit_threads, load_model
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.load import load_examples, load_prompts, split
-from kimi_core.reward.base import RewardFunction, close_reward, load_reward
+from kimi_core.reward.base import RewardFunction
 from kimi_core.reward.groups import GroupScorer
+from kimi_core.reward.load import close_reward, load_reward
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.rollout.torch.engine import TorchEngine

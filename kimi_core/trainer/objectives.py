@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kimi_core.config import TrainerConfig
+from kimi_core.kernels import mirror_descent, response_norms
 from kimi_core.plugins import load_function
 from kimi_core.types import Normalize
 
@@ -59,11 +60,8 @@ class Responses:
         return total_n.index_add(0, self.response_t, values_t.double())
 
     def norms(self, normalize: Normalize) -> Tensor:
-        """What each response's sum is divided by, ``[n]``."""
-        lengths_n = self.sum(torch.ones_like(self.ref_logprobs_t)).clamp(min=1)
-        if normalize == "length":
-            return lengths_n
-        return lengths_n.sqrt() if normalize == "sqrt_length" else torch.ones_like(lengths_n)
+        """What each response's sum is divided by, float64 ``[n]``."""
+        return response_norms(self.cu_seqlens.diff(), normalize)
 
 
 Objective = Callable[[Tensor, Responses], Tensor]
@@ -71,15 +69,20 @@ Objective = Callable[[Tensor, Responses], Tensor]
 
 
 def omd(logprobs_t: Tensor, responses: Responses, *, tau: float, normalize: Normalize) -> Tensor:
-    """Online mirror descent (section 2.3.2): ℓ_j = (A_j − τ·ρ_j)² / (2τ), float64 ``[n]``.
+    """Online mirror descent (section 2.3.2), float64 ``[n]``: ``kernels.mirror_descent``.
 
-    ρ_j = Σ_t [log π_θ − log π_i] is the log-ratio of the whole response. The gradient with respect
-    to every counted token's log-prob is −(A_j − τ·ρ_j), which is the report's equation (3).
-
-    The trainer computes this loss together with the log-probs, by ``kernels.omd_loss``.
+    Its gradient with respect to every counted token's log-prob is −(A_j − τ·ρ_j), where ρ_j is the
+    log-ratio of the whole response: the report's equation (3). The trainer computes this loss
+    together with the log-probs, by ``kernels.omd_loss``.
     """
-    ratio_n = responses.sum(logprobs_t - responses.ref_logprobs_t) / responses.norms(normalize)
-    return (responses.advantages_n - tau * ratio_n) ** 2 / (2 * tau)
+    return mirror_descent(
+        logprobs_t,
+        responses.ref_logprobs_t,
+        responses.advantages_n,
+        responses.cu_seqlens,
+        tau=tau,
+        normalize=normalize,
+    )
 
 
 def reinforce(logprobs_t: Tensor, responses: Responses, *, normalize: Normalize) -> Tensor:

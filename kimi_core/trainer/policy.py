@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from kimi_core.kernels import OmdLoss, linear_logprob, omd_loss
+from kimi_core.kernels import Head, OmdLoss, linear_logprob, omd_loss
 from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.packing import MicroBatch
 from kimi_core.types import Normalize
@@ -70,17 +70,19 @@ class Policy(nn.Module):
         Raises:
             FloatingPointError: a log-prob is NaN.
         """
-        hidden, head = self._hidden(micro), self._head_of(micro)
+        hidden, head = self._hidden(micro), self._kernel_head()
         if responses is None:
-            return linear_logprob(hidden, **head)
+            return linear_logprob(hidden, head, micro.ids_t, chunk=self.head_chunk)
         return omd_loss(
             hidden,
-            **head,
+            head,
+            micro.ids_t,
             ref_logprobs=responses.ref_logprobs_t,
             advantages=responses.advantages_n,
             cu_seqlens=responses.cu_seqlens,
             tau=tau,
             normalize=normalize,
+            chunk=self.head_chunk,
         )
 
     def logprobs(self, micro: MicroBatch) -> Tensor:
@@ -117,15 +119,9 @@ class Policy(nn.Module):
         ).last_hidden_state
         return hidden_rld[micro.row_t, micro.column_t]
 
-    def _head_of(self, micro: MicroBatch) -> dict[str, Any]:
-        return {
-            "weight": self._head.weight,
-            "ids": micro.ids_t,
-            "temperature": self.temperature / self._scale,
-            "bias": self._head.bias,
-            "softcap": self._softcap,
-            "chunk": self.head_chunk,
-        }
+    def _kernel_head(self) -> Head:
+        temperature = self.temperature / self._scale
+        return Head(self._head.weight, self._head.bias, temperature, self._softcap)
 
     @property
     def shares_prompts(self) -> bool:

@@ -16,8 +16,8 @@ Nothing is copied: the parameters point into the slot.
 import torch
 from torch import nn
 
+from kimi_core.weights.arena import Lease
 from kimi_core.weights.layout import Layout
-from kimi_core.weights.slots import Lease
 
 
 class Binding:

@@ -9,8 +9,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-
-from kimi_core.kernels import linear_logprob, omd_loss
+from flat_kernels import linear_logprob, omd_loss
 
 RANKS = 2
 LENGTHS = [3, 21, 0, 8, 9, 1]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from flat_kernels import linear_logprob, linear_logprob_ref
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kimi_core.kernels import linear_logprob, linear_logprob_ref
 from kimi_core.kernels.tiles import UPCAST_ELEMENTS
 
 SIZES = {

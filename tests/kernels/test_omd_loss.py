@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
+from flat_kernels import linear_logprob, omd_loss, omd_loss_ref
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kimi_core.kernels import linear_logprob, omd_loss, omd_loss_ref
 from kimi_core.kernels.tiles import Tiles
 
 # With chunks of 8: short ones that share a tile, one that is exactly a tile, two that need the

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kimi_core.config import RewardConfig
-from kimi_core.reward.base import InfrastructureError, RewardError, load_reward, match, score
+from kimi_core.reward.base import InfrastructureError, RewardError, score
+from kimi_core.reward.load import load_reward, match
 from kimi_core.types import Prompt
 
 PROMPT = Prompt(id=7, text="3*214=", answer="642")

@@ -7,7 +7,7 @@ import pytest
 
 from kimi_core.config import PromptsConfig
 from kimi_core.prompts.load import load_prompts, split
-from kimi_core.reward.base import match
+from kimi_core.reward.load import match
 from kimi_core.tasks import multiply
 
 STYLES = sorted({*multiply.MIXED, *multiply.LENGTHS})

@@ -35,9 +35,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.arena import Lease, WeightArena
 from kimi_core.weights.layout import Layout
-from kimi_core.weights.slots import Lease
 
 BACKEND = "kimi_arena"
 EXTENSION = f"{__name__}.ArenaWorker"

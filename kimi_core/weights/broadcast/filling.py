@@ -7,9 +7,8 @@ import numpy as np
 import torch
 
 from kimi_core import _C
-from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.arena import Lease, WeightArena, WritableSlot
 from kimi_core.weights.gather import NamedTensors, sources_of
-from kimi_core.weights.slots import Lease, WritableSlot
 
 
 class Filling:

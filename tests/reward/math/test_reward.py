@@ -16,7 +16,8 @@ from rich.console import Console
 
 import kimi_core
 from kimi_core.config import MathConfig, RewardConfig, load_config
-from kimi_core.reward.base import InfrastructureError, load_reward
+from kimi_core.reward.base import InfrastructureError
+from kimi_core.reward.load import load_reward
 from kimi_core.reward.math import reward as math_module
 from kimi_core.reward.math import worker as math_worker
 from kimi_core.reward.math.reward import MathReward

@@ -1,5 +1,6 @@
-"""What the doors of this package refuse, and how they say so."""
+"""Argument checks of the public kernels, with their error messages."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -12,22 +13,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    *,
-    temperature: float,
-    bias: Tensor | None,
-    softcap: float | None,
-    mask: Tensor | None,
-    chunk: int,
-    tp_group: dist.ProcessGroup | None,
+    hidden: Tensor, head: Head | Tensor, ids: Tensor, *, mask: Tensor | None, chunk: int
 ) -> Head:
-    """The head, if everything fits.
+    """Return the head, with this rank's first token id filled in.
 
     Raises:
         ValueError: a shape, dtype, device, id or number is not what it must be.
     """
+    head = head if isinstance(head, Head) else Head(head)
+    weight, bias = head.weight, head.bias
     dimensions = (hidden.dim(), weight.dim(), ids.dim())
     if dimensions != (2, 2, 1) or (len(ids), weight.shape[1]) != tuple(hidden.shape):
         raise ValueError(
@@ -41,8 +35,8 @@ def check_head(
         )
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(
-            f"bias is {bias.dtype} {tuple(bias.shape)}: it must be floating, [{len(weight)}] as "
-            "weight has rows"
+            f"bias is {bias.dtype} {tuple(bias.shape)}: it must be floating, "
+            f"[{len(weight)}], one per row of weight"
         )
     check_tokens("ids", ids, len(hidden), integer=True)
     if mask is not None:
@@ -52,24 +46,24 @@ def check_head(
     for name, tensor in {"weight": weight, "ids": ids, "bias": bias, "mask": mask}.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}")
-    if not temperature > 0:
-        raise ValueError(f"temperature = {temperature}: log-probs need one greater than 0")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap = {softcap}: give one greater than 0, or None for no cap")
+    if not head.temperature > 0:
+        raise ValueError(f"temperature = {head.temperature}: give one greater than 0")
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"softcap = {head.softcap}: give one greater than 0, or None for no cap")
     if chunk < 1:
-        raise ValueError(f"chunk = {chunk}: a tile has at least 1 row")
-    first, vocab = _shard(weight, tp_group)
+        raise ValueError(f"chunk = {chunk}: give at least 1")
+    first, vocab = _shard(weight, head.tp_group)
     counted = ids if mask is None else ids[mask]
     if len(counted) and not (0 <= int(counted.min()) and int(counted.max()) < vocab):
         raise ValueError(
             f"Token ids from {int(counted.min())} to {int(counted.max())}: "
             f"the vocabulary has 0 to {vocab - 1}"
         )
-    return Head(weight, bias, temperature, softcap, tp_group, first)
+    return replace(head, first=first)
 
 
 def check_tokens(name: str, values: Tensor, tokens: int, *, integer: bool = False) -> None:
-    """One value a token."""
+    """Refuse values that are not one per token."""
     if values.shape != (tokens,):
         raise ValueError(
             f"{name} has shape {tuple(values.shape)}: it must be [{tokens}], as hidden"
@@ -81,7 +75,7 @@ def check_tokens(name: str, values: Tensor, tokens: int, *, integer: bool = Fals
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, responses: int) -> list[int]:
-    """The edges of the responses, if they cover the tokens."""
+    """The edges of the responses, after a check that they cover the tokens."""
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: it must hold integers, "
@@ -101,7 +95,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, responses: int) -> list[in
 
 
 def check_finite(logprobs_t: Tensor) -> None:
-    """Log-probs are NaN just where a hidden state or the output matrix is not finite.
+    """Refuse log-probs that are NaN: a hidden state or the output matrix is not finite there.
 
     Raises:
         FloatingPointError: names the first such row.
