@@ -271,7 +271,7 @@ def describe(buffer: RolloutBuffer) -> Iterator[str]:
 def main(arguments: Sequence[str]) -> int:
     """Print what a buffer file holds. 0: all sound; 1: some of it damaged; 2: it cannot be read."""
     if len(arguments) != 1:
-        print("usage: python -m kimi_core.buffer PATH", file=sys.stderr)
+        print("usage: kimi buffer PATH", file=sys.stderr)
         return 2
     status = 0
     try:

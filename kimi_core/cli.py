@@ -1,46 +1,214 @@
-"""What the drivers in ``python/`` share: a config file and overrides in, an exit status out."""
+"""The ``kimi`` command.
+
+Its exit status is 0 if all went well, 1 if a run had to stop, 2 for bad input and 130 for Ctrl-C.
+Errors that a user can act on are printed in one line, without a traceback.
+"""
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 
 from kimi_core.config import Config, load_config
 
-DEFAULT = Path("configs/think.toml")
+CONFIGS = Path(__file__).parent / "configs"
+"""The configs that ship with the package."""
+
+TRAIN = """Train a reasoning model by reinforcement learning (section 2.3 of the Kimi k1.5 report).
+
+    kimi train                              # the config `think`: minutes on a laptop
+    kimi train smollm2 seed=1               # a real pretrained model
+    kimi train my.toml trainer.tau=0.1
+    kimi train --dry-run                    # what would run, and its memory
+    kimi train --resume                     # start, or continue after a crash or Ctrl-C
+
+Any setting is overridden as section.key=value; kimi_core/config.py describes each of them."""
+
+SFT = """Supervised fine-tuning alone (section 2.2): packed sequences, loss on the responses.
+
+    kimi sft name=warm                      # the SFT phase of the config `think`
+    kimi sft my.toml model.name=smollm2-135m sft.data=chains.jsonl
+
+Writes runs/NAME/checkpoint in Hugging Face format, which `kimi train` takes as model.name (with
+sft.data=none), and evaluates it on the held-out prompts."""
+
+EVALUATE = """Accuracy of a model, greedy and sampled, on held-out prompts or on HumanEval.
+
+    kimi evaluate model.name=runs/think/checkpoint
+    kimi evaluate smollm2 seed=1 prompts.held_out=400
+    kimi evaluate --task humaneval model.name=smollm2-135m
+    kimi evaluate --task humaneval --solutions canonical
+
+Prints one JSON line: the numbers of an evaluation line of metrics.jsonl or, for HumanEval (whose
+default config is `humaneval`), the counts of verdicts and pass@1."""
+
+REWARD = """Train the two reward models of section 2.3.5 and compare them.
+
+    kimi reward                                     # a small model from scratch, both kinds
+    kimi reward --kind classic --model smollm2-135m
+    kimi reward --data labelled.jsonl --save models
+
+`--data` is JSONL as kimi_core/reward/judges/labelled.py describes it. Without it the examples are
+sums made from the `multiply` prompts. Prints a JSON line for each model: accuracy and calibration
+on examples whose problem was in no training example."""
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """Takes at most one config file, and overrides, in any order."""
-    result = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if given else 2
+    name, *rest = given
+    if name not in COMMANDS:
+        return _fail(f"kimi has no command {name!r}; it has {', '.join(COMMANDS)}", 2)
+    return COMMANDS[name][0](rest)
+
+
+def train(arguments: Sequence[str]) -> int:
+    parser = config_parser("train", TRAIN)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue runs/NAME from its last token, or start it if there is no such run",
     )
-    result.add_argument(
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
+    given = parser.parse_args(arguments)
+
+    def run(config: Config) -> None:
+        from kimi_core.run.dry_run import describe
+        from kimi_core.run.run import train as train_run
+
+        if given.dry_run:
+            print(describe(config))
+        else:
+            print(f"run folder: {train_run(config, resume=given.resume)}")
+
+    return with_config(given.arguments, run)
+
+
+def sft(arguments: Sequence[str]) -> int:
+    given = config_parser("sft", SFT).parse_args(arguments)
+
+    def run(config: Config) -> None:
+        from kimi_core.run.run import fine_tune_alone
+
+        print(f"checkpoint: {fine_tune_alone(config)}")
+
+    return with_config(given.arguments, run)
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    parser = config_parser("evaluate", EVALUATE)
+    parser.add_argument("--task", choices=["held-out", "humaneval"], default="held-out")
+    parser.add_argument(
+        "--solutions",
+        choices=["canonical", "empty"],
+        help="score these instead of a model's (humaneval)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    given = parser.parse_intermixed_args(arguments)  # Options may stand between settings.
+
+    def run(config: Config) -> None:
+        if given.task == "held-out":
+            from kimi_core.run.run import evaluate_alone
+
+            print(json.dumps(asdict(evaluate_alone(config, limit=given.limit))))
+            return
+        from kimi_core.evaluation.humaneval import evaluate as evaluate_humaneval
+        from kimi_core.reward.code.reward import code_reward
+
+        with closing(code_reward(config.reward.sandbox)) as reward:
+            found = evaluate_humaneval(config, reward, solutions=given.solutions, limit=given.limit)
+        print(json.dumps(found))
+
+    default = "humaneval" if given.task == "humaneval" else "think"
+    return with_config(given.arguments, run, default=default)
+
+
+def reward(arguments: Sequence[str]) -> int:
+    given = reward_parser().parse_args(arguments)
+
+    from kimi_core.reward.judges.compare import run
+
+    try:
+        run(given)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    return 0
+
+
+def sandbox(arguments: Sequence[str]) -> int:
+    from kimi_core.sandbox.__main__ import main as sandbox_main
+
+    return sandbox_main(list(arguments))
+
+
+def buffer(arguments: Sequence[str]) -> int:
+    from kimi_core.buffer import main as buffer_main
+
+    return buffer_main(arguments)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "train a model by reinforcement learning"),
+    "sft": (sft, "supervised fine-tuning alone"),
+    "evaluate": (evaluate, "accuracy of a model on held-out prompts or HumanEval"),
+    "reward": (reward, "train and compare two reward models"),
+    "sandbox": (sandbox, "run programs in a sandbox, serve it, or check this machine"),
+    "buffer": (buffer, "print what a rollout buffer's file holds"),
+}
+
+
+def reward_parser() -> argparse.ArgumentParser:
+    """The options of ``kimi reward``."""
+    parser = _parser("reward", REWARD)
+    parser.add_argument("--kind", choices=["both", "classic", "judge"], default="both")
+    parser.add_argument(
+        "--model", default="scratch", help="a folder, a hub id, smollm2-135m, scratch"
+    )
+    parser.add_argument("--data", help="JSONL of labelled responses (default: sums)")
+    parser.add_argument("--examples", type=int, default=6000, help="to train on")
+    parser.add_argument("--test", type=int, default=600, help="examples to test on")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, help="(3e-3 from scratch, else 2e-5)")
+    parser.add_argument("--layers", type=int, default=3, help="of a model from scratch")
+    parser.add_argument("--width", type=int, default=96, help="of a model from scratch")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--save", type=Path, help="folder for the models of the last seed")
+    return parser
+
+
+def config_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser of at most one config and any overrides, in any order."""
+    parser = _parser(name, description)
+    parser.add_argument(
         "arguments",
         nargs="*",
-        metavar="CONFIG.toml | key=value",
-        help=f"the run's config (default: {DEFAULT}) and settings to override",
+        metavar="CONFIG | key=value",
+        help=f"a TOML file or one of {', '.join(shipped())}, and settings to override; "
+        "key=none unsets a setting",
     )
-    return result
+    return parser
 
 
-def main(
-    given: argparse.Namespace, run: Callable[[Config], None], *, default: Path = DEFAULT
+def with_config(
+    arguments: Sequence[str], run: Callable[[Config], None], *, default: str = "think"
 ) -> int:
-    """Load the config (``default`` where none is given) and call ``run``; returns the exit status.
-
-    0: all went well; 1: a run had to stop; 2: bad input; 130: Ctrl-C. Errors that a user can act on
-    are printed in one line, without a traceback.
-    """
-    files = [argument for argument in given.arguments if "=" not in argument]
-    overrides = [argument for argument in given.arguments if "=" in argument]
+    """Load the config, apply the overrides, call ``run``, and return the exit status."""
+    files = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
     try:
         if len(files) > 1:
             raise ValueError(f"One config at a time, not {len(files)}: {', '.join(files)}")
-        config = load_config(files[0] if files else default, overrides)
+        config = load_config(find_config(files[0] if files else default), overrides)
     except ValueError as error:
-        return _fail(error, 2)
-    # Only now: torch takes seconds to load, and neither --help nor a misspelt key should.
+        return _fail(str(error), 2)
+    # Only now, because torch takes seconds to load: --help and a misspelt key need not wait.
     from kimi_core.reward.base import RewardOutage
     from kimi_core.rollout.engine import EngineFailed
     from kimi_core.trainer.trainer import LogprobMismatch, TrainingDiverged
@@ -48,17 +216,58 @@ def main(
     try:
         run(config)
     except ValueError as error:
-        return _fail(error, 2)
+        return _fail(str(error), 2)
     except (RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, OSError) as error:
-        return _fail(error, 1)
+        return _fail(str(error), 1)
     except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
         print(
-            "interrupted: --resume goes on from the last state, if one was saved", file=sys.stderr
+            "interrupted: --resume continues from the last state, if one was saved",
+            file=sys.stderr,
         )
         return 130
     return 0
 
 
-def _fail(error: Exception, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def find_config(name: str) -> Path:
+    """The file of that name, or else the config of that name that ships with the package.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    stem = name.removesuffix(".toml")
+    if stem in shipped():
+        return CONFIGS / f"{stem}.toml"
+    raise ValueError(
+        f"No config file {name}; give the path of a TOML file, or one of {', '.join(shipped())}"
+    )
+
+
+def shipped() -> list[str]:
+    """Names of the configs that ship with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"kimi {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: kimi COMMAND ...", "", *lines, "", "kimi COMMAND --help says more of each."]
+    )
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,27 +1,111 @@
-"""The exit status of a driver, and what it prints."""
+"""The ``kimi`` command: its exit status, what it prints, and where it finds configs."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kimi_core
 from kimi_core import cli
+from kimi_core.config import load_config
 
 
 def test_an_interrupt_is_one_line_and_status_130(capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    given = cli.parser(None).parse_args([])
-    assert cli.main(given, interrupted) == 130
+    assert cli.with_config([], interrupted) == 130
     assert capsys.readouterr().err.splitlines() == [
-        "interrupted: --resume goes on from the last state, if one was saved"
+        "interrupted: --resume continues from the last state, if one was saved"
     ]
 
 
 def test_config_and_overrides_in_any_order():
     seen = []
-    given = cli.parser(None).parse_args(["seed=3", "configs/smollm2.toml", "trainer.tau=0.5"])
-    assert cli.main(given, seen.append) == 0
+    assert cli.with_config(["seed=3", "smollm2", "trainer.tau=0.5"], seen.append) == 0
     assert (seen[0].name, seen[0].seed, seen[0].trainer.tau) == ("smollm2", 3, 0.5)
 
 
 def test_two_configs_are_one_too_many(capsys):
-    given = cli.parser(None).parse_args(["configs/think.toml", "configs/smollm2.toml"])
-    assert cli.main(given, lambda config: None) == 2
+    assert cli.with_config(["think", "smollm2"], lambda config: None) == 2
     assert "One config at a time, not 2" in capsys.readouterr().err
+
+
+def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.find_config("think") == cli.find_config("think.toml") == cli.CONFIGS / "think.toml"
+    Path("think.toml").write_text("")
+    assert cli.find_config("think.toml") == Path("think.toml")
+    with pytest.raises(ValueError, match=r"No config file thing; .* code, humaneval, .*think"):
+        cli.find_config("thing")
+
+
+@pytest.mark.parametrize("name", cli.shipped())
+def test_every_shipped_config_is_valid_and_short(name):
+    path = cli.CONFIGS / f"{name}.toml"
+    assert load_config(path).name == name
+    assert len(path.read_text().splitlines()) <= 50
+
+
+def kimi(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command from a folder that knows nothing of the repository."""
+    environment = os.environ | {"PYTHONPATH": str(Path(kimi_core.__file__).parents[1])}
+    script = "import sys; from kimi_core.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_run_starts_in_any_folder(tmp_path):
+    done = kimi("train", "--dry-run", "seed=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'name = "think"' in done.stdout and "seed = 4" in done.stdout
+
+
+def test_help_names_every_command_and_loads_no_torch(tmp_path):
+    code = (
+        "import sys; from kimi_core.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert main(['--help']) == 0 and 'torch' not in sys.modules"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(kimi_core.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for name in cli.COMMANDS:
+        assert f"\n  {name} " in done.stdout
+    assert "--resume" in done.stdout and "smollm2" in done.stdout
+
+
+def test_an_unknown_command_lists_those_there_are(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "it has train, sft, evaluate, reward, sandbox, buffer" in capsys.readouterr().err
+
+
+def test_commands_hand_their_arguments_on(tmp_path, capsys):
+    assert cli.main(["buffer", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["sandbox", "--help"])
+    assert "kimi sandbox" in capsys.readouterr().out
+
+
+def test_sft_writes_a_checkpoint_that_evaluate_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny = ["model.scratch.layers=1", "model.scratch.width=16", "model.scratch.heads=2"]
+    settings = [*tiny, "sft.steps=2", "prompts.held_out=8", "model.device=cpu"]
+    assert cli.main(["sft", "name=warm", *settings]) == 0
+    assert "checkpoint: runs/warm/checkpoint" in capsys.readouterr().out
+    model = ["model.name=runs/warm/checkpoint", "prompts.held_out=8"]
+    assert cli.main(["evaluate", *model, "--limit", "4", "seed=1"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 4

@@ -40,6 +40,16 @@ def test_kernels_are_linked_into_the_package_once() -> None:
     }
 
 
+def test_configs_are_linked_into_the_package_once() -> None:
+    link = ROOT / "kimi_core" / "configs"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../configs")
+    shipped = Path(kimi_core.__file__).parent / "configs"
+    assert {path.name for path in shipped.iterdir()} == {
+        path.name for path in (ROOT / "configs").iterdir()
+    }
+
+
 def test_compiled_core_loads_without_torch(tmp_path: Path) -> None:
     """One wheel serves every torch: a linked libtorch would be missing here, or be mapped."""
     script = (

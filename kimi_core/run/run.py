@@ -20,6 +20,7 @@ from rich.console import Console
 
 from kimi_core.config import Config
 from kimi_core.loop import Loop
+from kimi_core.metrics import EvaluationMetrics
 from kimi_core.run import state
 from kimi_core.run.build import Parts, build, sft_examples
 from kimi_core.run.folder import RunFolder, holds_state
@@ -93,6 +94,31 @@ def fine_tune(parts: Parts, config: Config, console: Console) -> None:
             console.print(f"sft {step}/{config.sft.steps}  loss {loss:.3f}", highlight=False)
 
     train_sft(parts.model, examples, config.sft, config.trainer, seed=config.seed, report=report)
+
+
+def fine_tune_alone(config: Config) -> Path:
+    """Carry out the SFT phase of ``config``, evaluate it, and return the checkpoint's folder.
+
+    Raises: as ``train``.
+    """
+    console = Console()
+    with (
+        closing(build(config)) as parts,
+        RunFolder.create(Path(config.runs) / config.name, config) as folder,
+    ):
+        with Report(folder.path, total_iterations=0, console=console) as report:
+            fine_tune(parts, config, console)
+            parts.loop.start()
+            evaluate(parts, config, report)
+        return folder.save_checkpoint(parts.model, parts.tokenizer)
+
+
+def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMetrics:
+    """Evaluate the model of ``config`` on its first ``limit`` held-out prompts; None: on all."""
+    with closing(build(config)) as parts:
+        parts.loop.start()
+        seed = config.seed + EVALUATION_SEED
+        return parts.evaluator.evaluate(iteration=0, seed=seed, limit=limit)
 
 
 def _reinforce(

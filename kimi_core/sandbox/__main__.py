@@ -1,8 +1,8 @@
 """The sandbox from the shell.
 
-python -m kimi_core.sandbox run [--time S] [--memory MB] [--json] PROGRAM [ARG ...] < stdin
-python -m kimi_core.sandbox check
-python -m kimi_core.sandbox serve [--host ADDRESS] [--port N] [--slots N] [--queue N]
+kimi sandbox run [--time S] [--memory MB] [--json] PROGRAM [ARG ...] < stdin
+kimi sandbox check
+kimi sandbox serve [--host ADDRESS] [--port N] [--slots N] [--queue N]
 
 PROGRAM is a file that is copied into the sandbox: a Python program (`.py`) or an executable; or
 else the name of a command of the host, such as `awk`.
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kimi_core.sandbox", description=__doc__)
+    parser = argparse.ArgumentParser(prog="kimi sandbox", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     run = actions.add_parser("run", help="run one program; stdin is passed on")
     run.add_argument("--time", type=float, default=10.0, metavar="S", help="wall clock, seconds")

@@ -1,6 +1,5 @@
 """What a user gets wrong ends with status 2 and what to do about it, never with a traceback."""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -54,9 +53,9 @@ def run(tmp_path, capsys, monkeypatch):
     Path("tiny.toml").write_text(TINY)
 
     def call(*overrides: str, resume: bool = False) -> tuple[int, str]:
-        given = argparse.Namespace(arguments=["tiny.toml", *overrides])
+        given = ["tiny.toml", *overrides]
         quiet = Console(file=StringIO())
-        status = cli.main(given, lambda config: train(config, resume=resume, console=quiet))
+        status = cli.with_config(given, lambda config: train(config, resume=resume, console=quiet))
         _, error, complaint = capsys.readouterr().err.partition("error: ")  # after progress bars
         return status, error + complaint
 
@@ -103,7 +102,7 @@ def test_a_setting_that_cannot_work_is_named_with_its_bound(run, override, parts
 
 def test_no_config_and_no_toml(run):
     def load(name: str) -> tuple[int, str]:
-        return cli.main(argparse.Namespace(arguments=[name]), lambda config: None)
+        return cli.with_config([name], lambda config: None)
 
     Path("broken.toml").write_text("iterations = = 3")
     assert load("nowhere.toml") == load("broken.toml") == 2
@@ -239,13 +238,13 @@ def test_what_is_not_the_users_fault_has_another_status(run, capsys, error):
     def broken(config):
         raise error
 
-    given = argparse.Namespace(arguments=["tiny.toml"])
+    given = ["tiny.toml"]
     if isinstance(error, OSError):
-        assert cli.main(given, broken) == 1
+        assert cli.with_config(given, broken) == 1
         assert capsys.readouterr().err == "error: the disk is full\n"
     else:
         with pytest.raises(RuntimeError):
-            cli.main(given, broken)
+            cli.with_config(given, broken)
 
 
 def test_the_driver_itself(tmp_path):
@@ -268,8 +267,8 @@ def test_the_driver_itself(tmp_path):
 
 
 def test_a_dry_run_complains_as_a_run_does(run, capsys):
-    given = argparse.Namespace(arguments=["tiny.toml", "prompts.source=riddles"])
-    assert cli.main(given, lambda config: print(describe(config))) == 2
+    given = ["tiny.toml", "prompts.source=riddles"]
+    assert cli.with_config(given, lambda config: print(describe(config))) == 2
     assert "prompts.source = 'riddles'" in capsys.readouterr().err
 
 

@@ -1,10 +1,8 @@
 """The scalar reward model, its calibration, and the labelled set it is compared on."""
 
 import argparse
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kimi_core.cli import reward_parser
 from kimi_core.config import ModelConfig
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import scratch_model
 from kimi_core.prompts.load import split
+from kimi_core.reward.judges import compare
 from kimi_core.reward.judges.labelled import (
     ALPHABET,
     VERDICT,
@@ -199,22 +199,13 @@ def test_labelled_files(tmp_path):
         load_labelled(tmp_path / "none.jsonl")
 
 
-@pytest.fixture
-def driver():
-    path = Path(__file__).parents[3] / "python" / "train_reward.py"
-    spec = importlib.util.spec_from_file_location("train_reward", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def arguments(driver, *given: str) -> argparse.Namespace:
+def arguments(*given: str) -> argparse.Namespace:
     small = ["--layers", "1", "--width", "16", "--steps", "2", "--batch-size", "4"]
-    return driver.parser.parse_args([*small, "--test", "8", "--examples", "16", *given])
+    return reward_parser().parse_args([*small, "--test", "8", "--examples", "16", *given])
 
 
-def test_the_driver_prints_both_side_by_side(driver, capsys, tmp_path):
-    driver.run(arguments(driver, "--save", str(tmp_path), "--seeds", "0", "1"))
+def test_the_comparison_prints_both_side_by_side(capsys, tmp_path):
+    compare.run(arguments("--save", str(tmp_path), "--seeds", "0", "1"))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["kind"], line["seed"]) for line in lines] == [
         ("classic", 0), ("judge", 0), ("classic", 1), ("judge", 1),
@@ -227,16 +218,16 @@ def test_the_driver_prints_both_side_by_side(driver, capsys, tmp_path):
     assert 0 < value_model.probabilities([ids])[0] < 1
 
 
-def test_the_driver_takes_labelled_files(driver, capsys, tmp_path):
+def test_the_comparison_takes_labelled_files(capsys, tmp_path):
     path = tmp_path / "labelled.jsonl"
     path.write_text(
         "".join(json.dumps(vars(e)) + "\n" for e in sums(multiply.prompts()[:40], seed=0))
     )
-    driver.run(arguments(driver, "--data", str(path), "--kind", "classic"))
+    compare.run(arguments("--data", str(path), "--kind", "classic"))
     assert json.loads(capsys.readouterr().out)["kind"] == "classic"
     with pytest.raises(ValueError, match="are left to train on"):
-        driver.run(arguments(driver, "--data", str(path), "--examples", "100"))
+        compare.run(arguments("--data", str(path), "--examples", "100"))
     plain = [vars(e) | {"reasoning": ""} for e in sums(multiply.prompts()[:40], seed=0)]
     path.write_text("".join(json.dumps(line) + "\n" for line in plain))
     with pytest.raises(ValueError, match="examples with reasoning"):
-        driver.run(arguments(driver, "--data", str(path), "--kind", "judge"))
+        compare.run(arguments("--data", str(path), "--kind", "judge"))
