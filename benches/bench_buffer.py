@@ -266,20 +266,6 @@ def test_beside_torchrl(less, folder, ratios):
     compare(TorchRl, "torchrl memmap", less, folder, ratios, minimum=50.0)
 
 
-def test_a_draw_is_quick(folder, ratios):
-    prompts = 100_000
-    rng = np.random.default_rng(0)
-    sizes = {"capacity_tokens": 1, "max_trajectories": 1, "max_prompts": prompts}
-    with RolloutBuffer.create(folder / "ours.bin", **sizes) as buffer:
-        for prompt in range(prompts):
-            buffer.record_result(prompt, float(rng.random() < 0.5))
-        spent = [cpu_us(lambda seed=seed: buffer.draw(64, seed=seed)) for seed in range(50)]
-        assert len(set(buffer.draw(64, seed=0))) == 64
-    middle = float(np.median(spent)) / 1000
-    detail = f"{middle:.2f} CPU ms for 64 of 100,000"
-    ratios.record("buffer draw", "1 ms", 1 / middle, minimum=1.0, detail=detail)
-
-
 def test_open_and_recover_is_quick(work, folder, ratios):
     ours = Ours(work, folder)
     fill_by_steps(ours, work, steps_of(work))

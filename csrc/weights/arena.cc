@@ -196,12 +196,6 @@ void ArenaWriter::Repair() {
   }
 }
 
-std::optional<uint64_t> ArenaWriter::Newest() const {
-  const auto current = Current();
-  if (!current) return std::nullopt;
-  return current->version;
-}
-
 std::optional<uint32_t> ArenaWriter::Begin(uint64_t version) {
   if (busy_.exchange(true, std::memory_order_acquire)) {
     throw std::logic_error("Two versions are written into " + path() +

@@ -101,9 +101,6 @@ class ArenaWriter : public ArenaReader {
   // that died has begun is forgotten.
   explicit ArenaWriter(const std::string& path);
 
-  // The newest version ever published.
-  std::optional<uint64_t> Newest() const;
-
   // Takes a slot that is neither served nor leased for writing `version`; nothing where there is
   // none now. Throws std::invalid_argument unless the version is newer than the newest.
   std::optional<uint32_t> Begin(uint64_t version);
