@@ -157,11 +157,11 @@ class RolloutBuffer:
         """
 class RepeatDetector:
     """
-    Notices when a sequence goes round in a loop.
+    Detects that a token sequence repeats itself.
     
-    After every token it knows whether the last `window` tokens have now occurred `count` times in the
-    sequence; occurrences may overlap, and the one just completed is included. A push costs the same
-    however long the sequence is. Not for two threads at once.
+    After every token it knows whether the last `window` tokens have occurred `count` times in the
+    sequence. Occurrences may overlap, and the last one counts. The cost of a push does not grow with the
+    sequence. One thread at a time may use a detector.
     
     Raises:
         ValueError: window < 1 or count < 2.
@@ -170,9 +170,9 @@ class RepeatDetector:
         ...
     def extend(self, token_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> int:
         """
-        Append int32 `[n]` tokens, all of them.
+        Append all tokens of an int32 `[n]` array.
         
-        Returns the index of the first at which `push` would have been True, or -1.
+        Returns the index of the first token at which `push` would have returned True, or -1.
         
         Raises:
             TypeError: `token_ids` does not convert to int32 without loss.
@@ -180,25 +180,15 @@ class RepeatDetector:
         """
     def push(self, token: typing.SupportsInt | typing.SupportsIndex) -> bool:
         """
-        Append one token; True if the last `window` tokens now stand at least `count` times.
-        """
-    def reset(self) -> None:
-        """
-        Forget every token; `window` and `count` stay.
+        Append one token. Returns whether the last `window` tokens have occurred `count` times or more.
         """
     def size(self) -> int:
         """
-        Tokens pushed since the start or the last reset.
+        The number of tokens so far.
         """
-    @property
-    def count(self) -> int:
-        ...
-    @property
-    def window(self) -> int:
-        ...
 class WeightLease:
     """
-    What kimi_core.weights.arena.Lease is made from; use that one.
+    The C++ part of a lease; use kimi_core.weights.slots.Lease.
     """
     def release(self) -> None:
         ...
@@ -213,7 +203,7 @@ class WeightLease:
         ...
 class WeightArena:
     """
-    What kimi_core.weights.arena.WeightArena is made from; use that one.
+    The C++ part of kimi_core.weights.arena.WeightArena; use that class.
     """
     @staticmethod
     def _create(path: str, slots: typing.SupportsInt | typing.SupportsIndex, payload_bytes: typing.SupportsInt | typing.SupportsIndex, layout_hash: bytes, regions: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]], description: str) -> None:
@@ -226,7 +216,7 @@ class WeightArena:
         ...
     def _begin(self, version: typing.SupportsInt | typing.SupportsIndex) -> int | None:
         """
-        A slot to write `version` into; None where none is idle now.
+        Take an idle slot to write `version` into. Returns None if no slot is idle now.
         """
     def _commit(self, slot: typing.SupportsInt | typing.SupportsIndex, version: typing.SupportsInt | typing.SupportsIndex, crcs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         ...
@@ -238,17 +228,17 @@ class WeightArena:
         ...
     def _payload(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
         """
-        Read-only memory, whatever the array says of itself.
+        The bytes of a slot. A store there is a segmentation fault, although the array is writable.
         """
     def _writable(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
         ...
     def _write(self, slot: typing.SupportsInt | typing.SupportsIndex, sources: collections.abc.Sequence[tuple[numpy.ndarray, str, str, typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex, first: typing.SupportsInt | typing.SupportsIndex = 0, count: typing.SupportsInt | typing.SupportsIndex | None = None) -> list[int]:
         """
-        Cast, sum and copy (array, its dtype, the arena's dtype, offset) into `count` regions from `first` on, all of them by default; their checksums.
+        Cast and copy sources (array, its dtype, the arena's dtype, offset) into `count` regions from `first` on, by default all. Returns the checksums of the regions.
         """
     def close(self) -> None:
         """
-        Let another process publish, and unmap the file, once the views and leases are gone, too. A closed arena can be closed again.
+        Let another process publish, and unmap the file as soon as no view or lease of it exists. Safe to call twice.
         """
     @property
     def _description(self) -> str:
@@ -262,7 +252,7 @@ class WeightArena:
     @property
     def active_version(self) -> int | None:
         """
-        The version that is served; None before the first one.
+        The served version; None before the first one.
         """
     @property
     def path(self) -> str:
@@ -284,7 +274,7 @@ def balance(sizes: collections.abc.Sequence[typing.SupportsInt | typing.Supports
     """
 def crc32c(data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
     """
-    The CRC32C of what `crc` is the CRC32C of, followed by the bytes of `data`.
+    Extend `crc`, the CRC32C of earlier bytes, by the bytes of `data`. Start with 0.
     """
 def gather_pages(pages: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex, first_pages: typing.SupportsInt | typing.SupportsIndex, cu_seqlens: typing.SupportsInt | typing.SupportsIndex, sequences: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, token_ids: typing.SupportsInt | typing.SupportsIndex, logprobs: typing.SupportsInt | typing.SupportsIndex, mask: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex | None) -> None:
     """
@@ -310,71 +300,73 @@ def has_device_code() -> bool:
     """
 def instruction_sets() -> list[str]:
     """
-    Instruction sets that the passes below can use here, the fastest last.
+    The instruction sets of this processor that the tile passes can use, the fastest last.
     """
 def push_all(detectors: collections.abc.Sequence[RepeatDetector], token_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> numpy.typing.NDArray[numpy.bool]:
     """
-    Push `token_ids[i]` into `detectors[i]` for a whole decoding step, in one call.
+    Push `token_ids[i]` into `detectors[i]`, for a whole decoding step in one call.
     
     Args:
         detectors: n detectors.
         token_ids: int32 `[n]`.
     
     Returns:
-        bool `[n]`: what each `push` returned.
+        bool `[n]`: the result of each `push`.
     
     Raises:
-        TypeError: `token_ids` does not convert to int32 without loss, or an item of `detectors` is no
-            RepeatDetector.
+        TypeError: `token_ids` does not convert to int32 without loss, or an item of `detectors` is not
+            a RepeatDetector.
         ValueError: the two differ in length, or `token_ids` is not one-dimensional.
     
-    An error leaves every detector as it was.
+    An error leaves every detector unchanged.
     """
 def spawn(argv: collections.abc.Sequence[str], *, standard: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], inherited: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], cgroup_procs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], user: typing.SupportsInt | typing.SupportsIndex | None) -> int:
     """
-    Start a program with no environment and return its pid, without copying this process.
+    Start a program without an environment and return its pid. This process is not copied.
     
     The kernel kills it when the calling thread ends.
     
     Args:
-        argv: the program's path, and its arguments.
-        standard: descriptors that become its stdin, stdout and stderr; none is 0, 1 or 2.
-        inherited: other descriptors that it keeps, by the same numbers.
-        cgroup_procs: descriptors of `cgroup.procs`, open for writing: the cgroups that it is in.
-        user: its user, group and only group; None: those of this process.
+        argv: the path of the program, and its arguments.
+        standard: descriptors that become its stdin, stdout and stderr, none of them 0, 1 or 2.
+        inherited: other descriptors that it keeps under the same numbers.
+        cgroup_procs: descriptors of `cgroup.procs`, open for writing, of the cgroups that it joins.
+        user: its user id, group id and only group; None keeps those of this process.
     
     Raises:
-        OSError: a step failed, which the message names; then there is no child.
+        OSError: a step failed. The message names the step, and there is no child.
     """
 def tile_gradient(logits: numpy.typing.NDArray[numpy.float32], targets: numpy.typing.NDArray[numpy.int64], top: numpy.typing.NDArray[numpy.float32], total: numpy.typing.NDArray[numpy.float64], outer: numpy.typing.NDArray[numpy.float32], bias: numpy.typing.NDArray[numpy.float32] | None = None, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0, temperature: typing.SupportsFloat | typing.SupportsIndex = 1.0, threads: typing.SupportsInt | typing.SupportsIndex = 1, instruction_set: str | None = None) -> None:
     """
-    Overwrite logits by the gradient of sum(outer * logprob(targets)) in them.
+    Overwrite logits with the gradient of sum(outer * logprob(targets)) with respect to them.
     
     Args:
         logits, targets, bias, softcap, temperature, threads, instruction_set: as in `tile_statistics`.
-        top, total: its results; of the whole vocabulary, where the tile is a part of it.
-        outer: float32 `[rows]`.
+        top, total: results of `tile_statistics`, for the whole vocabulary if the tile is a part of it.
+        outer: float32 `[rows]`, the factor of each row's log-prob.
     
     Raises:
         TypeError, ValueError: as `tile_statistics`, and ValueError if `logits` is read-only.
     """
 def tile_statistics(logits: numpy.typing.NDArray[numpy.float32], targets: numpy.typing.NDArray[numpy.int64], bias: numpy.typing.NDArray[numpy.float32] | None = None, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0, temperature: typing.SupportsFloat | typing.SupportsIndex = 1.0, threads: typing.SupportsInt | typing.SupportsIndex = 1, instruction_set: str | None = None) -> tuple:
     """
-    Softmax statistics of the rows of a tile of logits.
+    Compute softmax statistics of each row of a tile of logits.
     
-    Scores are logits + bias, capped to softcap * tanh(scores / softcap) unless softcap is 0; x is
+    Scores are logits + bias, capped to softcap * tanh(scores / softcap) unless softcap is 0. Below, x is
     (score - top) / temperature.
     
     Args:
         logits: float32 `[rows, vocab]`, C-contiguous.
-        targets: int64 `[rows]` in [0, vocab); -1 where the target is in another part of the vocabulary.
-        bias: float32 `[vocab]`.
-        threads: rows are divided among so many.
-        instruction_set: one of `instruction_sets()`; None: the fastest.
+        targets: int64 `[rows]` in [0, vocab), or -1 if the target is in another part of the vocabulary.
+        bias: float32 `[vocab]`; None adds nothing.
+        softcap: the cap of the scores; 0 is no cap.
+        temperature: divides the scores, above 0.
+        threads: number of threads that share the rows.
+        instruction_set: one of `instruction_sets()`; None takes the fastest.
     
     Returns:
         top float32, the largest score; total float64, the sum of exp(x); picked float32, the target's x,
-        0 without a target; weighted float64, the sum of exp(x) * x. Each `[rows]`.
+        or 0 without a target; weighted float64, the sum of exp(x) * x. Each `[rows]`.
     
     Raises:
         TypeError: an array has another dtype or layout.

@@ -6,7 +6,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -26,11 +25,9 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 using OptionalReason = std::optional<std::string>;
 
-inline constexpr std::array<const char*, 4> kReasons = {"", "stop", "length", "repeat"};
-
 inline OptionalReason NameOf(EndReason reason) {
   if (reason == EndReason::kOpen) return std::nullopt;
-  return kReasons[static_cast<size_t>(reason)];
+  return kReasonNames[static_cast<size_t>(reason)];
 }
 
 inline std::string ShapeOf(const py::array& array) {

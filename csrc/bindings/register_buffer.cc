@@ -57,16 +57,12 @@ py::list scan(const PyBuffer& buffer) {
   return rows;
 }
 
-std::vector<Record> RecordsOf(const BufferReader& reader, const TrajectoryInfo& info) {
-  std::vector<Record> records;
-  if (!reader.ReadRecords(info, records)) throw NotFound(info.trajectory_id);
-  return records;
-}
-
 py::list segments(const PyBuffer& buffer, int64_t trajectory_id) {
   const auto reader = buffer.reader();
+  std::vector<Record> records;
+  if (!reader->ReadRecords(reader->Get(trajectory_id), records)) throw NotFound(trajectory_id);
   py::list rows;
-  for (const Record& record : RecordsOf(*reader, reader->Get(trajectory_id))) {
+  for (const Record& record : records) {
     rows.append(py::make_tuple(record.start, record.length, record.policy_version));
   }
   return rows;

@@ -85,10 +85,9 @@ py::tuple stage(const PyBuffer& buffer, const Array<int64_t>& trajectory_ids,
     cu_seqlens.mutable_at(i + 1) = cu_seqlens.at(i) + static_cast<int32_t>(length);
     pages += layout.TokenPages(length);
   }
-  const auto staged = allocate(pages * layout.PageBytes()).cast<Array<uint8_t>>();
-  if (static_cast<uint64_t>(staged.size()) < pages * layout.PageBytes()) {
-    throw py::value_error("allocate returned too small an array");
-  }
+  const auto bytes = static_cast<py::ssize_t>(pages * layout.PageBytes());
+  const auto staged = allocate(bytes).cast<Array<uint8_t>>();
+  if (staged.size() < bytes) throw py::value_error("allocate returned too few bytes");
   auto* to = reinterpret_cast<std::byte*>(Array<uint8_t>(staged).mutable_data());
   std::vector<int32_t> versions, lengths;
   {
@@ -108,26 +107,22 @@ py::tuple stage(const PyBuffer& buffer, const Array<int64_t>& trajectory_ids,
                         Array<int32_t>(count, lengths.data()));
 }
 
-bool has_device_code() {
 #if defined(KIMI_DEVICE_CODE)
-  return true;
+constexpr bool kHasDeviceCode = true;
 #else
-  return false;
+constexpr bool kHasDeviceCode = false;
 #endif
-}
 
 // Takes addresses as integers, because this module does not know torch's tensors.
 void gather_pages(uintptr_t pages, int64_t page_tokens, uintptr_t first_pages, uintptr_t cu_seqlens,
                   int32_t sequences, int32_t tokens, uintptr_t token_ids, uintptr_t logprobs,
                   uintptr_t mask, std::optional<uintptr_t> stream) {
-  const cuda::PagedSequences from{.pages = reinterpret_cast<const unsigned char*>(pages),
-                                  .page_tokens = page_tokens,
-                                  .first_pages = reinterpret_cast<const int32_t*>(first_pages),
-                                  .cu_seqlens = reinterpret_cast<const int32_t*>(cu_seqlens),
-                                  .sequences = sequences};
-  const cuda::PackedColumns to{.ids = reinterpret_cast<int32_t*>(token_ids),
-                               .logprobs = reinterpret_cast<float*>(logprobs),
-                               .mask = reinterpret_cast<uint8_t*>(mask)};
+  const cuda::PagedSequences from{reinterpret_cast<const unsigned char*>(pages), page_tokens,
+                                  reinterpret_cast<const int32_t*>(first_pages),
+                                  reinterpret_cast<const int32_t*>(cu_seqlens), sequences};
+  const cuda::PackedColumns to{reinterpret_cast<int32_t*>(token_ids),
+                               reinterpret_cast<float*>(logprobs),
+                               reinterpret_cast<uint8_t*>(mask)};
   if (!stream) {
     for (int32_t token = 0; token < tokens; ++token) cuda::GatherToken(from, token, to);
     return;
@@ -161,7 +156,9 @@ Returns the indices of the items of each batch, ascending.
 
 Raises:
     ValueError: one item alone is larger than `most`.)");
-  m.def("has_device_code", &has_device_code, "Whether this module was built with CUDA kernels.");
+  m.def(
+      "has_device_code", [] { return kHasDeviceCode; },
+      "Whether this module was built with CUDA kernels.");
   m.def("gather_pages", &gather_pages, py::arg("pages"), py::arg("page_tokens"),
         py::arg("first_pages"), py::arg("cu_seqlens"), py::arg("sequences"), py::arg("tokens"),
         py::arg("token_ids"), py::arg("logprobs"), py::arg("mask"), py::arg("stream"),

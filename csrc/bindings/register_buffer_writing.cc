@@ -16,11 +16,11 @@ namespace {
 constexpr size_t kReleaseTokens = 4096;
 
 EndReason ParseReason(const std::string& name) {
-  const auto found = std::find(kReasons.begin() + 1, kReasons.end(), name);
-  if (found == kReasons.end()) {
+  const auto found = std::find(std::begin(kReasonNames) + 1, std::end(kReasonNames), name);
+  if (found == std::end(kReasonNames)) {
     throw py::value_error("Cannot finish by '" + name + "': allowed are stop, length and repeat");
   }
-  return static_cast<EndReason>(found - kReasons.begin());
+  return static_cast<EndReason>(found - std::begin(kReasonNames));
 }
 
 EndReason ParseReason(const OptionalReason& name) {

@@ -22,10 +22,10 @@ constexpr uint32_t kFormatVersion = 1;
 constexpr size_t kAlignment = 4096;  // Of each part of the file, in bytes.
 constexpr uint32_t kNoPage = ~uint32_t{0};
 
-// ---- The commit word of a trajectory says how much of it exists. Storing the word acknowledges an
-// append.
+// ---- The commit word says how much of a trajectory exists. Storing it acknowledges an append.
 
 enum class EndReason : uint8_t { kOpen = 0, kStop = 1, kLength = 2, kRepeat = 3 };
+constexpr const char* kReasonNames[] = {"open", "stop", "length", "repeat"};
 constexpr uint64_t kMaxLength = (uint64_t{1} << 28) - 1;
 constexpr uint64_t kMaxSegments = (uint64_t{1} << 24) - 1;
 
@@ -58,10 +58,9 @@ struct Header {
   uint32_t reserved_setting;  // Not used; 0 in new files.
   uint32_t crc;               // CRC32C of all fields above, which never change.
   uint32_t unused;
-  uint64_t next_id;  // Sealed. The id of the next trajectory, above every id ever used.
-  uint64_t mark;     // Sealed. A number that the file's owner may set.
-  uint64_t
-      max_probe;  // Sealed. The greatest distance of a trajectory from its home slot, in slots.
+  uint64_t next_id;    // Sealed. The id of the next trajectory, above every id ever used.
+  uint64_t mark;       // Sealed. A number that the file's owner may set.
+  uint64_t max_probe;  // Sealed. Greatest distance of a trajectory from its home slot, in slots.
 };
 
 // One segment: tokens [start, start + length) of its trajectory.
@@ -72,8 +71,7 @@ struct Record {
   uint32_t crc;  // See checksum.h.
 };
 
-// Page numbers by position. The first ones are in the table itself, the others in pages that hold
-// nothing but page numbers.
+// Page numbers by position: the first ones directly, the others in pages that list pages.
 template <size_t kDirect, size_t kRoots>
 struct PageTable {
   static constexpr size_t kDirectEntries = kDirect;
@@ -134,8 +132,7 @@ struct Layout {
     return token_pages + IndexPages(decltype(Slot::token_pages)(), token_pages) + record_pages +
            IndexPages(decltype(Slot::record_pages)(), record_pages);
   }
-  // The number of pages that list other pages, for `listed` pages of which the table itself lists
-  // the first kDirect.
+  // The number of pages that list other pages, for `listed` pages in all.
   template <size_t kDirect, size_t kRoots>
   uint64_t IndexPages(const PageTable<kDirect, kRoots>&, uint64_t listed) const {
     return listed <= kDirect ? 0 : Ratio(listed - kDirect, EntriesPerPage());

@@ -74,8 +74,7 @@ std::optional<TrajectoryInfo> BufferReader::Look(uint64_t index) const {
 }
 
 bool BufferReader::IsCurrent(const TrajectoryInfo& info) const {
-  // Pairs with the fence in EvictOne: a thread that has seen a byte of a reused page sees the new
-  // generation here.
+  // Pairs with the fence in EvictOne: who saw a reused page sees the new generation here.
   std::atomic_thread_fence(std::memory_order_acquire);
   return shared::Load(slot(info.slot).generation) == Seal(info.generation);
 }
@@ -86,8 +85,7 @@ std::optional<TrajectoryInfo> BufferReader::Find(int64_t trajectory_id) const {
   const uint64_t furthest = Unseal(shared::LoadAcquire(header().max_probe)).value_or(0);
   for (uint64_t probe = 0; probe <= furthest && probe < layout_.max_trajectories; ++probe) {
     const uint64_t index = (home + probe) % layout_.max_trajectories;
-    // The id is the cheaper test and comes first; it is only a hint until Look has checked the
-    // slot.
+    // The id is the cheaper test, but only a hint until Look has checked the slot.
     if (shared::Load(slot(index).trajectory_id) != trajectory_id) continue;
     const auto info = Look(index);
     if (info && info->trajectory_id == trajectory_id) return info;
@@ -130,16 +128,14 @@ bool BufferReader::ReadRecords(const TrajectoryInfo& info, std::vector<Record>& 
   records.clear();
   records.reserve(info.commit.segments);
   uint64_t end = 0;
-  bool sound = true;
-  for (uint32_t i = 0; i < info.commit.segments && sound; ++i) {
+  for (uint32_t i = 0; i < info.commit.segments; ++i) {
     const auto record = RecordAt(slot(info.slot), i);
-    sound = record && record->start == end && record->length <= info.commit.length - end;
-    if (!sound) break;
+    if (!record || record->start != end || record->length > info.commit.length - end) break;
     end += record->length;
     records.push_back(*record);
   }
   if (!IsCurrent(info)) return false;
-  if (!sound || end != info.commit.length) ThrowDamaged(info, end);
+  if (end != info.commit.length || records.size() != info.commit.segments) ThrowDamaged(info, end);
   return true;
 }
 

@@ -1,9 +1,8 @@
 // BufferReader reads a buffer file, which one writer process may be changing at the same time.
 //
-// It takes no lock and writes nothing. What it returns is consistent: it copies a trajectory, and
-// drops the copy if the generation of the slot has changed meanwhile, because the trajectory was
-// evicted and its pages may have been reused. What it returns is also intact: the checksum of each
-// segment is compared.
+// It takes no lock and writes nothing. It copies a trajectory, compares the checksum of each
+// segment, and drops the copy if the generation of the slot has changed meanwhile, because the
+// trajectory was then evicted and its pages may have been reused.
 //
 // While the writer extends a trajectory, a reader sees the length that was committed when it
 // looked. Tokens below that length never change.

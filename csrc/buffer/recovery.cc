@@ -64,8 +64,7 @@ void BufferWriter::RecoverSlot(uint64_t index, std::vector<bool>& used) {
   if (committed && committed->length == sound.length && committed->segments == sound.segments) {
     return;
   }
-  shared::StoreRelease(at.commit,
-                       sound.Pack());  // The trajectory is open again and continues there.
+  shared::StoreRelease(at.commit, sound.Pack());  // Open again; sampling continues there.
   recovery_.cuts.push_back({.trajectory_id = info.trajectory_id,
                             .kept = sound.length,
                             .lost = committed ? committed->length - sound.length : 0});

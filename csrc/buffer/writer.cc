@@ -16,9 +16,8 @@ std::string Number(uint64_t value) { return std::to_string(value); }
 
 [[noreturn]] void Refuse(const std::string& why) { throw std::invalid_argument(why); }
 
-const char* Name(EndReason reason) {
-  constexpr const char* kNames[] = {"nothing", "'stop'", "'length'", "'repeat'"};
-  return kNames[static_cast<size_t>(reason)];
+std::string Name(EndReason reason) {
+  return std::string("'") + kReasonNames[static_cast<size_t>(reason)] + "'";
 }
 
 // Returns the index of the first entry that is not finite, or n. Counting such entries compiles to
@@ -155,7 +154,7 @@ void BufferWriter::CheckSegment(const NewSegment& segment, const TrajectoryInfo&
     Refuse("Cannot append to trajectory " + std::to_string(segment.trajectory_id) + ": " + why);
   };
   if (planned.reason != EndReason::kOpen) {
-    refuse(std::string("it ended by ") + Name(planned.reason));
+    refuse("it ended by " + Name(planned.reason));
   }
   if (segment.lease && *segment.lease != info.lease) {
     refuse("lease " + Number(*segment.lease) + " was given, but the newest lease is " +

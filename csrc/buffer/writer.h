@@ -55,8 +55,7 @@ class BufferWriter : public BufferReader {
   // std::system_error if the disk is full or the file exists.
   static void Create(const std::string& path, const BufferSizes& sizes);
 
-  // The header of an empty file of these sizes. Throws std::invalid_argument if one is out of
-  // range.
+  // The header of an empty file. Throws std::invalid_argument if a size is out of range.
   static Header HeaderOf(const BufferSizes& sizes);
 
   // Opens the file, compares every checksum and cuts what is damaged. Throws as BufferReader, and
@@ -69,17 +68,15 @@ class BufferWriter : public BufferReader {
   // even after a restart. Throws std::invalid_argument if every slot is in use.
   int64_t Begin(int64_t prompt_id, int64_t group_id);
 
-  // Appends segments in order. Writes the new length of its trajectory to `lengths` for each
-  // segment. If the process dies, each segment counts as acknowledged or not by itself. An error is
-  // thrown before anything is appended, as NotFound or std::invalid_argument. An empty segment adds
-  // no record; only its reason counts.
+  // Appends segments in order, and writes the new length of its trajectory to `lengths` for each.
+  // Each segment is acknowledged separately. An error (NotFound or std::invalid_argument) is thrown
+  // before anything is appended. An empty segment adds no record; only its reason counts.
   void Append(std::span<const NewSegment> segments, uint64_t* lengths);
 
   // Ends a trajectory that has not ended.
   void Finish(int64_t trajectory_id, EndReason reason);
 
-  // Returns a new lease on a trajectory that has not ended. Appends under older leases are refused
-  // from now on.
+  // Returns a new lease on an unfinished trajectory. Appends under older ones are then refused.
   uint64_t Resume(int64_t trajectory_id);
 
   // Removes trajectories and frees their pages. An id may occur twice. Throws NotFound if one does
@@ -89,8 +86,7 @@ class BufferWriter : public BufferReader {
   // Stores a number below 2^56 in the file. The owner of the file gives it its meaning.
   void SetMark(uint64_t mark);
 
-  // Returns when everything appended before the call is on disk. Throws std::system_error if the
-  // disk fails.
+  // Returns when everything appended before is on disk. Throws std::system_error.
   void Flush() const { file_.Sync(); }
 
   // Writes a copy to `path`. The copy appears as a whole or not at all, and is on disk on return.

@@ -1,7 +1,6 @@
 // Gathers pages of a buffer into packed columns, on a GPU.
 //
-// GatherToken holds the arithmetic. nvcc compiles it for the GPU and for the host; other compilers
-// see plain C++, which the tests run without a GPU.
+// GatherToken has the arithmetic. It compiles for GPU and host, so the tests run it without a GPU.
 #ifndef KIMI_CUDA_GATHER_H_
 #define KIMI_CUDA_GATHER_H_
 
@@ -59,11 +58,11 @@ KIMI_HOST_DEVICE inline void GatherToken(const PagedSequences& from, int32_t tok
   to.mask[token] = page[8 * tokens + at];
 }
 
-// Gathers `tokens` tokens. All pointers are device pointers. The call only enqueues work on
-// `stream` (a cudaStream_t; null is the default stream), so the memory must stay valid until that
-// work ends. Throws std::runtime_error with CUDA's message if the launch fails.
+// Gathers `tokens` tokens on the GPU. The call only enqueues work on `stream` (a cudaStream_t; null
+// is the default stream). Throws std::runtime_error with CUDA's message if the launch fails.
 //
-// REQUIRES: tokens == cu_seqlens[sequences], and the stream's device is current.
+// REQUIRES: all pointers are device pointers that stay valid until the work ends;
+// tokens == cu_seqlens[sequences]; the stream's device is current.
 void Gather(const PagedSequences& from, int32_t tokens, const PackedColumns& to, void* stream);
 
 }  // namespace kimi::cuda

@@ -206,10 +206,9 @@ void TestOneWriterAtATimeAndNoBusyThread() {
   BufferWriter::Create(folder / "b", Sizes(8, 1));
   {
     const BufferWriter writer(folder / "b");
-    CHECK(
-        MessageOf<std::invalid_argument>([&] { BufferWriter(folder / "b"); })
-            .ends_with("is open for writing already: close it there or stop that process, or open "
-                       "it here with readonly=True"));
+    CHECK(MessageOf<std::invalid_argument>([&] { BufferWriter(folder / "b"); })
+              .ends_with("is open for writing already: close it there, stop that process, or open "
+                         "it here with readonly=True"));
     const BufferReader reader(folder / "b");
   }
   const BufferWriter again(folder / "b");
