@@ -42,7 +42,7 @@ class RolloutBuffer:
         """
     def _scan(self) -> list:
         """
-        Trajectory, prompt and group id, length, end reason, prompt length and newest policy version of each trajectory, oldest first.
+        Trajectory, prompt and group id, length and end reason of each trajectory, oldest first.
         """
     def _stage(self, trajectory_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], allocate: collections.abc.Callable) -> tuple:
         """

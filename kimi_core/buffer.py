@@ -63,10 +63,6 @@ class TrajectoryInfo:
     length: int
     """Tokens, including those of the prompt."""
     end_reason: EndReason | None
-    prompt_length: int
-    """Tokens of the first segment if its policy version is ``PROMPT_VERSION``, otherwise 0."""
-    newest_version: int | None
-    """Policy version of the last segment; None without a segment."""
 
 
 @dataclass(frozen=True)

@@ -175,10 +175,10 @@ class Buffers(RuleBasedStateMachine):
             self.path = self.path.with_suffix(".copy" if self.path.suffix == ".bin" else ".bin")
             self.buffer.snapshot(self.path)
         if readonly:
-            with RolloutBuffer.open(self.path, readonly=True) as beside:
-                assert beside.trajectories() == self.buffer.trajectories()
+            with RolloutBuffer.open(self.path, readonly=True) as reader:
+                assert reader.trajectories() == self.buffer.trajectories()
                 with pytest.raises(ValueError, match="is open for reading only"):
-                    beside.begin(0, 0)
+                    reader.begin(0, 0)
         self.buffer.close()
         with pytest.raises(ValueError, match="is closed"):
             self.buffer.unfinished()
@@ -188,18 +188,14 @@ class Buffers(RuleBasedStateMachine):
 
     @invariant()
     def reads_back(self):
-        infos = {info.trajectory_id: info for info in self.buffer.trajectories()}
+        lengths = {info.trajectory_id: info.length for info in self.buffer.trajectories()}
         for key, slot in self.slots():
             found, expected = self.buffer.read(key), self.model.read(key)
             assert rows_of(found) == slot.rows
             for name in ("trajectory_id", "prompt_id", "group_id", "end_reason"):
                 assert getattr(found, name) == getattr(expected, name)
             assert self.buffer.segments(key) == slot.segments
-            info = infos[key]
-            prompt = [n for _, n, version in slot.segments[:1] if version == PROMPT_VERSION]
-            assert info.length == len(slot.rows)
-            assert info.prompt_length == sum(prompt)
-            assert info.newest_version == (slot.segments[-1][2] if slot.segments else None)
+            assert lengths[key] == len(slot.rows)
             found.token_ids[:] = -5  # The caller has a copy.
 
     @invariant()

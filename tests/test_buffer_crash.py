@@ -277,7 +277,7 @@ def test_a_flipped_bit_is_an_error_for_readers_and_a_stated_cut_for_the_writer(f
         assert is_whole(buffer.read(0), 0)
 
 
-def test_the_inspect_command_beside_a_writer(filled, capsys):
+def test_the_inspect_command_while_a_writer_has_the_file(filled, capsys):
     with RolloutBuffer.open(filled) as buffer:
         buffer.append(buffer.begin(1, 1), *tokens(1, 0, 5), policy_version=-1)
         assert main([str(filled)]) == 0

@@ -41,18 +41,10 @@ py::tuple read(const PyBuffer& buffer, int64_t trajectory_id) {
 }
 
 py::list scan(const PyBuffer& buffer) {
-  const auto reader = buffer.reader();
   py::list rows;
-  for (const TrajectoryInfo& info : reader->Scan()) {
-    uint32_t prompt_length = 0;
-    std::optional<int32_t> newest;
-    if (const auto records = reader->FirstAndLast(info)) {
-      if (records->first.policy_version < 0) prompt_length = records->first.length;
-      newest = records->second.policy_version;
-    }
+  for (const TrajectoryInfo& info : buffer.reader()->Scan()) {
     rows.append(py::make_tuple(info.trajectory_id, info.prompt_id, info.group_id,
-                               info.commit.length, NameOf(info.commit.reason), prompt_length,
-                               newest));
+                               info.commit.length, NameOf(info.commit.reason)));
   }
   return rows;
 }
@@ -110,8 +102,8 @@ void register_reading(py::class_<PyBuffer>& buffer) {
       .def("_read", &read, py::arg("trajectory_id"),
            "Prompt id, group id, token_ids, logprobs, mask, policy_versions and end reason.")
       .def("_scan", &scan,
-           "Trajectory, prompt and group id, length, end reason, prompt length and newest policy "
-           "version of each trajectory, oldest first.")
+           "Trajectory, prompt and group id, length and end reason of each trajectory, oldest "
+           "first.")
       .def("_stats", &stats)
       .def("segments", &segments, py::arg("trajectory_id"),
            R"(The segments of a trajectory as (start, length, policy version), in order.

@@ -44,7 +44,7 @@ py::tuple pack(const PyBuffer& buffer, const Array<int64_t>& trajectory_ids,
       std::min({token_ids.size(), logprobs.size(), mask.size(), policy_versions.size()});
   if (least < total || cu_seqlens.size() < count) {
     throw py::value_error("Cannot pack " + std::to_string(total) + " tokens of " +
-                          std::to_string(infos.size()) + " trajectories: out has room for " +
+                          std::to_string(infos.size()) + " trajectories: out holds " +
                           std::to_string(least) + " and " + std::to_string(cu_seqlens.size() - 1) +
                           "; give longer arrays");
   }

@@ -188,15 +188,6 @@ bool BufferReader::ReadPages(const TrajectoryInfo& info, std::byte* pages,
   return true;
 }
 
-std::optional<std::pair<Record, Record>> BufferReader::FirstAndLast(
-    const TrajectoryInfo& info) const {
-  if (info.commit.segments == 0) return std::nullopt;
-  const auto first = RecordAt(slot(info.slot), 0);
-  const auto last = RecordAt(slot(info.slot), info.commit.segments - 1);
-  if (!first || !last || !IsCurrent(info)) return std::nullopt;
-  return std::pair(*first, *last);
-}
-
 BufferStats BufferReader::Stats() const {
   BufferStats stats;
   stats.pages = stats.pages_free = layout_.pages;

@@ -16,7 +16,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "base/mapped_file.h"
@@ -88,12 +87,8 @@ class BufferReader {
 
   // Copies the segment records and the pages of tokens, each page as a whole and one after another.
   // Returns and throws as Read.
-  // REQUIRES: `pages` has room for layout().TokenPages(info.commit.length) pages.
+  // REQUIRES: `pages` holds at least layout().TokenPages(info.commit.length) pages.
   bool ReadPages(const TrajectoryInfo& info, std::byte* pages, std::vector<Record>& records) const;
-
-  // The first and the last segment record. Nothing if there is no segment, or if the trajectory was
-  // evicted. Reads no token and compares no checksum.
-  std::optional<std::pair<Record, Record>> FirstAndLast(const TrajectoryInfo& info) const;
 
   // Whether the trajectory has not been evicted since `info` was made.
   bool IsCurrent(const TrajectoryInfo& info) const;

@@ -93,13 +93,9 @@ void TestPagesAreCopiedWhole() {
     CHECK_EQ(reinterpret_cast<const float*>(page + 32)[i % 8], expected.logprobs[i]);
     CHECK_EQ(static_cast<uint8_t>(page[64 + i % 8]), expected.mask[i]);
   }
-  const auto ends = writer.FirstAndLast(info);
-  CHECK(ends && ends->first.policy_version == -1 && ends->second.length == 20);
-  CHECK(!writer.FirstAndLast(writer.Get(writer.Begin(0, 0))));
   writer.Evict({{id}});
   CHECK(!writer.IsCurrent(info));
   CHECK(!writer.ReadPages(info, pages.data(), records));
-  CHECK(!writer.FirstAndLast(info));
   CHECK(!test::CopyOf(writer, info).read);
 }
 

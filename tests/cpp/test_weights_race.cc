@@ -71,7 +71,7 @@ void TestLeasesBesideAWriter() {
     reads += tally.reads;
   }
   CHECK(writer.Holders().empty());
-  std::cout << reads << " leases beside " << kVersions << " versions\n";
+  std::cout << reads << " leases during " << kVersions << " versions\n";
 }
 
 }  // namespace
