@@ -81,7 +81,7 @@ class RolloutBuffer:
         """
     def close(self) -> None:
         """
-        Unmap the file, as soon as no view of it exists. Safe to call twice.
+        Unmap the file, and let another process write it. Safe to call twice.
         """
     def evict(self, trajectory_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """
@@ -144,10 +144,14 @@ class RolloutBuffer:
         """
     @property
     def path(self) -> str:
-        ...
+        """
+        Path of the file, as given.
+        """
     @property
     def readonly(self) -> bool:
-        ...
+        """
+        Whether it was opened to read only.
+        """
     @property
     def recovery(self) -> dict:
         """

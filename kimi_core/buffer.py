@@ -220,7 +220,7 @@ class RolloutBuffer(_C.RolloutBuffer):
         return Batch(token_ids[:n], logprobs[:n], mask[:n], versions[:n], ends)
 
     def _pack_on(self, name: "torch.device | str", ids: np.ndarray) -> DeviceBatch:
-        import torch  # Takes seconds; the file's own commands do not need it.
+        import torch  # Here, because it takes seconds and most readers of a file do not need it.
 
         device = torch.device(name)
         if device.type == "cuda" and _C.has_device_code():

@@ -126,9 +126,9 @@ void register_buffer(py::module_& m) {
                               "The C++ base of kimi_core.buffer.RolloutBuffer; use that class.");
   buffer.def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("readonly"))
       .def("close", &PyBuffer::close,
-           "Unmap the file, as soon as no view of it exists. Safe to call twice.")
-      .def_property_readonly("path", &PyBuffer::path)
-      .def_property_readonly("readonly", &PyBuffer::readonly)
+           "Unmap the file, and let another process write it. Safe to call twice.")
+      .def_property_readonly("path", &PyBuffer::path, "Path of the file, as given.")
+      .def_property_readonly("readonly", &PyBuffer::readonly, "Whether it was opened to read only.")
       .def_property_readonly(
           "page_tokens", [](const PyBuffer& self) { return self.reader()->layout().page_tokens; },
           "Tokens in a page.")

@@ -207,8 +207,7 @@ void register_writing(py::class_<PyArena>& arena) {
       .def("_write", &write, py::arg("slot"), py::arg("sources"), py::arg("threads"),
            py::arg("first") = 0, py::arg("count") = py::none(),
            "Cast and copy sources (array, its dtype, the arena's dtype, offset) into `count` "
-           "regions "
-           "from `first` on, by default all. Returns the checksums of the regions.")
+           "regions from `first` on, by default all. Returns the checksums of the regions.")
       .def(
           "_writable",
           [](const PyArena& self, uint32_t slot) {
@@ -242,8 +241,7 @@ void register_weights(py::module_& m) {
   arena.def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("readonly"))
       .def("close", &PyArena::close,
            "Let another process publish, and unmap the file as soon as no view or lease of it "
-           "exists. "
-           "Safe to call twice.")
+           "exists. Safe to call twice.")
       .def_property_readonly("path", &PyArena::path)
       .def_property_readonly("readonly", &PyArena::readonly)
       .def_property_readonly("slots", [](const PyArena& self) { return self.reader()->slots(); })

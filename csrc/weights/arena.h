@@ -56,8 +56,8 @@ class ArenaReader {
   std::optional<Placed> Current() const;
 
   // Takes a lease on the served version: its slot is not written until Release or the end of this
-  // process. Throws std::invalid_argument if nothing is served, no lease is free or the file is
-  // cut.
+  // process. Throws std::invalid_argument if nothing is served, no lease is free or the file is cut
+  // off.
   Lease Acquire();
   void Release(const Lease& lease) { leases_.Release(lease.entry); }
   std::vector<Holder> Holders() { return leases_.Living(); }
