@@ -1,15 +1,18 @@
-"""The rollout buffer beside memcpy and beside what one would use in its place.
+"""The rollout buffer compared with memcpy and with the stores that one might use instead.
 
     pip install '.[bench]' && pytest benches/bench_buffer.py      # half a minute
 
-The work is the report's: trajectories of lognormal lengths, appended in segments of 256 tokens that
-are interleaved over 64 open ones, then packed 64 at a time at random. Every peer stores the same
-four columns, and what it stored is compared with the source after the clock has stopped. Time is
-CPU time of this process, kernel included, in tokens per microsecond; rounds of ours and of the
-peers alternate, and the best round of each counts, as a busy machine only ever slows one down.
+The work is the report's. Trajectories have lognormal lengths and are appended in segments of 256
+tokens, interleaved over 64 open ones. They are then packed at random, 64 at a time. Every peer
+stores the same four columns, and its contents are compared with the source after the clock has
+stopped.
 
-memcpy is the physical limit: the same bytes, read from where ours reads them, into warm memory. The
-buffer is populated when it is made, and so are the peers that can be.
+Speed is in tokens per microsecond of CPU time of this process, kernel time included. Rounds of ours
+and of the peers alternate, and the best round of each counts, because a busy machine only ever
+slows a round down.
+
+memcpy is the physical limit: the same bytes, read from the same place as ours, into warm memory.
+The buffer is populated when it is created, and so are the peers that can be.
 """
 
 import shutil
@@ -50,7 +53,7 @@ def work() -> Work:
 
 @pytest.fixture(scope="module")
 def less() -> Work:
-    """For peers that would take hours; speeds a token compare all the same."""
+    """Less work, for peers that would take hours. Speeds per token stay comparable."""
     return Work(100)
 
 
@@ -72,7 +75,7 @@ def version_of(start: int) -> int:
 
 
 def fill(peer: Any, work: Work) -> float:
-    """Append everything, a call a segment; tokens/µs."""
+    """Append everything, one call for each segment; returns tokens/µs."""
     given = [(k, work.columns(k, a, b), version_of(a)) for k, a, b in work.segments]
 
     def run() -> None:
@@ -83,8 +86,11 @@ def fill(peer: Any, work: Work) -> float:
 
 
 def steps_of(work: Work) -> list[tuple[np.ndarray, ...]]:
-    """The arguments of ``append_many``, 64 segments each. An engine that samples side by side has
-    them end to end, so laying them so is not timed."""
+    """The arguments of ``append_many``, 64 segments in each call.
+
+    An engine that samples many responses at once has them end to end already, so preparing them is
+    not timed.
+    """
     calls = []
     for first in range(0, len(work.segments), OPEN):
         step = work.segments[first : first + OPEN]
@@ -97,7 +103,7 @@ def steps_of(work: Work) -> list[tuple[np.ndarray, ...]]:
 
 
 def fill_by_steps(ours: Ours, work: Work, calls: list[tuple[np.ndarray, ...]]) -> float:
-    """Append everything, 64 segments a call; tokens/µs."""
+    """Append everything, 64 segments in each call; returns tokens/µs."""
 
     def run() -> None:
         for call in calls:
@@ -107,7 +113,7 @@ def fill_by_steps(ours: Ours, work: Work, calls: list[tuple[np.ndarray, ...]]) -
 
 
 def pack_all(peer: Any, work: Work) -> float:
-    """All packs; tokens/µs."""
+    """Pack everything; returns tokens/µs."""
     packs = [keys % len(work.lengths) for keys in work.packs]
     spent = cpu_us(lambda: [peer.pack(keys) and None for keys in packs])
     return sum(int(work.lengths[keys].sum()) for keys in packs) / spent
@@ -125,7 +131,7 @@ def check(peer: Any, work: Work) -> None:
 
 
 def memcpy_in(work: Work) -> float:
-    """The payload in pieces of a segment's bytes into warm memory that holds all of it."""
+    """Copy the payload, in pieces of a segment's size, into warm memory that holds all of it."""
     target = np.ones(PAYLOAD * work.tokens, np.uint8)
     source = np.ones(PAYLOAD * 2 * LONGEST, np.uint8)
     pieces, at = [], 0
@@ -142,7 +148,7 @@ def memcpy_in(work: Work) -> float:
 
 
 def memcpy_steps(work: Work, calls: list[tuple[np.ndarray, ...]]) -> float:
-    """The columns of each call, from where ``append_many`` reads them, into warm memory."""
+    """Copy the columns of each call from where ``append_many`` reads them into warm memory."""
     target = np.ones(PAYLOAD * work.tokens, np.uint8)
     pieces, at = [], 0
     for call in calls:
@@ -159,17 +165,17 @@ def memcpy_steps(work: Work, calls: list[tuple[np.ndarray, ...]]) -> float:
 
 
 def memcpy_out(work: Work) -> float:
-    """The bytes of all packs, trajectory by trajectory, into the same room each time."""
+    """Copy the bytes of all packs, trajectory by trajectory, into the same memory each time."""
     stored = np.ones(13 * work.tokens, np.uint8)
     starts = 13 * np.cumsum([0, *work.lengths])
-    room = np.ones(13 * max(int(work.lengths[keys].sum()) for keys in work.packs), np.uint8)
+    target = np.ones(13 * max(int(work.lengths[keys].sum()) for keys in work.packs), np.uint8)
 
     def run() -> None:
         for keys in work.packs:
             at = 0
             for key in keys:
                 size = 13 * work.lengths[key]
-                room[at : at + size] = stored[starts[key] : starts[key] + size]
+                target[at : at + size] = stored[starts[key] : starts[key] + size]
                 at += size
 
     return sum(int(work.lengths[keys].sum()) for keys in work.packs) / cpu_us(run)
@@ -217,7 +223,7 @@ def test_append_many_pack_and_size(work, folder, ratios, benchmark):
 
 
 def compare(peer: type, name: str, work: Work, folder: Path, ratios, minimum=None) -> None:
-    """One call a segment and packs of 64: ours and the peer in turn on the same work."""
+    """Run ours and the peer in turn on the same work: one call for each segment, packs of 64."""
     speeds: dict[str, list[float]] = {"ours in": [], "in": [], "ours out": [], "out": []}
     for index in range(ROUNDS):
         place = folder / str(index)
@@ -242,7 +248,7 @@ def compare(peer: type, name: str, work: Work, folder: Path, ratios, minimum=Non
         ratios.record(f"buffer {what}", name, ours / theirs, minimum=needed, detail=detail)
 
 
-def test_beside_memcpy_a_segment(work, folder, ratios):
+def test_against_memcpy_a_segment(work, folder, ratios):
     ours = Ours(work, folder)
     speed, limit = fill(ours, work), memcpy_in(work)
     ours.close()
@@ -250,34 +256,20 @@ def test_beside_memcpy_a_segment(work, folder, ratios):
     ratios.record("buffer append", "numpy copy of a segment", speed / limit, detail=detail)
 
 
-def test_beside_numpy_memmap(work, folder, ratios):
+def test_against_numpy_memmap(work, folder, ratios):
     compare(Memmap, "numpy memmap", work, folder, ratios, minimum=3.0)
 
 
-def test_beside_python_lists(work, folder, ratios):
+def test_against_python_lists(work, folder, ratios):
     compare(Lists, "python lists", work, folder, ratios)
 
 
-def test_beside_lmdb(work, folder, ratios):
+def test_against_lmdb(work, folder, ratios):
     compare(Lmdb, "lmdb without sync", work, folder, ratios)
 
 
-def test_beside_torchrl(less, folder, ratios):
+def test_against_torchrl(less, folder, ratios):
     compare(TorchRl, "torchrl memmap", less, folder, ratios, minimum=50.0)
-
-
-def test_a_draw_is_quick(folder, ratios):
-    prompts = 100_000
-    rng = np.random.default_rng(0)
-    sizes = {"capacity_tokens": 1, "max_trajectories": 1, "max_prompts": prompts}
-    with RolloutBuffer.create(folder / "ours.bin", **sizes) as buffer:
-        for prompt in range(prompts):
-            buffer.record_result(prompt, float(rng.random() < 0.5))
-        spent = [cpu_us(lambda seed=seed: buffer.draw(64, seed=seed)) for seed in range(50)]
-        assert len(set(buffer.draw(64, seed=0))) == 64
-    middle = float(np.median(spent)) / 1000
-    detail = f"{middle:.2f} CPU ms for 64 of 100,000"
-    ratios.record("buffer draw", "1 ms", 1 / middle, minimum=1.0, detail=detail)
 
 
 def test_open_and_recover_is_quick(work, folder, ratios):

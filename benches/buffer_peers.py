@@ -1,6 +1,6 @@
-"""The work of ``bench_buffer`` and the stores that do it: ours and its peers.
+"""The work of ``bench_buffer``, and the stores that do it: our buffer and its peers.
 
-A store takes segments by ``append``, a call each, and gives packs of whole trajectories back.
+A store takes each segment by a call of ``append`` and returns packs of whole trajectories.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ MEAN, LONGEST, SPREAD = 2_000, 32_768, 1.0
 SEGMENT, OPEN, PACKED = 256, 64, 64
 NAMES = ("token_ids", "logprobs", "mask", "policy_versions")
 PAYLOAD = 9
-"""Bytes a token; the policy version is that of its segment."""
+"""Bytes of a token. The policy version is not counted, because a segment has only one."""
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Work:
-    """Lengths, one trajectory's worth of each column to take tokens from, and the order of it all.
+    """Lengths of the trajectories, the order of their segments, and columns to take tokens from.
 
-    ``segments`` are (trajectory, start, end). A token's values follow from its trajectory and
-    position, so that what a peer gives back can be checked.
+    ``segments`` are (trajectory, start, end). The values of a token follow from its trajectory and
+    position, so that the contents of a peer can be checked.
     """
 
     def __init__(self, trajectories: int) -> None:
@@ -42,7 +42,7 @@ class Work:
         self.packs = [rng.choice(trajectories, PACKED, replace=False) for _ in range(40)]
 
     def _interleave(self, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
-        """Steps of 64 segments, one of each trajectory that is open."""
+        """Yield steps of 64 segments, one for each open trajectory."""
         done = np.zeros(len(self.lengths), np.int64)
         waiting = list(rng.permutation(len(self.lengths)))
         opened = [waiting.pop() for _ in range(min(OPEN, len(waiting)))]
@@ -55,7 +55,7 @@ class Work:
             opened += [waiting.pop() for _ in range(min(OPEN - len(opened), len(waiting)))]
 
     def columns(self, key: int, start: int, end: int) -> Columns:
-        """Views of the source, so that giving tokens away costs nothing."""
+        """Views of the source, so that providing tokens costs nothing."""
         at = key % LONGEST
         ids, logprobs, mask = self.source
         return (
@@ -66,7 +66,7 @@ class Work:
 
 
 class Ours:
-    """The buffer; ``append`` is one call a segment."""
+    """Our buffer."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         counts = [-(-length // SEGMENT) for length in work.lengths]
@@ -76,7 +76,7 @@ class Ours:
         )
         for key in range(len(work.lengths)):
             self.buffer.begin(key, key)
-        self.out = Batch(*_room(work))
+        self.out = Batch(*_arrays(work))
 
     def append(self, key: int, columns: Columns, version: int) -> None:
         ids, logprobs, mask = columns
@@ -90,7 +90,7 @@ class Ours:
 
 
 class Memmap:
-    """numpy: one memory-mapped array a column, a row for each trajectory; touched before use."""
+    """One memory-mapped numpy array for each column, touched before use."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         self.starts = np.cumsum([0, *work.lengths])
@@ -120,7 +120,7 @@ class Memmap:
 
 
 class Lists:
-    """Plain Python lists of numpy arrays, in the process: as fast as it gets, and lost with it."""
+    """Python lists of numpy arrays: as fast as possible, but lost with the process."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         self.parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in work.lengths]
@@ -138,7 +138,7 @@ class Lists:
 
 
 class Lmdb:
-    """LMDB, one entry a segment, without sync; 64 segments a transaction, as it likes it."""
+    """LMDB without sync: one entry for each segment, and 64 segments in a transaction."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         import lmdb
@@ -189,7 +189,7 @@ class Lmdb:
 
 
 class TorchRl:
-    """TorchRL's ReplayBuffer over LazyMemmapStorage: an entry a segment, padded to 256 tokens."""
+    """TorchRL's ReplayBuffer over LazyMemmapStorage: one entry, padded to 256 tokens, a segment."""
 
     def __init__(self, work: Work, folder: Path) -> None:
         import torch
@@ -204,8 +204,8 @@ class TorchRl:
     def append(self, key: int, columns: Columns, version: int) -> None:
         n = len(columns[0])
         padded = [np.zeros(SEGMENT, column.dtype) for column in columns]
-        for room, column in zip(padded, columns, strict=True):
-            room[:n] = column
+        for target, column in zip(padded, columns, strict=True):
+            target[:n] = column
         fields: dict = dict(zip(NAMES, map(self.torch.from_numpy, padded), strict=False))
         entry = self.dict(
             {**fields, "n": self.torch.tensor(n), "version": self.torch.tensor(version)}
@@ -227,8 +227,8 @@ class TorchRl:
         pass
 
 
-def _room(work: Work) -> tuple[np.ndarray, ...]:
-    """Arrays that any pack fits into, touched; a trainer packs into the same ones every time."""
+def _arrays(work: Work) -> tuple[np.ndarray, ...]:
+    """Arrays that hold any pack, touched; a trainer also packs into the same arrays every time."""
     most = int(np.sort(work.lengths)[-PACKED:].sum())
     types = (np.int32, np.float32, np.uint8, np.int32)
     return (*(np.ones(most, dtype) for dtype in types), np.ones(PACKED + 1, np.int32))

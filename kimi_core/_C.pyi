@@ -1,5 +1,5 @@
 """
-The compiled core of kimi_core. It links neither libtorch nor CUDA's runtime.
+The compiled core of kimi_core. It does not link libtorch.
 """
 from __future__ import annotations
 import collections.abc
@@ -8,49 +8,25 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'SegmentView', 'WeightArena', 'WeightLease', 'balance', 'crc32c', 'instruction_sets', 'push_all', 'spawn', 'tile_gradient', 'tile_statistics']
-class SegmentView:
-    """
-    The tokens of one segment where they lie in the file, read-only.
-    
-    The arrays stay readable, but after an eviction other tokens may come to stand there: what was
-    computed from them holds if `is_current()` is true afterwards.
-    """
-    def is_current(self) -> bool:
-        """
-        Whether it has not been evicted.
-        """
-    @property
-    def parts(self) -> list:
-        """
-        (token_ids, logprobs, mask) for each page that it touches.
-        """
-    @property
-    def policy_version(self) -> int:
-        ...
-    @property
-    def start(self) -> int:
-        """
-        Position of its first token.
-        """
+__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'WeightArena', 'WeightLease', 'balance', 'crc32c', 'gather_pages', 'has_device_code', 'instruction_sets', 'push_all', 'spawn', 'tile_gradient', 'tile_statistics']
 class RolloutBuffer:
     """
-    What kimi_core.buffer.RolloutBuffer is made from; use that one.
+    The C++ base of kimi_core.buffer.RolloutBuffer; use that class.
     """
     @staticmethod
-    def _create(path: str, capacity_tokens: typing.SupportsInt | typing.SupportsIndex, max_trajectories: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex, max_prompts: typing.SupportsInt | typing.SupportsIndex, sync_interval_ms: typing.SupportsInt | typing.SupportsIndex) -> None:
+    def _create(path: str, capacity_tokens: typing.SupportsInt | typing.SupportsIndex, max_trajectories: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     @staticmethod
     def file_bytes(capacity_tokens: typing.SupportsInt | typing.SupportsIndex, max_trajectories: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex = 256) -> int:
         """
-        Bytes of the file of such a buffer, on disk and mapped.
+        Size in bytes of the file of a buffer of these sizes, on disk and in memory.
         """
     @staticmethod
     def tokens_taken(tokens: typing.SupportsInt | typing.SupportsIndex, segments: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex = 256) -> int:
         """
-        What a trajectory of so many tokens in so many segments takes of `capacity_tokens`.
+        The part of `capacity_tokens` that one trajectory takes, in tokens.
         
-        It takes whole pages, and further ones to list its pages and segments where they are many.
+        A trajectory takes whole pages. A long one takes further pages, which list its pages and segments.
         """
     def __init__(self, path: str, readonly: bool) -> None:
         ...
@@ -58,105 +34,84 @@ class RolloutBuffer:
         ...
     def _pack(self, trajectory_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], out: tuple[numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.float32], numpy.typing.NDArray[numpy.uint8], numpy.typing.NDArray[numpy.int32], numpy.typing.NDArray[numpy.int32]] | None = None) -> tuple:
         """
-        The columns, cu_seqlens, and how many tokens were packed.
+        The four columns, cu_seqlens, and the number of tokens packed.
         """
     def _read(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex) -> tuple:
         """
-        Prompt, group, token_ids, logprobs, mask, policy_versions and end reason.
+        Prompt id, group id, token_ids, logprobs, mask, policy_versions and end reason.
         """
     def _scan(self) -> list:
         """
-        Trajectory, prompt, group, length, end reason; oldest first.
+        Trajectory, prompt and group id, length and end reason of each trajectory, oldest first.
+        """
+    def _stage(self, trajectory_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], allocate: collections.abc.Callable) -> tuple:
+        """
+        Copy whole pages into the uint8 array that `allocate(bytes)` returns.
+        
+        Returns the array; int32 `[n]` the first page of each trajectory; int32 `[n + 1]` cu_seqlens; and
+        the policy version and the length of each segment, in packed order.
         """
     def _stats(self) -> dict:
         ...
     def append_many(self, trajectory_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int64], token_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], logprobs: typing.Annotated[numpy.typing.ArrayLike, numpy.float32], mask: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8], cu_seqlens: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], policy_versions: typing.Annotated[numpy.typing.ArrayLike, numpy.int32], *, end_reasons: collections.abc.Sequence[str | None] | None = None, leases: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex | None] | None = None) -> numpy.typing.NDArray[numpy.int64]:
         """
-        Add segments in one call, each as `append` does, in order; several times as fast.
+        Append n segments in order with one call, several times as fast as n calls of `append`.
         
-        An error leaves everything as it was. A crash may leave the first few of them.
+        An error leaves the buffer unchanged. A crash may keep only the first few segments.
         
         Args:
-            trajectory_ids: int64 `[n]`; one may stand more than once.
-            token_ids, logprobs, mask: of all segments end to end, `[t]`.
+            trajectory_ids: int64 `[n]`; an id may occur more than once.
+            token_ids, logprobs, mask: int32, float32 and uint8 `[t]`, all segments end to end.
             cu_seqlens: int32 `[n + 1]`; segment `i` is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`.
             policy_versions: int32 `[n]`.
-            end_reasons, leases: one a segment.
+            end_reasons, leases: one entry for each segment, or None.
         
         Returns:
-            int64 `[n]`: the length of each trajectory behind its segment.
+            int64 `[n]`: the length of the trajectory after each segment, in tokens.
         
-        Raises: as `append`.
+        Raises:
+            KeyError, ValueError, TypeError: as `append`.
         """
     def begin(self, prompt_id: typing.SupportsInt | typing.SupportsIndex, group_id: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
-        Open an empty trajectory and return its id. Ids count up from 0 and are never used twice.
+        Open an empty trajectory and return its id. Ids count up from 0 and are never reused.
         
         Raises:
-            ValueError: every slot is taken.
+            ValueError: every slot is in use.
         """
     def close(self) -> None:
         """
-        Unmap the file; once the views of it are gone, too. A closed buffer can be closed again.
+        Unmap the file, and let another process write it. Safe to call twice.
         """
-    def draw(self, count: typing.SupportsInt | typing.SupportsIndex, *, seed: typing.SupportsInt | typing.SupportsIndex, floor: typing.SupportsFloat | typing.SupportsIndex = 0.05, prior_weight: typing.SupportsFloat | typing.SupportsIndex = 2.0) -> list[int]:
+    def evict(self, trajectory_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         """
-        Draw `count` different prompts of 0 .. max_prompts - 1, hard ones sooner.
-        
-        The chance of a prompt is in proportion to `max(1 - rate, floor)`. Its rate is that of the responses
-        counted, mixed with `prior_weight` responses' worth of the rate of all prompts. The same seed and
-        counts give the same draw everywhere.
+        Remove trajectories and free their pages. An id may occur more than once.
         
         Raises:
-            ValueError: `floor` is not in (0, 1], or `prior_weight` not above 0.
-        """
-    def evict(self, trajectory_ids: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], *, stale_before: typing.SupportsInt | typing.SupportsIndex | None = None, free_tokens: typing.SupportsInt | typing.SupportsIndex | None = None) -> list[int]:
-        """
-        Forget trajectories and free their pages; returns the ids, in this order:
-        
-        1. those of `trajectory_ids`: what has been consumed;
-        2. with `stale_before`, those whose newest policy version is older than that;
-        3. with `free_tokens`, the oldest, until pages for so many tokens are free.
-        
-        Raises:
-            KeyError: one of `trajectory_ids` does not exist; nothing is evicted then.
+            KeyError: one of them does not exist; then none is removed.
         """
     def finish(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex, reason: str) -> None:
         """
-        End a trajectory by "stop", "length" or "repeat"; it takes no more segments.
+        End a trajectory with reason "stop", "length" or "repeat". It takes no further segments.
         
         Raises:
             KeyError: there is no such trajectory.
-            ValueError: the reason is unknown, or it has ended before.
+            ValueError: the reason is unknown, or the trajectory has already ended.
         """
     def flush(self) -> None:
         """
         Return when everything appended so far is on disk.
         
         Raises:
-            OSError: the disk failed, now or in the background since the last call.
-        """
-    def prompt_counts(self, prompt_id: typing.SupportsInt | typing.SupportsIndex) -> tuple[int, float]:
-        """
-        Responses counted for a prompt, and the sum of their correctness.
-        
-        Raises:
-            IndexError: `prompt_id` is not below `max_prompts`.
-        """
-    def record_result(self, prompt_id: typing.SupportsInt | typing.SupportsIndex, correctness: typing.SupportsFloat | typing.SupportsIndex) -> None:
-        """
-        Count one response to a prompt; correctness is clipped to [0, 1].
-        
-        Raises:
-            ValueError: `prompt_id` is not below `max_prompts`.
+            OSError: the disk failed.
         """
     def resume(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex) -> int:
         """
-        A new lease on an unfinished trajectory; appends that name an older one are refused.
+        Take a new lease on an unfinished trajectory. Appends that name an older lease are refused.
         
         Raises:
             KeyError: there is no such trajectory.
-            ValueError: it has ended.
+            ValueError: the trajectory has ended.
         """
     def segments(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex) -> list:
         """
@@ -167,46 +122,50 @@ class RolloutBuffer:
         """
     def snapshot(self, path: os.PathLike | str | bytes) -> None:
         """
-        Write a copy to `path`, whole or not at all, and on disk on return. Free pages take no room.
+        Write a copy to `path`, which is on disk on return. Free pages take no disk space.
+        
+        The file at `path` is replaced as a whole or not at all.
         
         Raises:
-            OSError: there is no room, or any other fault of the disk.
-        """
-    def view(self, trajectory_id: typing.SupportsInt | typing.SupportsIndex, segment: typing.SupportsInt | typing.SupportsIndex) -> SegmentView:
-        """
-        One segment in place, nothing copied.
-        
-        Raises:
-            KeyError: there is no such trajectory.
-            IndexError: it has no such segment.
+            OSError: the disk is full or failed.
         """
     @property
     def mark(self) -> int:
         """
-        A number of the owner's in the file, 0 to begin with and below 2^56.
+        A number below 2^56 that the file's owner may set; 0 in a new file.
         """
     @mark.setter
     def mark(self, arg1: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     @property
+    def page_tokens(self) -> int:
+        """
+        Tokens in a page.
+        """
+    @property
     def path(self) -> str:
-        ...
+        """
+        Path of the file, as given.
+        """
     @property
     def readonly(self) -> bool:
-        ...
+        """
+        Whether it was opened to read only.
+        """
     @property
     def recovery(self) -> dict:
         """
-        What opening for writing found: `trajectories` and `tokens` that are sound, `cuts` as
-        (trajectory, tokens kept, tokens lost), `slots_lost` and `prompts_lost`.
+        What opening for writing found, as a dict: the numbers of intact `trajectories` and `tokens`;
+        `cuts`, a list of (trajectory, tokens kept, tokens lost); and `slots_lost`, the number of slots with
+        damaged ids.
         """
 class RepeatDetector:
     """
-    Notices when a sequence goes round in a loop.
+    Detects that a token sequence repeats itself.
     
-    After every token it knows whether the last `window` tokens have now occurred `count` times in the
-    sequence; occurrences may overlap, and the one just completed is included. A push costs the same
-    however long the sequence is. Not for two threads at once.
+    After every token it knows whether the last `window` tokens have occurred `count` times in the
+    sequence. Occurrences may overlap, and the last one counts. The cost of a push does not grow with the
+    sequence. One thread at a time may use a detector.
     
     Raises:
         ValueError: window < 1 or count < 2.
@@ -215,9 +174,9 @@ class RepeatDetector:
         ...
     def extend(self, token_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> int:
         """
-        Append int32 `[n]` tokens, all of them.
+        Append all tokens of an int32 `[n]` array.
         
-        Returns the index of the first at which `push` would have been True, or -1.
+        Returns the index of the first token at which `push` would have returned True, or -1.
         
         Raises:
             TypeError: `token_ids` does not convert to int32 without loss.
@@ -225,25 +184,15 @@ class RepeatDetector:
         """
     def push(self, token: typing.SupportsInt | typing.SupportsIndex) -> bool:
         """
-        Append one token; True if the last `window` tokens now stand at least `count` times.
-        """
-    def reset(self) -> None:
-        """
-        Forget every token; `window` and `count` stay.
+        Append one token. Returns whether the last `window` tokens have occurred `count` times or more.
         """
     def size(self) -> int:
         """
-        Tokens pushed since the start or the last reset.
+        The number of tokens so far.
         """
-    @property
-    def count(self) -> int:
-        ...
-    @property
-    def window(self) -> int:
-        ...
 class WeightLease:
     """
-    What kimi_core.weights.arena.Lease is made from; use that one.
+    The C++ part of a lease; use kimi_core.weights.slots.Lease.
     """
     def release(self) -> None:
         ...
@@ -258,7 +207,7 @@ class WeightLease:
         ...
 class WeightArena:
     """
-    What kimi_core.weights.arena.WeightArena is made from; use that one.
+    The C++ part of kimi_core.weights.arena.WeightArena; use that class.
     """
     @staticmethod
     def _create(path: str, slots: typing.SupportsInt | typing.SupportsIndex, payload_bytes: typing.SupportsInt | typing.SupportsIndex, layout_hash: bytes, regions: collections.abc.Sequence[tuple[typing.SupportsInt | typing.SupportsIndex, typing.SupportsInt | typing.SupportsIndex]], description: str) -> None:
@@ -271,7 +220,7 @@ class WeightArena:
         ...
     def _begin(self, version: typing.SupportsInt | typing.SupportsIndex) -> int | None:
         """
-        A slot to write `version` into; None where none is idle now.
+        Take an idle slot to write `version` into. Returns None if no slot is idle now.
         """
     def _commit(self, slot: typing.SupportsInt | typing.SupportsIndex, version: typing.SupportsInt | typing.SupportsIndex, crcs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]) -> None:
         ...
@@ -283,17 +232,17 @@ class WeightArena:
         ...
     def _payload(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
         """
-        Read-only memory, whatever the array says of itself.
+        The bytes of a slot. A store there is a segmentation fault, although the array is writable.
         """
     def _writable(self, slot: typing.SupportsInt | typing.SupportsIndex) -> numpy.typing.NDArray[numpy.uint8]:
         ...
     def _write(self, slot: typing.SupportsInt | typing.SupportsIndex, sources: collections.abc.Sequence[tuple[numpy.ndarray, str, str, typing.SupportsInt | typing.SupportsIndex]], threads: typing.SupportsInt | typing.SupportsIndex, first: typing.SupportsInt | typing.SupportsIndex = 0, count: typing.SupportsInt | typing.SupportsIndex | None = None) -> list[int]:
         """
-        Cast, sum and copy (array, its dtype, the arena's dtype, offset) into `count` regions from `first` on, all of them by default; their checksums.
+        Cast and copy sources (array, its dtype, the arena's dtype, offset) into `count` regions from `first` on, by default all. Returns the checksums of the regions.
         """
     def close(self) -> None:
         """
-        Let another process publish, and unmap the file, once the views and leases are gone, too. A closed arena can be closed again.
+        Let another process publish, and unmap the file as soon as no view or lease of it exists. Safe to call twice.
         """
     @property
     def _description(self) -> str:
@@ -307,7 +256,7 @@ class WeightArena:
     @property
     def active_version(self) -> int | None:
         """
-        The version that is served; None before the first one.
+        The served version; None before the first one.
         """
     @property
     def path(self) -> str:
@@ -320,84 +269,108 @@ class WeightArena:
         ...
 def balance(sizes: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], most: typing.SupportsInt | typing.SupportsIndex) -> list[list[int]]:
     """
-    Distribute items over few batches of at most `most` each, of about the same size.
+    Split items into few batches of about equal size, each at most `most`.
     
-    Returns the indices of each batch's items, ascending.
+    Returns the indices of the items of each batch, ascending.
     
     Raises:
-        ValueError: one item alone is larger.
+        ValueError: one item alone is larger than `most`.
     """
 def crc32c(data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
     """
-    The CRC32C of what `crc` is the CRC32C of, followed by the bytes of `data`.
+    Extend `crc`, the CRC32C of earlier bytes, by the bytes of `data`. Start with 0.
+    """
+def gather_pages(pages: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex, first_pages: typing.SupportsInt | typing.SupportsIndex, cu_seqlens: typing.SupportsInt | typing.SupportsIndex, sequences: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, token_ids: typing.SupportsInt | typing.SupportsIndex, logprobs: typing.SupportsInt | typing.SupportsIndex, mask: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex | None) -> None:
+    """
+    Gather staged pages into packed columns, on a CUDA stream or on the host.
+    
+    On a stream the call only enqueues the work. All arrays are given by the addresses of their memory,
+    on the current device or on the host.
+    
+    Args:
+        pages: the pages that `RolloutBuffer._stage` copied, of `page_tokens` tokens each.
+        first_pages: int32 `[sequences]`, the page where each sequence begins.
+        cu_seqlens: int32 `[sequences + 1]`.
+        sequences, tokens: the numbers of sequences and of their tokens.
+        token_ids, logprobs, mask: int32, float32 and uint8 `[tokens]`, which are filled.
+        stream: a cudaStream_t, 0 for the default stream; None gathers on the host.
+    
+    Raises:
+        RuntimeError: the launch failed, or this module has no device code.
+    """
+def has_device_code() -> bool:
+    """
+    Whether this module was built with CUDA kernels.
     """
 def instruction_sets() -> list[str]:
     """
-    Instruction sets that the passes below can use here, the fastest last.
+    The instruction sets of this processor that the tile passes can use, the fastest last.
     """
 def push_all(detectors: collections.abc.Sequence[RepeatDetector], token_ids: typing.Annotated[numpy.typing.ArrayLike, numpy.int32]) -> numpy.typing.NDArray[numpy.bool]:
     """
-    Push `token_ids[i]` into `detectors[i]` for a whole decoding step, in one call.
+    Push `token_ids[i]` into `detectors[i]`, for a whole decoding step in one call.
     
     Args:
         detectors: n detectors.
         token_ids: int32 `[n]`.
     
     Returns:
-        bool `[n]`: what each `push` returned.
+        bool `[n]`: the result of each `push`.
     
     Raises:
-        TypeError: `token_ids` does not convert to int32 without loss, or an item of `detectors` is no
-            RepeatDetector.
+        TypeError: `token_ids` does not convert to int32 without loss, or an item of `detectors` is not
+            a RepeatDetector.
         ValueError: the two differ in length, or `token_ids` is not one-dimensional.
     
-    An error leaves every detector as it was.
+    An error leaves every detector unchanged.
     """
 def spawn(argv: collections.abc.Sequence[str], *, standard: typing.Annotated[collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], "FixedSize(3)"], inherited: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], cgroup_procs: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], user: typing.SupportsInt | typing.SupportsIndex | None) -> int:
     """
-    Start a program with no environment and return its pid, without copying this process.
+    Start a program without an environment and return its pid. This process is not copied.
     
     The kernel kills it when the calling thread ends.
     
     Args:
-        argv: the program's path, and its arguments.
-        standard: descriptors that become its stdin, stdout and stderr; none is 0, 1 or 2.
-        inherited: other descriptors that it keeps, by the same numbers.
-        cgroup_procs: descriptors of `cgroup.procs`, open for writing: the cgroups that it is in.
-        user: its user, group and only group; None: those of this process.
+        argv: the path of the program, and its arguments.
+        standard: descriptors that become its stdin, stdout and stderr, none of them 0, 1 or 2.
+        inherited: other descriptors that it keeps under the same numbers.
+        cgroup_procs: descriptors of `cgroup.procs`, open for writing, of the cgroups that it joins.
+        user: its user id, group id and only group; None keeps those of this process.
     
     Raises:
-        OSError: a step failed, which the message names; then there is no child.
+        OSError: a step failed. The message names the step, and there is no child.
     """
 def tile_gradient(logits: numpy.typing.NDArray[numpy.float32], targets: numpy.typing.NDArray[numpy.int64], top: numpy.typing.NDArray[numpy.float32], total: numpy.typing.NDArray[numpy.float64], outer: numpy.typing.NDArray[numpy.float32], bias: numpy.typing.NDArray[numpy.float32] | None = None, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0, temperature: typing.SupportsFloat | typing.SupportsIndex = 1.0, threads: typing.SupportsInt | typing.SupportsIndex = 1, instruction_set: str | None = None) -> None:
     """
-    Overwrite logits by the gradient of sum(outer * logprob(targets)) in them.
+    Overwrite logits with the gradient of sum(outer * logprob(targets)) with respect to them.
     
     Args:
         logits, targets, bias, softcap, temperature, threads, instruction_set: as in `tile_statistics`.
-        top, total: its results; of the whole vocabulary, where the tile is a part of it.
-        outer: float32 `[rows]`.
+        top, total: results of `tile_statistics`, for the whole vocabulary if the tile is a part of it.
+        outer: float32 `[rows]`, the factor of each row's log-prob.
     
     Raises:
         TypeError, ValueError: as `tile_statistics`, and ValueError if `logits` is read-only.
     """
 def tile_statistics(logits: numpy.typing.NDArray[numpy.float32], targets: numpy.typing.NDArray[numpy.int64], bias: numpy.typing.NDArray[numpy.float32] | None = None, softcap: typing.SupportsFloat | typing.SupportsIndex = 0.0, temperature: typing.SupportsFloat | typing.SupportsIndex = 1.0, threads: typing.SupportsInt | typing.SupportsIndex = 1, instruction_set: str | None = None) -> tuple:
     """
-    Softmax statistics of the rows of a tile of logits.
+    Compute softmax statistics of each row of a tile of logits.
     
-    Scores are logits + bias, capped to softcap * tanh(scores / softcap) unless softcap is 0; x is
+    Scores are logits + bias, capped to softcap * tanh(scores / softcap) unless softcap is 0. Below, x is
     (score - top) / temperature.
     
     Args:
         logits: float32 `[rows, vocab]`, C-contiguous.
-        targets: int64 `[rows]` in [0, vocab); -1 where the target is in another part of the vocabulary.
-        bias: float32 `[vocab]`.
-        threads: rows are divided among so many.
-        instruction_set: one of `instruction_sets()`; None: the fastest.
+        targets: int64 `[rows]` in [0, vocab), or -1 if the target is in another part of the vocabulary.
+        bias: float32 `[vocab]`; None adds nothing.
+        softcap: the cap of the scores; 0 is no cap.
+        temperature: divides the scores, above 0.
+        threads: number of threads that share the rows.
+        instruction_set: one of `instruction_sets()`; None takes the fastest.
     
     Returns:
         top float32, the largest score; total float64, the sum of exp(x); picked float32, the target's x,
-        0 without a target; weighted float64, the sum of exp(x) * x. Each `[rows]`.
+        or 0 without a target; weighted float64, the sum of exp(x) * x. Each `[rows]`.
     
     Raises:
         TypeError: an array has another dtype or layout.

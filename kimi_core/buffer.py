@@ -1,14 +1,20 @@
 """The partial-rollout buffer: trajectories that iterations extend until they end (section 2.6.2).
 
-Life of a trajectory: ``begin`` (a prompt and a group are named), ``append`` (the prompt's tokens
-with mask 0, then segments as they are sampled), ``finish`` (why it ended), ``read`` or ``pack`` for
-training, ``evict``. One that is not finished waits for the next iteration; ``unfinished`` lists it.
+The life of a trajectory:
 
-The buffer is a file, mapped into memory: what ``append`` returned from is there when the process
-is killed, and any number of other processes may read it meanwhile. ``docs/buffer_format.md`` has
-the format and why it survives. The work is done in C++ (``csrc/buffer``); this is its Python face.
+1. ``begin`` opens it for a prompt and a group.
+2. ``append`` adds the prompt's tokens with mask 0, then segments as the policy samples them.
+3. ``finish``, or the last ``append``, says why it ended. ``unfinished`` lists those that have not
+   ended and that the next iteration extends.
+4. ``read`` and ``pack`` give its tokens to the reward and to the trainer.
+5. ``evict`` removes it.
 
-    python -m kimi_core.buffer runs/think/buffer.bin      # what a buffer file holds
+The buffer is a file, mapped into memory. An appended segment survives the death of the process once
+``append`` has returned, and any number of other processes may read the file meanwhile.
+``docs/buffer_format.md`` describes the format and why it survives. The implementation is in C++
+(``csrc/buffer``).
+
+    python -m kimi_core.buffer runs/think/buffer.bin      # print what a buffer file holds
 """
 
 import os
@@ -16,19 +22,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
 from kimi_core import _C
 from kimi_core.types import PROMPT_VERSION, Batch, EndReason, Trajectory
 
-Durability = Literal["process", "machine"]
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class BufferStats:
-    """What a buffer holds; ``tokens_by_version`` counts sampled tokens by policy version."""
+    """Counts of a buffer. ``tokens_by_version`` counts sampled tokens by policy version."""
 
     trajectories: int
     unfinished: int
@@ -42,7 +49,7 @@ class BufferStats:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens in all its pages; a trajectory takes whole pages (``tokens_taken``)."""
+        """Tokens that all pages hold. A trajectory takes whole pages; see ``tokens_taken``."""
         return self.pages * self.page_tokens
 
 
@@ -54,17 +61,27 @@ class TrajectoryInfo:
     prompt_id: int
     group_id: int
     length: int
-    """Tokens, the prompt's included."""
+    """Tokens, including those of the prompt."""
     end_reason: EndReason | None
 
 
-class RolloutBuffer(_C.RolloutBuffer):
-    """Trajectories by id, in a file. One writer process with one thread at a time; any readers.
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A ``Batch`` whose arrays are torch tensors on one device, with the same shapes and dtypes."""
 
-    ``begin``, ``append_many``, ``finish``, ``resume``, ``evict``, ``view``, ``flush``, ``snapshot``
-    and the prompts' counts are those of ``kimi_core._C.RolloutBuffer``, documented there. Arrays go
-    in as numpy arrays or torch tensors on the CPU, and come out as numpy arrays, whose memory
-    ``torch.from_numpy`` shares.
+    token_ids: "torch.Tensor"
+    logprobs: "torch.Tensor"
+    mask: "torch.Tensor"
+    policy_versions: "torch.Tensor"
+    cu_seqlens: "torch.Tensor"
+
+
+class RolloutBuffer(_C.RolloutBuffer):
+    """Trajectories by id, in a file. One thread of one process writes; any number may read.
+
+    ``begin``, ``append_many``, ``finish``, ``resume``, ``evict``, ``flush`` and ``snapshot`` are
+    inherited from ``kimi_core._C.RolloutBuffer`` and documented there. Columns are numpy arrays, or
+    torch tensors on the CPU. Results are numpy arrays unless ``pack`` is given a device.
     """
 
     @classmethod
@@ -75,55 +92,36 @@ class RolloutBuffer(_C.RolloutBuffer):
         capacity_tokens: int,
         max_trajectories: int,
         page_tokens: int = 256,
-        durability: Durability = "process",
-        sync_interval_ms: int = 1000,
-        max_prompts: int = 0,
     ) -> Self:
-        """Make an empty buffer and open it for writing. All its disk space is taken at once.
+        """Create an empty buffer and open it for writing. All its disk space is allocated now.
 
         Args:
-            path: where no file is yet.
-            capacity_tokens: room for tokens, prompts included, at least 1; ``tokens_taken`` tells
-                what a trajectory takes of it.
-            max_trajectories: trajectories it can hold, at least 1.
-            page_tokens: tokens a page, a multiple of 8.
-            durability: what an append survives: the death of the process, or also that of the
-                machine, if it came at least ``sync_interval_ms`` before that, or before a
-                ``flush``.
-            sync_interval_ms: at the machine level, how often the file is forced to disk.
-            max_prompts: prompts that ``record_result`` and ``draw`` know, numbered from 0.
+            path: a new file.
+            capacity_tokens: tokens that fit, including prompts, at least 1. ``tokens_taken`` gives
+                the part that one trajectory takes.
+            max_trajectories: trajectories that fit, at least 1.
+            page_tokens: tokens in a page, a multiple of 8 from 8 to 65536.
 
         Raises:
             ValueError: a size is out of range.
-            FileExistsError: there is a file already.
-            OSError: there is no room on the disk.
+            FileExistsError: the file exists.
+            OSError: the disk is full.
         """
-        if durability not in ("process", "machine"):
-            raise ValueError(f"durability = {durability!r}: allowed are 'process' and 'machine'")
-        if durability == "machine" and sync_interval_ms < 1:
-            raise ValueError(f"sync_interval_ms = {sync_interval_ms}: it must be at least 1")
-        cls._create(
-            str(path),
-            capacity_tokens=capacity_tokens,
-            max_trajectories=max_trajectories,
-            page_tokens=page_tokens,
-            max_prompts=max_prompts,
-            sync_interval_ms=sync_interval_ms if durability == "machine" else 0,
-        )
+        cls._create(str(path), capacity_tokens, max_trajectories, page_tokens)
         return cls.open(path)
 
     @classmethod
     def open(cls, path: str | Path, *, readonly: bool = False) -> Self:
-        """Open a buffer, for reading beside its writer or as the writer.
+        """Open a buffer, as its writer or to read it while another process writes.
 
-        The writer checks every checksum: a trajectory that fails is cut to its longest sound
-        prefix and goes on from there. ``recovery`` says what was cut; it is empty unless the
+        The writer compares every checksum and cuts a damaged trajectory to its longest intact
+        prefix, from which it continues. ``recovery`` lists the cuts. There are none unless the
         machine went down or the file was damaged.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no buffer, damaged in its header, cut off, or of a newer format; or
-                another process has it open for writing.
+            ValueError: the file is not a buffer, is cut off, has a damaged header or a newer
+                format, or is open for writing in another process.
         """
         return cls(str(path), readonly=readonly)
 
@@ -138,24 +136,26 @@ class RolloutBuffer(_C.RolloutBuffer):
         end_reason: EndReason | None = None,
         lease: int | None = None,
     ) -> int:
-        """Add a segment and return the trajectory's new length.
+        """Append one segment and return the trajectory's new length, in tokens.
 
-        On return the segment survives the death of this process. A process that dies before leaves
-        nothing of it.
+        After this has returned, the segment survives the death of the process. A process that dies
+        before may leave the segment as a whole or not at all.
 
         Args:
             trajectory_id: an unfinished trajectory.
             token_ids: int32 ``[n]``.
             logprobs: float32 ``[n]``, nats, as sampled; 0 where the mask is 0.
             mask: uint8 ``[n]``, 1 for tokens that the policy sampled.
-            policy_version: of the weights that sampled them, ``PROMPT_VERSION`` for a prompt.
-            end_reason: ends the trajectory in the same instant; as ``finish``.
-            lease: what ``resume`` returned; a newer lease makes it void. None is not checked.
+            policy_version: version of the weights that sampled them; ``PROMPT_VERSION`` for a
+                prompt.
+            end_reason: why the trajectory ends with this segment; None leaves it open.
+            lease: the result of ``resume``. An older lease than the newest is refused; None is not
+                checked.
 
         Raises:
             KeyError: there is no such trajectory.
-            ValueError: it has ended, the lengths differ, a log-prob is not finite, the lease is
-                void, or the buffer is full; nothing is appended then.
+            ValueError: it has ended, the lengths differ, a log-prob is not finite, the lease is not
+                the newest, or the buffer is full. Nothing is appended then.
             TypeError: a column does not convert without loss.
         """
         return self._append(
@@ -163,31 +163,54 @@ class RolloutBuffer(_C.RolloutBuffer):
         )
 
     def read(self, trajectory_id: int) -> Trajectory:
-        """A copy of one trajectory.
+        """Return a copy of one trajectory, after comparing its checksums.
 
         Raises:
             KeyError: there is no such trajectory.
-            ValueError: the file is damaged there.
+            ValueError: the trajectory is damaged.
         """
         prompt_id, group_id, token_ids, logprobs, mask, versions, reason = self._read(trajectory_id)
         return Trajectory(
             trajectory_id, prompt_id, group_id, token_ids, logprobs, mask, versions, reason
         )
 
-    def pack(self, trajectory_ids: Sequence[int], *, out: Batch | None = None) -> Batch:
-        """Trajectories end to end, in the order given.
+    @overload
+    def pack(self, trajectory_ids: Sequence[int], *, out: Batch | None = None) -> Batch: ...
+
+    @overload
+    def pack(
+        self, trajectory_ids: Sequence[int], *, device: "torch.device | str"
+    ) -> DeviceBatch: ...
+
+    def pack(
+        self,
+        trajectory_ids: Sequence[int],
+        *,
+        out: Batch | None = None,
+        device: "torch.device | str | None" = None,
+    ) -> Batch | DeviceBatch:
+        """Copy trajectories end to end, in the order given, after comparing their checksums.
+
+        With a CUDA device, whole pages go to the device in one transfer and a kernel gathers them
+        there. If the package was built without CUDA, the columns are packed on the host and copied.
 
         Args:
-            trajectory_ids: any number, also none; one may stand more than once.
-            out: arrays, or torch tensors on the CPU, to pack into, at least as long as needed;
-                what comes back are their beginnings. New arrays are made otherwise.
+            trajectory_ids: any number of ids; an id may occur more than once.
+            out: arrays, or torch tensors on the CPU, to pack into, at least as long as needed. The
+                result is their beginnings. None allocates new arrays.
+            device: where the result is needed as torch tensors; None returns numpy arrays.
 
         Raises:
             KeyError: there is no such trajectory.
-            ValueError: ``out`` is too short, or the file is damaged.
+            ValueError: ``out`` is too short, a trajectory is damaged, or both ``out`` and
+                ``device`` are given.
             TypeError: an array of ``out`` has another dtype or is not contiguous.
         """
         ids = np.asarray(trajectory_ids, np.int64)
+        if device is not None:
+            if out is not None:
+                raise ValueError(f"out was given with device={device!r}: give only one of them")
+            return self._pack_on(device, ids)
         names = ("token_ids", "logprobs", "mask", "policy_versions", "cu_seqlens")
         given: Any = None
         if out is not None:
@@ -196,16 +219,63 @@ class RolloutBuffer(_C.RolloutBuffer):
         ends = cu_seqlens[: len(ids) + 1]
         return Batch(token_ids[:n], logprobs[:n], mask[:n], versions[:n], ends)
 
+    def _pack_on(self, name: "torch.device | str", ids: np.ndarray) -> DeviceBatch:
+        import torch  # Here, because it takes seconds and most readers of a file do not need it.
+
+        device = torch.device(name)
+        if device.type == "cuda" and _C.has_device_code():
+            with torch.cuda.device(device):
+                return self._gather_on(device, ids)
+        *columns, _ = self._pack(ids)
+        return DeviceBatch(*(torch.from_numpy(column).to(device) for column in columns))
+
+    def _gather_on(self, device: "torch.device", ids: np.ndarray) -> DeviceBatch:
+        """Send whole pages to the device and gather them there; on the CPU, gather on the host."""
+        import torch
+
+        is_cuda = device.type == "cuda"
+        stream = torch.cuda.current_stream(device).cuda_stream if is_cuda else None
+        staged: list[torch.Tensor] = []
+
+        def allocate(size: int) -> np.ndarray:  # Pinned, so that the copy runs at full speed.
+            staged.append(torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda))
+            return staged[0].numpy()
+
+        _, *arrays = self._stage(ids, allocate)
+        first_pages, cu_seqlens, versions, lengths = (
+            torch.from_numpy(array).to(device) for array in arrays
+        )
+        pages = staged[0].to(device, non_blocking=True)
+        tokens = int(arrays[1][-1])
+        token_ids, logprobs, mask = (
+            torch.empty(tokens, dtype=dtype, device=device)
+            for dtype in (torch.int32, torch.float32, torch.uint8)
+        )
+        _C.gather_pages(
+            pages=pages.data_ptr(),
+            page_tokens=self.page_tokens,
+            first_pages=first_pages.data_ptr(),
+            cu_seqlens=cu_seqlens.data_ptr(),
+            sequences=len(ids),
+            tokens=tokens,
+            token_ids=token_ids.data_ptr(),
+            logprobs=logprobs.data_ptr(),
+            mask=mask.data_ptr(),
+            stream=stream,
+        )
+        policy_versions = torch.repeat_interleave(versions, lengths, output_size=tokens)
+        return DeviceBatch(token_ids, logprobs, mask, policy_versions, cu_seqlens)
+
     def pack_micro_batches(
         self, trajectory_ids: Sequence[int], *, max_tokens: int
     ) -> list[tuple[list[int], Batch]]:
-        """As few batches of at most ``max_tokens`` as can be found, of about the same size.
+        """Pack trajectories into few batches of about equal size, at most ``max_tokens`` each.
 
-        Returns each batch's trajectory ids, in the order given, with the batch.
+        Returns the trajectory ids of each batch, in the order given, with the batch.
 
         Raises:
             KeyError: there is no such trajectory.
-            ValueError: one trajectory alone is longer.
+            ValueError: one trajectory alone is longer than ``max_tokens``.
         """
         length_of = {info.trajectory_id: info.length for info in self.trajectories()}
         if missing := [key for key in trajectory_ids if key not in length_of]:
@@ -215,7 +285,7 @@ class RolloutBuffer(_C.RolloutBuffer):
         return [(ids, self.pack(ids)) for ids in batches]
 
     def trajectories(self) -> list[TrajectoryInfo]:
-        """Every trajectory without its tokens, oldest first."""
+        """All trajectories without their tokens, oldest first. Reads no token."""
         return [TrajectoryInfo(*row) for row in self._scan()]
 
     def unfinished(self) -> list[int]:
@@ -227,7 +297,7 @@ class RolloutBuffer(_C.RolloutBuffer):
         return [info.trajectory_id for info in self.trajectories() if info.end_reason is not None]
 
     def stats(self) -> BufferStats:
-        """Counts; cheap enough to take once an iteration."""
+        """Count what the buffer holds, from the slots and segment records. Reads no token."""
         return BufferStats(**self._stats())
 
     def __enter__(self) -> Self:
@@ -238,7 +308,7 @@ class RolloutBuffer(_C.RolloutBuffer):
 
 
 def describe(buffer: RolloutBuffer) -> Iterator[str]:
-    """Lines about everything that a buffer holds; every token is read and its checksum compared."""
+    """Describe everything that a buffer holds, line by line, after comparing every checksum."""
     stats = buffer.stats()
     yield f"{buffer.path}: mark {buffer.mark}"
     yield (
@@ -269,7 +339,10 @@ def describe(buffer: RolloutBuffer) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print what a buffer file holds. 0: all sound; 1: some of it damaged; 2: it cannot be read."""
+    """Print what a buffer file holds.
+
+    Returns the exit status: 0 if all of it is intact, 1 if some is damaged, 2 if it cannot be read.
+    """
     if len(arguments) != 1:
         print("usage: kimi buffer PATH", file=sys.stderr)
         return 2
@@ -279,7 +352,7 @@ def main(arguments: Sequence[str]) -> int:
             for line in describe(buffer):
                 print(line)
                 status = max(status, int("DAMAGED" in line))
-    except BrokenPipeError:  # `| head` has seen enough; nor can the interpreter write the rest.
+    except BrokenPipeError:  # The reader, such as `head`, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,5 +1,7 @@
-"""The rollout buffer in plain Python, slow and obviously right: the twin that the C++ one is tested
-against. It lives in the process and keeps everything in lists."""
+"""A model of the rollout buffer in plain Python, which the C++ buffer is compared with.
+
+It is slow and simple, and keeps everything in lists in the process.
+"""
 
 from dataclasses import dataclass, field
 
@@ -28,7 +30,7 @@ class Slot:
 
 
 class BufferModel:
-    """Errors are told apart by name: ``refusal`` says what an append would be refused for."""
+    """The model. ``refusal`` gives the error message that an append must raise."""
 
     def __init__(self, *, pages: int, page_tokens: int, max_trajectories: int) -> None:
         self.pages, self.page_tokens = pages, page_tokens
@@ -48,7 +50,7 @@ class BufferModel:
         if slot.end_reason:
             return "it ended by"
         if lease is not None and lease != slot.lease:
-            return "is under lease"
+            return "the newest lease is"
         after = self.pages_of(len(slot.rows) + n, len(slot.segments) + (n > 0))
         if after - self.pages_of(len(slot.rows), len(slot.segments)) > self.pages_free():
             return f"Cannot append {n} tokens"
@@ -63,22 +65,9 @@ class BufferModel:
         slot.end_reason = end_reason
         return len(slot.rows)
 
-    def evict(self, trajectory_ids, stale_before=None, free_tokens=None) -> list[int]:
-        gone = []
-
-        def forget(trajectory_id: int) -> None:
-            if self.slots.pop(trajectory_id, None):
-                gone.append(trajectory_id)
-
+    def evict(self, trajectory_ids: list[int]) -> None:
         for trajectory_id in trajectory_ids:
-            forget(trajectory_id)
-        for trajectory_id, slot in list(self.slots.items()):
-            if stale_before is not None and slot.segments and slot.segments[-1][2] < stale_before:
-                forget(trajectory_id)
-        for trajectory_id in list(self.slots):
-            if free_tokens is not None and self.pages_free() * self.page_tokens < free_tokens:
-                forget(trajectory_id)
-        return gone
+            self.slots.pop(trajectory_id, None)  # An id may occur twice.
 
     def read(self, trajectory_id: int) -> Trajectory:
         slot = self.slots[trajectory_id]
@@ -87,8 +76,12 @@ class BufferModel:
         return Trajectory(trajectory_id, slot.prompt_id, slot.group_id, *arrays, slot.end_reason)
 
     def pages_of(self, tokens: int, segments: int) -> int:
-        """A page holds so many tokens, 4-byte page numbers or 16-byte records in 9 bytes a token; a
-        slot lists 32 pages and 12 records itself, and 12 pages of further records."""
+        """Pages that a trajectory takes.
+
+        A page has 9 bytes for each of its ``page_tokens`` tokens, and holds tokens, 4-byte page
+        numbers or 16-byte records. A slot itself lists 32 pages of tokens, 12 records, and 12 pages
+        of further records.
+        """
         page_bytes = 9 * self.page_tokens
         token_pages = -(-tokens // self.page_tokens)
         record_pages = -(-max(0, segments - 12) // (page_bytes // 16))

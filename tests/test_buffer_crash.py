@@ -1,5 +1,7 @@
-"""What the buffer promises when things die: kill -9 at any moment, readers beside an evicting
-writer, and files that were damaged.
+"""What the buffer guarantees when processes die or files are damaged.
+
+The tests kill a writer with signal 9 at random moments, read while a writer evicts, and damage
+files.
 
     KIMI_KILLS=1000 pytest tests/test_buffer_crash.py      # the long mode; 100 kills otherwise
 """
@@ -24,7 +26,7 @@ SIZES = {"capacity_tokens": 60_000, "max_trajectories": 60, "page_tokens": 64}
 
 
 def tokens(key: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions ``start:end`` of a trajectory; every value follows from its place."""
+    """Positions ``start:end`` of a trajectory; each value follows from trajectory and position."""
     at = np.arange(start, end)
     ids = (key * 100_003 + at) & 0x7FFFFFFF
     logprobs = -(at % 97 + (key % 89) / 128)
@@ -38,13 +40,13 @@ def is_whole(found, key: int) -> bool:
 
 
 def in_child(work, *arguments) -> int:
-    """Run ``work`` in a forked process, which starts in no time; returns its pid."""
+    """Run ``work`` in a forked process, which starts quickly, and return its pid."""
     pid = os.fork()
     if pid == 0:
         try:
             work(*arguments)
         finally:
-            os._exit(1)  # Not through pytest; a kill is the only good end.
+            os._exit(1)  # Skips pytest's exit; the child should only end by a kill.
     return pid
 
 
@@ -52,7 +54,7 @@ BEGUN, APPENDED, EVICTING, FLUSHED, SNAPPED = range(5)
 
 
 class Acknowledgements:
-    """A log beside the buffer: what the writer was told is done, one record a call."""
+    """A log outside the buffer of what the writer was told is done, one record for each call."""
 
     RECORD = struct.Struct("qqq")
 
@@ -68,7 +70,7 @@ class Acknowledgements:
         return self.path.stat().st_size > self.bytes_read
 
     def read_more(self) -> list[tuple[int, int, int]]:
-        """What was written since the last call."""
+        """Return what was written since the last call."""
         with self.path.open("rb") as file:
             file.seek(self.bytes_read)
             found = file.read()
@@ -77,7 +79,7 @@ class Acknowledgements:
 
 
 def write_for_ever(path: Path, log: Acknowledgements, seed: int) -> None:
-    """Random work, each step acknowledged outside; evictions are announced."""
+    """Do random work and log each step after it is done; log evictions before."""
     rng = random.Random(seed)
     buffer = RolloutBuffer.open(path)
     assert buffer.recovery["cuts"] == [] and buffer.recovery["slots_lost"] == 0
@@ -170,7 +172,7 @@ def test_kill_9_loses_and_tears_nothing(tmp_path):
 
 
 def churn(path: Path) -> None:
-    """Evicts and appends as fast as it can, so that pages change hands all the time."""
+    """Evict and append as fast as possible, so that pages are reused all the time."""
     rng = random.Random(0)
     buffer = RolloutBuffer.open(path)
     lengths: dict[int, int] = {}
@@ -187,7 +189,7 @@ def churn(path: Path) -> None:
             lengths[key] = end
 
 
-def test_a_reader_beside_an_evicting_writer_sees_nothing_torn(tmp_path):
+def test_a_reader_sees_nothing_torn_while_a_writer_evicts(tmp_path):
     path = tmp_path / "buffer.bin"
     RolloutBuffer.create(path, **SIZES).close()
     pid = in_child(churn, path)
@@ -233,7 +235,7 @@ def spoil(path: Path, at: int, value: bytes) -> None:
 @pytest.mark.parametrize(
     ("at", "value", "complaint"),
     [
-        (0, b"PKZIP", "is no rollout buffer"),
+        (0, b"PKZIP", "is not a rollout buffer"),
         (8, b"\x02", r"format version 2, .*reads up to 1"),
         (20, b"\xff", "damaged header"),
         (40, b"\xff", "damaged header"),
@@ -251,7 +253,7 @@ def test_a_truncated_file_is_refused(filled):
     with pytest.raises(ValueError, match="is cut off: it has"):
         RolloutBuffer.open(filled)
     os.truncate(filled, 0)
-    with pytest.raises(ValueError, match="is no rollout buffer"):
+    with pytest.raises(ValueError, match="is not a rollout buffer"):
         RolloutBuffer.open(filled, readonly=True)
 
 
@@ -261,7 +263,7 @@ def test_a_flipped_bit_is_an_error_for_readers_and_a_stated_cut_for_the_writer(f
     spoil(filled, at, bytes([expected[0] ^ 16]))
     with (
         RolloutBuffer.open(filled, readonly=True) as buffer,
-        pytest.raises(ValueError, match="trajectory 0 fails its checksum from token 100 on"),
+        pytest.raises(ValueError, match="trajectory 0 fails its checksum from token 100;"),
     ):
         buffer.read(0)
     with RolloutBuffer.open(filled) as buffer:
@@ -275,7 +277,7 @@ def test_a_flipped_bit_is_an_error_for_readers_and_a_stated_cut_for_the_writer(f
         assert is_whole(buffer.read(0), 0)
 
 
-def test_the_inspect_command_beside_a_writer(filled, capsys):
+def test_the_inspect_command_while_a_writer_has_the_file(filled, capsys):
     with RolloutBuffer.open(filled) as buffer:
         buffer.append(buffer.begin(1, 1), *tokens(1, 0, 5), policy_version=-1)
         assert main([str(filled)]) == 0

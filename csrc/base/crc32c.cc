@@ -5,19 +5,16 @@
 
 #if defined(__aarch64__)
 #include <arm_acle.h>
-#if defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
-#endif
 #endif
 
 namespace kimi::crc32c {
 namespace {
 
-constexpr uint32_t kPolynomial = 0x82f63b78;  // Bits reversed, as CRC32C is defined.
+constexpr uint32_t kPolynomial = 0x82f63b78;  // With its bits reversed, as CRC32C requires.
 
-// kTable[k][b] is the checksum of byte b followed by k zero bytes, so that 8 look-ups take in 8
-// bytes at once.
+// kTable[k][b] is the checksum of byte b followed by k zero bytes; 8 look-ups add 8 bytes at once.
 constexpr std::array<std::array<uint32_t, 256>, 8> MakeTable() {
   std::array<std::array<uint32_t, 256>, 8> table{};
   for (uint32_t byte = 0; byte < 256; ++byte) {
@@ -36,9 +33,8 @@ constexpr std::array<std::array<uint32_t, 256>, 8> MakeTable() {
 
 constexpr auto kTable = MakeTable();
 
-// ---- Checksums as polynomials over {0, 1}, the lowest power in the highest bit. A checksum of
-// bytes followed by n zero bytes is that of the bytes times x^(8n), modulo the polynomial of
-// CRC32C.
+// ---- Checksums as polynomials over {0, 1}, with the lowest power in the highest bit. Appending n
+// zero bytes multiplies a checksum by x^(8n), modulo the polynomial of CRC32C.
 
 constexpr uint32_t kOne = uint32_t{1} << 31;
 
@@ -59,9 +55,8 @@ constexpr uint32_t PowerOfBytes(uint64_t n) {  // x^(8n)
   return result;
 }
 
-// The instruction has a latency of three cycles and starts every cycle: three stripes side by side
-// keep it busy. kBehind[k][b] is byte k of a checksum, of value b, with a stripe of zeros behind
-// it.
+// The instruction takes three cycles and can start every cycle, so three independent stripes keep
+// it busy. kBehind[k][b] is the checksum whose byte k is b, extended by a stripe of zeros.
 constexpr size_t kStripe = 2048;
 
 constexpr std::array<std::array<uint32_t, 256>, 4> MakeBehind() {
@@ -99,11 +94,7 @@ bool CpuHasInstruction() { return __builtin_cpu_supports("sse4.2"); }
 #define KIMI_CRC_TARGET __attribute__((target("+crc")))
 KIMI_CRC_TARGET uint32_t TakeWord(uint32_t crc, uint64_t word) { return __crc32cd(crc, word); }
 KIMI_CRC_TARGET uint32_t TakeByte(uint32_t crc, unsigned char byte) { return __crc32cb(crc, byte); }
-#if defined(__linux__)
 bool CpuHasInstruction() { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
-#else
-bool CpuHasInstruction() { return true; }  // Every 64-bit Apple CPU.
-#endif
 #endif
 
 #if defined(KIMI_CRC_TARGET)

@@ -30,8 +30,7 @@ void SyncFolderOf(const std::string& path) {
   if (error) ThrowErrno(error, "force to disk", folder);
 }
 
-// Writes a byte of each page of memory as it is: a page that is present and dirty costs a later
-// store nothing.
+// Rewrites a byte of each memory page with its own value, so that no later store waits for a page.
 void TouchEveryPage(std::byte* data, size_t size) {
   for (size_t at = 0; at < size; at += kMemoryPage) {
     __atomic_fetch_or(reinterpret_cast<unsigned char*>(data + at), 0, __ATOMIC_RELAXED);
@@ -49,7 +48,7 @@ MappedFile::MappedFile(const std::string& path, Mode mode) : path_(path) {
   try {
     if (mode == Mode::kWrite) LockForWriting();
     Map(mode);
-  } catch (...) {  // The destructor does not run for an object that was not made.
+  } catch (...) {  // The destructor does not run after a constructor that throws.
     close(fd_);
     throw;
   }
@@ -64,17 +63,17 @@ void MappedFile::LockForWriting() {
   if (flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
   if (errno != EWOULDBLOCK) ThrowErrno(errno, "lock", path_);
   throw std::invalid_argument(path_ +
-                              " is open for writing already: close it there or stop that process, "
+                              " is open for writing already: close it there, stop that process, "
                               "or open it here with readonly=True");
 }
 
 void MappedFile::Map(Mode mode) {
   size_ = SizeNow();
-  if (size_ == 0) return;  // Nothing can be mapped; whoever looks at the size will complain.
+  if (size_ == 0) return;  // An empty file cannot be mapped; the caller checks the size.
   if (mode == Mode::kWrite) {
     const int error = posix_fallocate(fd_, 0, static_cast<off_t>(size_));
     if (error) {
-      ThrowErrno(error, "take " + std::to_string(size_) + " bytes of disk space for", path_);
+      ThrowErrno(error, "allocate " + std::to_string(size_) + " bytes of disk space for", path_);
     }
   }
   const int access = mode == Mode::kRead ? PROT_READ : PROT_READ | PROT_WRITE;
@@ -98,7 +97,7 @@ size_t MappedFile::SizeNow() const {
 }
 
 void MappedFile::Sync() const {
-  // On Linux fdatasync takes in the pages that were dirtied through a mapping.
+  // On Linux fdatasync includes pages that were changed through a mapping.
   if (fdatasync(fd_) != 0) ThrowErrno(errno, "force to disk", path_);
 }
 
@@ -134,7 +133,7 @@ void NewFile::Publish(Existing existing) {
   if (fsync(fd_) != 0) ThrowErrno(errno, "force to disk", partial_);
   if (existing == Existing::kReplace) {
     if (rename(partial_.c_str(), path_.c_str()) != 0) ThrowErrno(errno, "rename to", path_);
-  } else {  // A hard link, unlike a rename, refuses a name that is taken.
+  } else {  // Unlike a rename, a hard link refuses a name that exists.
     if (link(partial_.c_str(), path_.c_str()) != 0) ThrowErrno(errno, "create", path_);
     unlink(partial_.c_str());
   }

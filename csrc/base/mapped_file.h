@@ -1,7 +1,7 @@
-// MappedFile is a whole file in memory, shared with every process that maps it.
+// MappedFile maps a whole file into memory and shares it with every process that maps it.
 //
-// What is stored there is in the kernel's page cache at once: it survives the death of the process,
-// however it dies, with no call at all. To survive the death of the machine it needs Sync.
+// A store is in the kernel's page cache at once. It survives the death of the process by any cause,
+// without a further call. Surviving the death of the machine takes a call of Sync.
 //
 // Synchronisation: none. Sync and the accessors may be called from any thread.
 #ifndef KIMI_BASE_MAPPED_FILE_H_
@@ -16,12 +16,10 @@ class MappedFile {
  public:
   enum class Mode { kRead, kShare, kWrite };
 
-  // Maps an existing file. kShare may store into it beside the writer. For kWrite it takes the
-  // writer's lock, which the kernel releases when the process ends, gives the file all the disk
-  // space it needs, and touches every page, so that no later store meets a full disk (which would
-  // be a SIGBUS) or waits for a page.
-  //
-  // Throws std::system_error for what the operating system refuses, std::invalid_argument where
+  // Maps an existing file. kShare allows stores while another process is the writer. kWrite takes
+  // the writer's lock, which the kernel releases when the process ends. It also allocates the disk
+  // space and touches every page: no later store meets a full disk (a SIGBUS) or waits for a page.
+  // Throws std::system_error if the operating system refuses a step, and std::invalid_argument if
   // another writer has the file.
   MappedFile(const std::string& path, Mode mode);
   ~MappedFile();
@@ -33,15 +31,15 @@ class MappedFile {
   size_t size() const { return size_; }
   const std::string& path() const { return path_; }
 
-  // Makes what lies from `offset` on, a multiple of the memory page, read-only in this mapping: a
-  // store there is a SIGSEGV. Throws std::system_error.
+  // Makes the bytes from `offset` on read-only in this mapping; a store there is a SIGSEGV. Throws
+  // std::system_error. REQUIRES: `offset` is a multiple of the memory page.
   void Protect(size_t offset);
 
-  // Bytes of the file at this moment, where another process may have cut it. Touching what is gone
-  // is a SIGBUS. Throws std::system_error.
+  // The present size of the file in bytes; another process may have truncated it. Touching
+  // truncated bytes is a SIGBUS. Throws std::system_error.
   size_t SizeNow() const;
 
-  // Returns when everything stored before the call is on the disk. Throws std::system_error.
+  // Returns when everything stored before the call is on disk. Throws std::system_error.
   void Sync() const;
 
  private:
@@ -54,7 +52,7 @@ class MappedFile {
   size_t size_ = 0;
 };
 
-// A file that is written under another name and appears at `path` whole or not at all.
+// A file that is written under a temporary name and appears at `path` as a whole or not at all.
 //
 //   NewFile file(path, size);
 //   file.Write(0, data, n);
@@ -63,17 +61,17 @@ class NewFile {
  public:
   enum class Existing { kReplace, kRefuse };
 
-  // Creates `path`.tmp with `size` zero bytes, which take no space yet. Throws std::system_error.
+  // Creates `path`.tmp with `size` zero bytes, which take no disk space. Throws std::system_error.
   NewFile(const std::string& path, size_t size);
-  ~NewFile();  // Removes what was not published.
+  ~NewFile();  // Removes the file if it was not published.
 
   NewFile(const NewFile&) = delete;
   NewFile& operator=(const NewFile&) = delete;
 
   void Write(size_t offset, const void* data, size_t size);
 
-  // Forces the file to disk, gives it its name, and forces the name to disk. kRefuse throws
-  // std::system_error with EEXIST where the name is taken.
+  // Forces the file to disk, renames it to `path`, and forces the folder to disk. kRefuse throws
+  // std::system_error with EEXIST if `path` exists.
   void Publish(Existing existing);
 
  private:
@@ -82,7 +80,7 @@ class NewFile {
   int fd_ = -1;
 };
 
-// "Cannot <what> <path>", with the system's reason behind it.
+// Throws std::system_error with "Cannot <what> <path>" and the reason of the system.
 [[noreturn]] void ThrowErrno(int error, const std::string& what, const std::string& path);
 
 }  // namespace kimi

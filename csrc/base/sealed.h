@@ -1,6 +1,7 @@
-// Sealed words: 56 bits and their xor in 8 more, so that no single flipped bit goes unnoticed.
+// A sealed word is a value of 56 bits with the xor of its bytes in 8 further bits, which detects
+// every single flipped bit.
 //
-// They are stored whole, by one store of 8 bytes. Zero is the sealed zero, as in a new file.
+// One store of 8 bytes writes a whole word. The word 0 is the sealed 0, as in a new file.
 #ifndef KIMI_BASE_SEALED_H_
 #define KIMI_BASE_SEALED_H_
 
@@ -20,7 +21,7 @@ constexpr uint64_t XorOfBytes(uint64_t word) {
 // REQUIRES: value < 2^56.
 constexpr uint64_t Seal(uint64_t value) { return value | XorOfBytes(value) << kSealedBits; }
 
-// The value, or nothing where the word is damaged.
+// The value, or nothing if the word is damaged.
 constexpr std::optional<uint64_t> Unseal(uint64_t word) {
   if (XorOfBytes(word) != 0) return std::nullopt;
   return word & ((uint64_t{1} << kSealedBits) - 1);

@@ -1,10 +1,9 @@
-// Loads and stores in memory that another thread or process may be writing or reading.
+// Loads and stores in memory that another thread or process may access at the same time.
 //
-// A reader of such memory may copy what a writer is overwriting; it finds out afterwards, by a
-// generation number (a seqlock), and throws the copy away. For that the accesses themselves must be
-// atomic, or the compiler may assume that they do not meet: these are relaxed atomics of at most 8
-// bytes, which cost what plain ones cost. The order between them comes from the acquire and release
-// operations of the caller.
+// A reader may copy bytes that a writer is overwriting. A generation number tells it afterwards (a
+// seqlock), and it drops the copy. The accesses must therefore be atomic. These are relaxed atomics
+// of at most 8 bytes, as fast as plain accesses; the caller's acquire and release operations order
+// them.
 #ifndef KIMI_BASE_SHARED_H_
 #define KIMI_BASE_SHARED_H_
 
@@ -36,7 +35,7 @@ void StoreRelease(T& at, T value) {
   __atomic_store_n(&at, value, __ATOMIC_RELEASE);
 }
 
-// Sequentially consistent, for where two sides each store and then look at what the other stored.
+// Sequentially consistent: for two sides that each store and then load what the other side stores.
 template <typename T>
 T LoadOrdered(const T& at) {
   return __atomic_load_n(&at, __ATOMIC_SEQ_CST);
@@ -47,14 +46,14 @@ void StoreOrdered(T& at, T value) {
   __atomic_store_n(&at, value, __ATOMIC_SEQ_CST);
 }
 
-// Stores `value` if `expected` is there; whether it was.
+// Stores `value` if `at` holds `expected`. Returns whether it did.
 template <typename T>
 bool Replace(T& at, T expected, T value) {
   return __atomic_compare_exchange_n(&at, &expected, value, false, __ATOMIC_SEQ_CST,
                                      __ATOMIC_SEQ_CST);
 }
 
-// The same bytes are read as numbers of several sizes: may_alias keeps that legal.
+// The same bytes are accessed as numbers of several sizes, which may_alias makes legal.
 using Word [[gnu::may_alias]] = uint64_t;
 using Half [[gnu::may_alias]] = uint32_t;
 using Byte [[gnu::may_alias]] = uint8_t;

@@ -1,12 +1,5 @@
 #include "base/spawn.h"
 
-#include <cerrno>
-#include <cstring>
-#include <memory>
-#include <system_error>
-
-#ifdef __linux__
-
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
@@ -15,12 +8,17 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
+#include <cstring>
+#include <memory>
+#include <system_error>
+
 namespace kimi {
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 
-// What parent and child share; all of it is in the parent's memory.
+// Shared by parent and child, in the parent's memory.
 struct Shared {
   const SpawnOptions* options;
   char* const* argv;
@@ -30,14 +28,14 @@ struct Shared {
   int error = 0;
 };
 
-// The calls below go to the kernel directly: glibc's own would change the user of the parent's
-// threads, too, with which the child shares its memory.
+// Calls the kernel directly. The functions of glibc would also change the user of the parent's
+// threads, because the child shares their memory.
 bool Become(uid_t user) {
   return syscall(SYS_setgroups, 0, nullptr) == 0 && syscall(SYS_setresgid, user, user, user) == 0 &&
          syscall(SYS_setresuid, user, user, user) == 0;
 }
 
-// Returns only when a step fails, and which.
+// Returns only if a step fails, with the name of that step.
 const char* Prepare(const Shared& shared) {
   const SpawnOptions& options = *shared.options;
   for (int target = 0; target < 3; ++target) {
@@ -50,12 +48,12 @@ const char* Prepare(const Shared& shared) {
     if (write(fd, "0", 1) != 1) return "joining a cgroup";
   }
   if (options.user && !Become(*options.user)) return "changing the user";
-  // After the change of user, which would undo it.
+  // Comes after the change of user, which would undo it.
   if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) != 0) return "prctl";
-  if (syscall(SYS_getppid) != shared.parent) {  // It died before.
+  if (syscall(SYS_getppid) != shared.parent) {  // The parent has died already.
     syscall(SYS_kill, syscall(SYS_getpid), SIGKILL);
   }
-  // A handler of the parent's must not run here, on its memory.
+  // A signal handler of the parent must not run here, because it would change the parent's memory.
   for (int number = 1; number < NSIG; ++number) {
     struct sigaction action;
     if (sigaction(number, nullptr, &action) == 0 && action.sa_handler != SIG_IGN &&
@@ -103,15 +101,3 @@ pid_t Spawn(const SpawnOptions& options) {
 }
 
 }  // namespace kimi
-
-#else
-
-namespace kimi {
-
-pid_t Spawn(const SpawnOptions&) {
-  throw std::system_error(ENOSYS, std::generic_category(), "Spawn is for Linux");
-}
-
-}  // namespace kimi
-
-#endif

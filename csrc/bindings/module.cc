@@ -1,7 +1,7 @@
 #include "bindings/register.h"
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "The compiled core of kimi_core. It links neither libtorch nor CUDA's runtime.";
+  m.doc() = "The compiled core of kimi_core. It does not link libtorch.";
   kimi::register_base(m);
   kimi::register_buffer(m);
   kimi::register_loss(m);

@@ -1,5 +1,4 @@
-// What the two halves of the buffer's bindings share: the object that Python holds, and
-// conversions.
+// The buffer object that Python holds, and conversions, for the files of the buffer's bindings.
 #ifndef KIMI_BINDINGS_PY_BUFFER_H_
 #define KIMI_BINDINGS_PY_BUFFER_H_
 
@@ -7,7 +6,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -22,16 +20,14 @@ namespace kimi {
 
 namespace py = pybind11;
 
-// Without forcecast a float64 log-prob is a TypeError instead of a silent loss of precision.
+// Without forcecast, float64 log-probs raise TypeError instead of losing precision silently.
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 using OptionalReason = std::optional<std::string>;
 
-inline constexpr std::array<const char*, 4> kReasons = {"", "stop", "length", "repeat"};
-
 inline OptionalReason NameOf(EndReason reason) {
   if (reason == EndReason::kOpen) return std::nullopt;
-  return kReasons[static_cast<size_t>(reason)];
+  return kReasonNames[static_cast<size_t>(reason)];
 }
 
 inline std::string ShapeOf(const py::array& array) {
@@ -40,11 +36,14 @@ inline std::string ShapeOf(const py::array& array) {
 
 template <typename T>
 std::span<const T> SpanOf(const Array<T>& array, const char* name) {
-  if (array.ndim() != 1) throw py::value_error(std::string(name) + " has shape " + ShapeOf(array));
+  if (array.ndim() != 1) {
+    throw py::value_error(std::string(name) + " has shape " + ShapeOf(array) +
+                          ": give one dimension");
+  }
   return {array.data(), static_cast<size_t>(array.size())};
 }
 
-// What Python holds: a reader or a writer, until it is closed.
+// A reader or a writer, until it is closed.
 class PyBuffer {
  public:
   PyBuffer(const std::string& path, bool readonly) : path_(path) {
@@ -75,7 +74,7 @@ class PyBuffer {
     reader();
     if (!writer_) {
       throw py::value_error(path_ +
-                            " is open for reading: open it with readonly=False to change it");
+                            " is open for reading only: open it with readonly=False to change it");
     }
     return *writer_;
   }
@@ -86,8 +85,9 @@ class PyBuffer {
   BufferWriter* writer_ = nullptr;
 };
 
-// Adds what changes a buffer, in register_buffer_writing.cc.
+// Add the methods that change a buffer, and those that pack one; each is in a file of that name.
 void register_buffer_writing(py::class_<PyBuffer>& buffer);
+void register_buffer_packing(py::module_& m, py::class_<PyBuffer>& buffer);
 
 }  // namespace kimi
 

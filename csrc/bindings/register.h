@@ -1,4 +1,4 @@
-// One function per folder of the core; each adds that folder's classes to kimi_core._C.
+// One function for each folder of the core; it adds the classes of that folder to kimi_core._C.
 #ifndef KIMI_BINDINGS_REGISTER_H_
 #define KIMI_BINDINGS_REGISTER_H_
 

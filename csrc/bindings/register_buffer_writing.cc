@@ -12,15 +12,15 @@
 namespace kimi {
 namespace {
 
-// An append of more tokens, some 10 microseconds, lets other threads run meanwhile.
+// An append of more tokens takes over 10 microseconds and releases the GIL.
 constexpr size_t kReleaseTokens = 4096;
 
 EndReason ParseReason(const std::string& name) {
-  const auto found = std::find(kReasons.begin() + 1, kReasons.end(), name);
-  if (found == kReasons.end()) {
+  const auto found = std::find(std::begin(kReasonNames) + 1, std::end(kReasonNames), name);
+  if (found == std::end(kReasonNames)) {
     throw py::value_error("Cannot finish by '" + name + "': allowed are stop, length and repeat");
   }
-  return static_cast<EndReason>(found - kReasons.begin());
+  return static_cast<EndReason>(found - std::begin(kReasonNames));
 }
 
 EndReason ParseReason(const OptionalReason& name) {
@@ -34,11 +34,11 @@ void CheckColumns(const py::array& token_ids, const py::array& logprobs, const p
   }
   throw py::value_error("Cannot append columns of different shapes: token_ids " +
                         ShapeOf(token_ids) + ", logprobs " + ShapeOf(logprobs) + ", mask " +
-                        ShapeOf(mask) + "; give one-dimensional ones of one length");
+                        ShapeOf(mask) + "; give one-dimensional arrays of equal length");
 }
 
-// What pybind11 does for an argument of type Array<T>, without the conversion that numpy would make
-// of an array that fits already: that took longer than the append.
+// Converts as pybind11 converts an argument of type Array<T>, but takes an array that already fits
+// as it is: numpy's conversion took longer than the append.
 template <typename T>
 Array<T> ColumnOf(const py::object& given, const char* name) {
   if (py::isinstance<py::array>(given)) {
@@ -57,7 +57,7 @@ Array<T> ColumnOf(const py::object& given, const char* name) {
   return converted;
 }
 
-// Positional arguments only, as the Python face passes them: pybind11 takes long over names.
+// Takes positional arguments only, because pybind11 is slow with named ones.
 uint64_t append(PyBuffer& buffer, int64_t trajectory_id, const py::object& given_ids,
                 const py::object& given_logprobs, const py::object& given_mask,
                 int32_t policy_version, const OptionalReason& end_reason,
@@ -76,7 +76,7 @@ uint64_t append(PyBuffer& buffer, int64_t trajectory_id, const py::object& given
                            .reason = ParseReason(end_reason),
                            .lease = lease};
   uint64_t length = 0;
-  std::optional<py::gil_scoped_release> release;  // Takes longer than a short append itself.
+  std::optional<py::gil_scoped_release> release;  // Takes longer than a short append.
   if (segment.length > kReleaseTokens) release.emplace();
   writer.Append({&segment, 1}, &length);
   return length;
@@ -96,8 +96,8 @@ Array<int64_t> append_many(PyBuffer& buffer, const Array<int64_t>& trajectory_id
   if (ends.size() != n + 1 || versions.size() != n || (end_reasons && end_reasons->size() != n) ||
       (leases && leases->size() != n)) {
     throw py::value_error("Cannot append " + std::to_string(n) +
-                          " segments: give that many policy_versions (and end_reasons and leases, "
-                          "if any), and one more of cu_seqlens");
+                          " segments: give as many policy_versions (and end_reasons and leases, "
+                          "if any), and one more entry of cu_seqlens");
   }
   if (ends.front() != 0 || ends.back() != token_ids.size() ||
       !std::is_sorted(ends.begin(), ends.end())) {
@@ -128,12 +128,10 @@ Array<int64_t> append_many(PyBuffer& buffer, const Array<int64_t>& trajectory_id
   return result;
 }
 
-std::vector<int64_t> evict(PyBuffer& buffer, const std::vector<int64_t>& trajectory_ids,
-                           std::optional<int32_t> stale_before,
-                           std::optional<uint64_t> free_tokens) {
+void evict(PyBuffer& buffer, const std::vector<int64_t>& trajectory_ids) {
   BufferWriter& writer = buffer.writer();
   const py::gil_scoped_release release;
-  return writer.Evict(trajectory_ids, stale_before, free_tokens);
+  writer.Evict(trajectory_ids);
 }
 
 }  // namespace
@@ -146,90 +144,79 @@ void register_buffer_writing(py::class_<PyBuffer>& buffer) {
             return self.writer().Begin(prompt_id, group_id);
           },
           py::arg("prompt_id"), py::arg("group_id"),
-          R"(Open an empty trajectory and return its id. Ids count up from 0 and are never used twice.
+          R"(Open an empty trajectory and return its id. Ids count up from 0 and are never reused.
 
 Raises:
-    ValueError: every slot is taken.)")
+    ValueError: every slot is in use.)")
       .def("_append", &append)
-      .def("append_many", &append_many, py::arg("trajectory_ids"), py::arg("token_ids"),
-           py::arg("logprobs"), py::arg("mask"), py::arg("cu_seqlens"), py::arg("policy_versions"),
-           py::kw_only(), py::arg("end_reasons") = py::none(), py::arg("leases") = py::none(),
-           R"(Add segments in one call, each as `append` does, in order; several times as fast.
+      .def(
+          "append_many", &append_many, py::arg("trajectory_ids"), py::arg("token_ids"),
+          py::arg("logprobs"), py::arg("mask"), py::arg("cu_seqlens"), py::arg("policy_versions"),
+          py::kw_only(), py::arg("end_reasons") = py::none(), py::arg("leases") = py::none(),
+          R"(Append n segments in order with one call, several times as fast as n calls of `append`.
 
-An error leaves everything as it was. A crash may leave the first few of them.
+An error leaves the buffer unchanged. A crash may keep only the first few segments.
 
 Args:
-    trajectory_ids: int64 `[n]`; one may stand more than once.
-    token_ids, logprobs, mask: of all segments end to end, `[t]`.
+    trajectory_ids: int64 `[n]`; an id may occur more than once.
+    token_ids, logprobs, mask: int32, float32 and uint8 `[t]`, all segments end to end.
     cu_seqlens: int32 `[n + 1]`; segment `i` is tokens `cu_seqlens[i]:cu_seqlens[i + 1]`.
     policy_versions: int32 `[n]`.
-    end_reasons, leases: one a segment.
+    end_reasons, leases: one entry for each segment, or None.
 
 Returns:
-    int64 `[n]`: the length of each trajectory behind its segment.
+    int64 `[n]`: the length of the trajectory after each segment, in tokens.
 
-Raises: as `append`.)")
+Raises:
+    KeyError, ValueError, TypeError: as `append`.)")
       .def(
           "finish",
           [](PyBuffer& self, int64_t trajectory_id, const std::string& reason) {
             self.writer().Finish(trajectory_id, ParseReason(reason));
           },
           py::arg("trajectory_id"), py::arg("reason"),
-          R"(End a trajectory by "stop", "length" or "repeat"; it takes no more segments.
+          R"(End a trajectory with reason "stop", "length" or "repeat". It takes no further segments.
 
 Raises:
     KeyError: there is no such trajectory.
-    ValueError: the reason is unknown, or it has ended before.)")
+    ValueError: the reason is unknown, or the trajectory has already ended.)")
       .def(
           "resume",
           [](PyBuffer& self, int64_t trajectory_id) { return self.writer().Resume(trajectory_id); },
           py::arg("trajectory_id"),
-          R"(A new lease on an unfinished trajectory; appends that name an older one are refused.
+          R"(Take a new lease on an unfinished trajectory. Appends that name an older lease are refused.
 
 Raises:
     KeyError: there is no such trajectory.
-    ValueError: it has ended.)")
-      .def("evict", &evict, py::arg("trajectory_ids"), py::kw_only(),
-           py::arg("stale_before") = py::none(), py::arg("free_tokens") = py::none(),
-           R"(Forget trajectories and free their pages; returns the ids, in this order:
-
-1. those of `trajectory_ids`: what has been consumed;
-2. with `stale_before`, those whose newest policy version is older than that;
-3. with `free_tokens`, the oldest, until pages for so many tokens are free.
+    ValueError: the trajectory has ended.)")
+      .def("evict", &evict, py::arg("trajectory_ids"),
+           R"(Remove trajectories and free their pages. An id may occur more than once.
 
 Raises:
-    KeyError: one of `trajectory_ids` does not exist; nothing is evicted then.)")
-      .def(
-          "record_result",
-          [](PyBuffer& self, uint64_t prompt_id, double correctness) {
-            self.writer().RecordResult(prompt_id, correctness);
-          },
-          py::arg("prompt_id"), py::arg("correctness"),
-          R"(Count one response to a prompt; correctness is clipped to [0, 1].
-
-Raises:
-    ValueError: `prompt_id` is not below `max_prompts`.)")
+    KeyError: one of them does not exist; then none is removed.)")
       .def(
           "flush", [](PyBuffer& self) { self.writer().Flush(); },
           py::call_guard<py::gil_scoped_release>(),
           R"(Return when everything appended so far is on disk.
 
 Raises:
-    OSError: the disk failed, now or in the background since the last call.)")
+    OSError: the disk failed.)")
       .def(
           "snapshot",
           [](PyBuffer& self, const std::filesystem::path& path) {
             self.writer().Snapshot(path.string());
           },
           py::arg("path"), py::call_guard<py::gil_scoped_release>(),
-          R"(Write a copy to `path`, whole or not at all, and on disk on return. Free pages take no room.
+          R"(Write a copy to `path`, which is on disk on return. Free pages take no disk space.
+
+The file at `path` is replaced as a whole or not at all.
 
 Raises:
-    OSError: there is no room, or any other fault of the disk.)")
+    OSError: the disk is full or failed.)")
       .def_property(
           "mark", [](const PyBuffer& self) { return self.reader()->mark(); },
           [](PyBuffer& self, uint64_t mark) { self.writer().SetMark(mark); },
-          "A number of the owner's in the file, 0 to begin with and below 2^56.");
+          "A number below 2^56 that the file's owner may set; 0 in a new file.");
 }
 
 }  // namespace kimi

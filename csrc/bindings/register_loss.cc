@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace kimi {
 namespace {
 
-// Taken as they are or refused (noconvert below): a tile is written in place, and a copy of one
+// Arrays are never converted (noconvert below), because a tile is written in place and copying it
 // would cost more than the pass.
 using Floats = py::array_t<float, py::array::c_style>;
 using Doubles = py::array_t<double, py::array::c_style>;
@@ -40,7 +40,7 @@ InstructionSet find_set(const std::optional<std::string>& name) {
       std::find_if(sets.begin(), sets.end(), [&](auto set) { return *name == NameOf(set); });
   if (found == sets.end()) {
     throw py::value_error("This processor has no passes for '" + *name +
-                          "': instruction_sets() lists those it has");
+                          "': choose one that instruction_sets() lists");
   }
   return *found;
 }
@@ -49,20 +49,22 @@ template <typename Array>
 void check_length(const Array& array, py::ssize_t rows, const char* name) {
   if (array.ndim() != 1 || array.size() != rows) {
     throw py::value_error(std::string(name) + " must be one-dimensional with " +
-                          std::to_string(rows) + " entries, as the tile has rows or columns");
+                          std::to_string(rows) + " entries, to match the tile");
   }
 }
 
 TileHead check_head(const Floats& logits, const Targets& targets, const std::optional<Floats>& bias,
                     float softcap, float temperature, int threads) {
   if (logits.ndim() != 2 || logits.shape(1) == 0) {
-    throw py::value_error("logits must be [rows, vocab] with a vocabulary of at least 1");
+    throw py::value_error("logits must be [rows, vocab] with at least 1 column");
   }
   const py::ssize_t rows = logits.shape(0), vocab = logits.shape(1);
   check_length(targets, rows, "targets");
   if (bias) check_length(*bias, vocab, "bias");
   if (!(temperature > 0) || !(softcap >= 0) || threads < 1) {
-    throw py::value_error("temperature must be above 0, softcap at least 0 and threads at least 1");
+    throw py::value_error("temperature = " + std::to_string(temperature) + ", softcap = " +
+                          std::to_string(softcap) + ", threads = " + std::to_string(threads) +
+                          ": temperature must be above 0, softcap at least 0, threads at least 1");
   }
   const int64_t* begin = targets.data();
   if (std::any_of(begin, begin + rows, [&](int64_t id) { return id < -1 || id >= vocab; })) {
@@ -97,7 +99,7 @@ void tile_gradient(Floats& logits, const Targets& targets, const Floats& top, co
   check_length(top, head.rows, "top");
   check_length(total, head.rows, "total");
   check_length(outer, head.rows, "outer");
-  float* data = logits.mutable_data();  // Raises for a read-only array, so while the GIL is held.
+  float* data = logits.mutable_data();  // May raise, so it needs the GIL.
   py::gil_scoped_release release;
   GradientInPlace(head, data, targets.data(), top.data(), total.data(), outer.data(), threads, set);
 }
@@ -106,27 +108,29 @@ void tile_gradient(Floats& logits, const Targets& targets, const Floats& top, co
 
 void register_loss(py::module_& m) {
   m.def("instruction_sets", &instruction_sets,
-        "Instruction sets that the passes below can use here, the fastest last.");
+        "The instruction sets of this processor that the tile passes can use, the fastest last.");
 
   m.def("tile_statistics", &tile_statistics, py::arg("logits").noconvert(),
         py::arg("targets").noconvert(), py::arg("bias").noconvert() = py::none(),
         py::arg("softcap") = 0.0f, py::arg("temperature") = 1.0f, py::arg("threads") = 1,
         py::arg("instruction_set") = py::none(),
-        R"(Softmax statistics of the rows of a tile of logits.
+        R"(Compute softmax statistics of each row of a tile of logits.
 
-Scores are logits + bias, capped to softcap * tanh(scores / softcap) unless softcap is 0; x is
+Scores are logits + bias, capped to softcap * tanh(scores / softcap) unless softcap is 0. Below, x is
 (score - top) / temperature.
 
 Args:
     logits: float32 `[rows, vocab]`, C-contiguous.
-    targets: int64 `[rows]` in [0, vocab); -1 where the target is in another part of the vocabulary.
-    bias: float32 `[vocab]`.
-    threads: rows are divided among so many.
-    instruction_set: one of `instruction_sets()`; None: the fastest.
+    targets: int64 `[rows]` in [0, vocab), or -1 if the target is in another part of the vocabulary.
+    bias: float32 `[vocab]`; None adds nothing.
+    softcap: the cap of the scores; 0 is no cap.
+    temperature: divides the scores, above 0.
+    threads: number of threads that share the rows.
+    instruction_set: one of `instruction_sets()`; None takes the fastest.
 
 Returns:
     top float32, the largest score; total float64, the sum of exp(x); picked float32, the target's x,
-    0 without a target; weighted float64, the sum of exp(x) * x. Each `[rows]`.
+    or 0 without a target; weighted float64, the sum of exp(x) * x. Each `[rows]`.
 
 Raises:
     TypeError: an array has another dtype or layout.
@@ -137,12 +141,12 @@ Raises:
         py::arg("outer").noconvert(), py::arg("bias").noconvert() = py::none(),
         py::arg("softcap") = 0.0f, py::arg("temperature") = 1.0f, py::arg("threads") = 1,
         py::arg("instruction_set") = py::none(),
-        R"(Overwrite logits by the gradient of sum(outer * logprob(targets)) in them.
+        R"(Overwrite logits with the gradient of sum(outer * logprob(targets)) with respect to them.
 
 Args:
     logits, targets, bias, softcap, temperature, threads, instruction_set: as in `tile_statistics`.
-    top, total: its results; of the whole vocabulary, where the tile is a part of it.
-    outer: float32 `[rows]`.
+    top, total: results of `tile_statistics`, for the whole vocabulary if the tile is a part of it.
+    outer: float32 `[rows]`, the factor of each row's log-prob.
 
 Raises:
     TypeError, ValueError: as `tile_statistics`, and ValueError if `logits` is read-only.)");

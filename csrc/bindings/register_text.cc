@@ -16,14 +16,14 @@ namespace py = pybind11;
 namespace kimi {
 namespace {
 
-// Without forcecast an int64 array is a TypeError instead of a silent cut to 32 bits; what converts
-// safely (a list, int16, a strided view) is copied into place.
+// Without forcecast, an int64 array raises TypeError instead of being cut to 32 bits silently. What
+// converts safely (a list, int16, a strided view) is copied.
 using TokenArray = py::array_t<int32_t, py::array::c_style>;
 
 std::span<const int32_t> as_span(const TokenArray& token_ids) {
   if (token_ids.ndim() != 1) {
     throw py::value_error("token_ids has " + std::to_string(token_ids.ndim()) +
-                          " dimensions: give one, [n]");
+                          " dimensions: give an array [n]");
   }
   return {token_ids.data(), static_cast<size_t>(token_ids.size())};
 }
@@ -34,14 +34,14 @@ int64_t extend(RepeatDetector& detector, const TokenArray& token_ids) {
   return detector.Extend(tokens);
 }
 
-// References, not pointers: pybind11 would take None for a null pointer. Keeps the GIL, because
+// Takes references, because pybind11 would convert None to a null pointer. Keeps the GIL, because
 // reading the list is half of the work.
 py::array_t<bool> push_all(const std::vector<std::reference_wrapper<RepeatDetector>>& detectors,
                            const TokenArray& token_ids) {
   const auto tokens = as_span(token_ids);
   if (detectors.size() != tokens.size()) {
     throw py::value_error("Cannot push " + std::to_string(tokens.size()) + " tokens into " +
-                          std::to_string(detectors.size()) + " detectors: give one token each");
+                          std::to_string(detectors.size()) + " detectors: give one token for each");
   }
   py::array_t<bool> repeats(static_cast<py::ssize_t>(tokens.size()));
   bool* out = repeats.mutable_data();
@@ -52,46 +52,45 @@ py::array_t<bool> push_all(const std::vector<std::reference_wrapper<RepeatDetect
 }  // namespace
 
 void register_text(py::module_& m) {
-  py::class_<RepeatDetector>(m, "RepeatDetector", R"(Notices when a sequence goes round in a loop.
+  py::class_<RepeatDetector>(m, "RepeatDetector", R"(Detects that a token sequence repeats itself.
 
-After every token it knows whether the last `window` tokens have now occurred `count` times in the
-sequence; occurrences may overlap, and the one just completed is included. A push costs the same
-however long the sequence is. Not for two threads at once.
+After every token it knows whether the last `window` tokens have occurred `count` times in the
+sequence. Occurrences may overlap, and the last one counts. The cost of a push does not grow with the
+sequence. One thread at a time may use a detector.
 
 Raises:
     ValueError: window < 1 or count < 2.)")
       .def(py::init<int64_t, int64_t>(), py::arg("window"), py::arg("count"))
       .def("push", &RepeatDetector::Push, py::arg("token"),
-           "Append one token; True if the last `window` tokens now stand at least `count` times.")
+           "Append one token. Returns whether the last `window` tokens have occurred `count` times "
+           "or "
+           "more.")
       .def("extend", &extend, py::arg("token_ids"),
-           R"(Append int32 `[n]` tokens, all of them.
+           R"(Append all tokens of an int32 `[n]` array.
 
-Returns the index of the first at which `push` would have been True, or -1.
+Returns the index of the first token at which `push` would have returned True, or -1.
 
 Raises:
     TypeError: `token_ids` does not convert to int32 without loss.
     ValueError: `token_ids` is not one-dimensional.)")
-      .def("reset", &RepeatDetector::Reset, "Forget every token; `window` and `count` stay.")
-      .def("size", &RepeatDetector::size, "Tokens pushed since the start or the last reset.")
-      .def_property_readonly("window", &RepeatDetector::window)
-      .def_property_readonly("count", &RepeatDetector::count);
+      .def("size", &RepeatDetector::size, "The number of tokens so far.");
 
   m.def("push_all", &push_all, py::arg("detectors"), py::arg("token_ids"),
-        R"(Push `token_ids[i]` into `detectors[i]` for a whole decoding step, in one call.
+        R"(Push `token_ids[i]` into `detectors[i]`, for a whole decoding step in one call.
 
 Args:
     detectors: n detectors.
     token_ids: int32 `[n]`.
 
 Returns:
-    bool `[n]`: what each `push` returned.
+    bool `[n]`: the result of each `push`.
 
 Raises:
-    TypeError: `token_ids` does not convert to int32 without loss, or an item of `detectors` is no
-        RepeatDetector.
+    TypeError: `token_ids` does not convert to int32 without loss, or an item of `detectors` is not
+        a RepeatDetector.
     ValueError: the two differ in length, or `token_ids` is not one-dimensional.
 
-An error leaves every detector as it was.)");
+An error leaves every detector unchanged.)");
 }
 
 }  // namespace kimi

@@ -32,11 +32,11 @@ DType DTypeOf(const std::string& name) {
   if (name == "float32") return DType::kFloat32;
   if (name == "bfloat16") return DType::kBFloat16;
   if (name == "float16") return DType::kFloat16;
-  throw py::value_error("dtype " + name + ": allowed are float32, bfloat16, float16");
+  throw py::value_error("dtype = " + name + ": allowed are float32, bfloat16 and float16");
 }
 
-// A lease that ends with this object, in the process that took it: a forked child has a copy of the
-// object, and the lease is its parent's.
+// A lease that ends with this object. A forked child has a copy of the object, but the lease
+// belongs to the parent, so only the process that took it releases it.
 class PyLease {
  public:
   explicit PyLease(std::shared_ptr<ArenaReader> arena)
@@ -91,12 +91,12 @@ class PyArena {
 
  private:
   std::string path_;
-  // Apart, so that leases and views, which outlive close(), do not keep the writer's lock.
+  // Two objects, so that leases and views, which outlive close(), do not keep the writer's lock.
   std::shared_ptr<ArenaReader> reader_;
   std::shared_ptr<ArenaWriter> writer_;
 };
 
-// The bytes of a slot, which `owner` keeps mapped while any array over them lives.
+// The bytes of a slot. The array keeps `owner`, and with it the mapping, alive.
 py::array_t<uint8_t> Bytes(const std::shared_ptr<ArenaReader>& owner, const std::byte* data) {
   const py::capsule kept(new std::shared_ptr<ArenaReader>(owner), [](void* pointer) {
     delete static_cast<std::shared_ptr<ArenaReader>*>(pointer);
@@ -107,10 +107,11 @@ py::array_t<uint8_t> Bytes(const std::shared_ptr<ArenaReader>& owner, const std:
 
 void CheckSlot(const PyArena& arena, uint32_t slot) {
   if (slot < arena.reader()->slots()) return;
-  throw py::index_error("No slot " + std::to_string(slot) + " in " + arena.path());
+  throw py::index_error("slot = " + std::to_string(slot) + ": " + arena.path() + " has " +
+                        std::to_string(arena.reader()->slots()) + " slots");
 }
 
-// (array, dtype of its elements, dtype in the arena, offset in the slot).
+// An array, the dtype of its elements, the dtype in the arena, and the offset in the slot.
 using PySource = std::tuple<py::array, std::string, std::string, uint64_t>;
 
 Source SourceOf(const PySource& given) {
@@ -130,8 +131,8 @@ Source SourceOf(const PySource& given) {
                     array.strides(array.ndim() - 1) == width &&
                     (array.ndim() == 1 || array.strides(0) % width == 0);
   if (!fits && array.size() > 0) {
-    throw py::value_error("A source has one or two dimensions, and elements of " + from +
-                          " side by side in a row");
+    throw py::value_error("A source must have one or two dimensions, and rows of contiguous " +
+                          from + " elements");
   }
   source.columns = static_cast<uint64_t>(array.shape(array.ndim() - 1));
   if (array.ndim() == 2) {
@@ -146,7 +147,7 @@ std::vector<uint32_t> write(const PyArena& arena, uint32_t slot, const std::vect
   std::vector<Source> sources;
   sources.reserve(given.size());
   for (const PySource& source : given) sources.push_back(SourceOf(source));
-  const auto writer = arena.writer();  // Kept, should another thread close the arena.
+  const auto writer = arena.writer();  // Keeps it alive if another thread closes the arena.
   const py::gil_scoped_release release;
   return writer->Write(slot, sources, threads, first, count);
 }
@@ -156,7 +157,9 @@ void create(const std::string& path, int64_t slots, uint64_t payload_bytes,
             const std::string& description) {
   weights::Hash hash{};
   const std::string_view given = layout_hash;
-  if (given.size() != hash.size()) throw py::value_error("A layout hash has 32 bytes");
+  if (given.size() != hash.size())
+    throw py::value_error("layout_hash has " + std::to_string(given.size()) +
+                          " bytes: it must have 32");
   std::copy(given.begin(), given.end(), hash.begin());
   std::vector<Region> places;
   for (const auto& [offset, bytes] : regions) places.push_back({offset, bytes});
@@ -199,11 +202,12 @@ void register_writing(py::class_<PyArena>& arena) {
       .def(
           "_begin",
           [](const PyArena& self, uint64_t version) { return self.writer()->Begin(version); },
-          py::arg("version"), "A slot to write `version` into; None where none is idle now.")
+          py::arg("version"),
+          "Take an idle slot to write `version` into. Returns None if no slot is idle now.")
       .def("_write", &write, py::arg("slot"), py::arg("sources"), py::arg("threads"),
            py::arg("first") = 0, py::arg("count") = py::none(),
-           "Cast, sum and copy (array, its dtype, the arena's dtype, offset) into `count` regions "
-           "from `first` on, all of them by default; their checksums.")
+           "Cast and copy sources (array, its dtype, the arena's dtype, offset) into `count` "
+           "regions from `first` on, by default all. Returns the checksums of the regions.")
       .def(
           "_writable",
           [](const PyArena& self, uint32_t slot) {
@@ -223,26 +227,26 @@ void register_writing(py::class_<PyArena>& arena) {
 
 }  // namespace
 
-// A std::system_error becomes an OSError by the translator in register_buffer.cc.
+// The translator in register_buffer.cc turns a std::system_error into an OSError.
 void register_weights(py::module_& m) {
   py::class_<PyLease>(m, "WeightLease",
-                      "What kimi_core.weights.arena.Lease is made from; use that one.")
+                      "The C++ part of a lease; use kimi_core.weights.slots.Lease.")
       .def("release", &PyLease::release)
       .def_property_readonly("held", &PyLease::held)
       .def_property_readonly("version", &PyLease::version)
       .def_property_readonly("slot", &PyLease::slot);
 
   py::class_<PyArena> arena(m, "WeightArena",
-                            "What kimi_core.weights.arena.WeightArena is made from; use that one.");
+                            "The C++ part of kimi_core.weights.arena.WeightArena; use that class.");
   arena.def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("readonly"))
       .def("close", &PyArena::close,
-           "Let another process publish, and unmap the file, once the views and leases are gone, "
-           "too. A closed arena can be closed again.")
+           "Let another process publish, and unmap the file as soon as no view or lease of it "
+           "exists. Safe to call twice.")
       .def_property_readonly("path", &PyArena::path)
       .def_property_readonly("readonly", &PyArena::readonly)
       .def_property_readonly("slots", [](const PyArena& self) { return self.reader()->slots(); })
       .def_property_readonly("active_version", &active_version,
-                             "The version that is served; None before the first one.")
+                             "The served version; None before the first one.")
       .def_property_readonly("_layout_hash",
                              [](const PyArena& self) {
                                const auto& hash = self.reader()->layout_hash();
@@ -267,7 +271,9 @@ void register_weights(py::module_& m) {
             CheckSlot(self, slot);
             return Bytes(self.reader(), self.reader()->payload(slot));
           },
-          py::arg("slot"), "Read-only memory, whatever the array says of itself.")
+          py::arg("slot"),
+          "The bytes of a slot. A store there is a segmentation fault, although the array is "
+          "writable.")
       .def(
           "_crcs",
           [](const PyArena& self, uint32_t slot) {

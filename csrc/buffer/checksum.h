@@ -1,8 +1,9 @@
-// The checksums of a buffer file. Each is seeded with what its bytes belong to, so that bytes that
-// are whole but of another trajectory, generation or position do not pass.
+// The checksums of a buffer file. Each checksum starts from the trajectory, generation and position
+// that its bytes belong to. Bytes that are intact but belong elsewhere therefore fail the check.
 #ifndef KIMI_BUFFER_CHECKSUM_H_
 #define KIMI_BUFFER_CHECKSUM_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -22,7 +23,7 @@ inline uint32_t IdentityCrc(uint64_t generation, int64_t trajectory_id, int64_t 
   return crc32c::Extend(0, words, sizeof(words));
 }
 
-// Of one segment, whose tokens may come in parts.
+// The checksum of one segment; its tokens may be added in several parts.
 class SegmentCrc {
  public:
   SegmentCrc(int64_t trajectory_id, uint64_t generation, const Record& record) {
@@ -44,6 +45,25 @@ class SegmentCrc {
   uint32_t seed_;
   uint32_t columns_[3] = {0, 0, 0};
 };
+
+// Whether a segment whose tokens lie in pages has the checksum of its record. `page_of(k)` returns
+// the first byte of the trajectory's k-th page, or null if there is no such page.
+template <typename PageOf>
+bool HasItsCrc(int64_t trajectory_id, uint64_t generation, const Record& record, uint64_t per_page,
+               const PageOf& page_of) {
+  SegmentCrc crc(trajectory_id, generation, record);
+  const uint64_t end = uint64_t{record.start} + record.length;
+  for (uint64_t start = record.start, n; start < end; start += n) {
+    const uint64_t offset = start % per_page;
+    n = std::min(per_page - offset, end - start);
+    const std::byte* page = page_of(start / per_page);
+    if (page == nullptr) return false;
+    crc.Add(reinterpret_cast<const int32_t*>(page) + offset,
+            reinterpret_cast<const float*>(page + 4 * per_page) + offset,
+            reinterpret_cast<const uint8_t*>(page + 8 * per_page) + offset, n);
+  }
+  return crc.value() == record.crc;
+}
 
 }  // namespace kimi
 

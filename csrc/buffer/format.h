@@ -1,9 +1,10 @@
-// What a buffer file looks like, byte by byte; docs/buffer_format.md says why it survives a crash.
+// The layout of a buffer file, byte by byte. docs/buffer_format.md explains why it survives a
+// crash.
 //
-//   header | success counts, one a prompt | slots, one a trajectory | pages
+//   header | reserved words | slots, one for each trajectory | pages
 //
-// Pages are all of one size and hold tokens, segment records, or the numbers of other pages. Which
-// pages are free is written nowhere: those that no slot reaches.
+// All pages have the same size. A page holds tokens, segment records, or the numbers of other
+// pages. The file does not list its free pages: a page is free if no slot reaches it.
 #ifndef KIMI_BUFFER_FORMAT_H_
 #define KIMI_BUFFER_FORMAT_H_
 
@@ -18,12 +19,13 @@ namespace kimi {
 
 constexpr char kMagic[8] = {'K', 'I', 'M', 'I', 'R', 'O', 'L', 'L'};
 constexpr uint32_t kFormatVersion = 1;
-constexpr size_t kAlignment = 4096;  // Of the parts of a file.
+constexpr size_t kAlignment = 4096;  // Of each part of the file, in bytes.
 constexpr uint32_t kNoPage = ~uint32_t{0};
 
-// ---- The commit word of a trajectory: what of it exists. Storing it acknowledges an append.
+// ---- The commit word says how much of a trajectory exists. Storing it acknowledges an append.
 
 enum class EndReason : uint8_t { kOpen = 0, kStop = 1, kLength = 2, kRepeat = 3 };
+constexpr const char* kReasonNames[] = {"open", "stop", "length", "repeat"};
 constexpr uint64_t kMaxLength = (uint64_t{1} << 28) - 1;
 constexpr uint64_t kMaxSegments = (uint64_t{1} << 24) - 1;
 
@@ -52,13 +54,13 @@ struct Header {
   uint32_t page_tokens;
   uint32_t pages;
   uint32_t max_trajectories;
-  uint32_t max_prompts;
-  uint32_t sync_interval_ms;  // 0: the process level of durability.
-  uint32_t crc;               // CRC32C of all of the above, which never changes.
+  uint32_t reserved_words;    // Words between header and slots, which nothing uses; 0 in new files.
+  uint32_t reserved_setting;  // Not used; 0 in new files.
+  uint32_t crc;               // CRC32C of all fields above, which never change.
   uint32_t unused;
-  uint64_t next_id;    // Sealed. The id of the next trajectory; never less than one ever used.
-  uint64_t mark;       // Sealed. A number of the owner's.
-  uint64_t max_probe;  // Sealed. No trajectory lies further behind its home slot than this.
+  uint64_t next_id;    // Sealed. The id of the next trajectory, above every id ever used.
+  uint64_t mark;       // Sealed. A number that the file's owner may set.
+  uint64_t max_probe;  // Sealed. Greatest distance of a trajectory from its home slot, in slots.
 };
 
 // One segment: tokens [start, start + length) of its trajectory.
@@ -69,7 +71,7 @@ struct Record {
   uint32_t crc;  // See checksum.h.
 };
 
-// Numbers of pages by position: some at hand, the others in pages that hold nothing but numbers.
+// Page numbers by position: the first ones directly, the others in pages that list pages.
 template <size_t kDirect, size_t kRoots>
 struct PageTable {
   static constexpr size_t kDirectEntries = kDirect;
@@ -81,43 +83,42 @@ struct PageTable {
 constexpr uint32_t kInlineRecords = 12;
 
 struct Slot {
-  uint64_t generation;  // Sealed. Odd: in use. Each begin and each eviction adds 1.
+  uint64_t generation;  // Sealed. Odd while the slot is in use. Begin and eviction add 1 each.
   uint64_t commit;      // Sealed: Commit.
   int64_t trajectory_id;
   int64_t prompt_id;
   int64_t group_id;
-  uint64_t lease;         // Sealed. Appends under an older one are refused.
-  uint32_t identity_crc;  // CRC32C of the generation and the three ids.
+  uint64_t lease;         // Sealed. Appends that name an older lease are refused.
+  uint32_t identity_crc;  // CRC32C of the generation and of the three ids.
   uint32_t unused;
   Record records[kInlineRecords];
-  PageTable<32, 16> token_pages;  // Entry i: the page of tokens [i * page_tokens, ...).
-  PageTable<12, 6> record_pages;  // Entry i: a page of the records after the inline ones.
+  PageTable<32, 16> token_pages;  // Entry i: the page of tokens from i * page_tokens on.
+  PageTable<12, 6> record_pages;  // Entry i: the i-th page of further records.
 };
 
 static_assert(sizeof(Header) == 64 && sizeof(Record) == 16);
-static_assert(sizeof(Slot) == 512, "a slot fills one sector of a disk, which is written whole");
-// As docs/buffer_format.md says.
+static_assert(sizeof(Slot) == 512, "a slot fills one disk sector, which a disk writes as a whole");
+// The offsets that docs/buffer_format.md gives.
 static_assert(offsetof(Header, crc) == 32 && offsetof(Header, next_id) == 40);
 static_assert(offsetof(Slot, identity_crc) == 48 && offsetof(Slot, records) == 56);
 static_assert(offsetof(Slot, token_pages) == 248 && offsetof(Slot, record_pages) == 440);
 
-// ---- Where things are
+// ---- Offsets and sizes
 
 struct Layout {
-  uint64_t page_tokens, pages, max_trajectories, max_prompts;
+  uint64_t page_tokens, pages, max_trajectories, reserved_words;
 
   explicit Layout(const Header& header)
       : page_tokens(header.page_tokens),
         pages(header.pages),
         max_trajectories(header.max_trajectories),
-        max_prompts(header.max_prompts) {}
+        reserved_words(header.reserved_words) {}
 
-  uint64_t PageBytes() const { return 9 * page_tokens; }  // An int32, a float32 and a uint8 each.
+  uint64_t PageBytes() const { return 9 * page_tokens; }  // int32, float32 and uint8 columns.
   uint64_t EntriesPerPage() const { return PageBytes() / sizeof(uint32_t); }
   uint64_t RecordsPerPage() const { return PageBytes() / sizeof(Record); }
 
-  uint64_t PromptsAt() const { return kAlignment; }
-  uint64_t SlotsAt() const { return PromptsAt() + Aligned(max_prompts * sizeof(uint64_t)); }
+  uint64_t SlotsAt() const { return kAlignment + Aligned(reserved_words * sizeof(uint64_t)); }
   uint64_t PagesAt() const { return SlotsAt() + Aligned(max_trajectories * sizeof(Slot)); }
   uint64_t FileBytes() const { return PagesAt() + pages * PageBytes(); }
 
@@ -125,18 +126,18 @@ struct Layout {
   uint64_t RecordPages(uint64_t segments) const {
     return segments <= kInlineRecords ? 0 : Ratio(segments - kInlineRecords, RecordsPerPage());
   }
-  // Pages of every kind that a trajectory takes.
+  // The number of pages of every kind that a trajectory takes.
   uint64_t PagesOf(uint64_t tokens, uint64_t segments) const {
     const uint64_t token_pages = TokenPages(tokens), record_pages = RecordPages(segments);
     return token_pages + IndexPages(decltype(Slot::token_pages)(), token_pages) + record_pages +
            IndexPages(decltype(Slot::record_pages)(), record_pages);
   }
-  // Pages that hold the numbers of `listed` others, besides those that the table itself holds.
+  // The number of pages that list other pages, for `listed` pages in all.
   template <size_t kDirect, size_t kRoots>
   uint64_t IndexPages(const PageTable<kDirect, kRoots>&, uint64_t listed) const {
     return listed <= kDirect ? 0 : Ratio(listed - kDirect, EntriesPerPage());
   }
-  // The longest trajectory that the page tables of a slot can hold, and the most segments.
+  // The most tokens and the most segments that the page tables of a slot can list.
   uint64_t MaxLength() const {
     const uint64_t held = MostPages<decltype(Slot::token_pages)>() * page_tokens;
     return held < kMaxLength ? held : kMaxLength;

@@ -2,12 +2,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cassert>
 #include <cstring>
 
 #include "base/shared.h"
 #include "buffer/checksum.h"
-#include "buffer/draw.h"
 
 namespace kimi {
 namespace {
@@ -16,11 +14,11 @@ namespace {
   throw std::invalid_argument(path + " " + why);
 }
 
-// Returns the header of `file` if all that never changes in it is sound.
+// Returns the header of `file`, after checking everything in it that never changes.
 const Header& CheckedHeader(const MappedFile& file) {
   const std::string& path = file.path();
   if (file.size() < sizeof(Header) || std::memcmp(file.data(), kMagic, sizeof(kMagic)) != 0) {
-    Refuse(path, "is no rollout buffer: it does not begin with KIMIROLL");
+    Refuse(path, "is not a rollout buffer: it does not begin with KIMIROLL");
   }
   const auto& header = *reinterpret_cast<const Header*>(file.data());
   if (header.version > kFormatVersion) {
@@ -53,7 +51,7 @@ NotFound::NotFound(int64_t trajectory_id)
 BufferReader::BufferReader(const std::string& path, MappedFile::Mode mode)
     : file_(path, mode), layout_(CheckedHeader(file_)) {}
 
-// A slot's fields are read between two looks at its generation.
+// Reads the fields of a slot between two looks at its generation.
 std::optional<TrajectoryInfo> BufferReader::Look(uint64_t index) const {
   const Slot& at = slot(index);
   const auto generation = Unseal(shared::LoadAcquire(at.generation));
@@ -76,8 +74,7 @@ std::optional<TrajectoryInfo> BufferReader::Look(uint64_t index) const {
 }
 
 bool BufferReader::IsCurrent(const TrajectoryInfo& info) const {
-  // Pairs with the fence after an eviction: whoever has seen a byte of a reused page sees the new
-  // generation here.
+  // Pairs with the fence in EvictOne: who saw a reused page sees the new generation here.
   std::atomic_thread_fence(std::memory_order_acquire);
   return shared::Load(slot(info.slot).generation) == Seal(info.generation);
 }
@@ -88,7 +85,7 @@ std::optional<TrajectoryInfo> BufferReader::Find(int64_t trajectory_id) const {
   const uint64_t furthest = Unseal(shared::LoadAcquire(header().max_probe)).value_or(0);
   for (uint64_t probe = 0; probe <= furthest && probe < layout_.max_trajectories; ++probe) {
     const uint64_t index = (home + probe) % layout_.max_trajectories;
-    // The id first: it is the cheaper test, and only a hint until Look has read all.
+    // The id is the cheaper test, but only a hint until Look has checked the slot.
     if (shared::Load(slot(index).trajectory_id) != trajectory_id) continue;
     const auto info = Look(index);
     if (info && info->trajectory_id == trajectory_id) return info;
@@ -131,21 +128,19 @@ bool BufferReader::ReadRecords(const TrajectoryInfo& info, std::vector<Record>& 
   records.clear();
   records.reserve(info.commit.segments);
   uint64_t end = 0;
-  bool sound = true;
-  for (uint32_t i = 0; i < info.commit.segments && sound; ++i) {
+  for (uint32_t i = 0; i < info.commit.segments; ++i) {
     const auto record = RecordAt(slot(info.slot), i);
-    sound = record && record->start == end && record->length <= info.commit.length - end;
-    if (!sound) break;
+    if (!record || record->start != end || record->length > info.commit.length - end) break;
     end += record->length;
     records.push_back(*record);
   }
   if (!IsCurrent(info)) return false;
-  if (!sound || end != info.commit.length) ThrowDamaged(info, end);
+  if (end != info.commit.length || records.size() != info.commit.segments) ThrowDamaged(info, end);
   return true;
 }
 
 bool BufferReader::Read(const TrajectoryInfo& info, const Destination& to) const {
-  // One for each thread, as most trajectories have few segments and allocating takes longer.
+  // Kept for each thread: most trajectories have few segments, and allocating takes longer.
   thread_local std::vector<Record> records;
   if (!ReadRecords(info, records)) return false;
 
@@ -173,25 +168,23 @@ bool BufferReader::Read(const TrajectoryInfo& info, const Destination& to) const
   return true;
 }
 
-bool BufferReader::Locate(const TrajectoryInfo& info, const Record& record,
-                          std::vector<SegmentPart>& parts) const {
-  parts.clear();
-  const uint64_t per_page = layout_.page_tokens, end = uint64_t{record.start} + record.length;
-  bool sound = true;
-  for (uint64_t start = record.start; start < end && sound;) {
-    const uint64_t offset = start % per_page, n = std::min(per_page - offset, end - start);
-    const uint32_t number = PageAt(slot(info.slot).token_pages, start / per_page);
-    sound = number != kNoPage;
-    if (!sound) break;
-    const std::byte* at = page(number);
-    parts.push_back({.token_ids = reinterpret_cast<const int32_t*>(at) + offset,
-                     .logprobs = reinterpret_cast<const float*>(at + 4 * per_page) + offset,
-                     .mask = reinterpret_cast<const uint8_t*>(at + 8 * per_page) + offset,
-                     .length = n});
-    start += n;
+bool BufferReader::ReadPages(const TrajectoryInfo& info, std::byte* pages,
+                             std::vector<Record>& records) const {
+  if (!ReadRecords(info, records)) return false;
+  const uint64_t count = layout_.TokenPages(info.commit.length), bytes = layout_.PageBytes();
+  uint64_t copied = 0;
+  for (; copied < count; ++copied) {
+    const uint32_t number = PageAt(slot(info.slot).token_pages, copied);
+    if (number == kNoPage) break;
+    shared::CopyOut(pages + copied * bytes, page(number), bytes);
   }
   if (!IsCurrent(info)) return false;
-  if (!sound) ThrowDamaged(info, record.start);
+  const auto page_of = [&](uint64_t k) { return k < copied ? pages + k * bytes : nullptr; };
+  for (const Record& record : records) {
+    if (!HasItsCrc(info.trajectory_id, info.generation, record, layout_.page_tokens, page_of)) {
+      ThrowDamaged(info, record.start);
+    }
+  }
   return true;
 }
 
@@ -200,7 +193,7 @@ BufferStats BufferReader::Stats() const {
   stats.pages = stats.pages_free = layout_.pages;
   std::vector<Record> records;
   for (const TrajectoryInfo& info : Scan()) {
-    if (!ReadRecords(info, records)) continue;  // Evicted since.
+    if (!ReadRecords(info, records)) continue;  // It was evicted meanwhile.
     ++stats.trajectories;
     stats.unfinished += info.commit.reason == EndReason::kOpen;
     stats.tokens += info.commit.length;
@@ -217,35 +210,11 @@ BufferStats BufferReader::Stats() const {
 
 uint64_t BufferReader::mark() const { return Unseal(shared::LoadAcquire(header().mark)).value(); }
 
-std::pair<uint32_t, float> BufferReader::PromptCounts(uint64_t prompt) const {
-  assert(prompt < layout_.max_prompts);
-  const uint64_t value = Unseal(shared::Load(prompt_word(prompt))).value_or(0);
-  return {static_cast<uint32_t>(value >> 32), std::bit_cast<float>(static_cast<uint32_t>(value))};
-}
-
-std::vector<int64_t> BufferReader::DrawPrompts(size_t count, uint64_t seed, double floor,
-                                               double prior_weight) const {
-  assert(floor > 0 && floor <= 1 && prior_weight > 0);
-  std::vector<std::pair<uint32_t, float>> counts(layout_.max_prompts);
-  double all_responses = 0, all_successes = 0;
-  for (uint64_t prompt = 0; prompt < counts.size(); ++prompt) {
-    counts[prompt] = PromptCounts(prompt);
-    all_responses += counts[prompt].first;
-    all_successes += counts[prompt].second;
-  }
-  const double prior = prior_weight * (all_successes + 1) / (all_responses + 2);
-  std::vector<uint64_t> weights(counts.size());
-  for (size_t prompt = 0; prompt < counts.size(); ++prompt) {
-    const auto [responses, successes] = counts[prompt];
-    weights[prompt] = FailureWeight((successes + prior) / (responses + prior_weight), floor);
-  }
-  return DrawDistinct(weights, count, seed);
-}
-
 void BufferReader::ThrowDamaged(const TrajectoryInfo& info, uint64_t from) const {
   Refuse(path(), "is damaged: trajectory " + std::to_string(info.trajectory_id) +
                      " fails its checksum from token " + std::to_string(from) +
-                     " on; opening the file for writing cuts it there, or restore a snapshot");
+                     "; open the file for writing, which cuts the trajectory there, or restore a "
+                     "snapshot");
 }
 
 }  // namespace kimi

@@ -1,13 +1,13 @@
-// BufferReader looks into a buffer file that one writer process may be changing at the same time.
+// BufferReader reads a buffer file, which one writer process may be changing at the same time.
 //
-// It takes no lock and writes nothing. What it returns is consistent: a trajectory is copied out,
-// and if its slot's generation has changed meanwhile (it was evicted, its pages perhaps reused),
-// the copy is dropped. What it returns is also sound: each segment's checksum is compared.
+// It takes no lock and writes nothing. It copies a trajectory, compares the checksum of each
+// segment, and drops the copy if the generation of the slot has changed meanwhile, because the
+// trajectory was then evicted and its pages may have been reused.
 //
-// Of a trajectory that the writer is extending a reader sees the length that was committed when it
-// looked; the tokens below that length never change.
+// While the writer extends a trajectory, a reader sees the length that was committed when it
+// looked. Tokens below that length never change.
 //
-// Synchronisation: none needed. Any number of threads and processes may read beside one writer.
+// Synchronisation: none needed. Any number of threads and processes may read during writes.
 #ifndef KIMI_BUFFER_READER_H_
 #define KIMI_BUFFER_READER_H_
 
@@ -16,7 +16,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "base/mapped_file.h"
@@ -31,7 +30,7 @@ class NotFound : public std::runtime_error {
   explicit NotFound(int64_t trajectory_id);
 };
 
-// What a trajectory was when somebody looked; also the key to read it by.
+// The state of a trajectory at the time of a look-up. It also serves as the key for reading it.
 struct TrajectoryInfo {
   uint32_t slot;
   uint64_t generation;
@@ -42,20 +41,12 @@ struct TrajectoryInfo {
   Commit commit;
 };
 
-// Where to copy a trajectory: `commit.length` entries each.
+// Arrays for a copy of a trajectory, each with `commit.length` entries.
 struct Destination {
   int32_t* token_ids;
   float* logprobs;
   uint8_t* mask;
   int32_t* policy_versions;
-};
-
-// Tokens of one segment as they lie in one page. They stand as long as IsCurrent(info).
-struct SegmentPart {
-  const int32_t* token_ids;
-  const float* logprobs;
-  const uint8_t* mask;
-  size_t length;
 };
 
 struct BufferStats {
@@ -65,13 +56,13 @@ struct BufferStats {
   uint64_t segments = 0;
   uint64_t pages = 0;
   uint64_t pages_free = 0;
-  std::map<int32_t, uint64_t> tokens_by_version;  // Of what policies sampled: version >= 0.
+  std::map<int32_t, uint64_t> tokens_by_version;  // Sampled tokens only: versions from 0 on.
 };
 
 class BufferReader {
  public:
-  // Throws std::system_error where the file cannot be opened and std::invalid_argument where it is
-  // no buffer, of a newer format, or cut off.
+  // Throws std::system_error if the file cannot be opened. Throws std::invalid_argument if it is
+  // not a buffer, is cut off, or has a newer format.
   explicit BufferReader(const std::string& path) : BufferReader(path, MappedFile::Mode::kRead) {}
   virtual ~BufferReader() = default;
 
@@ -82,38 +73,29 @@ class BufferReader {
   const std::string& path() const { return file_.path(); }
 
   std::optional<TrajectoryInfo> Find(int64_t trajectory_id) const;
-  // Find, or throws NotFound.
+  // As Find, but throws NotFound if there is no such trajectory.
   TrajectoryInfo Get(int64_t trajectory_id) const;
-  // Every trajectory, oldest first.
+  // All trajectories, oldest first.
   std::vector<TrajectoryInfo> Scan() const;
 
-  // Copies tokens [0, info.commit.length). False: it has been evicted, and the copy is rubbish.
-  // Throws std::invalid_argument where the file is damaged.
+  // Copies tokens [0, info.commit.length). Returns false if the trajectory was evicted; the copy is
+  // then invalid. Throws std::invalid_argument if the file is damaged.
   bool Read(const TrajectoryInfo& info, const Destination& to) const;
 
-  // Its segments, in order. False and throws as Read.
+  // Copies the segment records, in order. Returns and throws as Read.
   bool ReadRecords(const TrajectoryInfo& info, std::vector<Record>& records) const;
 
-  // Where segment `record` of it lies. False as Read.
-  bool Locate(const TrajectoryInfo& info, const Record& record,
-              std::vector<SegmentPart>& parts) const;
+  // Copies the segment records and the pages of tokens, each page as a whole and one after another.
+  // Returns and throws as Read.
+  // REQUIRES: `pages` holds at least layout().TokenPages(info.commit.length) pages.
+  bool ReadPages(const TrajectoryInfo& info, std::byte* pages, std::vector<Record>& records) const;
 
-  // Whether it still is what `info` says, but for what was appended.
+  // Whether the trajectory has not been evicted since `info` was made.
   bool IsCurrent(const TrajectoryInfo& info) const;
 
+  // Counts from the slots and the segment records; reads no token.
   BufferStats Stats() const;
   uint64_t mark() const;
-
-  // Draws up to `count` different prompts of 0 .. max_prompts - 1, each in proportion to
-  // max(1 - rate, floor); see DrawDistinct. A prompt's rate is its own, mixed with `prior_weight`
-  // responses' worth of the rate of all, so that one that was never tried counts as an average one.
-  // REQUIRES: 0 < floor <= 1 and prior_weight > 0.
-  std::vector<int64_t> DrawPrompts(size_t count, uint64_t seed, double floor,
-                                   double prior_weight) const;
-
-  // Responses counted for a prompt, and the sum of their correctness.
-  // REQUIRES: prompt < layout().max_prompts.
-  std::pair<uint32_t, float> PromptCounts(uint64_t prompt) const;
 
  protected:
   BufferReader(const std::string& path, MappedFile::Mode mode);
@@ -122,13 +104,10 @@ class BufferReader {
   const Slot& slot(uint64_t index) const {
     return reinterpret_cast<const Slot*>(file_.data() + layout_.SlotsAt())[index];
   }
-  const uint64_t& prompt_word(uint64_t prompt) const {
-    return reinterpret_cast<const uint64_t*>(file_.data() + layout_.PromptsAt())[prompt];
-  }
   std::byte* page(uint32_t number) const {
     return file_.data() + layout_.PagesAt() + number * layout_.PageBytes();
   }
-  // Page number `ordinal` of a table; kNoPage where that is none, as in a torn or damaged table.
+  // The number of page `ordinal` of a table, or kNoPage if the entry is torn or damaged.
   template <typename Table>
   uint32_t PageAt(const Table& table, uint64_t ordinal) const;
 
@@ -137,7 +116,7 @@ class BufferReader {
   void VisitPages(const Slot& at, const Commit& commit, Visit visit) const;
 
   std::optional<TrajectoryInfo> Look(uint64_t index) const;
-  // Record number `index` of a slot, by two loads; nothing where its page number is none.
+  // Record `index` of a slot, or nothing if its page number is invalid.
   std::optional<Record> RecordAt(const Slot& slot, uint32_t index) const;
 
   const MappedFile file_;

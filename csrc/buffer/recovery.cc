@@ -1,9 +1,10 @@
-// What BufferWriter does on opening: check everything, cut what is damaged, find the free pages.
+// The recovery that BufferWriter runs on opening: it checks everything, cuts what is damaged and
+// finds the free pages.
 //
-// After the death of a process nothing is damaged: an append that was not acknowledged is not
-// there. After the death of a machine any 4 KiB page may be older than the last sync; checksums
-// tell, and each trajectory keeps its longest sound prefix. Recovery itself may be killed anywhere:
-// it only shortens what it has found unsound, and finds the same again.
+// The death of a process damages nothing: an append that was not acknowledged did not happen. After
+// the death of a machine any 4 KiB page may be older than the last sync. Checksums reveal this, and
+// each trajectory keeps its longest intact prefix. Recovery itself may be killed at any point: it
+// only shortens damaged trajectories, and the next recovery finds the same damage.
 #include <algorithm>
 
 #include "base/shared.h"
@@ -13,8 +14,8 @@
 namespace kimi {
 
 void BufferWriter::Recover() {
-  // The newest first: where two trajectories claim a page, the older one had been evicted, and a
-  // lost page of slots brought it back.
+  // The newest comes first. If two trajectories claim a page, the older one had been evicted, and
+  // the loss of a page of slots restored it.
   std::vector<uint64_t> order(layout_.max_trajectories);
   for (uint64_t index = 0; index < order.size(); ++index) order[index] = index;
   std::sort(order.begin(), order.end(), [this](uint64_t a, uint64_t b) {
@@ -34,12 +35,6 @@ void BufferWriter::Recover() {
   }
   shared::StoreRelease(mutable_header().next_id, Seal(next_id));
   shared::StoreRelease(mutable_header().max_probe, Seal(max_probe));
-
-  for (uint64_t prompt = 0; prompt < layout_.max_prompts; ++prompt) {
-    if (Unseal(prompt_word(prompt))) continue;
-    shared::Store(const_cast<uint64_t&>(prompt_word(prompt)), Seal(0));
-    ++recovery_.prompts_lost;
-  }
 }
 
 void BufferWriter::RecoverSlot(uint64_t index, std::vector<bool>& used) {
@@ -69,14 +64,15 @@ void BufferWriter::RecoverSlot(uint64_t index, std::vector<bool>& used) {
   if (committed && committed->length == sound.length && committed->segments == sound.segments) {
     return;
   }
-  shared::StoreRelease(at.commit, sound.Pack());  // Open again, to be continued from there.
+  shared::StoreRelease(at.commit, sound.Pack());  // Open again; sampling continues there.
   recovery_.cuts.push_back({.trajectory_id = info.trajectory_id,
                             .kept = sound.length,
                             .lost = committed ? committed->length - sound.length : 0});
 }
 
-// The longest prefix of sound segments. Where the commit word is lost the records alone say how far
-// it goes: a sound one behind the last acknowledged may be taken in, which does no harm.
+// Returns the longest prefix of intact segments. If the commit word is lost, only the records show
+// how long the trajectory is. The prefix may then include an intact segment that was never
+// acknowledged, which does no harm.
 Commit BufferWriter::SoundPrefix(const TrajectoryInfo& info,
                                  std::optional<Commit> committed) const {
   const uint64_t most_segments = committed ? committed->segments : layout_.MaxSegments();
@@ -95,22 +91,14 @@ Commit BufferWriter::SoundPrefix(const TrajectoryInfo& info,
 }
 
 bool BufferWriter::IsSound(const TrajectoryInfo& info, const Record& record) const {
-  SegmentCrc crc(info.trajectory_id, info.generation, record);
-  const uint64_t per_page = layout_.page_tokens, end = uint64_t{record.start} + record.length;
-  for (uint64_t start = record.start, n; start < end; start += n) {
-    const uint64_t offset = start % per_page;
-    n = std::min(per_page - offset, end - start);
-    const uint32_t number = PageAt(slot(info.slot).token_pages, start / per_page);
-    if (number == kNoPage) return false;
-    const std::byte* at = page(number);
-    crc.Add(reinterpret_cast<const int32_t*>(at) + offset,
-            reinterpret_cast<const float*>(at + 4 * per_page) + offset,
-            reinterpret_cast<const uint8_t*>(at + 8 * per_page) + offset, n);
-  }
-  return crc.value() == record.crc;
+  const auto page_of = [&](uint64_t k) -> const std::byte* {
+    const uint32_t number = PageAt(slot(info.slot).token_pages, k);
+    return number == kNoPage ? nullptr : page(number);
+  };
+  return HasItsCrc(info.trajectory_id, info.generation, record, layout_.page_tokens, page_of);
 }
 
-// Marks the pages of a trajectory as used; marks none, and says so, where one of them is already.
+// Marks the pages of a trajectory as used. Returns false and marks none if one is already used.
 bool BufferWriter::Claim(const Slot& at, const Commit& commit, std::vector<bool>& used) const {
   std::vector<uint32_t> claimed;
   bool clash = false;
@@ -127,7 +115,8 @@ bool BufferWriter::Claim(const Slot& at, const Commit& commit, std::vector<bool>
 
 void BufferWriter::EmptySlot(uint64_t index) {
   Slot& at = mutable_slot(index);
-  // Even, and greater than it was, so that no reader takes it for what it had looked at.
+  // The new generation is even and greater, so that a reader does not take the slot for the one
+  // that it has looked at before.
   const uint64_t value = at.generation & ((uint64_t{1} << kSealedBits) - 1);
   shared::StoreRelease(at.generation, Seal(((value | 1) + 1) & ((uint64_t{1} << kSealedBits) - 2)));
   ++recovery_.slots_lost;

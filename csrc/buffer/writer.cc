@@ -16,13 +16,12 @@ std::string Number(uint64_t value) { return std::to_string(value); }
 
 [[noreturn]] void Refuse(const std::string& why) { throw std::invalid_argument(why); }
 
-const char* Name(EndReason reason) {
-  constexpr const char* kNames[] = {"nothing", "'stop'", "'length'", "'repeat'"};
-  return kNames[static_cast<size_t>(reason)];
+std::string Name(EndReason reason) {
+  return std::string("'") + kReasonNames[static_cast<size_t>(reason)] + "'";
 }
 
-// The first entry that is not finite, or n. Adds exponents up, which the compiler turns into vector
-// instructions, and looks for the place only where there is one.
+// Returns the index of the first entry that is not finite, or n. Counting such entries compiles to
+// vector instructions; the index is searched for only if the count is not 0.
 size_t FirstNotFinite(const float* values, size_t n) {
   constexpr uint32_t kExponent = 0x7f800000;
   const auto is_bad = [](float value) {
@@ -36,41 +35,39 @@ size_t FirstNotFinite(const float* values, size_t n) {
 
 }  // namespace
 
-// Held by every change; refuses a second thread instead of waiting for the first.
-class BufferWriter::Turn {
+// Held during every change. It refuses a second thread instead of waiting for the first one.
+class BufferWriter::WriteGuard {
  public:
-  explicit Turn(BufferWriter& writer) : writer_(writer) {
+  explicit WriteGuard(BufferWriter& writer) : writer_(writer) {
     if (writer_.busy_.exchange(true, std::memory_order_acquire)) {
       throw std::logic_error("Two threads write to " + writer_.path() +
-                             " at once: let one thread do it, or take turns by a lock");
+                             " at once: write from one thread only, or use a lock");
     }
   }
-  ~Turn() { writer_.busy_.store(false, std::memory_order_release); }
+  ~WriteGuard() { writer_.busy_.store(false, std::memory_order_release); }
 
-  Turn(const Turn&) = delete;
-  Turn& operator=(const Turn&) = delete;
+  WriteGuard(const WriteGuard&) = delete;
+  WriteGuard& operator=(const WriteGuard&) = delete;
 
  private:
   BufferWriter& writer_;
 };
 
 Header BufferWriter::HeaderOf(const BufferSizes& sizes) {
-  constexpr uint64_t kMost = uint64_t{1} << 31;  // Of anything that is counted in 32 bits.
+  constexpr uint64_t kMost = uint64_t{1} << 31;  // The header counts pages and slots in 32 bits.
   if (sizes.capacity_tokens < 1 || sizes.max_trajectories < 1) {
     Refuse("A buffer of " + Number(sizes.capacity_tokens) + " tokens and " +
-           Number(sizes.max_trajectories) + " trajectories holds nothing; both must be at least 1");
+           Number(sizes.max_trajectories) +
+           " trajectories is empty; both sizes must be at least 1");
   }
   if (sizes.page_tokens < 8 || sizes.page_tokens % 8 != 0 || sizes.page_tokens > 65536) {
     Refuse("page_tokens = " + Number(sizes.page_tokens) +
            ": it must be a multiple of 8, from 8 to 65536");
   }
   const uint64_t pages = (sizes.capacity_tokens - 1) / sizes.page_tokens + 1;
-  if (pages >= kMost || sizes.max_trajectories >= kMost || sizes.max_prompts >= kMost ||
-      sizes.sync_interval_ms >= kMost) {
-    Refuse("A buffer of " + Number(pages) + " pages, " + Number(sizes.max_trajectories) +
-           " trajectories and " + Number(sizes.max_prompts) + " prompts, synced every " +
-           Number(sizes.sync_interval_ms) + " ms, is too large: each must be below " +
-           Number(kMost));
+  if (pages >= kMost || sizes.max_trajectories >= kMost) {
+    Refuse("A buffer of " + Number(pages) + " pages and " + Number(sizes.max_trajectories) +
+           " trajectories is too large: each must be below " + Number(kMost));
   }
   Header header{};
   std::copy(std::begin(kMagic), std::end(kMagic), header.magic);
@@ -78,8 +75,6 @@ Header BufferWriter::HeaderOf(const BufferSizes& sizes) {
   header.page_tokens = static_cast<uint32_t>(sizes.page_tokens);
   header.pages = static_cast<uint32_t>(pages);
   header.max_trajectories = static_cast<uint32_t>(sizes.max_trajectories);
-  header.max_prompts = static_cast<uint32_t>(sizes.max_prompts);
-  header.sync_interval_ms = static_cast<uint32_t>(sizes.sync_interval_ms);
   header.crc = HeaderCrc(header);
   return header;
 }
@@ -92,14 +87,12 @@ void BufferWriter::Create(const std::string& path, const BufferSizes& sizes) {
 }
 
 BufferWriter::BufferWriter(const std::string& path)
-    : BufferReader(path, MappedFile::Mode::kWrite),
-      planned_(layout_.max_trajectories),
-      syncer_(file_, std::chrono::milliseconds(header().sync_interval_ms)) {
+    : BufferReader(path, MappedFile::Mode::kWrite), planned_(layout_.max_trajectories) {
   Recover();
 }
 
 int64_t BufferWriter::Begin(int64_t prompt_id, int64_t group_id) {
-  const Turn turn(*this);
+  const WriteGuard guard(*this);
   const uint64_t id = Unseal(header().next_id).value(), most = layout_.max_trajectories;
   const auto is_free = [&](uint64_t probe) {
     return Unseal(slot((id + probe) % most).generation).value() % 2 == 0;
@@ -110,7 +103,7 @@ int64_t BufferWriter::Begin(int64_t prompt_id, int64_t group_id) {
     Refuse("Cannot begin a trajectory: all " + Number(most) +
            " are in use; raise max_trajectories or evict finished ones");
   }
-  // The slot is free, so nobody believes what is in it until its generation says so.
+  // The slot is free, so no reader uses its fields until the generation is odd.
   Slot& at = mutable_slot((id + probe) % most);
   const uint64_t generation = Unseal(at.generation).value() + 1;
   const auto trajectory_id = static_cast<int64_t>(id);
@@ -124,13 +117,13 @@ int64_t BufferWriter::Begin(int64_t prompt_id, int64_t group_id) {
     shared::StoreRelease(mutable_header().max_probe, Seal(probe));
   }
   shared::StoreRelease(at.generation, Seal(generation));
-  // After the slot: the number of a begin that a kill cut in two is then not skipped.
+  // Stored after the slot, so that a kill between the two stores does not skip an id.
   shared::StoreRelease(mutable_header().next_id, Seal(id + 1));
   return trajectory_id;
 }
 
 void BufferWriter::Append(std::span<const NewSegment> segments, uint64_t* lengths) {
-  const Turn turn(*this);
+  const WriteGuard guard(*this);
   ++calls_;
   infos_.clear();
   uint64_t pages = 0, tokens = 0;
@@ -161,11 +154,11 @@ void BufferWriter::CheckSegment(const NewSegment& segment, const TrajectoryInfo&
     Refuse("Cannot append to trajectory " + std::to_string(segment.trajectory_id) + ": " + why);
   };
   if (planned.reason != EndReason::kOpen) {
-    refuse(std::string("it ended by ") + Name(planned.reason));
+    refuse("it ended by " + Name(planned.reason));
   }
   if (segment.lease && *segment.lease != info.lease) {
-    refuse("lease " + Number(*segment.lease) + " was given, and it is under lease " +
-           Number(info.lease) + " now: someone else continues it");
+    refuse("lease " + Number(*segment.lease) + " was given, but the newest lease is " +
+           Number(info.lease) + ": another worker has resumed it");
   }
   const size_t bad = FirstNotFinite(segment.logprobs, segment.length);
   if (bad < segment.length) {
@@ -173,23 +166,24 @@ void BufferWriter::CheckSegment(const NewSegment& segment, const TrajectoryInfo&
            std::to_string(segment.logprobs[bad]) + "; the engine's weights or logits are broken");
   }
   if (segment.length > layout_.MaxLength() - planned.length) {
-    refuse(Number(segment.length) + " tokens after " + Number(planned.length) + " are more than " +
-           Number(layout_.MaxLength()) + ", which a slot can list; raise page_tokens");
+    refuse("it has " + Number(planned.length) + " tokens, and " + Number(segment.length) +
+           " more exceed the " + Number(layout_.MaxLength()) +
+           " that a slot can list; raise page_tokens");
   }
   if (segment.length > 0 && planned.segments >= layout_.MaxSegments()) {
     refuse("it has " + Number(planned.segments) +
-           " segments, as many as a slot can list; append more tokens at a time");
+           " segments, the most that a slot can list; append more tokens per call");
   }
 }
 
 void BufferWriter::CheckRoom(uint64_t pages, uint64_t tokens) const {
   if (pages <= free_pages_.size()) return;
   Refuse("Cannot append " + Number(tokens) + " tokens: they take " + Number(pages) + " pages of " +
-         Number(layout_.page_tokens) + ", and " + Number(free_pages_.size()) + " of " +
+         Number(layout_.page_tokens) + " tokens, and " + Number(free_pages_.size()) + " of " +
          Number(layout_.pages) + " are free; raise capacity_tokens or evict finished trajectories");
 }
 
-// REQUIRES: checked, and there is room.
+// REQUIRES: the segment was checked, and enough pages are free.
 uint64_t BufferWriter::AppendOne(const TrajectoryInfo& info, const NewSegment& segment) {
   Slot& at = mutable_slot(info.slot);
   Commit commit = Commit::Unpack(at.commit).value();
@@ -236,8 +230,8 @@ void BufferWriter::PutRecord(Slot& at, uint32_t index, const Record& record) {
   shared::CopyIn(to, &record, sizeof(record));
 }
 
-// Entries are set in order, each when the first byte behind it is written. What an append that was
-// never committed had set is set anew, so it does not matter what stands there.
+// Entries are set in order, each when the first byte of its page is written. An append that was
+// never committed may have left an entry; the next append overwrites it.
 template <typename Table>
 void BufferWriter::SetPage(Table& table, uint64_t ordinal, uint32_t number) {
   if (ordinal < Table::kDirectEntries) {
@@ -258,7 +252,7 @@ uint32_t BufferWriter::TakePage() {
 }
 
 void BufferWriter::Finish(int64_t trajectory_id, EndReason reason) {
-  const Turn turn(*this);
+  const WriteGuard guard(*this);
   const TrajectoryInfo info = Get(trajectory_id);
   Commit commit = info.commit;
   if (commit.reason != EndReason::kOpen) {
@@ -270,7 +264,7 @@ void BufferWriter::Finish(int64_t trajectory_id, EndReason reason) {
 }
 
 uint64_t BufferWriter::Resume(int64_t trajectory_id) {
-  const Turn turn(*this);
+  const WriteGuard guard(*this);
   const TrajectoryInfo info = Get(trajectory_id);
   if (info.commit.reason != EndReason::kOpen) {
     Refuse("Cannot resume trajectory " + std::to_string(trajectory_id) + ": it ended by " +
@@ -280,71 +274,36 @@ uint64_t BufferWriter::Resume(int64_t trajectory_id) {
   return info.lease + 1;
 }
 
-std::vector<int64_t> BufferWriter::Evict(std::span<const int64_t> consumed,
-                                         std::optional<int32_t> stale_before,
-                                         std::optional<uint64_t> free_tokens) {
-  const Turn turn(*this);
-  std::vector<int64_t> evicted;
-  for (const int64_t id : consumed) Get(id);  // All of them, before the first is gone.
-  const auto evict = [&](const TrajectoryInfo& info) {
-    EvictOne(info);
-    evicted.push_back(info.trajectory_id);
-  };
-  for (const int64_t id : consumed) {
-    if (const auto info = Find(id)) evict(*info);  // Once, where it was named twice.
+void BufferWriter::Evict(std::span<const int64_t> trajectory_ids) {
+  const WriteGuard guard(*this);
+  for (const int64_t id : trajectory_ids) Get(id);  // All must exist before the first is removed.
+  for (const int64_t id : trajectory_ids) {
+    if (const auto info = Find(id)) EvictOne(*info);  // An id may occur twice.
   }
-  if (stale_before) {
-    for (const TrajectoryInfo& info : Scan()) {
-      if (info.commit.segments == 0) continue;
-      const auto newest = RecordAt(slot(info.slot), info.commit.segments - 1);
-      if (newest && newest->policy_version < *stale_before) evict(info);
-    }
-  }
-  if (free_tokens) {
-    for (const TrajectoryInfo& info : Scan()) {
-      if (free_pages_.size() * layout_.page_tokens >= *free_tokens) break;
-      evict(info);
-    }
-  }
-  return evicted;
 }
 
 void BufferWriter::EvictOne(const TrajectoryInfo& info) {
   const Slot& at = slot(info.slot);
   shared::StoreRelease(mutable_slot(info.slot).generation, Seal(info.generation + 1));
-  // Before any store into the pages, which the next append may reuse: see IsCurrent.
+  // Comes before any store into the pages, which the next append may reuse; see IsCurrent.
   std::atomic_thread_fence(std::memory_order_release);
   VisitPages(at, info.commit, [this](uint32_t number) { free_pages_.push_back(number); });
 }
 
 void BufferWriter::SetMark(uint64_t mark) {
-  const Turn turn(*this);
+  const WriteGuard guard(*this);
   if (mark >> kSealedBits) Refuse("mark = " + Number(mark) + ": it must be below 2^56");
   shared::StoreRelease(mutable_header().mark, Seal(mark));
 }
 
-void BufferWriter::RecordResult(uint64_t prompt, double correctness) {
-  const Turn turn(*this);
-  if (prompt >= layout_.max_prompts) {
-    Refuse("Cannot count a response to prompt " + Number(prompt) + ": the file has room for " +
-           Number(layout_.max_prompts) + ", numbered from 0; raise max_prompts");
-  }
-  constexpr uint32_t kMostCounted = (uint32_t{1} << 24) - 1;
-  const auto [responses, successes] = PromptCounts(prompt);
-  if (responses == kMostCounted) return;  // The rate has long settled.
-  const float sum = successes + static_cast<float>(std::clamp(correctness, 0.0, 1.0));
-  const uint64_t value = uint64_t{responses + 1} << 32 | std::bit_cast<uint32_t>(sum);
-  shared::StoreRelease(const_cast<uint64_t&>(prompt_word(prompt)), Seal(value));
-}
-
 void BufferWriter::Snapshot(const std::string& path) {
-  const Turn turn(*this);
+  const WriteGuard guard(*this);
   std::vector<bool> is_free(layout_.pages, false);
   for (const uint32_t number : free_pages_) is_free[number] = true;
   NewFile file(path, layout_.FileBytes());
   file.Write(0, file_.data(), layout_.PagesAt());
   for (uint32_t first = 0; first < layout_.pages;) {
-    uint32_t last = first;  // Of a run of pages in use.
+    uint32_t last = first;  // The end of a run of pages in use.
     while (last < layout_.pages && !is_free[last]) ++last;
     const uint64_t from = layout_.PagesAt() + first * layout_.PageBytes();
     file.Write(from, file_.data() + from, (last - first) * layout_.PageBytes());

@@ -1,4 +1,4 @@
-// The passes over one row, as each instruction set has them; logprob_tile.cc picks one.
+// The passes over one row, one version for each instruction set; logprob_tile.cc chooses one.
 #ifndef KIMI_LOSS_LOGPROB_ROWS_H_
 #define KIMI_LOSS_LOGPROB_ROWS_H_
 

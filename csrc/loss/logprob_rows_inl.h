@@ -1,7 +1,7 @@
-// The passes over one row, written once over vectors of KIMI_VECTOR_BYTES. Each file that includes
-// this is compiled for another instruction set, so everything here has internal linkage: one shared
-// inline function, compiled for AVX-512, would end up in the portable passes too. For the same
-// reason nothing of the standard library with code of its own is used.
+// The passes over one row, written once for vectors of KIMI_VECTOR_BYTES. Each file that includes
+// this header is compiled for another instruction set, so everything here has internal linkage. The
+// linker could otherwise use an inline function compiled for AVX-512 in the portable passes. For
+// the same reason this header uses no inline function of the standard library.
 
 #include <cstdint>
 #include <cstring>
@@ -16,19 +16,19 @@ using Ints = int32_t __attribute__((vector_size(KIMI_VECTOR_BYTES)));
 constexpr int kLanes = KIMI_VECTOR_BYTES / 4;
 constexpr float kInfinity = __builtin_inff();
 
-// Sums run in float lanes over so many vectors, then go on in double. Rounding within eight small
-// terms is lost beside the error of the exponential; within thousands it would be a bias.
+// Float lanes sum this many vectors, and a double then takes their sum. The rounding of eight small
+// terms is smaller than the error of the exponential; that of thousands of terms would be a bias.
 constexpr int kVectorsPerSum = 8;
 
 inline Floats Splat(float value) { return Floats{} + value; }
 
-// exp(x) to about one unit in the last place, x <= 0 or NaN; 0 where the result is below the normal
-// numbers. exp(0) is 1 exactly: a row of one certain token must have a log-prob of 0.
+// exp(x) to about one unit in the last place, for x <= 0 or NaN; 0 if the result is below the
+// normal numbers. exp(0) is exactly 1, so that a row with one certain token has a log-prob of 0.
 inline Floats ExpOfNegative(Floats x) {
-  const Floats magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer.
+  const Floats magic = Splat(12582912.0f);  // 1.5 * 2^23; adding it rounds to the nearest integer.
   const Floats rounded = x * 1.44269504f + magic;
   const Floats n = rounded - magic;
-  // ln 2 in two parts; the product of n and the first has no rounding error.
+  // ln 2 in two parts; the product of n and the first part is exact.
   const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   Floats p = Splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -37,7 +37,7 @@ inline Floats ExpOfNegative(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2^n from its bits: the integer stands in the low bits of the rounded sum.
+  // 2^n from its bits; n is in the low bits of the rounded sum.
   Ints bits;
   std::memcpy(&bits, &rounded, sizeof bits);
   bits = (bits - 0x4b400000 + 127) << 23;
@@ -46,7 +46,7 @@ inline Floats ExpOfNegative(Floats x) {
   return x < Splat(-87.0f) ? Floats{} : p * power;
 }
 
-// tanh(x): an odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
+// tanh(x), with an odd polynomial near 0, where 1 - 2 / (exp(2x) + 1) would lose digits.
 inline Floats Tanh(Floats x) {
   const Floats magnitude = x < Floats{} ? -x : x;
   const Floats e = ExpOfNegative(magnitude * -2.0f);
@@ -66,8 +66,8 @@ inline Floats Score(const TileHead& head, Floats logits, Floats bias) {
   return head.softcap == 0 ? sum : head.softcap * Tanh(sum / head.softcap);
 }
 
-// Scores of `lanes` logits from `begin` on; lanes beyond are minus infinity, also where a cap would
-// have lifted them: columns that do not exist must get no probability.
+// Scores of `lanes` logits from `begin` on. Further lanes are set to minus infinity after the cap,
+// so that columns that do not exist get no probability.
 inline Floats Scores(const TileHead& head, const float* logits, int64_t begin, int64_t lanes) {
   Floats values, bias = {};
   if (lanes == kLanes) {
@@ -115,7 +115,7 @@ RowStatistics Statistics(const TileHead& head, const float* logits, int64_t targ
       const Floats x = (scores - top) / head.temperature;
       const Floats e = ExpOfNegative(x);
       sum += e;
-      // Where e is 0, x may be infinite, and their product must still be 0.
+      // If e is 0, x may be infinite, and their product must still be 0.
       product += e * (x < Splat(-88.0f) ? Floats{} : x);
     }
     for (int lane = 0; lane < kLanes; ++lane) {
@@ -132,7 +132,7 @@ RowStatistics Statistics(const TileHead& head, const float* logits, int64_t targ
   return row;
 }
 
-// d logprob / d score = (onehot - softmax) / temperature, and the cap's own slope on top.
+// d logprob / d score = (onehot - softmax) / temperature, times the slope of the cap.
 void Gradient(const TileHead& head, float* logits, int64_t target, float top, double total,
               float outer) {
   const float scale = static_cast<float>(-outer / head.temperature / total);
@@ -146,7 +146,7 @@ void Gradient(const TileHead& head, float* logits, int64_t target, float top, do
     std::memcpy(logits + begin, &slope, static_cast<size_t>(lanes) * sizeof(float));
   }
   if (target < 0) return;
-  // 1 - p before the slope, so that a certain token gets exactly nothing.
+  // 1 - p comes before the slope, so that a certain token gets a gradient of exactly 0.
   const float e = ExpOfNegative(Splat((wanted - top) / head.temperature))[0];
   const float ratio = head.softcap == 0 ? 0 : wanted / head.softcap;
   logits[target] = (e * scale + outer / head.temperature) * (1.0f - ratio * ratio);

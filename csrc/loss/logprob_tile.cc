@@ -18,7 +18,7 @@ RowPasses PassesFor(InstructionSet set) {
   return PortableRowPasses();
 }
 
-// Calls `pass` on every row. Rows cost the same, so each thread gets an equal run of them.
+// Calls `pass` on every row. All rows cost the same, so each thread takes an equal share.
 template <typename Pass>
 void ForEachRow(int64_t rows, int threads, Pass pass) {
   const int64_t share = (rows + threads - 1) / threads;

@@ -1,12 +1,12 @@
-// Passes over a tile of logits: the softmax statistics of each row, and the gradient of its
-// log-prob in place. The matrix products before and after are the caller's.
+// Passes over a tile of logits: the softmax statistics of each row, and the gradient of the row's
+// log-prob in place. The caller computes the matrix products before and after them.
 //
-// A row's scores are s = (logits + bias), capped to softcap * tanh(s / softcap) if there is a cap;
-// tokens are distributed as softmax(s / temperature). Everything is relative to the row's largest
-// score, so no shift of the logits overflows or loses digits, and sums over the vocabulary end in
-// double, so that what thousands of rows add up to does not drift (docs/numerics.md).
+// The scores of a row are s = logits + bias, capped to softcap * tanh(s / softcap) if there is a
+// cap. Tokens are distributed as softmax(s / temperature). All numbers are relative to the row's
+// largest score, so no shift of the logits overflows or loses digits. Sums over the vocabulary end
+// in double, so that sums over thousands of rows do not drift (docs/numerics.md).
 //
-// Stateless; calls on different tiles may run side by side.
+// Synchronisation: none needed; calls on different tiles may run at the same time.
 #ifndef KIMI_LOSS_LOGPROB_TILE_H_
 #define KIMI_LOSS_LOGPROB_TILE_H_
 
@@ -15,41 +15,41 @@
 
 namespace kimi {
 
-// Instruction sets that the passes are compiled for, the plainest first.
+// The instruction sets that the passes are compiled for, the slowest first.
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };
 
-// Those that this processor runs; the last one is the fastest. Never empty.
+// The instruction sets of this processor, the fastest last. Never empty.
 std::vector<InstructionSet> AvailableInstructionSets();
 
-// What turns logits into scores, and how they are laid out.
+// The shape of the logits, and what turns them into scores.
 struct TileHead {
   int64_t rows;
   int64_t vocab;
-  const float* bias;  // [vocab], or null.
+  const float* bias;  // [vocab], or null for none.
   float softcap;      // 0: none.
   float temperature;
 };
 
-// Row statistics, [rows] each.
+// Statistics of each row, [rows] each.
 struct TileStatistics {
   float* top;     // The largest score.
   double* total;  // Sum over the vocabulary of e = exp((score - top) / temperature).
-  float* picked;  // The target's score - top, over the temperature; 0 where there is no target.
-  double*
-      weighted;  // Sum of e * (score - top) / temperature: entropy = log(total) - weighted / total.
+  float* picked;  // (target's score - top) / temperature; 0 without a target.
+  // Sum of e * (score - top) / temperature. The entropy is log(total) - weighted / total.
+  double* weighted;
 };
 
-// Fills `statistics` from the logits, which stay as they are.
+// Fills `statistics` from the logits, which stay unchanged.
 //
-// REQUIRES: vocab > 0, temperature > 0, softcap >= 0, threads > 0; `targets` in [-1, vocab), where
-// -1 is a row whose target lies in another part of the vocabulary; `set` is available.
+// REQUIRES: vocab > 0, temperature > 0, softcap >= 0, threads > 0; `targets` in [-1, vocab), with
+// -1 for a row whose target is in another part of the vocabulary; `set` is available.
 void FillTileStatistics(const TileHead& head, const float* logits, const int64_t* targets,
                         const TileStatistics& statistics, int threads, InstructionSet set);
 
-// Overwrites each row of logits with the gradient of outer * logprob(target) in the logits, given
-// the row's statistics, which may be those of a vocabulary that this tile is only a part of.
+// Overwrites each row of logits with the gradient of outer * logprob(target) with respect to the
+// logits. The row's statistics may be those of a vocabulary that this tile is only a part of.
 //
-// REQUIRES: as above.
+// REQUIRES: as FillTileStatistics.
 void GradientInPlace(const TileHead& head, float* logits, const int64_t* targets, const float* top,
                      const double* total, const float* outer, int threads, InstructionSet set);
 

@@ -12,8 +12,8 @@ namespace {
 
 constexpr size_t kInitialSlots = 16;
 
-// a * b modulo 2^61 - 1, for a and b below it: the high and the low 61 bits of the product add up,
-// because 2^61 is 1 modulo the prime.
+// a * b modulo the prime 2^61 - 1, for a and b below it. The high and the low 61 bits of the
+// product are added, because 2^61 is 1 modulo the prime.
 uint64_t MulMod(uint64_t a, uint64_t b) {
   __extension__ using uint128 = unsigned __int128;
   const uint128 product = static_cast<uint128>(a) * b;
@@ -31,7 +31,7 @@ uint64_t PowMod(uint64_t base, uint64_t exponent) {
   return power;
 }
 
-// Token ids are non-negative in practice; any int32 gets a digit of its own.
+// Token ids are not negative in practice, but every int32 gives a different digit.
 uint64_t Digit(int32_t token) { return static_cast<uint32_t>(token); }
 
 int64_t AtLeast(const char* name, int64_t value, int64_t bound) {
@@ -72,14 +72,7 @@ int64_t RepeatDetector::Extend(std::span<const int32_t> tokens) {
   return first;
 }
 
-void RepeatDetector::Reset() {
-  tokens_.clear();
-  hash_ = 0;
-  slots_.assign(kInitialSlots, Slot{});
-  used_ = 0;
-}
-
-// Takes in `token` and drops the one that leaves the window. REQUIRES: not in tokens_ yet.
+// Adds `token` to the hash and removes the oldest one. REQUIRES: `token` is not yet in tokens_.
 void RepeatDetector::RollHash(int32_t token) {
   if (size() >= static_cast<size_t>(window_)) {
     const int32_t leaving = tokens_[size() - static_cast<size_t>(window_)];
@@ -88,7 +81,7 @@ void RepeatDetector::RollHash(int32_t token) {
   hash_ = (MulMod(hash_, kBase) + Digit(token)) % kPrime;
 }
 
-// The slot of the window that ends at the last token, or the unused slot where it belongs.
+// Returns the slot of the window that ends at the last token, or the unused slot for it.
 RepeatDetector::Slot& RepeatDetector::FindSlot(uint64_t hash) {
   const size_t last = slots_.size() - 1;
   size_t i = hash & last;
@@ -102,7 +95,7 @@ bool RepeatDetector::IsLastWindow(const Slot& slot) const {
   return std::equal(tokens_.end() - window_, tokens_.end(), tokens_.begin() + slot.end - window_);
 }
 
-// Doubles the table. The windows in it are distinct, so none needs comparing.
+// Doubles the table. Its windows are distinct, so it compares none of them.
 void RepeatDetector::Grow() {
   std::vector<Slot> larger(2 * slots_.size());
   const size_t last = larger.size() - 1;

@@ -1,17 +1,17 @@
-// RepeatDetector notices when a growing token sequence goes round in a loop.
+// RepeatDetector detects that a growing token sequence repeats itself.
 //
-// It answers one question after every token: have the last `window` tokens now occurred `count`
-// times in the sequence? Occurrences may overlap, need not be adjacent, and the one just completed
-// is included. The rollout engine ends a response there instead of paying for the rest of the loop.
+// After every token it answers one question: have the last `window` tokens now occurred `count`
+// times in the sequence? Occurrences may overlap and need not be adjacent, and the last one counts.
+// The rollout engine ends a response there, which saves sampling the rest of the repetition.
 //
 // Method: a rolling polynomial hash of the last `window` tokens, and an open-addressing table from
-// each distinct window to the number of times it has occurred. A push costs O(1), plus comparing
-// `window` tokens where the window was seen before; neither grows with the sequence.
+// each distinct window to its number of occurrences. A push costs O(1), plus the comparison of
+// `window` tokens if the window has occurred before. Neither cost grows with the sequence.
 //
-// The hash only chooses where to look. Two windows are the same if their tokens are, so a collision
-// costs time and never a wrong answer: model output is hostile input.
+// The hash only chooses where to look. Windows are compared by their tokens, so a collision costs
+// time but never gives a wrong answer, even on adversarial output.
 //
-// Memory: 4 bytes a token, plus 16 bytes a slot and 4/3 to 8/3 slots a distinct window.
+// Memory: 4 bytes for each token, and 4/3 to 8/3 slots of 16 bytes for each distinct window.
 //
 // Synchronisation: none. One thread at a time uses a detector; distinct detectors are independent.
 #ifndef KIMI_TEXT_REPEAT_DETECTOR_H_
@@ -26,8 +26,8 @@ namespace kimi {
 
 class RepeatDetector {
  public:
-  // The hash of a window is its tokens as digits in base kBase, modulo kPrime. Public so that the
-  // tests can construct windows that collide.
+  // The hash of a window takes its tokens as digits in base kBase, modulo kPrime. Public for the
+  // tests, which construct windows that collide.
   static constexpr uint64_t kPrime = (uint64_t{1} << 61) - 1;
   static constexpr uint64_t kBase = 0x0b4e0ef37bc32127;
 
@@ -37,26 +37,21 @@ class RepeatDetector {
   RepeatDetector(const RepeatDetector&) = delete;
   RepeatDetector& operator=(const RepeatDetector&) = delete;
 
-  // Appends one token. True if the last `window` tokens now stand at least `count` times.
-  // REQUIRES: size() < 2^32 - 1.
+  // Appends one token. Returns whether the last `window` tokens have occurred `count` times or
+  // more. REQUIRES: size() < 2^32 - 1.
   bool Push(int32_t token);
 
-  // Appends all tokens, as a trajectory that is opened again does with its earlier ones. Returns
-  // the index in `tokens` of the first at which Push would have been true, or -1.
-  // REQUIRES: size() + tokens.size() < 2^32.
+  // Appends all tokens, such as the earlier tokens of a trajectory that continues. Returns the
+  // index in `tokens` of the first one at which Push would have returned true, or -1. REQUIRES:
+  // size() + tokens.size() < 2^32.
   int64_t Extend(std::span<const int32_t> tokens);
 
-  // Forgets every token; window and count stay.
-  void Reset();
-
-  // Tokens pushed since the start or the last Reset.
+  // The number of tokens so far.
   size_t size() const { return tokens_.size(); }
-  int64_t window() const { return window_; }
-  int64_t count() const { return count_; }
 
  private:
-  // One distinct window: its hash, the end (exclusive) of its first occurrence, and how often it
-  // has occurred. An unused slot has occurrences == 0.
+  // One distinct window: its hash, the end (exclusive) of its first occurrence, and its number of
+  // occurrences, which is 0 in an unused slot.
   struct Slot {
     uint64_t hash = 0;
     uint32_t end = 0;
@@ -70,13 +65,13 @@ class RepeatDetector {
 
   const int64_t window_;
   const int64_t count_;
-  const uint64_t leading_power_;  // kBase^(window - 1): the weight of the token that leaves.
+  const uint64_t leading_power_;  // kBase^(window - 1), the weight of the oldest token.
 
   std::vector<int32_t> tokens_;
   uint64_t hash_ = 0;  // Of the last min(window, size()) tokens.
 
-  // Linear probing. Invariants: slots_.size() is a power of two; at most 3/4 of it are in use; no
-  // unused slot lies between a window and the slot that its hash points to.
+  // Linear probing. Invariants: slots_.size() is a power of two; at most 3/4 of the slots are in
+  // use; no unused slot lies between a window and the slot that its hash selects.
   std::vector<Slot> slots_;
   size_t used_ = 0;
 };

@@ -17,17 +17,17 @@ std::string Number(uint64_t value) { return std::to_string(value); }
   throw std::invalid_argument(path + " " + why);
 }
 
-constexpr const char* kAnew = ": make it anew and publish into it";
+constexpr const char* kRecreate = ": create it again and publish into it";
 
 uint32_t HeaderCrc(const Header& header) {
   return crc32c::Extend(0, &header, offsetof(Header, crc));
 }
 
-// Returns where things are in `file` if all that never changes in it is sound.
+// Returns the offsets of `file`, after checking everything in it that never changes.
 Places CheckedPlaces(const MappedFile& file) {
   const std::string& path = file.path();
   if (file.size() < sizeof(Header) || std::memcmp(file.data(), kMagic, sizeof(kMagic)) != 0) {
-    Refuse(path, "is no weight arena: it does not begin with KIMIWGTS");
+    Refuse(path, "is not a weight arena: it does not begin with KIMIWGTS");
   }
   const auto& header = *reinterpret_cast<const Header*>(file.data());
   if (header.format > kFormatVersion) {
@@ -36,19 +36,19 @@ Places CheckedPlaces(const MappedFile& file) {
                      ": open it with the kimi_core that made it, or a newer one");
   }
   if (header.crc != HeaderCrc(header)) {
-    Refuse(path, std::string("has a damaged header (its checksum is wrong)") + kAnew);
+    Refuse(path, std::string("has a damaged header (its checksum is wrong)") + kRecreate);
   }
   const bool possible = header.slots >= kFewestSlots && header.slots <= kMostSlots &&
                         header.leases == kLeases && header.payload_bytes < uint64_t{1} << 56 &&
                         header.description_bytes < uint64_t{1} << 56;
-  if (!possible) Refuse(path, "has sizes in its header that no arena has");
+  if (!possible) Refuse(path, std::string("has impossible sizes in its header") + kRecreate);
   const Places places(header);
   if (file.size() < places.FileBytes()) {
     Refuse(path, "is cut off: it has " + Number(file.size()) + " of " + Number(places.FileBytes()) +
-                     " bytes" + kAnew);
+                     " bytes" + kRecreate);
   }
   if (header.table_crc != crc32c::Extend(0, file.data() + places.TableAt(), places.table_bytes)) {
-    Refuse(path, std::string("has a damaged table of tensors (its checksum is wrong)") + kAnew);
+    Refuse(path, std::string("has a damaged table of tensors (its checksum is wrong)") + kRecreate);
   }
   return places;
 }
@@ -67,7 +67,7 @@ ArenaReader::ArenaReader(const std::string& path)
   description_.assign(reinterpret_cast<const char*>(table()) + bytes, places_.table_bytes - bytes);
 }
 
-// Where the word is damaged, the states of the slots say which version is the newest whole one.
+// If the word is damaged, the states of the slots show which version is the newest complete one.
 std::optional<Placed> ArenaReader::Current() const {
   const uint64_t word = shared::LoadOrdered(header().current);
   const auto current = Placed::Unpack(word);
@@ -85,24 +85,24 @@ std::optional<Placed> ArenaReader::Current() const {
 Lease ArenaReader::Acquire() {
   if (file_.SizeNow() < places_.FileBytes()) {
     Refuse(path(), "was cut off while it was open: it has " + Number(file_.SizeNow()) + " of " +
-                       Number(places_.FileBytes()) + " bytes" + kAnew);
+                       Number(places_.FileBytes()) + " bytes" + kRecreate);
   }
   auto current = Current();
   if (!current) Refuse(path(), "serves nothing yet: publish a version first");
   const auto entry = leases_.Claim();
   if (!entry) {
     Refuse(path(), "has no lease left: all " + Number(kLeases) +
-                       " are held by living processes; release leases that are not needed");
+                       " are held by running processes; release leases that are not needed");
   }
   Lease lease{.entry = *entry, .placed = *current};
   while (true) {
     leases_.Hold(lease.entry, lease.placed);
-    // A writer that has served something else since may not have seen the hold.
+    // A writer that has served another version meanwhile may not have seen the hold.
     current = Current();
     if (current == lease.placed) return lease;
     if (!current) {
       leases_.Release(lease.entry);
-      Refuse(path(), std::string("has a damaged header (what it serves is gone)") + kAnew);
+      Refuse(path(), std::string("has a damaged header (the served version is lost)") + kRecreate);
     }
     lease.placed = *current;
   }
@@ -113,8 +113,8 @@ std::vector<uint32_t> ArenaReader::Crcs(uint32_t slot) const {
   const size_t bytes = found.size() * sizeof(uint32_t);
   shared::CopyOut(found.data(), crcs(slot), bytes);
   if (crc32c::Extend(0, found.data(), bytes) != shared::Load(header().slot[slot].crcs_crc)) {
-    Refuse(path(), "is damaged: the checksums of slot " + Number(slot) +
-                       " fail their own; keep the version you have and publish again");
+    Refuse(path(), "is damaged: the table of checksums of slot " + Number(slot) +
+                       " fails its own checksum; keep the version you have and publish again");
   }
   return found;
 }
@@ -133,7 +133,7 @@ void ArenaWriter::Create(const std::string& path, uint32_t slots, uint64_t paylo
   if (slots < kFewestSlots || slots > kMostSlots) {
     throw std::invalid_argument("slots = " + Number(slots) + ": an arena has " +
                                 Number(kFewestSlots) + " to " + Number(kMostSlots) +
-                                "; one is served while another is written");
+                                " slots; one is served while another is written");
   }
   uint64_t end = 0;
   for (const Region& region : regions) {
@@ -142,7 +142,7 @@ void ArenaWriter::Create(const std::string& path, uint32_t slots, uint64_t paylo
       throw std::invalid_argument("A region of " + Number(region.bytes) + " bytes at " +
                                   Number(region.offset) +
                                   " overlaps the one before it, goes beyond " +
-                                  Number(payload_bytes) + " bytes or is of odd size");
+                                  Number(payload_bytes) + " bytes or has an odd size");
     }
     end = region.offset + region.bytes;
   }
@@ -182,7 +182,8 @@ ArenaWriter::ArenaWriter(const std::string& path)
   Repair();
 }
 
-// Writes anew what a flipped bit may have changed of what never changes, and which slot is served.
+// Restores the constant parts of the file and the word that names the served version, in case a
+// flipped bit has changed them.
 void ArenaWriter::Repair() {
   if (std::memcmp(&header(), constant_header_.data(), constant_header_.size()) != 0) {
     std::memcpy(static_cast<void*>(&header()), constant_header_.data(), constant_header_.size());
@@ -196,16 +197,10 @@ void ArenaWriter::Repair() {
   }
 }
 
-std::optional<uint64_t> ArenaWriter::Newest() const {
-  const auto current = Current();
-  if (!current) return std::nullopt;
-  return current->version;
-}
-
 std::optional<uint32_t> ArenaWriter::Begin(uint64_t version) {
   if (busy_.exchange(true, std::memory_order_acquire)) {
     throw std::logic_error("Two versions are written into " + path() +
-                           " at once: finish one, or abandon it, before the next");
+                           " at once: commit or abandon the first before the second");
   }
   const auto give_up = [this] { busy_.store(false, std::memory_order_release); };
   const auto current = Current();
@@ -241,7 +236,8 @@ std::vector<uint32_t> ArenaWriter::Write(uint32_t slot, std::span<const Source> 
   RequireBegun(slot);
   const size_t most = regions().size() - std::min(first, regions().size());
   if (first > regions().size() || count.value_or(0) > most) {
-    throw std::logic_error("There are " + Number(regions().size()) + " regions");
+    throw std::logic_error("Regions " + Number(first) + " and on: there are only " +
+                           Number(regions().size()));
   }
   const auto filled = regions().subspan(first, count.value_or(most));
   CheckSources(sources, filled);

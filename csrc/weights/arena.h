@@ -1,11 +1,11 @@
-// A weight arena: a file with several slots, one of which is served, and versions that only grow.
+// A weight arena: a file with several slots, one of which is served. Version numbers only grow.
 //
-// ArenaReader takes leases on what is served; ArenaWriter, which is one too, fills an idle slot and
-// then stores one word, which publishes it: a reader sees a version whole or not at all, and a slot
-// in use is never written. See docs/weight_protocol.md.
+// ArenaReader takes leases on the served version. ArenaWriter, which is also an ArenaReader, fills
+// an idle slot and then stores one word, which publishes it. A reader sees a version as a whole or
+// not at all, and a slot in use is never written. See docs/weight_protocol.md.
 //
-// Synchronisation: one process at a time writes (the file is locked), one slot at a time, which is
-// checked: a second one gets std::logic_error. Readers, in any thread or process, need nothing.
+// Synchronisation: one process at a time writes (the file is locked), and one slot at a time: a
+// second Begin gets std::logic_error. Readers, in any thread or process, need no synchronisation.
 #ifndef KIMI_WEIGHTS_ARENA_H_
 #define KIMI_WEIGHTS_ARENA_H_
 
@@ -36,9 +36,9 @@ struct Lease {
 
 class ArenaReader {
  public:
-  // Throws std::invalid_argument for a file that is no arena, damaged in what never changes, cut
-  // off or of a newer format, and std::system_error for what the operating system refuses. It needs
-  // the right to write: leases are in the file.
+  // Throws std::invalid_argument if the file is not an arena, has damaged constant parts, is cut
+  // off or has a newer format, and std::system_error if the operating system refuses a step. Needs
+  // the permission to write, because leases are in the file.
   explicit ArenaReader(const std::string& path);
   virtual ~ArenaReader() = default;
 
@@ -52,23 +52,23 @@ class ArenaReader {
   std::span<const Region> regions() const { return regions_; }
   const std::string& description() const { return description_; }
 
-  // What is served; nothing before the first version is published.
+  // The served version and its slot; nothing before the first version is published.
   std::optional<Placed> Current() const;
 
-  // Keeps what is served from being written until Release, or until this process ends. Throws
-  // std::invalid_argument where nothing is served, no lease is free or the file was cut.
+  // Takes a lease on the served version: its slot is not written until Release or the end of this
+  // process. Throws std::invalid_argument if nothing is served, no lease is free or the file is cut
+  // off.
   Lease Acquire();
   void Release(const Lease& lease) { leases_.Release(lease.entry); }
   std::vector<Holder> Holders() { return leases_.Living(); }
 
-  // A slot's bytes, read-only in memory, too. They are of one version while it is leased.
+  // The bytes of a slot, in read-only memory. They belong to one version while it is leased.
   const std::byte* payload(uint32_t slot) const { return file_.data() + places_.PayloadAt(slot); }
 
-  // The checksums of what a slot holds, one a region. Throws std::invalid_argument where their own
-  // checksum is wrong.
+  // The checksums of a slot's regions. Throws std::invalid_argument if their table is damaged.
   std::vector<uint32_t> Crcs(uint32_t slot) const;
 
-  // The first region of `slot` whose bytes do not have the checksum of `crcs`.
+  // The first region of `slot` whose checksum differs from the one in `crcs`, if any.
   std::optional<size_t> FirstDamaged(uint32_t slot, std::span<const uint32_t> crcs,
                                      unsigned threads) const;
 
@@ -91,28 +91,23 @@ class ArenaReader {
 
 class ArenaWriter : public ArenaReader {
  public:
-  // Makes an arena with nothing in it. Throws std::invalid_argument for a number of slots or
-  // regions out of range, and std::system_error where there is no room or a file already.
+  // Creates an empty arena. Throws std::invalid_argument if the number of slots or a region is out
+  // of range, and std::system_error if the disk is full or the file exists.
   static void Create(const std::string& path, uint32_t slots, uint64_t payload_bytes,
                      const Hash& layout_hash, std::span<const Region> regions,
                      std::string_view description);
 
-  // Throws as ArenaReader, and std::invalid_argument where another process writes. What a writer
-  // that died has begun is forgotten.
+  // Throws as ArenaReader, and std::invalid_argument if another process is the writer. Discards
+  // what a writer that died had begun.
   explicit ArenaWriter(const std::string& path);
 
-  // The newest version ever published.
-  std::optional<uint64_t> Newest() const;
-
-  // Takes a slot that is neither served nor leased for writing `version`; nothing where there is
-  // none now. Throws std::invalid_argument unless the version is newer than the newest.
+  // Takes a slot that is neither served nor leased, to write `version`. Returns nothing if there is
+  // none now. Throws std::invalid_argument unless the version is greater than the newest one.
   std::optional<uint32_t> Begin(uint64_t version);
 
-  // REQUIRES, of the rest: Begin has given `slot`, and neither Commit nor Abandon has taken it
-  // back.
+  // The functions below REQUIRE that Begin has returned `slot` and that it is still open.
   std::byte* writable(uint32_t slot) { return written_.data() + places_.PayloadAt(slot); }
-  //
-  // Write fills `count` regions from `first` on, or all that follow, and returns their checksums.
+  // Fills `count` regions from `first` on, by default all, and returns their checksums.
   std::vector<uint32_t> Write(uint32_t slot, std::span<const Source> sources, unsigned threads,
                               size_t first = 0, std::optional<size_t> count = std::nullopt);
   void Commit(uint32_t slot, uint64_t version, std::span<const uint32_t> crcs);
@@ -123,7 +118,7 @@ class ArenaWriter : public ArenaReader {
   void Repair();
   void RequireBegun(uint32_t slot) const;
 
-  MappedFile written_;  // The file again, where its slots can be written.
+  MappedFile written_;  // A second mapping of the file, in which slots are writable.
   std::string constant_header_, constant_table_;
   std::atomic<bool> busy_ = false;
   std::optional<uint32_t> begun_;

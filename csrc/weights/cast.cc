@@ -28,11 +28,11 @@ KIMI_AVX2 __m256i EightToBFloat16(const float* from) {
   return _mm256_blendv_epi8(rounded, quiet_nan, _mm256_castps_si256(is_nan));
 }
 
-// Returns how many were converted.
+// Returns the number of elements that were converted.
 KIMI_AVX2 size_t ToBFloat16ByVectors(const float* from, uint16_t* to, size_t n) {
   size_t i = 0;
   for (; i + 16 <= n; i += 16) {
-    // Packing works on each half of a register by itself: put its quarters in order afterwards.
+    // Packing works on each half of a register, so the quarters need reordering.
     const __m256i packed =
         _mm256_packus_epi32(EightToBFloat16(from + i), EightToBFloat16(from + i + 8));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i),
@@ -65,10 +65,9 @@ uint16_t ToFloat16ByBits(float value) {
   const auto bits = std::bit_cast<uint32_t>(value);
   const uint32_t sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
   if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | ((size >> 13) & 0x3ff));
-  if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and more.
+  if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // From 65520 on.
   if (size < 0x38800000) {
-    // Subnormal: adding 0.5 leaves the value in units of 2^-24 in the last bits, rounded by the
-    // CPU.
+    // A subnormal result: adding 0.5 leaves it in the low bits, rounded, in units of 2^-24.
     const float sum = std::bit_cast<float>(size) + 0.5f;
     return static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(sum) - 0x3f000000));
   }

@@ -1,4 +1,4 @@
-// Elements of weights, and their conversion.
+// The dtypes of weights, and casts between them.
 #ifndef KIMI_WEIGHTS_CAST_H_
 #define KIMI_WEIGHTS_CAST_H_
 
@@ -12,11 +12,11 @@ enum class DType : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 constexpr size_t SizeOf(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// Rounds to the nearest, ties to even, as torch does; too large is infinite, and NaN stays NaN.
+// Round to nearest, ties to even, as torch does. Too large becomes infinite; NaN stays NaN.
 void ToBFloat16(const float* from, uint16_t* to, size_t n);
 void ToFloat16(const float* from, uint16_t* to, size_t n);
 
-// One element without the CPU's instructions. Public so that the tests can compare the two.
+// Cast one element without vector instructions. Public for the tests, which compare the two.
 uint16_t ToBFloat16ByBits(float value);
 uint16_t ToFloat16ByBits(float value);
 

@@ -16,11 +16,11 @@
 namespace kimi::weights {
 namespace {
 
-constexpr uint64_t kPieceBytes = uint64_t{4} << 20;  // What a thread takes at a time.
+constexpr uint64_t kPieceBytes = uint64_t{4} << 20;  // A thread takes one piece at a time.
 constexpr size_t kLine = 64;
-constexpr size_t kChunkBytes = 3 * 2048;  // Written at a time, and in cache from cast to copy.
+constexpr size_t kChunkBytes = 3 * 2048;  // Cast, summed and copied at a time, while in cache.
 
-// Some columns of some rows of a source, and their checksum as they are written.
+// Some columns of some rows of a source, and the checksum of their written bytes.
 struct Piece {
   const Source* source;
   uint64_t row, rows, column, columns;
@@ -32,7 +32,7 @@ struct Piece {
   }
 };
 
-// Calls `work(i)` for i in [0, n), each once, on so many threads.
+// Calls `work(i)` once for each i in [0, n), on `threads` threads.
 template <typename Work>
 void Share(size_t n, unsigned threads, const Work& work) {
   std::atomic<size_t> next = 0;
@@ -44,8 +44,8 @@ void Share(size_t n, unsigned threads, const Work& work) {
   run();
 }
 
-// A copy past the caches: nobody reads it soon, and the memory it goes to need not be read first.
-// Meanwhile it fetches `lines` lines from `next` for each one that it writes.
+// Copies with stores that bypass the caches: the copy is not read soon, and its memory need not be
+// read first. For each line that it writes, it prefetches `lines` lines from `next` on.
 void Stream(std::byte* to, const std::byte* from, size_t bytes,
             [[maybe_unused]] const std::byte* next, [[maybe_unused]] size_t lines) {
 #if defined(KIMI_STREAMS)
@@ -85,24 +85,19 @@ void CopyAndSum(Piece& piece, std::byte* slot) {
     }
   }
 #if defined(KIMI_STREAMS)
-  _mm_sfence();  // Such stores are ordered by nothing else, neither a lock nor a release.
+  _mm_sfence();  // No lock or release orders such stores.
 #endif
 }
 
-// Cuts sources into pieces in the order of their bytes. Where rows follow each other with no gap,
-// the matrix is one long row.
+// Cuts sources into pieces, in the order of their bytes. A matrix whose rows follow each other
+// without a gap counts as one long row.
 std::vector<Piece> PiecesOf(std::span<const Source> sources, std::vector<Source>& flat) {
   flat.assign(sources.begin(), sources.end());
   std::vector<Piece> pieces;
   for (Source& source : flat) {
     if (source.stride == source.columns || source.rows == 1) {
-      source = {source.data,
-                source.from,
-                source.to,
-                1,
-                source.rows * source.columns,
-                source.rows * source.columns,
-                source.offset};
+      source.stride = source.columns *= source.rows;
+      source.rows = 1;
     }
     if (source.Bytes() == 0) continue;
     const uint64_t most = kPieceBytes / SizeOf(source.to);  // Elements of a piece.
@@ -121,7 +116,7 @@ std::vector<Piece> PiecesOf(std::span<const Source> sources, std::vector<Source>
   return pieces;
 }
 
-// Joins the checksums of consecutive pieces to those of the regions that they make up.
+// Joins the checksums of consecutive pieces to the checksums of their regions.
 std::vector<uint32_t> Joined(std::span<const Piece> pieces, std::span<const Region> regions) {
   std::vector<uint32_t> crcs;
   auto piece = pieces.begin();
@@ -149,7 +144,7 @@ std::vector<uint32_t> Sum(std::span<const Region> regions, const std::byte* slot
                           unsigned threads) {
   std::vector<Source> sources, flat;
   for (const Region& region : regions) {
-    // Two bytes an element, and no cast; a tensor has no odd number of bytes.
+    // A tensor has an even number of bytes, so 2-byte elements without a cast cover it.
     const uint64_t elements = region.bytes / 2;
     sources.push_back({slot + region.offset, DType::kFloat16, DType::kFloat16, 1, elements,
                        elements, region.offset});

@@ -1,8 +1,8 @@
-// The pass over the weights that publishing is: cast, checksum and copy, and its counterpart that
-// only checks.
+// The pass over the weights that publishes them (cast, checksum and copy), and one that only
+// checks.
 //
-// Synchronisation: the caller's; the bytes written must be nobody else's until the call returns. It
-// works in the calling thread and `threads - 1` more.
+// Synchronisation: by the caller. No other thread may use the written bytes until the call returns.
+// The work runs in the calling thread and in `threads - 1` others.
 #ifndef KIMI_WEIGHTS_COPY_H_
 #define KIMI_WEIGHTS_COPY_H_
 
@@ -17,7 +17,7 @@
 
 namespace kimi::weights {
 
-// A matrix that becomes the bytes of a slot from `offset` on, row by row.
+// A matrix whose rows, one after another, become the bytes of a slot from `offset` on.
 struct Source {
   const void* data;
   DType from, to;
@@ -28,11 +28,11 @@ struct Source {
   uint64_t Bytes() const { return rows * columns * SizeOf(to); }
 };
 
-// Writes every source to its place in `slot` and returns the CRC32C of each region. The data is
-// read once, and what is written does not go through the caches.
+// Writes every source to its offset in `slot` and returns the CRC32C of each region. It reads the
+// data once, and its stores bypass the caches.
 //
-// REQUIRES: sources and regions ascend, sources are of `from` == `to` or from kFloat32, and each
-// region is the bytes of the sources in it, with no gap.
+// REQUIRES: sources and regions ascend; each source has `from` == `to` or `from` == kFloat32; the
+// sources in a region fill it without a gap.
 std::vector<uint32_t> CopyAndSum(std::span<const Source> sources, std::span<const Region> regions,
                                  std::byte* slot, unsigned threads);
 

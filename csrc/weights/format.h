@@ -1,11 +1,10 @@
-// What an arena file looks like, byte by byte; docs/weight_protocol.md says in which order it is
-// written and what each crash leaves.
+// The layout of an arena file, byte by byte. docs/weight_protocol.md gives the order of stores and
+// what each crash leaves.
 //
-//   header | leases | regions and description | checksums, a table a slot | slots
+//   header | leases | regions and description | checksums, a table for each slot | slots
 //
-// All slots have the same content at the same offsets. What the content is, the description says;
-// it is text that this code does not read. The regions are the parts of a slot that have a checksum
-// of their own: one a tensor.
+// All slots have the same layout. The description is text that describes it and that this code does
+// not read. Regions are the parts of a slot that have a checksum: one for each tensor.
 #ifndef KIMI_WEIGHTS_FORMAT_H_
 #define KIMI_WEIGHTS_FORMAT_H_
 
@@ -19,13 +18,13 @@ namespace kimi::weights {
 
 constexpr char kMagic[8] = {'K', 'I', 'M', 'I', 'W', 'G', 'T', 'S'};
 constexpr uint32_t kFormatVersion = 1;
-constexpr uint64_t kAlignment = 4096;  // Of the parts of a file, and of each slot.
+constexpr uint64_t kAlignment = 4096;  // Of each part of the file and each slot, in bytes.
 constexpr uint32_t kFewestSlots = 2, kMostSlots = 8;
 constexpr uint32_t kLeases = 128;
 
 // ---- Sealed words
 
-// Which version is in which slot: what is served, or what a lease holds. 0 stands for nothing.
+// A version and its slot: the served one, or the one that a lease holds. The word 0 is none.
 struct Placed {
   uint64_t version = 0;
   uint32_t slot = 0;
@@ -41,14 +40,14 @@ struct Placed {
   bool operator==(const Placed&) const = default;
 };
 
-// What a slot holds. kWriting that no writer is at work on is what a crash has left.
+// The state of a slot. A crash may leave kWriting behind.
 struct SlotState {
   enum Kind : uint8_t { kEmpty = 0, kWriting = 1, kReady = 2 };
   Kind kind = kEmpty;
   uint64_t version = 0;
 
   uint64_t Pack() const { return kind == kEmpty ? 0 : Seal((version + 1) << 4 | kind); }
-  // A damaged one is as good as empty.
+  // A damaged state counts as empty.
   static SlotState Unpack(uint64_t word) {
     const uint64_t value = Unseal(word).value_or(0), kind = value & 15;
     if (value >> 4 == 0 || kind > kReady) return {};
@@ -68,12 +67,12 @@ struct Header {
   uint64_t payload_bytes;  // Of one slot.
   uint8_t layout_hash[32];
   uint32_t table_crc;  // CRC32C of regions and description.
-  uint32_t crc;        // CRC32C of all of the above, which never changes.
+  uint32_t crc;        // CRC32C of all fields above, which never change.
   uint8_t unused[48];
-  uint64_t current;  // Sealed: Placed. Storing it publishes.
+  uint64_t current;  // Sealed Placed. Storing it publishes a version.
   uint8_t unused_too[56];
   struct Slot {
-    uint64_t state;     // Sealed: SlotState.
+    uint64_t state;     // Sealed SlotState.
     uint32_t crcs_crc;  // CRC32C of the slot's table of checksums.
     uint8_t unused[52];
   } slot[kMostSlots];
@@ -84,22 +83,22 @@ struct Region {
   uint64_t bytes;
 };
 
-// A reader's claim on a slot; free where the owner is 0. Each word is there twice, so that a
-// damaged one is known by its twin: a lease that is forgotten would be a torn read.
+// A reader's lease; the entry is free if the owner is 0. Each word has a twin that replaces it if
+// it is damaged, because a lost lease would allow a torn read.
 struct LeaseEntry {
-  uint64_t owner, owner_twin;  // Sealed: ProcessId.
-  uint64_t hold, hold_twin;    // Sealed: Placed.
+  uint64_t owner, owner_twin;  // Sealed ProcessId.
+  uint64_t hold, hold_twin;    // Sealed Placed.
   uint8_t unused[32];
 };
 
 static_assert(sizeof(Region) == 16);
 static_assert(sizeof(LeaseEntry) == 64, "two readers do not share a cache line");
-// As docs/weight_protocol.md says.
+// The offsets that docs/weight_protocol.md gives.
 static_assert(offsetof(Header, layout_hash) == 40 && offsetof(Header, crc) == 76);
 static_assert(offsetof(Header, current) == 128 && offsetof(Header, slot) == 192);
 static_assert(sizeof(Header) == 192 + 64 * kMostSlots && sizeof(Header) <= kAlignment);
 
-// ---- Where things are
+// ---- Offsets and sizes
 
 constexpr uint64_t Aligned(uint64_t size) {
   return (size + kAlignment - 1) / kAlignment * kAlignment;

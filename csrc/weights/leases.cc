@@ -5,7 +5,7 @@
 namespace kimi::weights {
 namespace {
 
-// The twin counts only where the word itself is damaged: the two are not stored at once.
+// The twin counts only if the word itself is damaged, because the two are not stored at once.
 std::optional<uint64_t> Read(const uint64_t& word, const uint64_t& twin) {
   const auto value = Unseal(shared::LoadOrdered(word));
   return value ? value : Unseal(shared::LoadOrdered(twin));
@@ -22,7 +22,7 @@ std::optional<uint32_t> Leases::Claim() {
       shared::StoreOrdered(entries_[entry].owner_twin, mine);
       return entry;
     }
-    Living();  // Takes away what the dead have left.
+    Living();  // Frees the entries of dead processes.
   }
   return std::nullopt;
 }
@@ -39,8 +39,8 @@ void Leases::Release(uint32_t entry) {
   shared::StoreOrdered(entries_[entry].owner, uint64_t{0});
 }
 
-// What a dead owner held stays in its entry: it means nothing there, and clearing it could take
-// away the hold of a process that has claimed the entry since.
+// The hold of a dead owner stays in its entry, where it has no effect. Clearing it could remove the
+// hold of a process that has claimed the entry since.
 std::vector<Holder> Leases::Living() {
   std::vector<Holder> living;
   for (uint32_t index = 0; index < kLeases; ++index) {
@@ -49,7 +49,7 @@ std::vector<Holder> Leases::Living() {
     if (word == 0) continue;
     const auto value = Read(word, entry.owner_twin);
     const auto owner = ProcessId::Unpack(value.value_or(0));
-    // With both words damaged it may be anyone's, and stands.
+    // With both words damaged the owner is unknown, and the entry stays.
     if (value && (*value == 0 || !owner.IsAlive())) {
       shared::Replace(entry.owner, word, uint64_t{0});
       continue;

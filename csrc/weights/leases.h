@@ -1,9 +1,9 @@
-// Leases is the table in an arena file by which readers keep their slots from being written.
+// Leases is the table in an arena file with which readers protect their slots from being written.
 //
-// A lease outlives the process that took it, so it says which process that was; one whose process
-// is gone counts for nothing and is taken away by whoever meets it.
+// An entry outlives the process that claimed it, so it names that process. An entry whose process
+// has died has no effect, and any process that finds it frees it.
 //
-// Synchronisation: none needed. Any number of threads and processes claim, release and look.
+// Synchronisation: none needed. Any number of threads and processes may claim, release and look.
 #ifndef KIMI_WEIGHTS_LEASES_H_
 #define KIMI_WEIGHTS_LEASES_H_
 
@@ -18,24 +18,24 @@ namespace kimi::weights {
 
 struct Holder {
   ProcessId owner;
-  std::optional<Placed> held;  // Nothing: it is about to take one, or has just let go.
+  std::optional<Placed> held;  // No value: about to hold a slot, or just released.
 };
 
 class Leases {
  public:
   explicit Leases(LeaseEntry* entries) : entries_(entries) {}
 
-  // Takes an entry for this process, holding nothing yet; nothing where all are taken.
+  // Claims an entry for this process, which holds no slot yet. Returns nothing if all are taken.
   std::optional<uint32_t> Claim();
 
-  // REQUIRES, of both: this process has claimed `entry`.
+  // Both functions REQUIRE that this process has claimed `entry`.
   //
-  // Says that a slot is in use. It holds only if what is served has not changed since: the caller
-  // looks again after this store, as the writer stores first and then looks for holders.
+  // Hold marks a slot as in use. The caller must then check that the same version is still served,
+  // because the writer stores the served version first and then looks for holders.
   void Hold(uint32_t entry, const Placed& placed);
   void Release(uint32_t entry);
 
-  // Those whose process lives.
+  // The entries whose process is running.
   std::vector<Holder> Living();
 
  private:

@@ -16,8 +16,8 @@ struct Stat {
   uint64_t started;
 };
 
-// From /proc/PID/stat: "PID (NAME) STATE ...", where NAME may hold anything, parentheses too, and
-// the start is the 20th number from STATE on.
+// Parses /proc/PID/stat: "PID (NAME) STATE ...". NAME may contain anything, including parentheses.
+// The start time is the 20th field from STATE on.
 std::optional<Stat> StatOf(uint32_t pid) {
   std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
   std::string line;
@@ -27,8 +27,7 @@ std::optional<Stat> StatOf(uint32_t pid) {
   std::istringstream rest(line.substr(name_ends + 1));
   Stat stat{};
   rest >> stat.state;
-  std::string skipped;
-  for (int field = 4; field < 22; ++field) rest >> skipped;
+  for (int field = 4; field < 22; ++field) rest >> line;
   if (!(rest >> stat.started)) return std::nullopt;
   stat.started &= (uint64_t{1} << 34) - 1;
   return stat;

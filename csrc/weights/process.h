@@ -1,4 +1,4 @@
-// Who a process is, so that one that died is told from one that got its number afterwards.
+// Identifies a process, and distinguishes it from a later one with the same pid.
 #ifndef KIMI_WEIGHTS_PROCESS_H_
 #define KIMI_WEIGHTS_PROCESS_H_
 
@@ -7,7 +7,7 @@
 
 namespace kimi::weights {
 
-// A pid, and the low 34 bits of when it started, in clock ticks since the machine did (5 years).
+// A pid, and the low 34 bits of the start time, in clock ticks since boot (enough for 5 years).
 struct ProcessId {
   uint32_t pid = 0;
   uint64_t started = 0;
@@ -21,8 +21,8 @@ struct ProcessId {
   }
   bool operator==(const ProcessId&) const = default;
 
-  // Whether this very process can still touch memory. A zombie cannot; one that cannot be looked at
-  // is taken to be alive.
+  // Whether this process can still touch memory. A zombie cannot. A process that cannot be
+  // inspected counts as alive.
   bool IsAlive() const;
 };
 

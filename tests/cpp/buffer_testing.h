@@ -1,4 +1,4 @@
-// What the tests of the buffer share: tokens that tell where they belong.
+// Shared by the tests of the buffer: tokens whose values follow from trajectory and position.
 #ifndef KIMI_TESTS_CPP_BUFFER_TESTING_H_
 #define KIMI_TESTS_CPP_BUFFER_TESTING_H_
 
@@ -10,7 +10,7 @@
 
 namespace kimi::test {
 
-// Tokens [start, start + n) of a trajectory; every value follows from trajectory and position.
+// Tokens [start, start + n) of a trajectory.
 struct Tokens {
   Tokens(int64_t id, uint64_t start, uint64_t n) {
     for (uint64_t i = start; i < start + n; ++i) {
@@ -62,7 +62,7 @@ inline Copy CopyOf(const BufferReader& buffer, const TrajectoryInfo& info) {
   return copy;
 }
 
-// Whether a trajectory holds just the tokens that belong there.
+// Whether a trajectory holds exactly the tokens that belong there.
 inline bool IsSound(const BufferReader& buffer, const TrajectoryInfo& info) {
   const Copy copy = CopyOf(buffer, info);
   const Tokens expected(info.trajectory_id, 0, info.commit.length);

@@ -1,5 +1,5 @@
-// The little that the C++ tests need, so that nothing is downloaded to build them. A failed check
-// prints where and what, and the test goes on; main() ends with `return kimi::test::Failures();`.
+// Checks for the C++ tests, which need no test framework. A failed check prints its place and text,
+// and the test continues. main() ends with `return kimi::test::Failures();`.
 #ifndef KIMI_TESTS_CPP_CHECK_H_
 #define KIMI_TESTS_CPP_CHECK_H_
 
@@ -28,7 +28,7 @@ void CheckEqual(const Actual& actual, const Expected& expected, const char* file
   std::cerr << "  got " << actual << ", expected " << expected << '\n';
 }
 
-// Runs `function` and returns the message of the Error that it throws; "" if it throws none.
+// Runs `function` and returns the message of the Error that it throws, or "" if it throws none.
 template <typename Error, typename Function>
 std::string MessageOf(Function function) {
   try {

@@ -1,4 +1,4 @@
-// A folder for the files of a test, and files whole in memory.
+// A folder for the files of a test, and functions to read and write whole files.
 #ifndef KIMI_TESTS_CPP_FILES_H_
 #define KIMI_TESTS_CPP_FILES_H_
 

@@ -1,5 +1,5 @@
-// Readers beside a writer that evicts and reuses pages as fast as it can: what a reader gets is
-// whole, or it is told that it is gone. Under ThreadSanitizer this is the proof that no access
+// Readers run while a writer evicts and reuses pages as fast as it can. A reader gets a whole
+// trajectory, or learns that it was evicted. Under ThreadSanitizer this proves that no access
 // races.
 #include <atomic>
 #include <cstdint>
@@ -53,7 +53,7 @@ void Write(BufferWriter& writer, std::atomic<uint64_t>& evictions, const std::at
       alive.push_back(writer.Begin(0, 0));
     } else if (random() % 4 == 0) {
       const size_t which = random() % alive.size();
-      writer.Evict({&alive[which], 1}, std::nullopt, std::nullopt);
+      writer.Evict({&alive[which], 1});
       alive.erase(alive.begin() + static_cast<std::ptrdiff_t>(which));
       ++evictions;
     }
@@ -64,11 +64,8 @@ void Write(BufferWriter& writer, std::atomic<uint64_t>& evictions, const std::at
 
 void TestReadersNeverSeeHalfATrajectory() {
   const test::TemporaryFolder folder;
-  BufferWriter::Create(folder / "b", {.capacity_tokens = 12 * 4000,
-                                      .max_trajectories = 14,
-                                      .page_tokens = 16,
-                                      .max_prompts = 0,
-                                      .sync_interval_ms = 3});
+  BufferWriter::Create(folder / "b",
+                       {.capacity_tokens = 12 * 4000, .max_trajectories = 14, .page_tokens = 16});
   BufferWriter writer(folder / "b");
   const BufferReader other_mapping(folder / "b");
   std::atomic<bool> stop = false;
@@ -101,11 +98,8 @@ void TestReadersNeverSeeHalfATrajectory() {
 
 void TestASecondWritingThreadIsRefused() {
   const test::TemporaryFolder folder;
-  BufferWriter::Create(folder / "b", {.capacity_tokens = 64,
-                                      .max_trajectories = 2,
-                                      .page_tokens = 16,
-                                      .max_prompts = 0,
-                                      .sync_interval_ms = 0});
+  BufferWriter::Create(folder / "b",
+                       {.capacity_tokens = 64, .max_trajectories = 2, .page_tokens = 16});
   BufferWriter writer(folder / "b");
   std::atomic<bool> refused = false;
   std::thread other([&] {

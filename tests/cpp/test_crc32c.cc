@@ -52,7 +52,7 @@ void TestPartsGiveTheWhole() {
   }
 }
 
-// Long enough for three stripes at a time, with every kind of rest.
+// Long enough for three stripes at a time, with remainders of every kind.
 void TestLongOnesAgreeWithTheTable() {
   std::mt19937 random(2);
   std::vector<unsigned char> data(20'000);

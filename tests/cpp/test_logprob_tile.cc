@@ -27,7 +27,7 @@ Tile MakeTile(int64_t rows, int64_t vocab) {
   return tile;
 }
 
-// The obviously right twin: one row in long double.
+// The reference: one row in long double.
 struct Model {
   Model(const TileHead& head, const float* logits, int64_t target) {
     long double sum = 0;
@@ -54,8 +54,8 @@ struct Model {
   long double logprob = 0, entropy = 0;
 };
 
-// Rows that end in every place of a vector, under the sanitizers too: no pass reads or writes past
-// the end of a row.
+// Rows end at every position of a vector. Under the sanitizers this shows that no pass reads or
+// writes past the end of a row.
 void TestAgreesWithModel(InstructionSet set, float softcap, float temperature) {
   const int64_t rows = 3;
   for (const int64_t vocab : {1, 2, 7, 8, 16, 31, 33, 127, 130}) {

@@ -91,7 +91,8 @@ void DiesWithItsParent() {
   }
   close(out.ends[1]);
   CHECK(waitpid(parent, nullptr, 0) == parent);
-  ReadAll(out.ends[0]);  // Ends when nobody holds the other end: the sleeping program is gone.
+  ReadAll(
+      out.ends[0]);  // Ends when no process holds the other end, so the sleeping program is dead.
 }
 
 }  // namespace

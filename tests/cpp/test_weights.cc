@@ -73,8 +73,8 @@ void TestASlotInUseIsNotWritten() {
   CHECK(Publish(writer, 2));
   CHECK(Publish(writer, 3));
   const Lease other = reader.Acquire();
-  CHECK(Publish(writer, 4));   // Into the slot of version 2, which has no reader.
-  CHECK(!Publish(writer, 5));  // 1 and 3 are leased, 4 is served.
+  CHECK(Publish(writer, 4));   // It takes the slot of version 2, which has no reader.
+  CHECK(!Publish(writer, 5));  // Versions 1 and 3 are leased, and 4 is served.
   CHECK(Holds(reader, slow.placed) && Holds(reader, other.placed));
   CHECK_EQ(reader.Holders().size(), 2u);
   CHECK_EQ(reader.Holders()[0].owner.pid, static_cast<uint32_t>(getpid()));
@@ -100,7 +100,7 @@ void TestOneVersionIsWrittenAtATime() {
   CHECK(Has(MessageOf<std::invalid_argument>([&] { ArenaWriter(folder / "a"); }), "already"));
 }
 
-// Runs `work` in a forked process that then waits to be killed, and kills it, without reaping it.
+// Runs `work` in a forked process, which then waits, and kills it without reaping it.
 template <typename Work>
 pid_t KilledAfter(const Work& work) {
   int ends[2];
@@ -125,7 +125,7 @@ void TestLeasesOfTheDeadAreTakenAway() {
   CHECK(Publish(writer, 1));
   const pid_t pid = KilledAfter([&] { ArenaReader(folder / "a").Acquire(); });
   CHECK(Publish(writer, 2));
-  CHECK(!Publish(writer, 3));  // It lives.
+  CHECK(!Publish(writer, 3));  // The process is running.
   CHECK_EQ(writer.Holders().size(), 1u);
   kill(pid, SIGKILL);
   siginfo_t info;
@@ -166,7 +166,7 @@ void TestEveryLeaseCanBeTaken() {
   writer.Release(writer.Acquire());
 }
 
-// Every bit of each word of a lease, one at a time: the slot stays leased.
+// Flips every bit of each word of a lease, one at a time: the slot stays leased.
 void TestADamagedLeaseHoldsOn() {
   const test::TemporaryFolder folder;
   CreateArena(folder / "a", 2);
@@ -183,7 +183,7 @@ void TestADamagedLeaseHoldsOn() {
     words[bit / 64] ^= uint64_t{1} << bit % 64;
   }
   writer.Release(lease);
-  // In free entries a flipped bit is nobody's.
+  // A flipped bit in a free entry has no effect.
   for (size_t bit = 0; bit < 4 * 64; ++bit) {
     words[bit / 64] ^= uint64_t{1} << bit % 64;
     CHECK(Publish(writer, 3 + bit));
@@ -191,7 +191,7 @@ void TestADamagedLeaseHoldsOn() {
   }
 }
 
-// A writer that dies at each stage: what it has begun is forgotten, what was served is served.
+// A writer dies at each stage: what it had begun is discarded, and what was served is still served.
 void TestAWriterThatDies() {
   for (int stage = 0; stage < 3; ++stage) {
     const test::TemporaryFolder folder;
@@ -201,7 +201,8 @@ void TestAWriterThatDies() {
       CHECK(Publish(writer, 1));
     }
     const pid_t pid = KilledAfter([&] {
-      auto* writer = new ArenaWriter(folder / "a");  // It must not end before the process does.
+      auto* writer =
+          new ArenaWriter(folder / "a");  // Leaked, so that it lives until the process ends.
       const auto slot = *writer->Begin(2);
       if (stage == 0) return;
       const auto values = test::ValuesOf(2);
@@ -213,14 +214,14 @@ void TestAWriterThatDies() {
     waitpid(pid, nullptr, 0);
     ArenaWriter writer(folder / "a");
     const uint64_t served = stage == 2 ? 2 : 1;
-    CHECK_EQ(writer.Newest().value(), served);
+    CHECK_EQ(writer.Current()->version, served);
     CHECK(Holds(writer, *writer.Current()));
     CHECK(Publish(writer, served + 1));
     CHECK(Holds(writer, *writer.Current()));
   }
 }
 
-// Flips bits of each region of a file that serves version 2, in front of open readers.
+// Flips bits in each region of a file that serves version 2, while readers have it open.
 void TestFlippedBitsOfTheHeader() {
   const test::TemporaryFolder folder;
   CreateArena(folder / "a", 3);
@@ -240,7 +241,7 @@ void TestFlippedBitsOfTheHeader() {
   for (const size_t at : {size_t{0}, size_t{40}, offsetof(Header, current),
                           offsetof(Header, current) + 7, offsetof(Header, slot)}) {
     bytes[at] ^= 4;
-    const Lease lease = writer.Acquire();  // Served on.
+    const Lease lease = writer.Acquire();  // It is still served.
     CHECK_EQ(lease.placed.version, version);
     CHECK(Holds(writer, lease.placed));
     CHECK(Publish(writer, ++version));
@@ -262,7 +263,7 @@ void TestCutFilesAreRefused() {
   for (const size_t size : {size_t{0}, size_t{7}, size_t{100}, sizeof(Header) - 1}) {
     SetContents(folder / "b", sound.substr(0, size));
     CHECK(Has(MessageOf<std::invalid_argument>([&] { ArenaReader(folder / "b"); }),
-              "no weight arena"));
+              "not a weight arena"));
   }
   for (const size_t size : {sizeof(Header), size_t{4096}, sound.size() - 1}) {
     SetContents(folder / "b", sound.substr(0, size));

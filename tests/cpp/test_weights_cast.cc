@@ -1,5 +1,5 @@
-// The casts beside a definition in double precision, and the one pass beside copies and checksums
-// made one after the other.
+// The casts compared with a definition in double precision, and the single pass compared with
+// separate casts, copies and checksums.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -27,20 +27,20 @@ double ValueOfFloat16(uint16_t bits) {
   return bits & 0x8000 ? -size : size;
 }
 
-// Of a sorted list of all finite values the nearest, on a tie the one whose last bit is 0. What is
-// nearer to the value after the last one than to the last is infinite.
+// The nearest of all finite values, or on a tie the one whose last bit is 0. A number that is
+// nearer to the value after the last one than to the last one becomes infinite.
 template <typename Value>
 uint16_t Nearest(float given, uint16_t infinity, const Value& value_of) {
   const double size = std::fabs(double{given});
   const auto sign = static_cast<uint16_t>(std::signbit(given) ? 0x8000 : 0);
-  uint16_t low = 0, high = infinity;  // Bits of values that do not fall.
+  uint16_t low = 0, high = infinity;  // The values of these bits never decrease.
   while (high - low > 1) {
     const auto middle = static_cast<uint16_t>((low + high) / 2);
     (value_of(middle) <= size ? low : high) = middle;
   }
   if (size > std::numeric_limits<float>::max()) return sign | infinity;
   const double below = value_of(low);
-  // The value after the greatest finite one, were there one.
+  // The value that would follow the greatest finite one.
   const double above = high == infinity ? below + (below - value_of(static_cast<uint16_t>(low - 1)))
                                         : value_of(high);
   const bool up = size - below > above - size || (size - below == above - size && low % 2 == 1);
@@ -53,7 +53,7 @@ std::vector<float> Numbers() {
   for (int i = 0; i < 30'000; ++i) {
     numbers.push_back(std::bit_cast<float>(static_cast<uint32_t>(random())));
   }
-  for (int i = 0; i < 30'000; ++i) {  // Of the size of float16's, ties and subnormals too.
+  for (int i = 0; i < 30'000; ++i) {  // In the range of float16, with ties and subnormals.
     const auto exponent = 100 + random() % 45, fraction = random() % 4096 << 11;
     const uint32_t bits = static_cast<uint32_t>(random() % 2) << 31 |
                           static_cast<uint32_t>(exponent) << 23 | static_cast<uint32_t>(fraction);
@@ -88,7 +88,7 @@ void TestCastsRoundToTheNearest() {
   CHECK_EQ(wrong, 0u);
 }
 
-// Two regions with a gap between them; the second has a block of columns of a matrix in front of a
+// Two regions with a gap between them. The second one has a block of columns of a matrix, then a
 // long vector, so that pieces of both kinds are joined.
 void TestOnePassIsCopyAndChecksum() {
   constexpr uint64_t kRows = 301, kColumns = 1000, kTaken = 77, kLong = 2'200'001;

@@ -1,6 +1,6 @@
-// Readers that lease and let go beside a writer that publishes as fast as it can: what a lease
-// holds is one version, whole and still, for as long as it is held, and versions only grow. Under
-// ThreadSanitizer this is the proof that no access to the shared words races.
+// Readers take and release leases while a writer publishes as fast as it can. A lease holds one
+// whole version, which does not change while it is held, and versions only grow. Under
+// ThreadSanitizer this proves that no access to the shared words races.
 #include <atomic>
 #include <cstdint>
 #include <iostream>
@@ -51,7 +51,7 @@ void TestLeasesBesideAWriter() {
   {
     std::vector<std::jthread> readers;
     for (size_t i = 0; i < kReaders; ++i) {
-      // Some through the writer's own mapping: only there does ThreadSanitizer see both sides.
+      // Some use the writer's mapping, because ThreadSanitizer sees both sides only there.
       weights::ArenaReader& arena = i == 0 ? other : writer;
       readers.emplace_back([&, i] { tallies[i] = ReadMany(arena, done); });
     }
@@ -71,7 +71,7 @@ void TestLeasesBesideAWriter() {
     reads += tally.reads;
   }
   CHECK(writer.Holders().empty());
-  std::cout << reads << " leases beside " << kVersions << " versions\n";
+  std::cout << reads << " leases during " << kVersions << " versions\n";
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the tests of the arena share: contents that tell which version they are of.
+// Shared by the tests of the arena: contents that follow from the version.
 #ifndef KIMI_TESTS_CPP_WEIGHTS_TESTING_H_
 #define KIMI_TESTS_CPP_WEIGHTS_TESTING_H_
 
@@ -32,7 +32,7 @@ inline std::vector<weights::Source> SourcesOf(const std::vector<float>& values) 
           {values.data() + 100, DType::kFloat32, DType::kFloat32, 1, 900, 900, 512}};
 }
 
-// Whether there was a slot for it.
+// Returns whether a slot was idle.
 inline bool Publish(weights::ArenaWriter& writer, uint64_t version) {
   const auto slot = writer.Begin(version);
   if (!slot) return false;
@@ -41,7 +41,7 @@ inline bool Publish(weights::ArenaWriter& writer, uint64_t version) {
   return true;
 }
 
-// Whether a slot holds just this version.
+// Whether a slot holds exactly this version.
 inline bool Holds(const weights::ArenaReader& reader, const weights::Placed& placed) {
   const auto values = ValuesOf(placed.version);
   const std::byte* payload = reader.payload(placed.slot);

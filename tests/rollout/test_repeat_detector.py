@@ -70,14 +70,6 @@ def test_loop_is_found_when_its_last_window_completes(period: int) -> None:
     assert detector.extend(loop.astype(np.int32)) == window + (count - 1) * period - 1
 
 
-def test_reset_forgets_every_token() -> None:
-    detector = RepeatDetector(window=1, count=2)
-    detector.push(3)
-    detector.reset()
-    assert detector.size() == 0
-    assert [detector.push(3), detector.push(3)] == [False, True]
-
-
 @pytest.mark.parametrize(
     ("window", "count", "message"),
     [
