@@ -306,7 +306,7 @@ class _Plain:
 def test_training_step(benchmark, ratios, shape):
     """Forward and backward of an update of SmolLM2-135M, as the trainer makes it."""
     from kimi_core.config import TrainerConfig
-    from kimi_core.models.load import freeze_below
+    from kimi_core.models.placement import freeze_below
     from kimi_core.trainer.trainer import Trainer
     from kimi_core.weights.publish import InPlace
 

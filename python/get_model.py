@@ -8,7 +8,7 @@ The folder is below $KIMI_CACHE, or ~/.cache/kimi_core.
 import argparse
 import sys
 
-from kimi_core.models.load import SMOLLM2, get_smollm2
+from kimi_core.models.smollm2 import SMOLLM2, get_smollm2
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from kimi_core.config import ModelConfig, load_config
 from kimi_core.metrics import read_metrics
-from kimi_core.models.load import scratch_model
+from kimi_core.models.scratch import scratch_model
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -98,7 +98,9 @@ def test_an_experiment_of_ones_own_runs(tmp_path: Path, overrides: list[str]):
     for name, text in EXAMPLES.items():
         (tmp_path / name).write_text(text)
     alphabet = "".join(chr(code) for code in range(32, 127)) + "\n"
-    model, tokenizer = scratch_model(ModelConfig(layers=4, width=16, heads=2), alphabet, seed=0)
+    model, tokenizer = scratch_model(
+        ModelConfig(scratch={"layers": 4, "width": 16, "heads": 2}), alphabet, seed=0
+    )
     model.save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     tiny = ["model.name=tiny", "iterations=1", "rollout.prompts_per_iteration=2"]

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from kimi_core.config import Config
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import limit_threads, load_model
+from kimi_core.models.load import load_model
+from kimi_core.models.placement import limit_threads
 from kimi_core.reward.code.reward import CodeReward
 from kimi_core.reward.judging import judge_all
 from kimi_core.rollout import texts

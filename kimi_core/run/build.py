@@ -14,7 +14,8 @@ from kimi_core.config import Config, RolloutConfig
 from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import freeze_below, limit_threads, load_model
+from kimi_core.models.load import load_model
+from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.load import load_examples, load_prompts, split
 from kimi_core.reward.base import RewardFunction

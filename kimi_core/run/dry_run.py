@@ -15,8 +15,11 @@ from transformers import (
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, dump_toml
-from kimi_core.models import load as models
+from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
+from kimi_core.models.load import check_folder
+from kimi_core.models.placement import device_of, dtype_of, freeze_below
+from kimi_core.models.scratch import scratch_model
 from kimi_core.prompts.load import load_prompts
 from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
@@ -87,7 +90,7 @@ def estimate(
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     longest = max(map(len, encoded)) + config.rollout.max_response_tokens
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    on_cpu = models._device(config.model.device).type == "cpu"
+    on_cpu = device_of(config.model.device).type == "cpu"
     if config.rollout.engine == "vllm":
         arena = 3 * weights
         kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
@@ -125,18 +128,18 @@ def _kv_bytes(model: PreTrainedModel) -> int:
 def _skeleton(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
     """The model without weights, and its tokenizer; None where they would have to be fetched."""
     settings = config.model
-    device = models._device(settings.device)
+    device = device_of(settings.device)
     if settings.name == "scratch":
-        model, tokenizer = models.scratch_model(settings, alphabet(config), config.seed)
+        model, tokenizer = scratch_model(settings, alphabet(config), config.seed)
     else:
         source = settings.name
-        if source == models.SMOLLM2:
-            source = str(models.cache_folder() / models.SMOLLM2)
+        if source == smollm2.SMOLLM2:
+            source = str(smollm2.cache_folder() / smollm2.SMOLLM2)
             if not Path(source).is_dir():
                 return None
         is_folder = Path(source).is_dir()
         if is_folder:
-            models._check_folder(Path(source))
+            check_folder(Path(source))
         try:
             architecture = AutoConfig.from_pretrained(source, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
@@ -146,7 +149,7 @@ def _skeleton(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
             return None
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                architecture, dtype=models._dtype(settings.dtype, device)
+                architecture, dtype=dtype_of(settings.dtype, device)
             )
-    models.freeze_below(model, config.trainer.trainable_layers)
+    freeze_below(model, config.trainer.trainable_layers)
     return model, tokenizer

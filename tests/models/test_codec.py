@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import character_tokenizer
+from kimi_core.models.scratch import character_tokenizer
 from kimi_core.types import Prompt
 
 LETTERS = "abc#= \n"

@@ -8,7 +8,7 @@ import torch
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, load_config
-from kimi_core.models import load as models
+from kimi_core.models import smollm2
 from kimi_core.models.load import load_model
 from kimi_core.rollout.torch.kv_cache import KVCache
 from kimi_core.run.build import build
@@ -113,7 +113,7 @@ def test_a_folder_counts_without_its_weights_being_read(tmp_path):
 
 
 def test_a_model_that_is_not_here_is_named_and_not_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(smollm2, "cache_folder", lambda: tmp_path)
     text = describe(config("model.name=smollm2-135m"))
     assert "smollm2-135m is not on this machine" in text
     assert "weights" not in text

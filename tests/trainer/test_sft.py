@@ -10,7 +10,7 @@ import transformers as hf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kimi_core.config import SftConfig, TrainerConfig
-from kimi_core.models.load import freeze_below
+from kimi_core.models.placement import freeze_below
 from kimi_core.trainer.sft import pack_examples, train_sft, warmup_cosine
 from kimi_core.trainer.trainer import TrainingDiverged
 

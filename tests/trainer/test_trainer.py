@@ -10,7 +10,7 @@ import transformers as hf
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kimi_core.config import TrainerConfig
-from kimi_core.models.load import freeze_below
+from kimi_core.models.placement import freeze_below
 from kimi_core.trainer import objectives
 from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.policy import Policy

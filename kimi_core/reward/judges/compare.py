@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kimi_core.config import ModelConfig, SftConfig, TrainerConfig
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import limit_threads, load_model
+from kimi_core.models.load import load_model
+from kimi_core.models.placement import limit_threads
 from kimi_core.prompts.load import split
 from kimi_core.reward.judges.judge import JudgeReward, Verdict
 from kimi_core.reward.judges.labelled import (

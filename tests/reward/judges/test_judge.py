@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import character_tokenizer
+from kimi_core.models.scratch import character_tokenizer
 from kimi_core.reward.base import InfrastructureError, score
 from kimi_core.reward.judges.judge import (
     REPAIR,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kimi_core.cli import reward_parser
 from kimi_core.config import ModelConfig
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import scratch_model
+from kimi_core.models.scratch import scratch_model
 from kimi_core.prompts.load import split
 from kimi_core.reward.judges import compare
 from kimi_core.reward.judges.labelled import (

@@ -25,7 +25,8 @@ from vllm_testing import (
 )
 
 from kimi_core.config import TrainerConfig
-from kimi_core.models.load import ModelUnavailable, get_smollm2, load_pretrained
+from kimi_core.models.load import load_pretrained
+from kimi_core.models.smollm2 import ModelUnavailable, get_smollm2
 from kimi_core.rollout.engine import EngineFailed
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.rollout.vllm.server import WeightsRefused

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,10 +76,12 @@ def test_seeds_differ_by_run_trajectory_and_position():
 def test_without_vllm_the_error_names_the_command(monkeypatch):
     monkeypatch.setattr(vllm_server, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"vLLM is not installed.*python/install_vllm\.sh"):
-        VLLMEngine(None, batch_rows=1)
+        VLLMEngine(None, torch.float32, list, batch_rows=1)
 
 
 def test_options_that_the_run_sets_are_refused(monkeypatch):
     monkeypatch.setattr(vllm_server, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match=r"load_format, model cannot be set"):
-        VLLMEngine(None, batch_rows=1, options={"model": "x", "load_format": "auto"})
+        VLLMEngine(
+            None, torch.float32, list, batch_rows=1, options={"model": "x", "load_format": "auto"}
+        )

@@ -149,7 +149,7 @@ def flip_on(monkeypatch, module: str, hook: str, rank: int) -> None:
 
         return move(group, payload, deadline, **{**given, hook: wrapped})
 
-    monkeypatch.setattr(f"kimi_core.weights.{module}.move", flipping)
+    monkeypatch.setattr(f"kimi_core.weights.broadcast.{module}.move", flipping)
 
 
 def test_who_got_a_flipped_bit_is_fenced_and_catches_up(sender, tmp_path, pool, monkeypatch):

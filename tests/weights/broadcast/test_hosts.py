@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from weights.broadcast.broadcast_fixtures import QUICK, digest, expected, make_arena, weights
 
+import kimi_core
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.broadcast.mailbox import PeerGone
 from kimi_core.weights.broadcast.receiver import WeightReceiver
@@ -28,6 +29,7 @@ SOON = 120
 """Seconds within which a process has started and spoken, also on a busy machine."""
 TERMS = Terms(bucket_bytes=QUICK.bucket_bytes, answer_s=10, transfer_s=10)
 TESTS = Path(__file__).parents[2]
+ROOT = Path(kimi_core.__file__).parents[1]
 
 
 class Host:
@@ -39,7 +41,11 @@ class Host:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(TESTS), "GLOO_SOCKET_IFNAME": "lo"},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}",
+                "GLOO_SOCKET_IFNAME": "lo",
+            },
         )
         self.said: queue.Queue = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()

@@ -1,0 +1,75 @@
+"""Models from scratch, and their tokenizer of one token per character."""
+
+import string
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kimi_core.config import ModelConfig
+from kimi_core.models.load import load_model
+from kimi_core.models.scratch import character_tokenizer, scratch_model
+
+ALPHABET = string.digits + "+-*=#;? \n\té漢"
+SMALL = ModelConfig(scratch={"layers": 3, "width": 16, "heads": 2, "context": 32}, device="cpu")
+
+
+class TestCharacterTokenizer:
+    @given(st.text(ALPHABET, max_size=50))
+    def test_round_trip(self, text):
+        tokenizer = character_tokenizer(ALPHABET)
+        ids = tokenizer(text)["input_ids"]
+        assert len(ids) == len(text)
+        assert tokenizer.decode(ids) == text
+
+    def test_ids(self):
+        tokenizer = character_tokenizer("baab")
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id, len(tokenizer)) == (
+            0,
+            1,
+            4,
+        )
+        assert tokenizer("ab")["input_ids"] == [2, 3]
+        assert tokenizer.decode([3, 2, 1, 0], skip_special_tokens=True) == "ba"
+
+    def test_unknown_character_raises(self):
+        with pytest.raises(Exception, match="UNK"):
+            character_tokenizer("ab")("abc")
+
+
+class TestScratch:
+    def test_shape(self):
+        model, tokenizer = load_model(SMALL, alphabet=ALPHABET, seed=0)
+        config = model.config
+        assert (
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+        ) == ((3, 16, 64))
+        assert config.max_position_embeddings == 32
+        assert config.vocab_size == len(tokenizer)
+        assert (config.pad_token_id, config.eos_token_id) == (0, 1)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert not model.training
+
+    def test_only_the_seed_decides(self):
+        def weights(alphabet, seed):
+            return scratch_model(SMALL, alphabet, seed)[0].model.embed_tokens.weight
+
+        torch.manual_seed(5)
+        expected_next = torch.rand(3)
+        torch.manual_seed(5)
+        first = weights("abc", 0)
+        assert torch.equal(torch.rand(3), expected_next)  # torch's own generator was left alone
+        assert torch.equal(first, weights("cba", 0))
+        assert not torch.equal(first, weights("abc", 1))
+
+    def test_needs_an_alphabet(self):
+        with pytest.raises(ValueError, match="needs an alphabet"):
+            load_model(SMALL)
+
+    def test_dtype(self):
+        config = SMALL.model_copy(update={"dtype": "bfloat16"})
+        assert scratch_model(config, "ab", 0)[0].dtype == torch.bfloat16
+        assert scratch_model(SMALL, "ab", 0)[0].dtype == torch.float32
