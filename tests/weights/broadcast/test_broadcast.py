@@ -177,7 +177,7 @@ def test_a_bit_flipped_for_all_is_refused_by_all_and_nobody_is_fenced(
     receivers = serving_version_1(sender, tmp_path, pool, ["a", "b"])
     taken = [pool.submit(r.take, timeout_s=SOON) for r in receivers]
     with monkeypatch.context() as patch:
-        flip_on(patch, "broadcast", "ready", rank=0)
+        flip_on(patch, "sender", "ready", rank=0)
         with pytest.raises(BroadcastError, match=r"a \(.*refused.*checksum.*b \(.*refused"):
             sender.publish(weights(2), version=2)
     truth = expected(tmp_path, 1)
