@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # On a busy machine any example may take long: timings decide no test.
@@ -22,3 +23,14 @@ if not any(ROOT.glob("kimi_core/_C*.so")):
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
     # The same for what the tests start: `python -c` would look in the working directory first.
     os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each CPU, 8 at most; none for benchmarks and for single tests.
+
+    A benchmark must run alone, and a single test ends before a worker has started.
+    """
+    chosen = [str(argument) for argument in config.args]
+    if any("::" in one or "benches" in Path(one).parts for one in chosen):
+        return 0
+    return min(8, len(os.sched_getaffinity(0)))

@@ -305,7 +305,7 @@ torch.testing.assert_close(found.logprobs_t[last].double(), true.detach(), rtol=
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells the peak of a process")
 def test_131072_tokens_fit_in_a_gibibyte_beyond_inputs_and_gradients():
     """More rows than a 16-bit grid has, and 6.4e9 logits, offsets past 2^31."""
