@@ -17,7 +17,7 @@ class IterationMetrics:
     """One RL iteration: a rollout phase, then a training phase."""
 
     iteration: int
-    """Which one, counted from 1; after it, so many are done."""
+    """Number of the iteration, starting at 1."""
     policy_version: int
     """Version of the weights that sampled in this iteration."""
     wall_s: float
@@ -39,19 +39,19 @@ class IterationMetrics:
     tokens_per_s: float
     """Output tokens sampled per second of the rollout phase."""
     decode_steps: int
-    """Decoding steps of the engine, each one token for every open trajectory of a batch."""
+    """Decode steps of the engine; a step adds one token to every trajectory in a batch."""
     trajectories_finished: int
     """Responses that ended."""
     trajectories_unfinished: int
     """Responses that spent their budget and wait in the buffer for the next iteration."""
     repeat_stops: int
-    """Responses that were ended for repeating themselves."""
+    """Responses that were stopped for repeating themselves."""
     samples_trained: int
     """Responses trained."""
     samples_trained_total: int
     """Responses trained since the start of RL."""
     tokens_stale_share: float
-    """Share of the trained tokens that an older version than this one's sampled, in [0, 1]."""
+    """Share of the trained tokens that an older version sampled, in [0, 1]."""
     max_staleness: int
     """Age of the oldest token trained, in versions."""
     logprob_gap_mean: float
@@ -59,19 +59,19 @@ class IterationMetrics:
     logprob_gap_max: float
     """Largest |Δ log-prob| between engine and trainer on tokens of this iteration, nats."""
     reference_recomputed: bool
-    """Whether the gap was over its limit, so that the trainer computed the reference itself."""
+    """Whether the gap exceeded its limit, so that the trainer recomputed the reference."""
     loss: float
-    """Mean loss per response over the updates; its value shows no progress, its jumps trouble."""
+    """Mean loss per response over the updates. Watch it for jumps, not for progress."""
     grad_norm: float
     """Mean norm of the gradient over the updates, before clipping."""
     entropy: float = math.nan
-    """Mean −log-prob of the tokens sampled, nats: an estimate of the policy's entropy a token."""
+    """Mean −log-prob of the sampled tokens, nats: an estimate of the policy's entropy per token."""
     zero_advantage_share: float = math.nan
-    """Share of the responses trained with an advantage of 0, which teach nothing, in [0, 1]."""
+    """Share of the trained responses whose advantage is 0: they teach nothing, in [0, 1]."""
     infrastructure_errors: int = 0
-    """Responses on which no verdict could be reached: neither trained nor counted as wrong."""
+    """Responses without a verdict: neither trained nor counted as wrong."""
     logprob_gap_over_limit_share: float = math.nan
-    """Share of this iteration's tokens whose |Δ log-prob| is over the limit, in [0, 1]."""
+    """Share of this iteration's tokens whose |Δ log-prob| exceeds the limit, in [0, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,32 +83,32 @@ class EvaluationMetrics:
     policy_version: int
     """Version of the weights evaluated."""
     accuracy_greedy: float
-    """Mean correctness of one response a prompt, most likely token each time, in [0, 1]."""
+    """Mean correctness of one response per prompt, the most likely token each time, in [0, 1]."""
     accuracy_sampled: float
-    """Mean correctness of one response a prompt, sampled as in training, in [0, 1]."""
+    """Mean correctness of one response per prompt, sampled as in training, in [0, 1]."""
     length_mean: float
     """Mean length of the sampled responses, tokens."""
     n: int
-    """Prompts."""
+    """Number of held-out prompts."""
     seed: int
     """Seed of the sampled responses."""
     wall_s: float = math.nan
     """Seconds of wall-clock time."""
     infrastructure_errors: int = 0
-    """Responses, greedy and sampled, on which no verdict could be reached; in neither accuracy."""
+    """Responses, greedy and sampled, without a verdict; they are in neither accuracy."""
 
 
 KINDS: dict[str, type] = {"iteration": IterationMetrics, "evaluation": EvaluationMetrics}
-"""What the ``kind`` of a line of ``metrics.jsonl`` may be, and what it then holds."""
+"""``kind`` of a line of ``metrics.jsonl`` → what the line holds."""
 
 
 def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[EvaluationMetrics]]:
-    """Read a ``metrics.jsonl`` in file order. Keys this version does not know are left out.
+    """Read a ``metrics.jsonl`` in file order. Unknown keys are left out.
 
-    A torn last line, as a killed process leaves it, is skipped; a missing file is empty.
+    The torn last line that a killed process leaves is skipped. A missing file counts as empty.
 
     Raises:
-        ValueError: another line is not a line of metrics; the message names it.
+        ValueError: another line is not valid; the message names it.
     """
     iterations: list[IterationMetrics] = []
     evaluations: list[EvaluationMetrics] = []
@@ -127,7 +127,7 @@ def summarize(
     *,
     sft_s: float = 0.0,
 ) -> dict[str, Any]:
-    """The content of ``summary.json``; evaluations are None where none was made."""
+    """The content of ``summary.json``; an evaluation is None if there was none."""
     spans_s = [m.wall_s for m in iterations] + [e.wall_s for e in evaluations]
     return {
         "iterations": iterations[-1].iteration if iterations else 0,
@@ -141,7 +141,7 @@ def summarize(
 
 
 def to_record(metrics: IterationMetrics | EvaluationMetrics) -> dict[str, Any]:
-    """As JSON allows it: what is not finite is None."""
+    """The metrics as JSON allows them: numbers that are not finite become None."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in vars(metrics).items()
@@ -149,7 +149,7 @@ def to_record(metrics: IterationMetrics | EvaluationMetrics) -> dict[str, Any]:
 
 
 def plain(metrics: Any) -> Any:
-    """The same metrics with Python numbers for the scalars of numpy and torch."""
+    """The same metrics with Python numbers in place of numpy and torch scalars."""
     scalars = {k: v.item() for k, v in vars(metrics).items() if hasattr(v, "item")}
     return replace(metrics, **scalars)
 
@@ -159,10 +159,14 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Every whole line with what it says."""
+    """Every whole line and its record.
+
+    Raises:
+        ValueError: a line is not JSON, has an unknown kind, or lacks a key.
+    """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # What follows the last line feed is torn or empty.
+    lines = path.read_bytes().split(b"\n")[:-1]  # The part after the last line feed is torn or empty.
     records = []
     for number, line in enumerate(lines, 1):
         try:
