@@ -166,7 +166,9 @@ def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # The part after the last line feed is torn or empty.
+    lines = path.read_bytes().split(b"\n")[
+        :-1
+    ]  # The part after the last line feed is torn or empty.
     records = []
     for number, line in enumerate(lines, 1):
         try:
