@@ -34,3 +34,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if any("::" in one or "benches" in Path(one).parts for one in chosen):
         return 0
     return min(8, len(os.sched_getaffinity(0)))
+
+
+SHARES_THE_HOST = ("tests/sandbox/", "tests/reward/code/", "test_code_run.py", "test_humaneval.py")
+"""Tests that start sandboxes: a pool removes the cgroups that dead pools of the host have left, and
+some tests count them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests that start sandboxes to one worker."""
+    for item in items:
+        if any(part in item.path.as_posix() for part in SHARES_THE_HOST):
+            item.add_marker(pytest.mark.xdist_group("sandboxes"))

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from kimi_core.sandbox import Limits, Pool, Result, SandboxUnavailable, Status, check
 from kimi_core.sandbox.bubblewrap import find_python
-from kimi_core.sandbox.program import MB
-from kimi_core.sandbox.protocol import TOKEN_VARIABLE
+from kimi_core.sandbox.program import MB, TOKEN_VARIABLE
 
 STATUS_CODES = {status: code for code, status in enumerate(Status)}
 """What `run` exits with: 0 for OK, and another number for each other status."""

@@ -1,5 +1,6 @@
 """Runs programs in a sandbox service on another host, with deadlines and retries."""
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -7,22 +8,22 @@ from typing import Any
 
 import httpx2
 
-from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable
-from kimi_core.sandbox.protocol import RunRequest, result_from_json
+from kimi_core.sandbox.program import Limits, Program, Result, SandboxUnavailable
+from kimi_core.sandbox.protocol import PROGRAM, RESULT
 
 FIRST_PAUSE_S = 0.2
-"""Before the first retry; doubled before each further one."""
+"""Pause before the first retry, seconds; doubled before each further one."""
 
 
 class SandboxClient:
-    """Thread-safe. A run changes nothing on the server, so one that failed is simply sent again.
+    """Thread-safe. A program changes nothing on the server, so a failed request is sent again.
 
     Args:
-        url: of the service, such as ``http://10.0.0.7:8100``.
+        url: address of the service, such as ``http://10.0.0.7:8100``.
         token: the service's bearer token.
-        deadline_s: the longest that one call may take, with waiting, queueing and retries.
-        retries: how many failures of the network or the service a call survives. To be turned away
-            by a full queue (429) is none: that is waited out until the deadline.
+        deadline_s: longest time of one call, with queueing and retries, seconds.
+        retries: failures of the network or the service that a call survives. A full queue (429) is
+            no failure: the client waits for it until the deadline.
         sleep, clock: for tests.
     """
 
@@ -45,7 +46,7 @@ class SandboxClient:
             base_url=self._url,
             headers={} if token is None else {"Authorization": f"Bearer {token}"},
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
-            trust_env=False,  # No proxy: the service is a host of ours.
+            trust_env=False,  # No proxy: the service runs on a host of the user.
         )
 
     def run(
@@ -56,25 +57,27 @@ class SandboxClient:
         files: Mapping[str, bytes] | None = None,
         limits: Limits | None = None,
     ) -> Result:
-        """As ``kimi_core.sandbox.run``; the server may cut the limits to its own.
+        """As ``kimi_core.sandbox.run``; the server may reduce the limits to its own.
 
         Raises:
-            SandboxUnavailable: no result within the deadline, or more failures than retries.
-            ValueError: the service refused the request itself (its token, size or form).
+            SandboxUnavailable: no result came before the deadline, or there were more failures than
+                retries.
+            ValueError: the service refused the request (its token, size or form).
         """
-        request = RunRequest(program, stdin, files or {}, limits or Limits())
-        return self._results("/run", request.as_json(), lambda answer: [answer])[0]
+        given = Program(program, stdin, files or {}, limits or Limits())
+        body = PROGRAM.dump_python(given, mode="json")
+        return self._results("/run", body, lambda answer: [answer])[0]
 
-    def run_batch(self, requests: Sequence[RunRequest]) -> list[Result]:
-        """Several runs in one call, which the server carries out in parallel; raises as ``run``."""
-        body = {"runs": [request.as_json() for request in requests]}
+    def run_batch(self, programs: Sequence[Program]) -> list[Result]:
+        """Run several programs in one call; the server runs them in parallel. Raises as ``run``."""
+        body = {"runs": [PROGRAM.dump_python(one, mode="json") for one in programs]}
         return self._results("/run_batch", body, lambda answer: answer["results"])
 
     def health(self) -> dict[str, Any]:
-        """What the service says of itself.
+        """Slots, running and waiting programs of the service.
 
         Raises:
-            SandboxUnavailable: it does not answer within 10 s.
+            SandboxUnavailable: the service does not answer within 10 s.
         """
         try:
             answer = self._http.get("/health", timeout=10.0)
@@ -107,7 +110,8 @@ class SandboxClient:
             try:
                 answer = self._http.post(path, json=body, timeout=left)
                 if answer.status_code == 200:
-                    return [result_from_json(one) for one in listed(answer.json())]
+                    found = listed(answer.json())
+                    return [RESULT.validate_json(json.dumps(one)) for one in found]
                 trouble = f"status {answer.status_code}: {answer.text[:200]}"
             except httpx2.TransportError as error:
                 answer, trouble = None, f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Slots behind one door: any thread runs programs, a few at a time, each in a fresh sandbox."""
+"""A thread-safe pool of sandbox workers; each program gets a fresh sandbox."""
 
 import atexit
 import contextlib
@@ -14,15 +14,14 @@ from typing import Any, Self
 from kimi_core.sandbox import seccomp, wire
 from kimi_core.sandbox.bubblewrap import find_bwrap, find_python
 from kimi_core.sandbox.fair import FairQueue
-from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable, Status
+from kimi_core.sandbox.program import Limits, Program, Result, SandboxUnavailable, Status
 from kimi_core.sandbox.selftest import Protection, Report, examine
-from kimi_core.sandbox.slot import Request
 
 SLOT_START_S = 60.0
 SLOT_END_S = 60.0
 _SLOT = "from kimi_core.sandbox.slot import main; main()"
 GRACE_S = 60.0
-"""Beyond a run's own wall-clock limit: to start its sandbox and to end it, on a busy machine."""
+"""Seconds beyond a program's wall-clock limit, to start and end its sandbox on a busy machine."""
 
 
 class Pool:
@@ -33,10 +32,10 @@ class Pool:
     b'42\\n'
 
     Args:
-        slots: how many programs run side by side; default: the CPUs that this process may use.
-        allow_weak: run although the self-test finds a protection missing.
-        warm: keep a Python waiting in each idle slot, so that a program begins at once. It costs
-            the memory of an interpreter a slot.
+        slots: programs that run at the same time; default: the CPUs that this process may use.
+        allow_weak: run although a protection is missing.
+        warm: keep a Python waiting in each idle slot, so that a program begins at once. This costs
+            the memory of one interpreter per slot.
 
     Raises:
         SandboxUnavailable: bubblewrap is missing or does not work here, or a protection is missing.
@@ -73,35 +72,35 @@ class Pool:
         limits: Limits | None = None,
         wait_s: float = 3600.0,
     ) -> Result:
-        """Run one program in a sandbox of its own; see ``kimi_core.sandbox.run``.
+        """Run one program in a fresh sandbox; see ``kimi_core.sandbox.run``.
 
         Args:
-            wait_s: how long to wait for a free slot; the limits of the run do not count it.
+            wait_s: longest wait for a free slot, seconds; it does not count in the limits.
         """
         if self._process != os.getpid():
             raise RuntimeError(
-                "This Pool is that of the process that forked this one; make another"
+                "This Pool belongs to the process that forked this one; make another"
             )
-        request = _request(program, stdin, files, limits or Limits())
+        given = Program(program, stdin, files or {}, limits or Limits())
         try:
             slot = self._idle.get(wait_s)
         except TimeoutError:
             return _infra(f"no slot of the pool was free within {wait_s:g} s")
         try:
             if self._closed:
-                raise ValueError("This Pool is closed: no more programs are run")
-            return self._run_in(slot, request)
+                raise ValueError("This Pool is closed; make another")
+            return self._run_in(slot, given)
         finally:
             self._idle.put(slot)
 
-    def _run_in(self, slot: "_Slot", request: Request) -> Result:
+    def _run_in(self, slot: "_Slot", program: Program) -> Result:
         try:
-            return slot.run(request)
+            return slot.run(program)
         except _SlotFailedError as error:
             if not self._closed:
                 slot.restart()
             return _infra(str(error))
-        except BaseException:  # Ctrl-C: a late answer would be taken for that of the next program.
+        except BaseException:  # Ctrl-C: the answer would otherwise go to the next program.
             slot.restart()
             raise
 
@@ -109,9 +108,9 @@ class Pool:
         return examine(self.run, self._slots[0].missing)
 
     def close(self) -> None:
-        """End all slots; a program that still runs is killed, and its caller gets INFRA.
+        """End all slots. A running program is killed, and its caller gets INFRA.
 
-        In a fork of the pool's process it does nothing.
+        Does nothing in a fork of the pool's process. Safe to call twice.
         """
         if self._process != os.getpid():
             return
@@ -134,7 +133,7 @@ class Pool:
 
 
 class _Slot:
-    """The pool's end of a slot's process, which is started anew when it has failed."""
+    """The process of a slot as the pool sees it. A process that failed is replaced."""
 
     def __init__(self, warm: bool) -> None:
         self._warm = warm
@@ -147,12 +146,12 @@ class _Slot:
                 [sys.executable, "-P", "-c", _SLOT, str(theirs.fileno()), str(int(self._warm))],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for the trainer.
+                start_new_session=True,  # Ctrl-C is meant for the trainer.
             )
         self._connection = ours
 
     def await_start(self) -> None:
-        """Raises SandboxUnavailable if it does not."""
+        """Wait until the process is ready. Raises SandboxUnavailable if it does not start."""
         try:
             answer: list[str] | str = self._receive(SLOT_START_S, "start")
         except _SlotFailedError as error:
@@ -161,13 +160,13 @@ class _Slot:
             raise SandboxUnavailable(answer)
         self.missing = answer
 
-    def run(self, request: Request) -> Result:
-        """Raises _SlotFailedError if the slot itself fails."""
+    def run(self, program: Program) -> Result:
+        """Run one program. Raises _SlotFailedError if the slot itself fails."""
         try:
-            wire.send(self._connection, request, GRACE_S)
+            wire.send(self._connection, program, GRACE_S)
         except OSError as error:
             raise _SlotFailedError(f"a slot of the sandbox took no request: {error}") from error
-        return self._receive(request.limits.wall_s + GRACE_S, "finish its run")
+        return self._receive(program.limits.wall_s + GRACE_S, "finish its run")
 
     def _receive(self, timeout_s: float, what: str) -> Any:
         try:
@@ -179,8 +178,7 @@ class _Slot:
             raise _SlotFailedError(f"a slot of the sandbox died and did not {what}") from error
 
     def restart(self) -> None:
-        """Kill the process, and with it its sandbox; start another. If that does not work either,
-        the next run says so."""
+        """Kill the process and its sandbox, and start another; the next run reports a failure."""
         self._process.kill()
         self.await_end()
         self._start()
@@ -188,8 +186,8 @@ class _Slot:
             self.await_start()
 
     def hang_up(self) -> None:
-        """Have the process end its sandbox and itself; whoever waits for a result is told."""
-        with contextlib.suppress(OSError):  # It is gone already.
+        """Make the process end its sandbox and itself; a waiting caller gets an error."""
+        with contextlib.suppress(OSError):  # It has ended already.
             self._connection.shutdown(socket.SHUT_RDWR)
 
     def await_end(self) -> None:
@@ -203,34 +201,6 @@ class _Slot:
 
 class _SlotFailedError(RuntimeError):
     """The process of a slot died or does not answer."""
-
-
-def _request(
-    program: str | Sequence[str], stdin: bytes, files: Mapping[str, bytes] | None, limits: Limits
-) -> Request:
-    """Raises ValueError for what no sandbox could be given."""
-    if isinstance(program, str):
-        # Text from JSON may hold half a surrogate pair; Python then says what is wrong with it.
-        code: bytes | list[str] = program.encode(errors="surrogatepass")
-        if "main.py" in (files or {}):
-            raise ValueError("File name 'main.py'; allowed is any other, as that is the program's")
-    else:
-        code = list(program)
-        if not code or not code[0] or not all(_passable(argument) for argument in code):
-            raise ValueError(f"Command {code!r}; allowed is a program and its arguments")
-    for name in files or {}:
-        parts = name.split("/")
-        if not {"", ".", ".."}.isdisjoint(parts) or "\n" in name or not _passable(name):
-            raise ValueError(f"File name {name!r}; allowed is a path inside the work folder")
-    return Request(code, stdin, dict(files or {}), limits)
-
-
-def _passable(text: str) -> bool:
-    """Whether the kernel can be given it."""
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
 
 
 def _infra(detail: str) -> Result:
@@ -248,23 +218,18 @@ def run(
     """Run one program in a fresh sandbox, on a pool that this process keeps until it ends.
 
     Args:
-        program: Python source, or a command as a list. A command finds the host's ``/usr``.
-        stdin: bytes that the program reads; then its stdin ends.
-        files: contents by name, put into the work folder, in which the program starts. All are
-            executable.
-        limits: default ``Limits()``.
-        allow_weak: run although the self-test finds a protection missing.
+        program, stdin, files, limits: the fields of ``Program``.
+        allow_weak: run although a protection is missing.
 
     Raises:
-        ValueError: an empty command, or a file name that leaves the work folder.
+        ValueError: as ``Program`` raises it.
         SandboxUnavailable: as for ``Pool``.
     """
     return _default_pool(allow_weak).run(program, stdin=stdin, files=files, limits=limits)
 
 
 def check() -> Report:
-    """The self-test: which protections hold on this machine, for this user. Never raises for one
-    that does not."""
+    """Test which protections hold on this machine, for this user. A missing one is no error."""
     try:
         with Pool(1, allow_weak=True) as pool:
             return pool._examine()

@@ -1,21 +1,31 @@
-"""What a run in the sandbox is given and gives back."""
+"""A program for the sandbox, its limits, and how it ended."""
 
 import math
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, ClassVar
 
 MB = 1 << 20
 LEAST_MEMORY = 16 * MB
 
+TOKEN_VARIABLE = "KIMI_SANDBOX_TOKEN"
+"""Environment variable with the bearer token of the service. A config would be written into the run
+folder, and everybody on a host can see a command line."""
+
+JSON_FORMAT = {"ser_json_bytes": "base64", "val_json_bytes": "base64", "extra": "forbid"}
+"""How ``protocol.py`` writes and reads these classes. It is a plain dict, because the process of a
+slot must not load pydantic."""
+
 
 class Status(StrEnum):
-    """How a run ended. The sandbox itself never says WRONG: that is the verdict of its caller."""
+    """How a program ended. Only callers set WRONG, never the sandbox."""
 
     OK = "OK"
     """The program exited with 0."""
     WRONG = "WRONG"
-    """It exited with 0 and its output is not what was asked for."""
+    """It exited with 0, and its output is not the expected one."""
     RUNTIME = "RUNTIME"
     """It exited with another code, or by a signal."""
     TIME = "TIME"
@@ -25,29 +35,29 @@ class Status(StrEnum):
     OUTPUT = "OUTPUT"
     """It wrote more than the limit to stdout or to stderr."""
     INFRA = "INFRA"
-    """The sandbox failed, not the program: nothing is known of it. Retry, never score as wrong."""
+    """The sandbox failed, not the program. Retry, and never score the program as wrong."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one run may use. Times count from the start of the program, not of the sandbox.
+    """What a program may use. Times count from the start of the program, not of the sandbox.
 
     Raises:
-        ValueError: a limit that is not positive and finite.
+        ValueError: a limit is not positive and finite.
     """
 
     wall_s: float = 10.0
     cpu_s: float = 5.0
-    """Of all processes of the run together; without a cgroup, of each."""
+    """CPU time of all processes together; without a cgroup, of each."""
     memory_bytes: int = 512 * MB
-    """Of all processes and files together; without a cgroup, see docs/sandbox.md."""
+    """Memory of all processes and files together; without a cgroup, see docs/sandbox.md."""
     processes: int = 32
-    """Processes and threads at a time."""
+    """Processes and threads at the same time."""
     file_bytes: int = 16 * MB
-    """Of one file that the program writes."""
+    """Size of one file that the program writes."""
     open_files: int = 64
     output_bytes: int = 64 << 10
-    """Kept of stdout, and as much of stderr. What is written beyond is read and thrown away."""
+    """Bytes kept of stdout, and of stderr. The rest is read and thrown away."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -60,25 +70,70 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Program:
+    """A program with everything that it is given.
+
+    Raises:
+        ValueError: the command is empty, or a file name leaves the work folder.
+    """
+
+    program: str | Sequence[str]
+    """Python source, or a command as a list. A command finds the host's ``/usr``."""
+    stdin: bytes = b""
+    """Bytes that the program reads; then its stdin ends."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Name → content. They are put into the work folder, where the program starts; all are
+    executable."""
+    limits: Limits = field(default_factory=Limits)
+
+    __pydantic_config__: ClassVar[dict[str, str]] = JSON_FORMAT
+
+    def __post_init__(self) -> None:
+        if isinstance(self.program, str):
+            if "main.py" in self.files:
+                raise ValueError("File name 'main.py'; the program has it, so allowed is any other")
+        elif not self.program or not self.program[0] or not all(map(_passable, self.program)):
+            raise ValueError(f"Command {self.program!r}; allowed is a program and its arguments")
+        for name in self.files:
+            parts = name.split("/")
+            if not {"", ".", ".."}.isdisjoint(parts) or "\n" in name or not _passable(name):
+                raise ValueError(f"File name {name!r}; allowed is a path inside the work folder")
+
+    @property
+    def is_python(self) -> bool:
+        return isinstance(self.program, str)
+
+
+def _passable(text: str) -> bool:
+    """Whether the text can be handed to the kernel."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
+@dataclass(frozen=True)
 class Result:
-    """How a run ended and what it used."""
+    """How a program ended and what it used."""
 
     status: Status
     exit_code: int | None
-    """128 + n when signal n ended the program, as in a shell; None when it was killed from
+    """128 + n if signal n ended the program, as in a shell; None if the program was killed from
     outside or never started."""
     stdout: bytes
-    """At most ``limits.output_bytes``, as ``stderr``."""
+    """At most ``limits.output_bytes``; the same for ``stderr``."""
     stderr: bytes
     cpu_s: float
     wall_s: float
     memory_bytes: int
-    """The peak of all processes together; without a cgroup, of the largest."""
+    """Peak of all processes together; without a cgroup, of the largest."""
     detail: str = ""
-    """Which limit was reached or what failed, in words."""
+    """The limit that was reached, or what failed."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = JSON_FORMAT
 
     def as_json(self) -> dict[str, Any]:
-        """Values that ``json.dumps`` takes; bytes that are not UTF-8 become U+FFFD."""
+        """Values for ``json.dumps``; bytes that are not UTF-8 become U+FFFD."""
         values = asdict(self)
         for stream in ("stdout", "stderr"):
             values[stream] = values[stream].decode(errors="replace")
@@ -86,4 +141,4 @@ class Result:
 
 
 class SandboxUnavailable(RuntimeError):
-    """Programs cannot be run safely here; the message names what is missing and the way out."""
+    """Programs cannot be run safely here; the message says what is missing and what to do."""

@@ -1,13 +1,13 @@
 """The sandbox as an HTTP service, for trainers on other hosts.
 
-    POST /run          one run                       → its result
-    POST /run_batch    {"runs": [...]}, in parallel  → {"results": [...]}, in order
-    GET  /health       slots, runs under way, runs that wait
+    POST /run          one program                      → its result
+    POST /run_batch    {"runs": [...]}, run in parallel → {"results": [...]}, in order
+    GET  /health       slots, running and waiting programs
 
-A run is ``RunRequest.as_json``, a result ``result_to_json`` (``protocol.py``). At most ``slots``
-runs are under way and ``queue`` wait; what comes beyond is turned away with 429 and
-``Retry-After``, before it can time out in a line. The limits of a run are cut to the server's. A
-bearer token guards all but ``/health``; without one the service binds to loopback only.
+``protocol.py`` has the JSON. At most ``slots`` programs run and ``queue`` wait. More are refused
+with 429 and ``Retry-After``, before they could time out while waiting. Limits are reduced to the
+server's. A bearer token guards everything but ``/health``; without a token the service binds to
+loopback only.
 """
 
 import asyncio
@@ -17,26 +17,32 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import anyio
 import uvicorn
 from anyio.to_thread import run_sync
-from fastapi import FastAPI, HTTPException
-from pydantic import Base64Bytes, BaseModel, ConfigDict, Field
+from fastapi import FastAPI, HTTPException, Request
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kimi_core.sandbox.pool import Pool
-from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable
-from kimi_core.sandbox.protocol import TOKEN_VARIABLE, result_to_json
+from kimi_core.sandbox.program import (
+    TOKEN_VARIABLE,
+    Limits,
+    Program,
+    Result,
+    SandboxUnavailable,
+)
+from kimi_core.sandbox.protocol import BATCH, PROGRAM, RESULT
 
 MAX_BODY_BYTES = 32 << 20
-"""Of one request."""
+"""Longest body of a request."""
 
 BODY_S = 30.0
-"""The longest that a request may keep the service waiting for the next part of its body."""
+"""Longest wait for the next part of a request's body, seconds."""
 
 MAXIMA = Limits(
     wall_s=120.0,
@@ -47,25 +53,7 @@ MAXIMA = Limits(
     open_files=256,
     output_bytes=16 << 20,
 )
-"""What no run gets more of, whatever its request says."""
-
-
-class RunBody(BaseModel):
-    """One run as it comes in."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    program: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)]
-    """Python source, or a command with its arguments."""
-    stdin: Base64Bytes = b""
-    files: dict[str, Base64Bytes] = {}
-    limits: Limits = Limits()
-
-
-class BatchBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    runs: Annotated[list[RunBody], Field(min_length=1)]
+"""Most that a program gets, whatever the request says."""
 
 
 class Health(BaseModel):
@@ -74,15 +62,15 @@ class Health(BaseModel):
     running: int
     waiting: int
     queue: int
-    """How many may wait."""
+    """How many programs may wait."""
 
 
 class Gate:
-    """Counts the runs inside. One event loop, so no lock.
+    """Counts running and waiting programs. There is one event loop, so it needs no lock.
 
     Args:
-        slots: runs under way at a time.
-        queue: runs that may wait for one of them.
+        slots: programs that run at the same time.
+        queue: programs that may wait.
     """
 
     def __init__(self, slots: int, queue: int) -> None:
@@ -92,10 +80,10 @@ class Gate:
         self._limiter: anyio.CapacityLimiter | None = None
 
     def enter(self, runs: int) -> None:
-        """Take places for so many runs, all or none.
+        """Take a place for each of ``runs`` programs, or for none.
 
         Raises:
-            HTTPException: 413 if they never fit, 429 if they do not now.
+            HTTPException: 413 if they never fit, 429 if they do not fit now.
         """
         if runs > self.slots + self.queue:
             raise HTTPException(
@@ -104,14 +92,16 @@ class Gate:
         if self.inside + runs > self.slots + self.queue:
             raise HTTPException(
                 429,
-                f"{self.inside} runs are under way or wait; room for {self.slots} + {self.queue}",
+                f"{self.inside} programs run or wait; allowed are {self.slots} + {self.queue}",
                 headers={"Retry-After": "1"},
             )
         self.inside += runs
 
     async def in_a_slot(self, function: Callable[[], Result]) -> Result:
         """Wait for a slot, call ``function`` in a thread, and give up the place."""
-        if self._limiter is None:  # Belongs to the event loop, which the app is made before.
+        if (
+            self._limiter is None
+        ):  # It belongs to the event loop, which starts after the app is made.
             self._limiter = anyio.CapacityLimiter(self.slots)
         try:
             return await run_sync(function, limiter=self._limiter)
@@ -120,7 +110,7 @@ class Gate:
 
 
 class Guard:
-    """Turns away a request without the token or with too long a body before anything reads it."""
+    """Refuses a request without the token or with too long a body before anything reads it."""
 
     def __init__(self, app: ASGIApp, token: str | None, max_body_bytes: int) -> None:
         self._app = app
@@ -138,7 +128,7 @@ class Guard:
             and scope["path"] != "/health"
             and not hmac.compare_digest(given, self._expected)
         ):
-            refusal = JSONResponse({"detail": "A bearer token is needed, or another one"}, 401)
+            refusal = JSONResponse({"detail": "The bearer token is missing or wrong"}, 401)
             refusal.headers["WWW-Authenticate"] = "Bearer"
             await refusal(scope, receive, send)
             return
@@ -158,7 +148,7 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), BODY_S)
             except TimeoutError:
-                raise HTTPException(408, f"Nothing of the body came for {BODY_S:g} s") from None
+                raise HTTPException(408, f"No part of the body came for {BODY_S:g} s") from None
             seen += len(message.get("body", b""))
             complete = not message.get("more_body", False)
             if seen > self._max:
@@ -183,31 +173,38 @@ def create_app(
     """The service as an ASGI application.
 
     Args:
-        run: as ``kimi_core.sandbox.run``; called from ``slots`` threads at once.
-        slots: runs under way at a time.
-        queue: runs that may wait for one of them.
-        token: asked of every request but ``/health``; None asks for none.
-        maxima: the limits of a run are cut to these.
+        run: as ``kimi_core.sandbox.run``; called from ``slots`` threads at the same time.
+        slots: programs that run at the same time.
+        queue: programs that may wait.
+        token: every request but ``/health`` must have it; None: no token is needed.
+        maxima: the limits of a program are reduced to these.
         max_body_bytes: a longer request is refused.
     """
     app = FastAPI(title="kimi_core sandbox", openapi_url=None)
     app.add_middleware(Guard, token=token, max_body_bytes=max_body_bytes)
     gate = Gate(slots, queue)
 
-    def prepared(body: RunBody) -> Callable[[], Result]:
-        limits = clamp(body.limits, maxima)
-        return partial(run, body.program, stdin=body.stdin, files=body.files, limits=limits)
+    async def run_in_a_slot(program: Program) -> Any:
+        call = partial(
+            run,
+            program.program,
+            stdin=program.stdin,
+            files=program.files,
+            limits=clamp(program.limits, maxima),
+        )
+        return RESULT.dump_python(await gate.in_a_slot(call), mode="json")
 
     @app.post("/run")
-    async def run_one(body: RunBody) -> dict[str, Any]:
-        gate.enter(1)
-        return result_to_json(await gate.in_a_slot(prepared(body)))
+    async def run_one(request: Request) -> Any:
+        program = PROGRAM.validate_json(await request.body())
+        gate.enter(_not_empty(program))
+        return await run_in_a_slot(program)
 
     @app.post("/run_batch")
-    async def run_batch(body: BatchBody) -> dict[str, Any]:
-        gate.enter(len(body.runs))
-        results = await asyncio.gather(*(gate.in_a_slot(prepared(one)) for one in body.runs))
-        return {"results": [result_to_json(one) for one in results]}
+    async def run_batch(request: Request) -> dict[str, Any]:
+        batch = BATCH.validate_json(await request.body())
+        gate.enter(_not_empty(*batch.runs))
+        return {"results": await asyncio.gather(*map(run_in_a_slot, batch.runs))}
 
     @app.get("/health")
     async def health() -> Health:
@@ -219,6 +216,14 @@ def create_app(
     async def unavailable(_: Any, error: SandboxUnavailable) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 503)
 
+    @app.exception_handler(ValidationError)
+    async def invalid(_: Any, error: ValidationError) -> JSONResponse:
+        faults = [
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+            for fault in error.errors(include_input=False, include_url=False)
+        ]
+        return JSONResponse({"detail": "; ".join(faults)}, 422)
+
     @app.exception_handler(ValueError)
     async def refused(_: Any, error: ValueError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 422)
@@ -226,14 +231,21 @@ def create_app(
     return app
 
 
+def _not_empty(*programs: Program) -> int:
+    """Their number, after a check that none of them is empty."""
+    if any(not program.program for program in programs):
+        raise HTTPException(422, "program is empty; give Python source, or a command as a list")
+    return len(programs)
+
+
 def clamp(limits: Limits, maxima: Limits) -> Limits:
-    """``limits``, none of them above ``maxima``."""
+    """``limits``, each at most that of ``maxima``."""
     most = asdict(maxima)
     return Limits(**{name: min(value, most[name]) for name, value in asdict(limits).items()})
 
 
 def check_binding(host: str, token: str | None) -> None:
-    """Refuse to run other people's programs for everybody on the network.
+    """Refuse to run programs for everybody on the network.
 
     Raises:
         ValueError: ``host`` is not a loopback address and there is no token.
@@ -263,9 +275,9 @@ def serve(
     """Run the service on a pool of this process until SIGTERM or Ctrl-C.
 
     Args:
-        port: 0 takes one that is free; the log says which.
-        slots: of the pool; default: one a core.
-        queue: runs that may wait.
+        port: 0 takes a free one; the log says which.
+        slots: slots of the pool; default: one per core.
+        queue: programs that may wait.
 
     Raises:
         ValueError: as ``check_binding``.

@@ -2,12 +2,11 @@
 
     python -c 'from kimi_core.sandbox.slot import main; main()' FD WARM
 
-Sandboxes are started from here rather than from the trainer, because their orphans must be
-inherited by somebody (``PR_SET_CHILD_SUBREAPER``) who waits for all of them, because the network
-namespace and the real user ids of this process are theirs, and because a sandbox is bound to the
-life of the thread that starts it. Over FD come requests, one at a time, and go back results. The
-slot ends with its pool or the process of its pool, and every sandbox ends with the slot: the kernel
-sees to it, whatever way the slot dies.
+The slot starts the sandboxes, and not the trainer, for three reasons. Some process must inherit
+their orphans (``PR_SET_CHILD_SUBREAPER``) and wait for all of them. The sandboxes take over the
+network namespace and the real user ids of the slot. And a sandbox ends with the thread that started
+it. Programs come over FD, one at a time, and results go back. The slot ends with its pool or with
+the pool's process. Every sandbox ends with the slot, however the slot dies: the kernel ensures it.
 """
 
 import contextlib
@@ -16,28 +15,17 @@ import pwd
 import select
 import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from kimi_core.sandbox import cgroups, wire
 from kimi_core.sandbox.cgroups import Cgroup
-from kimi_core.sandbox.program import Limits, Result, SandboxUnavailable, Status
+from kimi_core.sandbox.program import Program, Result, SandboxUnavailable, Status
 from kimi_core.sandbox.sandbox import Identity, Sandbox, StartError, await_ready, start_python
 from kimi_core.sandbox.supervise import Abandoned, watch
 from kimi_core.sandbox.syscalls import become_subreaper, enter_empty_network
 
 SEND_S = 60.0
 NUMBERS = range(58_000, 59_000)
-"""Of slots on a host; as root, also their user ids."""
-
-
-@dataclass(frozen=True)
-class Request:
-    program: bytes | list[str]
-    """Python source, or a command."""
-    stdin: bytes
-    files: Mapping[str, bytes]
-    limits: Limits
+"""Numbers of the slots on a host. As root they are also the user ids."""
 
 
 class Slot:
@@ -51,47 +39,49 @@ class Slot:
     def prepare(self) -> None:
         """Start the Python that waits for the next program, if the slot keeps one.
 
-        Not after a command: where one is run, such as a compiled program, more will follow.
+        Not after a command, because a compiled program is usually followed by others.
         """
         if self._warm and self._last_was_python and self._waiting is None:
-            with contextlib.suppress(StartError):  # The next request will say it.
+            with contextlib.suppress(StartError):  # The next program will report it.
                 self._waiting = start_python(self._identity)
 
-    def run(self, request: Request) -> Result:
-        """Run one program; a sandbox that fails gives INFRA."""
+    def run(self, program: Program) -> Result:
+        """Run one program. A sandbox that fails gives INFRA."""
         try:
-            sandbox, stdin = self._sandbox(request)
+            sandbox, stdin = self._sandbox(program)
         except StartError as error:
             return Result(Status.INFRA, None, b"", b"", 0.0, 0.0, 0, str(error))
         cgroup = self._identity.cgroup
         try:
-            sandbox.limit(request.limits)
+            sandbox.limit(program.limits)
             if cgroup:
-                cgroup.begin(request.limits)
-            if not isinstance(request.program, bytes):
+                cgroup.begin(program.limits)
+            if not program.is_python:
                 sandbox.go()
-            return watch(sandbox, stdin, request.limits, cgroup, self._owners)
+            return watch(sandbox, stdin, program.limits, cgroup, self._owners)
         finally:
             sandbox.kill()
             sandbox.reap()
             sandbox.close()
 
-    def _sandbox(self, request: Request) -> tuple[Sandbox, bytes]:
-        """One that is about to begin, and what it will read."""
-        self._last_was_python = isinstance(request.program, bytes)
-        if not isinstance(request.program, bytes):
+    def _sandbox(self, program: Program) -> tuple[Sandbox, bytes]:
+        """A sandbox that is about to begin, and what it will read."""
+        self._last_was_python = program.is_python
+        if not isinstance(program.program, str):
             self.discard()  # A slot has one cgroup and one user: one sandbox at a time.
-            return Sandbox(self._identity, request.program, request.files), request.stdin
+            return Sandbox(self._identity, list(program.program), program.files), program.stdin
         if self._waiting is not None and self._waiting.dead:
             self.discard()
         sandbox, self._waiting = self._waiting or start_python(self._identity), None
         await_ready(sandbox)
-        files = {**request.files, "main.py": request.program}
+        # Text from JSON may hold half a surrogate pair; Python then says what is wrong with it.
+        source = program.program.encode(errors="surrogatepass")
+        files = {**program.files, "main.py": source}
         head = "".join(f"{len(data)} {name}\n" for name, data in files.items())
-        return sandbox, b"".join([head.encode(), b"\n", *files.values(), request.stdin])
+        return sandbox, b"".join([head.encode(), b"\n", *files.values(), program.stdin])
 
     def discard(self) -> None:
-        """End the sandbox that waits."""
+        """End the waiting sandbox."""
         if self._waiting is not None:
             self._waiting.kill()
             self._waiting.reap()
@@ -100,12 +90,12 @@ class Slot:
 
 
 def claim_number() -> tuple[int, socket.socket]:
-    """A number that no other slot on the host has, and what holds it while it is open.
+    """A number that no other slot on the host has, and the socket that holds the number.
 
-    An abstract socket: it is exclusive, and the kernel frees it when its process dies.
+    It is an abstract socket: exclusive, and freed by the kernel when its process dies.
 
     Raises:
-        SandboxUnavailable: all are taken.
+        SandboxUnavailable: all numbers are taken.
     """
     for number in NUMBERS:
         with contextlib.suppress(KeyError):
@@ -127,7 +117,7 @@ def _lock(name: str) -> socket.socket | None:
 
 
 def identify(number: int) -> tuple[Identity, list[str]]:
-    """Become what slot ``number`` is to be; also what could not be had, in words."""
+    """Take the identity of slot ``number``; also return what could not be had, in words."""
     missing = []
     root = os.geteuid() == 0
     cgroup = None
@@ -173,7 +163,7 @@ def main() -> None:
 
 
 def serve(slot: Slot, connection: socket.socket, owner: int) -> None:
-    """Answer requests until the pool closes its end (EOFError) or its process is gone."""
+    """Run programs until the pool closes its end (EOFError) or its process has ended."""
     while True:
         slot.prepare()
         ready, _, _ = select.select([connection.fileno(), owner], [], [])

@@ -25,7 +25,8 @@ from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.code.reward import CodeReward
 from kimi_core.sandbox import Limits, SandboxUnavailable, Status
 from kimi_core.sandbox.client import SandboxClient
-from kimi_core.sandbox.protocol import TOKEN_VARIABLE, RunRequest, result_from_json, result_to_json
+from kimi_core.sandbox.program import TOKEN_VARIABLE, Program
+from kimi_core.sandbox.protocol import PROGRAM, RESULT
 from kimi_core.sandbox.service import BODY_S, check_binding, clamp, create_app
 from kimi_core.types import Prompt
 
@@ -75,7 +76,7 @@ def post(url: str, body: dict, **settings) -> httpx2.Response:
     return httpx2.post(url, json=body, timeout=20, **settings)
 
 
-RUN = RunRequest(DOUBLER, b"2").as_json()
+RUN = PROGRAM.dump_python(Program(DOUBLER, b"2"), mode="json")
 
 
 class TestRuns:
@@ -90,7 +91,7 @@ class TestRuns:
 
     def test_a_batch_comes_back_in_order(self):
         with serving() as url, SandboxClient(url) as client:
-            runs = [RunRequest(DOUBLER, str(n).encode()) for n in range(5)]
+            runs = [Program(DOUBLER, str(n).encode()) for n in range(5)]
             done = client.run_batch(runs)
             assert [int(one.stdout) for one in done] == [0, 2, 4, 6, 8]
 
@@ -280,12 +281,19 @@ class TestFailures:
             with pytest.raises(SandboxUnavailable, match="gave no result"):
                 SandboxClient(url, deadline_s=20).run("1")
 
-    def test_a_file_name_that_the_pool_refuses(self):
-        def picky(program, **_):
-            raise ValueError("File name '../x'")
+    def test_a_file_name_that_leaves_the_work_folder(self):
+        with serving() as url:
+            refused = post(f"{url}/run", {"program": "1", "files": {"../x": ""}})
+            assert refused.status_code == 422 and "File name '../x'" in refused.text
+            with pytest.raises(ValueError, match=r"File name '\.\./x'"):
+                SandboxClient(url).run("1", files={"../x": b""})
 
-        with serving(picky) as url, pytest.raises(ValueError, match=r"status 422.*File name"):
-            SandboxClient(url).run("1", files={"../x": b""})
+    def test_a_program_that_the_pool_refuses(self):
+        def picky(program, **_):
+            raise ValueError("This Pool is closed")
+
+        with serving(picky) as url, pytest.raises(ValueError, match=r"status 422.*is closed"):
+            SandboxClient(url).run("1")
 
     def test_a_server_killed_in_mid_request(self, tmp_path):
         """kill -9 of the server: no verdict, never a wrong answer."""
@@ -383,7 +391,7 @@ def test_the_code_reward_takes_a_client():
 
 def test_results_survive_the_wire():
     before = result(Status.OUTPUT, b"\xff\x00", b"e", exit_code=None)
-    assert result_from_json(result_to_json(before)) == before
+    assert RESULT.validate_json(RESULT.dump_json(before)) == before
 
 
 def test_clamp_takes_the_smaller_of_each():

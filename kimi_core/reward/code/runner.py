@@ -12,7 +12,7 @@ from kimi_core.config import SandboxConfig
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.code.problem import Language
 from kimi_core.sandbox import Limits, Pool, Result, SandboxUnavailable, Status, compile_cpp
-from kimi_core.sandbox.protocol import TOKEN_VARIABLE
+from kimi_core.sandbox.program import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from kimi_core.sandbox.client import SandboxClient
