@@ -4,8 +4,8 @@ kimi sandbox run [--time S] [--memory MB] [--json] PROGRAM [ARG ...] < stdin
 kimi sandbox check
 kimi sandbox serve [--host ADDRESS] [--port N] [--slots N] [--queue N]
 
-PROGRAM is a file that is copied into the sandbox: a Python program (`.py`) or an executable; or
-else the name of a command of the host, such as `awk`.
+PROGRAM is a file that is copied into the sandbox (a Python program `.py` or an executable), or the
+name of a command of the host, such as `awk`.
 `serve` is the HTTP service; its bearer token is read from KIMI_SANDBOX_TOKEN.
 """
 
@@ -20,11 +20,11 @@ from kimi_core.sandbox.bubblewrap import find_python
 from kimi_core.sandbox.program import MB, TOKEN_VARIABLE
 
 STATUS_CODES = {status: code for code, status in enumerate(Status)}
-"""What `run` exits with: 0 for OK, and another number for each other status."""
+"""Exit status of `run`: 0 for OK, and another number for each other status."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run one action and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
         return {"check": _check, "run": _run, "serve": _serve}[options.action](options)
@@ -40,16 +40,16 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--time", type=float, default=10.0, metavar="S", help="wall clock, seconds")
     run.add_argument("--memory", type=int, default=512, metavar="MB", help="of all processes")
     run.add_argument("--json", action="store_true", help="print the whole result as JSON")
-    run.add_argument("--allow-weak", action="store_true", help="though a protection is missing")
+    run.add_argument("--allow-weak", action="store_true", help="without a protection, too")
     run.add_argument("program")
     run.add_argument("arguments", nargs=argparse.REMAINDER)
     actions.add_parser("check", help="print the self-test")
     serve = actions.add_parser("serve", help="run programs for trainers on other hosts")
-    serve.add_argument("--host", default="127.0.0.1", help="beyond loopback: with a token")
-    serve.add_argument("--port", type=int, default=8100, help="0: any that is free")
-    serve.add_argument("--slots", type=int, help="programs at a time (default: one a core)")
+    serve.add_argument("--host", default="127.0.0.1", help="other than loopback needs a token")
+    serve.add_argument("--port", type=int, default=8100, help="0: any free port")
+    serve.add_argument("--slots", type=int, help="programs at a time (default: one per core)")
     serve.add_argument("--queue", type=int, default=256, help="programs that may wait")
-    serve.add_argument("--allow-weak", action="store_true", help="though a protection is missing")
+    serve.add_argument("--allow-weak", action="store_true", help="without a protection, too")
     return parser
 
 

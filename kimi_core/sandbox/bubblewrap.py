@@ -1,4 +1,4 @@
-"""The command line of bubblewrap for one sandbox, and what it takes from the host."""
+"""The command line of bubblewrap for one sandbox, and what the sandbox sees of the host."""
 
 import functools
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 from kimi_core.sandbox.program import MB, SandboxUnavailable
 
 FOLDER = "/box"
-"""Where a program finds its files and may write."""
+"""The work folder: a program finds its files here and may write."""
 TMPFS_BYTES = 64 * MB
-"""Of the work folder, of /tmp and of /dev/shm, each."""
+"""Size of the work folder, of /tmp and of /dev/shm, each."""
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": FOLDER,
     "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",  # Sets of strings in the same order each time.
+    "PYTHONHASHSEED": "0",  # Sets of strings have the same order each time.
 }
 
 
@@ -26,13 +26,13 @@ def find_bwrap() -> str:
     """The path of bubblewrap.
 
     Raises:
-        SandboxUnavailable: there is none.
+        SandboxUnavailable: it is not installed.
     """
-    # Not whatever a wheel or a PATH of the user's brings: Ubuntu's AppArmor profile names this one.
+    # Not the one of a wheel or of the user's PATH: Ubuntu's AppArmor profile names this one.
     found = shutil.which("bwrap", path="/usr/bin:/usr/local/bin:/bin")
     if found is None:
         raise SandboxUnavailable(
-            "bubblewrap is not installed, and programs are not run without it: apt-get install "
+            "bubblewrap is not installed, and no program runs without it: apt-get install "
             "bubblewrap (Debian, Ubuntu) or dnf install bubblewrap (Fedora)"
         )
     return found
@@ -40,11 +40,13 @@ def find_bwrap() -> str:
 
 @functools.cache
 def find_python() -> str:
-    """The Python that runs programs: this one's base where the sandbox's user can reach it, else
-    the distribution's.
+    """The Python that runs programs.
+
+    It is the base of this interpreter if the sandbox's user can reach it, otherwise the
+    distribution's.
 
     Raises:
-        SandboxUnavailable: neither can be reached.
+        SandboxUnavailable: the user can reach neither.
     """
     ours = os.path.realpath(sys.executable)
     for path in (ours, "/usr/bin/python3"):
@@ -79,8 +81,8 @@ def command(*, own_network: bool, files: list[tuple[int, str]], fds: dict[str, i
     """Arguments for bwrap up to the ``--`` after which the program follows.
 
     Args:
-        own_network: make a network namespace; False where the caller is in an empty one.
-        files: (descriptor, name) of what is copied into the work folder.
+        own_network: make a network namespace; False if the caller is in an empty one.
+        files: (descriptor, name) of each file that is copied into the work folder.
         fds: bwrap's ``seccomp``, ``block`` and ``json-status`` descriptors.
     """
     args = list(_isolation(own_network))
@@ -94,7 +96,7 @@ def command(*, own_network: bool, files: list[tuple[int, str]], fds: dict[str, i
 
 @functools.cache
 def _isolation(own_network: bool) -> tuple[str, ...]:
-    """What is the same for every sandbox; its root is still writable."""
+    """The arguments that every sandbox has; its root is still writable."""
     args = ["bwrap", "--unshare-user", "--disable-userns", "--unshare-pid", "--unshare-ipc"]
     args += ["--unshare-uts", "--unshare-cgroup-try", "--hostname", "box"]
     args += ["--unshare-net"] if own_network else []

@@ -1,7 +1,7 @@
-"""The cgroup of one slot, in v2 where it is delegated to us, else in v1's hierarchies.
+"""The cgroup of one slot, in v2 if it is delegated to this process, otherwise in v1.
 
-A slot keeps one cgroup for all its runs, one at a time: page cache that a run has touched stays
-charged to its cgroup, so that a new one for each run would leave thousands that cannot die.
+A slot keeps one cgroup for all its runs, one at a time. Page cache that a run has touched stays
+charged to its cgroup, so a new cgroup for each run would leave thousands that cannot be removed.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ PREFIX = "kimi-sandbox-"
 OVERHEAD = 2  # bwrap and the init of its pid namespace.
 END_S = 10.0
 _NEEDED = {"memory", "pids"}
-STARTING = 64  # Processes that a sandbox may have before its program begins; it has three.
+STARTING = 64  # Processes of a sandbox before its program begins; it has three.
 _V1 = ("memory", "pids", "cpuacct")
 
 
 class Cgroup:
-    """Folders of cgroupfs that the processes of a slot are put in.
+    """The folders of cgroupfs that hold the processes of a slot.
 
     Args:
-        name: of the cgroup, below that of this process.
+        name: name of the cgroup, below that of this process.
 
     Raises:
-        OSError: there is no cgroupfs, or its controllers are not ours to use.
+        OSError: there is no cgroupfs, or this process may not use its controllers.
     """
 
     def __init__(self, name: str) -> None:
@@ -36,20 +36,20 @@ class Cgroup:
         self._fds: dict[str, int] = {}
         for folder in self.folders.values():
             folder.mkdir(exist_ok=True)
-        self.kill()  # What a slot that died may have left.
+        self.kill()  # Processes that a dead slot may have left.
         self._await_reaped()
         join = {folder / "cgroup.procs" for folder in self.folders.values()}
         self.procs = [os.open(path, os.O_WRONLY) for path in join]
-        """Descriptors to write a pid to, to move it in."""
+        """Descriptors; a pid that is written to them moves into the cgroup."""
         self._limits: Limits | None = None
         self._cpu_before, self._oom_before = 0.0, 0
 
     def lift(self) -> None:
-        """Let a sandbox be started, whatever the run before was limited to."""
+        """Allow a sandbox to start, whatever the limits of the previous run were."""
         self._write("pids", "pids.max", STARTING)
 
     def begin(self, limits: Limits) -> None:
-        """Set the limits of the next run, and count its CPU time and memory from here on."""
+        """Set the limits of the next run, and count its CPU time and memory from now on."""
         if limits != self._limits:
             self._set(limits)
             self._limits = limits
@@ -64,7 +64,7 @@ class Cgroup:
             self._try_write("memory", "memory.swap.max", 0)
             self._try_write("memory", "memory.oom.group", 1)
         else:
-            # Memory with swap may at no time be the lower of the two.
+            # The limit with swap may never be the lower of the two.
             self._try_write("memory", "memory.memsw.limit_in_bytes", -1)
             self._write("memory", "memory.limit_in_bytes", limits.memory_bytes)
             self._try_write("memory", "memory.memsw.limit_in_bytes", limits.memory_bytes)
@@ -73,11 +73,11 @@ class Cgroup:
         return self._cpu() - self._cpu_before
 
     def out_of_memory(self) -> bool:
-        """Whether the kernel killed a process of this run because memory had run out."""
+        """Whether the kernel killed a process of this run for lack of memory."""
         return self._oom_kills() > self._oom_before
 
     def peak_bytes(self) -> int | None:
-        """None where the kernel does not tell it of one run."""
+        """Peak memory of this run; None if the kernel cannot tell."""
         name = "memory.peak" if self.v2 else "memory.max_usage_in_bytes"
         try:
             return int(self._read("memory", name))
@@ -85,10 +85,10 @@ class Cgroup:
             return None
 
     def kill(self) -> None:
-        """Kill every process inside and wait until they are gone.
+        """Kill every process inside and wait until all have ended.
 
         Raises:
-            TimeoutError: they are not, after 10 s.
+            TimeoutError: a process still runs after 10 s.
         """
         deadline = time.monotonic() + END_S
         while members := {pid for folder in self.folders.values() for pid in _members(folder)}:
@@ -98,15 +98,15 @@ class Cgroup:
             _pause(deadline, f"processes {sorted(members)} do not die by SIGKILL")
 
     def _await_reaped(self) -> None:
-        """Wait until the host's init has reaped what a slot that died has left: until then the dead
-        count as processes of the slot."""
+        """Wait until the host's init has reaped the processes of a dead slot; until then they
+        count."""
         deadline = time.monotonic() + END_S
         count = self.folders["pids"] / "pids.current"
         while count.exists() and int(count.read_text()):
             _pause(deadline, f"dead processes in {count.parent} are not reaped")
 
     def close(self) -> None:
-        """Kill what is inside and remove the folders.
+        """Kill every process inside and remove the folders.
 
         Raises:
             TimeoutError: as for ``kill``.
@@ -120,7 +120,7 @@ class Cgroup:
                 try:
                     folder.rmdir()
                     break
-                except OSError as error:  # Busy for as long as the last process is going.
+                except OSError as error:  # Busy until the last process has ended.
                     _pause(deadline, str(error))
 
     def _cpu(self) -> float:
@@ -133,7 +133,7 @@ class Cgroup:
         return _table(self._read("memory", name)).get("oom_kill", 0)
 
     def _fd(self, controller: str, name: str) -> int:
-        """Opened once: a run uses a dozen of them, and the peak of v2 is that of a descriptor."""
+        """A descriptor, opened once: a run uses a dozen, and v2 counts the peak per descriptor."""
         if name not in self._fds:
             path = self.folders[controller] / name
             self._fds[name] = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
@@ -146,20 +146,20 @@ class Cgroup:
         os.pwrite(self._fd(controller, name), str(value).encode(), 0)
 
     def _try_write(self, controller: str, name: str, value: int) -> None:
-        """Of a file that not every kernel has, or lets us write."""
+        """Write a file that not every kernel has, or lets us write."""
         with contextlib.suppress(OSError):
             self._write(controller, name, value)
 
 
 def leftovers() -> set[str]:
-    """Names of the cgroups of slots that exist below this process's, of live and dead ones."""
+    """Names of the slots, alive or dead, that have a cgroup below that of this process."""
     _, parents = _parents()
     found = (path.name for parent in parents.values() for path in parent.glob(f"{PREFIX}*"))
     return {name.removeprefix(PREFIX) for name in found}
 
 
 def _parents() -> tuple[bool, dict[str, Path]]:
-    """Whether it is v2, and for each controller the folder that this process is in."""
+    """Whether cgroups are v2, and for each controller the folder of this process."""
     own, mounts = _own_paths(), _mounts()
     if "" in mounts:
         folder = mounts[""] / own.get("", "")
@@ -179,24 +179,24 @@ def _parents() -> tuple[bool, dict[str, Path]]:
 
 
 def _delegated(folder: Path) -> bool:
-    """Whether cgroups below ``folder`` get the controllers, after asking for them."""
+    """Ask for the controllers below ``folder``; return whether they are granted."""
     if not os.access(folder, os.W_OK):
         return False
     control = folder / "cgroup.subtree_control"
     if not _NEEDED <= set(control.read_text().split()):
-        with contextlib.suppress(OSError):  # Not ours to give, or a cgroup with processes in it.
+        with contextlib.suppress(OSError):  # Not allowed, or the cgroup has processes.
             control.write_text("+memory +pids +cpu")
     return _NEEDED <= set(control.read_text().split())
 
 
 def _own_paths() -> dict[str, str]:
-    """Controller (empty: v2) to this process's cgroup, relative."""
+    """Controller (empty: v2) → relative path of this process's cgroup."""
     lines = (line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines())
     return {name: path.lstrip("/") for _, names, path in lines for name in names.split(",")}
 
 
 def _mounts() -> dict[str, Path]:
-    """Controller (empty: v2) to where its hierarchy is mounted."""
+    """Controller (empty: v2) → where its hierarchy is mounted."""
     found: dict[str, Path] = {}
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, after = line.split(" - ", 1)
@@ -210,7 +210,7 @@ def _mounts() -> dict[str, Path]:
 
 
 def _table(text: bytes) -> dict[str, int]:
-    """``name number`` lines."""
+    """Parse lines of ``name number``."""
     return {k.decode(): int(v) for k, v in (line.split() for line in text.splitlines())}
 
 

@@ -16,11 +16,11 @@ def compile_cpp(
     run: Callable[..., Result] = run_in_default_pool,
     limits: Limits = COMPILE_LIMITS,
 ) -> Result:
-    """Compile one C++17 file with the host's g++, which is as hostile as the program itself.
+    """Compile one C++17 file with the host's g++, in a sandbox, because the source is hostile.
 
-    The executable comes out as ``stdout``, if the status is OK, and goes into the next sandbox as a
-    file; nothing is ever read from a sandbox but its output. A source that does not compile is
-    RUNTIME, with what g++ says in ``stderr``.
+    If the status is OK, ``stdout`` is the executable, which goes into the next sandbox as a file.
+    Nothing but output is ever read from a sandbox. If the source does not compile, the status is
+    RUNTIME and ``stderr`` has the messages of g++.
 
     >>> built = compile_cpp("int main() { return 3; }")  # doctest: +SKIP
     >>> run(["./main"], files={"main": built.stdout}).exit_code  # doctest: +SKIP

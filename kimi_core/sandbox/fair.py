@@ -1,4 +1,4 @@
-"""A queue whose takers are served in the order in which they came."""
+"""A queue that serves waiting threads in the order in which they came."""
 
 import queue
 import threading
@@ -9,10 +9,10 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """First come, first served, also among those who wait.
+    """First come, first served, also among waiting threads.
 
-    ``queue.Queue`` lets a thread that puts an item back take it again before those who wait for it:
-    of 64 threads on two slots, some got theirs at once and some after a hundred others.
+    With ``queue.Queue`` a thread that puts an item back can take it before the threads that wait
+    for it. Of 64 threads on two slots, some got theirs at once and some after a hundred others.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class FairQueue(Generic[Item]):
         self._waiting: deque[queue.SimpleQueue[Item]] = deque()
 
     def __len__(self) -> int:
-        """How many items lie here."""
+        """Number of items that no thread has taken."""
         return len(self._items)
 
     def put(self, item: Item) -> None:
@@ -32,9 +32,9 @@ class FairQueue(Generic[Item]):
                 self._items.append(item)
 
     def get(self, timeout_s: float) -> Item:
-        """Raises TimeoutError when there was nothing for ``timeout_s``."""
+        """Take the next item. Raises TimeoutError if none came within ``timeout_s``."""
         with self._lock:
-            if self._items:  # Then nobody waits.
+            if self._items:  # Then no thread waits.
                 return self._items.popleft()
             turn: queue.SimpleQueue[Item] = queue.SimpleQueue()
             self._waiting.append(turn)
@@ -42,15 +42,15 @@ class FairQueue(Generic[Item]):
             return turn.get(timeout=timeout_s)
         except queue.Empty:
             if self._leave(turn):
-                raise TimeoutError(f"nothing came for {timeout_s:g} s") from None
+                raise TimeoutError(f"no item came within {timeout_s:g} s") from None
             return turn.get()
-        except BaseException:  # Ctrl-C: nothing may be put where nobody waits.
+        except BaseException:  # Ctrl-C: no item may be put where no thread waits.
             if not self._leave(turn):
                 self.put(turn.get())
             raise
 
     def _leave(self, turn: "queue.SimpleQueue[Item]") -> bool:
-        """Wait no more; False if the item has come just now."""
+        """Stop waiting. False if the item has come just now."""
         with self._lock:
             if turn not in self._waiting:
                 return False

@@ -15,7 +15,7 @@ from kimi_core.sandbox import seccomp, wire
 from kimi_core.sandbox.bubblewrap import find_bwrap, find_python
 from kimi_core.sandbox.fair import FairQueue
 from kimi_core.sandbox.program import Limits, Program, Result, SandboxUnavailable, Status
-from kimi_core.sandbox.selftest import Protection, Report, examine
+from kimi_core.sandbox.selftest import Protection, SelfTest, examine
 
 SLOT_START_S = 60.0
 SLOT_END_S = 60.0
@@ -104,7 +104,7 @@ class Pool:
             slot.restart()
             raise
 
-    def _examine(self) -> Report:
+    def _examine(self) -> SelfTest:
         return examine(self.run, self._slots[0].missing)
 
     def close(self) -> None:
@@ -228,13 +228,13 @@ def run(
     return _default_pool(allow_weak).run(program, stdin=stdin, files=files, limits=limits)
 
 
-def check() -> Report:
+def check() -> SelfTest:
     """Test which protections hold on this machine, for this user. A missing one is no error."""
     try:
         with Pool(1, allow_weak=True) as pool:
             return pool._examine()
     except SandboxUnavailable as error:
-        return Report((Protection("a sandbox", False, str(error)),))
+        return SelfTest((Protection("a sandbox", False, str(error)),))
 
 
 @functools.lru_cache(maxsize=2)

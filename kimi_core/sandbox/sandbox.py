@@ -1,8 +1,8 @@
 """One sandbox: bubblewrap's process tree, its pipes, its limits and its end.
 
-The tree is bwrap, the init of its pid namespace, and the program below. Everything is set up while
-bwrap waits on a pipe; then the limits are put on init, and only then does the program begin.
-bwrap's own report says whether it did, and its exit code: no process inside holds that pipe.
+The tree is bwrap, the init of its pid namespace, and the program below. bwrap sets everything up
+and waits on a pipe. Then the limits are put on init, and only then does the program begin. bwrap
+reports whether it did, and its exit code, on a pipe that no process inside holds.
 """
 
 import contextlib
@@ -23,47 +23,47 @@ from kimi_core.sandbox.cgroups import Cgroup
 from kimi_core.sandbox.program import MB, Limits
 
 START_S = 30.0
-"""How long a sandbox may take to be ready; a busy machine is slow."""
+"""Seconds that a sandbox may take to be ready, on a busy machine."""
 END_S = 30.0
-"""How long its processes may take to be gone after a SIGKILL."""
+"""Seconds that its processes may take to end after a SIGKILL."""
 READY = b"\n"
-"""What the waiting Python of ``inside.py`` writes to stdout when it listens."""
+"""Bytes that the Python of ``inside/start.py`` writes to stdout when it listens."""
 _INSIDE = (Path(__file__).with_name("inside") / "start.py").read_text()
 
 
 class StartError(RuntimeError):
-    """A sandbox did not become ready; the message has what bwrap said."""
+    """A sandbox did not become ready; the message has bwrap's output."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What sets the sandboxes of a slot apart from those of others."""
+    """What the sandboxes of one slot have in common: their user, cgroup and network."""
 
     uid: int | None
     """The user that bwrap runs as; None: the user of this process."""
     cgroup: Cgroup | None
     own_network: bool
-    """Whether each sandbox makes a network namespace; else that of the slot is empty."""
+    """Whether each sandbox makes a network namespace. If not, that of the slot is empty."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Of the processes of a sandbox, once they are reaped."""
+    """What the processes of a sandbox used, once they are reaped."""
 
     cpu_s: float
     peak_bytes: int
-    """Of the largest process."""
+    """Peak memory of the largest process."""
 
 
 class Sandbox:
     """A sandbox whose program waits for ``go``.
 
     Args:
-        argv: the program and its arguments, as they are inside.
-        files: contents by name, relative to the work folder.
+        argv: the program and its arguments, with paths inside the sandbox.
+        files: name → content, relative to the work folder.
 
     Raises:
-        StartError: bwrap ended, or was not ready in ``START_S``.
+        StartError: bwrap ended, or was not ready within ``START_S``.
     """
 
     def __init__(self, identity: Identity, argv: Sequence[str], files: Mapping[str, bytes]) -> None:
@@ -126,13 +126,13 @@ class Sandbox:
         return int(json.loads(self._reported.split(b"\n")[0])["child-pid"])
 
     def limit(self, limits: Limits) -> None:
-        """Put the limits on init and what runs below it; what they start inherits them."""
+        """Put the limits on init and on the processes below it; new processes inherit them."""
         values = {
-            resource.RLIMIT_NPROC: limits.processes + 1,  # init counts too.
+            resource.RLIMIT_NPROC: limits.processes + 1,  # init counts, too.
             resource.RLIMIT_FSIZE: limits.file_bytes,
             resource.RLIMIT_NOFILE: limits.open_files,
             resource.RLIMIT_CPU: math.ceil(limits.cpu_s),
-            resource.RLIMIT_CORE: 1,  # Unlike 0, it also stops handlers that are piped to.
+            resource.RLIMIT_CORE: 1,  # Unlike 0, it also stops handlers behind a pipe.
             resource.RLIMIT_MSGQUEUE: 0,
             resource.RLIMIT_MEMLOCK: MB,
         }
@@ -153,7 +153,7 @@ class Sandbox:
         return bool(select.select([self.end], [], [], 0)[0])
 
     def tree(self) -> list[int]:
-        """The processes of the namespace by their numbers on the host, init first."""
+        """Pids on the host of the processes in the namespace, init first."""
         found = [self.init]
         for pid in found:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
@@ -166,13 +166,15 @@ class Sandbox:
             signal.pidfd_send_signal(self.end, signal.SIGKILL)
 
     def close_stdin(self) -> None:
-        """The program's stdin ends here."""
+        """End the program's stdin. Safe to call twice."""
         if self.stdin in self._fds:
             self._fds.remove(self.stdin)
             os.close(self.stdin)
 
     def reap(self) -> tuple[int | None, Usage]:
-        """Wait until all is gone; the exit code, None if the program never began, and the usage.
+        """Wait until every process has ended; return exit code and usage.
+
+        The exit code is None if the program never began.
 
         Raises:
             TimeoutError: a process does not end although init was killed.
@@ -187,7 +189,8 @@ class Sandbox:
         """Wait for bwrap and for init, which bwrap leaves behind and we inherit as subreaper.
 
         Args:
-            kill: each of them by itself: an init that has only just begun does not end with bwrap.
+            kill: kill each of them first, because an init that has just begun does not end with
+                bwrap.
         """
         deadline = time.monotonic() + END_S
         cpu_s, peak = 0.0, 0
@@ -195,7 +198,7 @@ class Sandbox:
             readable(self._bwrap_end, deadline)
         while True:
             for pid in _children(os.getpid()) if kill else ():
-                os.kill(pid, signal.SIGKILL)  # Not reaped, so the number is still its own.
+                os.kill(pid, signal.SIGKILL)  # It is not reaped yet, so its pid is not reused.
             try:
                 pid, _, used = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
@@ -218,7 +221,7 @@ def start_python(identity: Identity) -> Sandbox:
     """A sandbox with a Python that waits for its program on stdin.
 
     Raises:
-        StartError: it is not there within ``START_S``.
+        StartError: the sandbox did not start within ``START_S``.
     """
     sandbox = Sandbox(identity, [bubblewrap.find_python(), "-SB", "-c", _INSIDE], {})
     sandbox.go()
@@ -229,7 +232,7 @@ def await_ready(sandbox: Sandbox) -> None:
     """Wait until the Python of ``start_python`` listens.
 
     Raises:
-        StartError: it is not there within ``START_S``.
+        StartError: the Python was not ready within ``START_S``.
     """
     deadline = time.monotonic() + START_S
     if not readable(sandbox.stdout, deadline):
@@ -241,8 +244,8 @@ def await_ready(sandbox: Sandbox) -> None:
 
 @contextlib.contextmanager
 def _limiting(uid: int | None) -> Iterator[None]:
-    """Be ``uid`` by our real ids: prlimit looks at these, and root in a container may lack the
-    capability (CAP_SYS_RESOURCE) to limit others."""
+    """Take ``uid`` as real ids. prlimit looks at these, and root in a container may lack the
+    capability (CAP_SYS_RESOURCE) to limit other processes."""
     if uid is None:
         yield
         return
@@ -256,10 +259,10 @@ def _limiting(uid: int | None) -> Iterator[None]:
 
 
 def _lower(pid: int, kind: int, value: int) -> None:
-    """Lower a limit; one that is lower already stays, as to raise it is not ours."""
+    """Lower a limit. A limit that is lower already stays as it is."""
     soft, hard = resource.prlimit(pid, kind)
     if hard == resource.RLIM_INFINITY or hard > value:
-        # Of CPU time, a second between SIGXCPU and SIGKILL.
+        # CPU time has a second between SIGXCPU and SIGKILL.
         hard = value + (kind == resource.RLIMIT_CPU)
         resource.prlimit(pid, kind, (value, hard))
     elif soft == resource.RLIM_INFINITY or soft > value:
@@ -284,5 +287,5 @@ def _in_memory(data: bytes) -> int:
 
 
 def readable(fd: int, deadline: float) -> bool:
-    """Whether there is something to read, or an end, before ``deadline`` of the monotonic clock."""
+    """Whether data or an end comes before ``deadline`` of the monotonic clock."""
     return bool(select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0])

@@ -1,13 +1,13 @@
-"""The system calls a sandboxed program may not make, as a BPF program for ``bwrap --seccomp``.
+"""The system calls that a sandboxed program may not make, as BPF for ``bwrap --seccomp``.
 
-A deny list: whoever runs arbitrary programs cannot list what they need, and the namespaces do the
-isolating. The filter takes away what reaches into the kernel rather than into the sandbox: new
-namespaces and mounts, other socket families, bpf, io_uring, keyrings, perf, ptrace, clocks,
-modules. Denied calls fail with EPERM, as without privilege; ``clone3``, whose flags a filter cannot
-see, with ENOSYS, upon which libc falls back to ``clone``.
+It is a deny list, because nobody can list what arbitrary programs need, and the namespaces isolate.
+The filter denies calls that reach into the kernel instead of the sandbox: new namespaces and
+mounts, other socket families, bpf, io_uring, keyrings, perf, ptrace, clocks, modules. They fail
+with EPERM, as without privilege. ``clone3`` fails with ENOSYS, because a filter cannot see its
+flags; libc then falls back to ``clone``.
 
-A filter that compares numbers is only as good as its knowledge of the architecture: calls of
-another one (32-bit code on x86-64) end the process, and so do those of x32.
+The filter compares numbers, and these belong to one architecture. Calls of another one (32-bit code
+on x86-64, or x32) end the process.
 
 Format: ``struct sock_filter {u16 code; u8 jt, jf; u32 k}`` of linux/filter.h, over ``struct
 seccomp_data {u32 nr, arch; u64 instruction_pointer, args[6]}`` of linux/seccomp.h.
@@ -24,7 +24,7 @@ from kimi_core.sandbox.program import SandboxUnavailable
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_* of linux/audit.h
 X32 = 0x40000000
 
-# name: (x86-64, aarch64), None where there is none.
+# name: (x86-64, aarch64); None: the architecture has no such call.
 DENIED: dict[str, tuple[int | None, int | None]] = {
     # Other processes' memory and descriptors.
     "ptrace": (101, 117),
@@ -100,7 +100,7 @@ SOCKET, SOCKETPAIR = (41, 198), (53, 199)
 IOCTL = (16, 29)
 # CLONE_NEW* of linux/sched.h: NS, CGROUP, UTS, IPC, USER, PID, NET.
 NEW_NAMESPACES = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x10000000 | 0x60000000
-TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX type into the terminal of the host.
+TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX write into the host's terminal.
 
 # The instructions used: load a word, jump if equal, if at least, or if any bit is set; return.
 _LOAD, _EQUAL, _AT_LEAST, _BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -113,12 +113,12 @@ def _errno(number: int) -> int:
 
 
 def _op(code: int, k: int, true: int = 0, false: int = 0) -> bytes:
-    """One instruction; ``true`` and ``false`` are how many to skip."""
+    """One instruction; ``true`` and ``false`` are numbers of instructions to skip."""
     return struct.pack("=HBBI", code, true, false, k)
 
 
 def _when(nr: int, *body: bytes) -> list[bytes]:
-    """``body`` for the call ``nr`` alone, with which the accumulator is loaded before and after."""
+    """``body`` for the call ``nr`` only; the accumulator holds ``nr`` before and after."""
     return [_op(_EQUAL, nr, 0, len(body) + 1), *body, _op(_LOAD, _NR)]
 
 
@@ -127,7 +127,7 @@ def program(machine: str = platform.machine()) -> bytes:
     """The filter for ``machine``, as in ``platform.machine()``.
 
     Raises:
-        SandboxUnavailable: an architecture whose numbers are not in the table.
+        SandboxUnavailable: the table has no numbers of this architecture.
     """
     if machine not in ARCHITECTURES:
         known = " and ".join(ARCHITECTURES)

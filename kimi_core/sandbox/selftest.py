@@ -1,4 +1,4 @@
-"""The self-test: tries in a sandbox what must not work, and says which protections hold."""
+"""The self-test: tries forbidden things in a sandbox, and says which protections hold."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -35,12 +35,12 @@ class Protection:
     name: str
     holds: bool
     detail: str = ""
-    """What was seen, if it does not hold, and the way out where there is one."""
+    """If the protection does not hold: what was seen, and what to do."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What the self-test found."""
+class SelfTest:
+    """The result of the self-test."""
 
     protections: tuple[Protection, ...]
 
@@ -53,8 +53,8 @@ class Report:
         if self.missing:
             found = "; ".join(f"{one.name}: {one.detail}" for one in self.missing)
             raise SandboxUnavailable(
-                f"The sandbox is weak here, so nothing is scored with it ({found}). "
-                "allow_weak=True runs programs all the same; docs/sandbox.md says what that risks."
+                f"The sandbox is weak here, so it scores nothing ({found}). allow_weak=True runs "
+                "programs nevertheless; docs/sandbox.md says what that risks."
             )
 
     def __str__(self) -> str:
@@ -66,18 +66,23 @@ class Report:
         return "\n".join(lines)
 
 
-def examine(run: Callable[..., Result], missing: Sequence[str]) -> Report:
-    """Test each protection through ``run``, that of a Pool; ``missing`` is what its slots lack."""
+def examine(run: Callable[..., Result], missing: Sequence[str]) -> SelfTest:
+    """Test each protection.
+
+    Args:
+        run: ``run`` of a Pool.
+        missing: what the slots of the pool lack.
+    """
 
     def run_twice(program: str, *, limits: Limits) -> Result:
-        """A run that the sandbox spoiled says nothing of a protection: once more."""
+        """Try once more if the sandbox failed, because that says nothing about a protection."""
         seen = run(program, limits=limits)
         return run(program, limits=limits) if seen.status is Status.INFRA else seen
 
     seen = run_twice(_PROBE, limits=Limits(wall_s=30))
     if seen.status is not Status.OK:
         said = f"{seen.detail} {seen.stderr.decode(errors='replace')}"
-        return Report((Protection("a sandbox", False, said.strip()),))
+        return SelfTest((Protection("a sandbox", False, said.strip()),))
     found = [Protection(name, not wrong, wrong) for name, wrong in json.loads(seen.stdout).items()]
     others = (
         _processes(run_twice),
@@ -85,7 +90,7 @@ def examine(run: Callable[..., Result], missing: Sequence[str]) -> Report:
         _wall_clock(run_twice),
         _output(run_twice),
     )
-    return Report((*found, *others))
+    return SelfTest((*found, *others))
 
 
 def _how(seen: Result) -> str:

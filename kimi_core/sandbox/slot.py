@@ -20,7 +20,7 @@ from kimi_core.sandbox import cgroups, wire
 from kimi_core.sandbox.cgroups import Cgroup
 from kimi_core.sandbox.program import Program, Result, SandboxUnavailable, Status
 from kimi_core.sandbox.sandbox import Identity, Sandbox, StartError, await_ready, start_python
-from kimi_core.sandbox.supervise import Abandoned, watch
+from kimi_core.sandbox.supervise import Abandoned, supervise
 from kimi_core.sandbox.syscalls import become_subreaper, enter_empty_network
 
 SEND_S = 60.0
@@ -58,7 +58,7 @@ class Slot:
                 cgroup.begin(program.limits)
             if not program.is_python:
                 sandbox.go()
-            return watch(sandbox, stdin, program.limits, cgroup, self._owners)
+            return supervise(sandbox, stdin, program.limits, cgroup, self._owners)
         finally:
             sandbox.kill()
             sandbox.reap()

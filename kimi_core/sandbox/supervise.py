@@ -1,4 +1,4 @@
-"""Watches one run: feeds stdin, drains the output, kills at a limit, names the status."""
+"""Supervises one program: feeds stdin, drains the output, kills at a limit, finds the status."""
 
 import os
 import select
@@ -12,12 +12,12 @@ from kimi_core.sandbox.program import Limits, Result, Status
 from kimi_core.sandbox.sandbox import Sandbox, readable
 
 TICK_S = 0.05
-"""How often limits are looked at that nothing announces."""
+"""Seconds between two looks at limits that cause no event."""
 DRAIN = 16
-"""A program that has written this many times its limit of output is killed."""
+"""A program is killed when it has written its limit of output this many times."""
 DRAIN_S = 10.0
 MAX_FILES = 20_000
-"""Without a cgroup, the files that a run may make; each takes kernel memory."""
+"""Files that a program may make without a cgroup; each takes kernel memory."""
 _EXEC_FAILED = b"bwrap: execvp"
 _OUT_OF_MEMORY = (
     b"MemoryError",
@@ -26,12 +26,12 @@ _OUT_OF_MEMORY = (
 
 
 class Abandoned(Exception):
-    """Whoever wanted the result is gone."""
+    """The pool that wanted the result has ended."""
 
 
 @dataclass
 class _Output:
-    """What came out of one pipe: the first ``limit`` bytes are kept."""
+    """The output on one pipe; its first ``limit`` bytes are kept."""
 
     fd: int
     limit: int
@@ -46,22 +46,22 @@ class _Output:
         self.kept += data[: self.limit - len(self.kept)]
 
 
-def watch(
+def supervise(
     sandbox: Sandbox,
     stdin: bytes,
     limits: Limits,
     cgroup: Cgroup | None,
     owners: tuple[int, ...],
 ) -> Result:
-    """Run the program of ``sandbox`` to its end, which is that of all its processes.
+    """Run the program of ``sandbox`` until all its processes have ended.
 
     Args:
-        stdin: what it reads; then its stdin ends.
+        stdin: bytes that the program reads; then its stdin ends.
         owners: descriptors that become readable when nobody wants the result any more: the pidfd
             of the pool's process, and the connection to it.
 
     Raises:
-        Abandoned: that happened.
+        Abandoned: nobody wants the result any more.
         TimeoutError: the sandbox does not end although it was killed.
     """
     outputs = [_Output(fd, limits.output_bytes) for fd in (sandbox.stdout, sandbox.stderr)]
@@ -69,7 +69,7 @@ def watch(
     try:
         stopped = _until_end(sandbox, memoryview(stdin), outputs, limits, cgroup, owners)
     finally:
-        sandbox.kill()  # If it is dead already, that is nothing.
+        sandbox.kill()  # Safe if it has ended already.
     wall_s = time.monotonic() - started
     _drain(outputs)
     code, usage = sandbox.reap()
@@ -94,7 +94,7 @@ def _until_end(
     cgroup: Cgroup | None,
     owners: tuple[int, ...],
 ) -> tuple[Status, str] | None:
-    """Serve the pipes until the sandbox is dead, or the limit that must kill it is reached."""
+    """Serve the pipes until the sandbox has ended, or until a limit requires to kill it."""
     os.set_blocking(sandbox.stdin, False)
     poll = select.poll()
     poll.register(sandbox.end, select.POLLIN)
@@ -133,7 +133,7 @@ def _until_end(
 
 
 def _feed(fd: int, data: memoryview) -> memoryview:
-    """Write what the pipe takes; the rest, empty when nobody reads."""
+    """Write as much as the pipe takes and return the rest; empty if nobody reads."""
     try:
         return data[os.write(fd, data[: 1 << 16]) :]
     except BlockingIOError:
@@ -143,7 +143,7 @@ def _feed(fd: int, data: memoryview) -> memoryview:
 
 
 def _drain(outputs: list[_Output]) -> None:
-    """Read what the dead have left in the pipes."""
+    """Read what ended processes have left in the pipes."""
     deadline = time.monotonic() + DRAIN_S
     for output in outputs:
         while output.open and readable(output.fd, deadline):
@@ -151,10 +151,10 @@ def _drain(outputs: list[_Output]) -> None:
 
 
 def _over(sandbox: Sandbox, limits: Limits, cgroup: Cgroup | None) -> tuple[Status, str] | None:
-    """A limit that is reached and has not stopped the program by itself."""
+    """A limit that is reached and does not stop the program by itself."""
     if cgroup is None:
         return _over_by_proc(sandbox, limits)
-    if cgroup.out_of_memory():  # v1 kills one process and lets the others go on.
+    if cgroup.out_of_memory():  # v1 kills one process and not the others.
         return Status.MEMORY, ""
     if cgroup.cpu_s() > limits.cpu_s:
         return Status.TIME, f"CPU time of {limits.cpu_s:g} s"
@@ -162,7 +162,8 @@ def _over(sandbox: Sandbox, limits: Limits, cgroup: Cgroup | None) -> tuple[Stat
 
 
 def _over_by_proc(sandbox: Sandbox, limits: Limits) -> tuple[Status, str] | None:
-    """The same seen from outside, several times a second: what is faster than that gets through."""
+    """``_over`` without a cgroup. It looks from outside, so fast changes between looks get
+    through."""
     used = 0
     for pid in sandbox.tree():
         try:
@@ -192,10 +193,10 @@ def _judge(code: int | None, cpu_s: float, limits: Limits, stderr: bytes) -> tup
     if code == 0:
         return Status.OK, ""
     stopped = code in (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
-    if cpu_s >= limits.cpu_s * (0.9 if stopped else 1):  # The kernel's two clocks differ a little.
+    if cpu_s >= limits.cpu_s * (0.9 if stopped else 1):  # The kernel's two clocks differ slightly.
         return Status.TIME, f"CPU time of {limits.cpu_s:g} s"
     last = stderr.rstrip().rsplit(b"\n", 1)[-1]
     if last.startswith(_OUT_OF_MEMORY) or _OUT_OF_MEMORY[1] in stderr:
-        # Its own account, but of a failure either way.
+        # The program says so itself, but it failed in any case.
         return Status.MEMORY, "the program ran out of memory"
     return Status.RUNTIME, f"exit code {code}"

@@ -15,14 +15,14 @@ def _checked(result: int, call: str) -> None:
 
 
 def become_subreaper() -> None:
-    """Orphans among the descendants of this process become its children."""
+    """Make orphans among the descendants of this process its children."""
     _checked(_LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
 def enter_empty_network() -> None:
-    """Put this process into a network namespace of its own, in which nothing is up.
+    """Put this process into a new network namespace, in which no device is up.
 
     Raises:
-        OSError: it lacks CAP_SYS_ADMIN.
+        OSError: the process lacks CAP_SYS_ADMIN.
     """
     _checked(_LIBC.unshare(_CLONE_NEWNET), "unshare(CLONE_NEWNET)")

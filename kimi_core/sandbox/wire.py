@@ -1,8 +1,8 @@
-"""What a pool and its slots talk over: pickled objects, each after its length, on a socket.
+"""Messages between a pool and its slots: pickled objects on a socket, each after its length.
 
-Both ends are our own processes; what a sandboxed program wrote is only ever bytes in a Result.
+Both ends are processes of ours. Output of a sandboxed program is only ever bytes in a Result.
 ``multiprocessing.connection`` does the same, but its imports make a slot a third larger, and there
-is one for each CPU.
+is one slot for each CPU.
 """
 
 import pickle
@@ -14,7 +14,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 def send(end: socket.socket, message: object, timeout_s: float) -> None:
-    """Raises TimeoutError, and OSError where the other end is gone."""
+    """Raises TimeoutError, or OSError if the other end has ended."""
     data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     end.settimeout(timeout_s)
     end.sendall(_LENGTH.pack(len(data)) + data)
@@ -24,7 +24,7 @@ def receive(end: socket.socket, timeout_s: float) -> Any:
     """The next message.
 
     Raises:
-        TimeoutError: nothing came for ``timeout_s``.
+        TimeoutError: no message came within ``timeout_s``.
         EOFError: the other end was closed.
     """
     end.settimeout(timeout_s)

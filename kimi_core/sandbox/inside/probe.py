@@ -1,4 +1,4 @@
-"""Runs inside the sandbox for the self-test: a protection's name to what broke it, "" if nothing.
+"""Runs inside the sandbox for the self-test. Prints protection → fault as JSON; "" means it holds.
 
 Nothing of this project can be imported here.
 """

@@ -1,11 +1,12 @@
-"""What waits inside a ready sandbox: reads its files and a Python program, and becomes it.
+"""Waits inside a ready sandbox, reads files and a Python program from stdin, and becomes it.
 
-This text runs as ``python3 -S -c``, not as a module; no hostile code is there yet. ``-S`` saves a
-fifth of Python's start, and what programs use of the site module is made up for here; ``posix`` is
-what ``os`` is made of, and is there already. When it
-listens it writes a newline to stdout. On stdin then come a line ``SIZE NAME`` for each file, of
-which the last is the program, an empty line, the contents one after the other, and what the program
-itself will read. Nothing is read ahead of that, so the program finds its stdin untouched.
+This text runs as ``python3 -S -c``, not as a module. No hostile code is in the sandbox yet. ``-S``
+saves a fifth of Python's start; the parts of the site module that programs use are made here.
+``os`` is made of ``posix``, which is loaded already.
+
+A newline on stdout says that it listens. Then stdin has a line ``SIZE NAME`` for each file, of
+which the last is the program, an empty line, the contents one after the other, and the stdin of the
+program. Nothing is read ahead, so the program finds its stdin untouched.
 """
 
 import builtins
@@ -18,7 +19,7 @@ def _line() -> str:
     while not line.endswith(b"\n"):
         byte = posix.read(0, 1)
         if not byte:
-            raise SystemExit  # The slot is gone.
+            raise SystemExit  # The slot has ended.
         line += byte
     return line[:-1].decode()
 
@@ -48,7 +49,7 @@ def _write(name: str, content: bytes) -> None:
 
 
 def _receive() -> tuple[str, bytes]:
-    """Write all files below the work folder; the name and text of the last."""
+    """Write all files below the work folder; return name and content of the last."""
     sizes = []
     while line := _line():
         digits, name = line.split(" ", 1)
@@ -60,7 +61,7 @@ def _receive() -> tuple[str, bytes]:
 
 
 def _show(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
-    """An exception that nobody caught, without our frames."""
+    """Print an uncaught exception without the frames of this file."""
     while trace and trace.tb_frame.f_code.co_filename == "<string>":
         trace = trace.tb_next
     sys.__excepthook__(kind, error.with_traceback(trace), trace)
@@ -74,7 +75,7 @@ def _add_site() -> None:
 
 
 def _quit(code=None) -> None:  # type: ignore[no-untyped-def]
-    """``exit()`` and ``quit()``, which the site module brings."""
+    """``exit()`` and ``quit()`` of the site module."""
     raise SystemExit(code)
 
 
