@@ -2,19 +2,20 @@
 
 A check is split in two, and no sandbox ever holds both halves:
 
-* ``candidate``: runs the response's program and makes the calls it is given. Knows the arguments,
-  not what is expected of them.
-* ``judge``: runs the test code, where each call of the function under test is answered by the value
-  that came out of the other sandbox. Knows what is expected, and holds no line of the response.
+* ``candidate`` runs the response's program and makes the calls that it is given. It knows the
+  arguments, but not the expected values.
+* ``judge`` runs the test code. The values from the other sandbox answer its calls of the function
+  under test. It knows the expected values, but holds no line of the response.
 
-Only plain data crosses: None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset
-and dict. So there is no object of the response's making whose ``__eq__`` could agree with anything.
+Only plain data goes from one to the other: None, bool, int, float, complex, str, bytes, list,
+tuple, set, frozenset and dict. So the response cannot make an object whose ``__eq__`` agrees with
+everything.
 
-Which calls the test code makes is found by running it. Where the answers run out, the judge goes on
-with a placeholder in their place and lets failing asserts pass, to learn of as many further calls
-as it can; then it asks for their answers. One round is enough unless calls depend on answers.
+The judge finds the calls by running the test code. When it has no answer for a call, it continues
+with a placeholder and lets failing asserts pass, to find as many further calls as it can. Then it
+asks for their answers. One round suffices unless calls depend on answers.
 
-Given on standard input, as one object of JSON:
+The input is one JSON object on standard input:
 
     {"mode": "candidate", "program", "entry_point", "calls"}               → an answer a line
     {"mode": "judge", "setup", "check", "entry_point", "calls", "answers"} → {"verdict", "calls",
@@ -36,14 +37,14 @@ from typing import Any, TextIO
 PLAIN: Any = (bool, int, float, str)
 
 TOLERANT = "try: pass\nexcept Exception:\n    if not __recording__(): raise"
-"""What each assert of the test code is wrapped in, so that it cannot end a recording."""
+"""Wrapper of each assert of the test code, so that the assert cannot end a recording."""
 
 
 def encode(value: Any) -> Any:
     """A JSON form of plain data that keeps lists, tuples, sets and the types of keys apart.
 
     Raises:
-        TypeError: anything else, or something that has it inside.
+        TypeError: the value is not plain data, or contains something that is not.
     """
     if value is None:
         return None
@@ -63,7 +64,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(coded: Any) -> Any:
-    """What ``encode`` was given. Raises ValueError or TypeError for what it never gives."""
+    """The value that ``encode`` was given. Raises ValueError or TypeError for any other input."""
     if coded is None or isinstance(coded, PLAIN):
         return coded
     if not isinstance(coded, dict) or len(coded) != 1:
@@ -80,7 +81,7 @@ def decode(coded: Any) -> Any:
 
 
 def answer(function: Callable[..., Any], call: dict[str, Any]) -> str:
-    """Make one call and put what came of it into a line of JSON."""
+    """Make one call and return its value or exception as a line of JSON."""
     try:
         value = function(*map(decode, call["args"]), **dict(decode(call["kwargs"])))
         return json.dumps({"value": encode(value)})
@@ -89,7 +90,7 @@ def answer(function: Callable[..., Any], call: dict[str, Any]) -> str:
 
 
 def run_candidate(given: dict[str, Any], out: TextIO) -> None:
-    """Define what the program defines, then make the calls, a line of output for each."""
+    """Run the program, then make the calls, with a line of output for each."""
     space: dict[str, Any] = {"__name__": "solution"}
     exec(compile(given["program"], "program.py", "exec"), space)
     function = space[given["entry_point"]]
@@ -98,14 +99,14 @@ def run_candidate(given: dict[str, Any], out: TextIO) -> None:
 
 
 class Unknown:
-    """Stands in for an answer that is not known yet. Empty, so that ``tuple(f(x))`` gets by."""
+    """Placeholder of an unknown answer. It is empty, so that ``tuple(f(x))`` works."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
 
 class Judge:
-    """The function under test as the test code sees it: answers what is known, notes the rest."""
+    """Plays the function under test: gives known answers, and notes the other calls."""
 
     def __init__(self, calls: list[Any], answers: list[str]) -> None:
         self.known = list(zip(calls, answers, strict=False))
@@ -129,14 +130,14 @@ class Judge:
 
 
 def read_answer(line: str) -> Any:
-    """The value in a line that the response's program wrote, or an exception as it raised it."""
+    """The value in a line that the response's program wrote; raises the exception in it."""
     try:
         found = json.loads(line)
         if "value" in found:
             return decode(found["value"])
         kind, message = found["raised"], found["message"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise RuntimeError(f"an answer that cannot be read: {line!r:.80}") from error
+        raise RuntimeError(f"unreadable answer: {line!r:.80}") from error
     kind = getattr(builtins, str(kind), None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         raise kind(message)
@@ -145,13 +146,13 @@ def read_answer(line: str) -> Any:
 
 def tolerant(source: str) -> Any:
     """The test code with each assert wrapped in ``TOLERANT``, compiled."""
-    import ast  # Here, as the other half starts sooner without it.
+    import ast  # Here, because the other half starts sooner without it.
 
     class Wrap(ast.NodeTransformer):
         def visit_Assert(self, node: ast.Assert) -> ast.stmt:
             wrapped = ast.parse(TOLERANT).body[0]
             assert isinstance(wrapped, ast.Try)
-            node.msg = None  # Some messages make calls of their own.
+            node.msg = None  # Some messages make calls, too.
             wrapped.body = [node]
             return wrapped
 
@@ -159,10 +160,10 @@ def tolerant(source: str) -> Any:
 
 
 def run_judge(given: dict[str, Any], out: TextIO) -> None:
-    """Run the test code on what is known and report."""
+    """Run the test code with the known answers and report."""
     import random
 
-    random.seed(0)  # So that a test that draws its cases draws the same ones in every round.
+    random.seed(0)  # A test that draws its cases draws the same ones in every round.
     judge = Judge(given["calls"], given["answers"])
     space: dict[str, Any] = {"__name__": "check", "__recording__": lambda: judge.recording}
     exec(compile(given["setup"], "setup.py", "exec"), space)
@@ -183,7 +184,7 @@ def run_judge(given: dict[str, Any], out: TextIO) -> None:
 
 if __name__ == "__main__":
     received = json.load(sys.stdin)
-    # What the code under test prints goes to standard error, so that it is not taken for an answer.
+    # Output of the code under test goes to standard error, so that it is no answer.
     with os.fdopen(os.dup(1), "w") as own_output:
         os.dup2(2, 1)
         {"candidate": run_candidate, "judge": run_judge}[received["mode"]](received, own_output)

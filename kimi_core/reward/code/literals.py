@@ -1,7 +1,7 @@
-"""Checks that only compare calls with literals: their answers can be judged without running them.
+"""Checks that only compare calls with literals. Their answers can be judged without running them.
 
-Most checks are nothing but ``assert f(1, 2) == [3]``. Then calls and expected values stand in the
-source, and one sandbox does instead of two: the answers are compared right here, as plain data.
+Most checks consist only of ``assert f(1, 2) == [3]``. Calls and expected values are then in the
+source, so one sandbox suffices: the answers are compared here, as plain data.
 """
 
 import ast
@@ -13,17 +13,17 @@ from kimi_core.reward.code.check_driver import encode
 from kimi_core.reward.code.problem import CheckTest
 
 Case = tuple[dict[str, Any], Any]
-"""A call as ``check_driver`` takes it, and the value that is expected of it."""
+"""A call as ``check_driver`` takes it, and its expected value."""
 
 SCALARS = (bool, int, float, str)
 
 
 @lru_cache(maxsize=65536)
 def literal_cases(test: CheckTest) -> tuple[Case, ...] | None:
-    """The calls of a check and what they shall give; None where the check does anything else.
+    """The calls of a check and their expected values; None if the check does anything else.
 
-    Expected values with sets or dicts are left to the check itself: to build those here, from what
-    a program wrote, would let it choose how long that takes.
+    Expected values with sets or dicts are left to the check itself. To build sets here from the
+    output of a program would let the program choose how long that takes.
 
     >>> literal_cases(CheckTest("assert f(1, n=[2]) == (3,)", "f"))
     (({'args': [1], 'kwargs': {'dict': [['n', {'list': [2]}]]}}, (3,)),)
@@ -86,9 +86,9 @@ def _is_comparable(expected: object) -> bool:
 
 
 def gives(answer: str, expected: Any) -> bool:
-    """Whether an answer, a line that a program wrote, says ``expected``.
+    """Whether an answer, a line that a program wrote, is ``expected``.
 
-    As ``==`` on the values would: 1 equals 1.0 and True, a list does not equal a tuple.
+    Compared as by ``==``: 1 equals 1.0 and True, and a list does not equal a tuple.
     """
     try:
         found = json.loads(answer)

@@ -1,4 +1,4 @@
-"""What is run to score a response: the problem that its prompt carries, and the program in it.
+"""The problem that a prompt carries, and the program in a response.
 
 A prompt carries its problem in its tags, so a line of a JSONL file is enough::
 
@@ -7,7 +7,7 @@ A prompt carries its problem in its tags, so a line of a JSONL file is enough::
     {"prompt": "def triple(x):\n", "answer": "    return 3 * x", "prefix": "def triple(x):\n",
      "tests": [{"check": "assert triple(2) == 6", "entry_point": "triple"}]}
 
-``answer`` is a reference solution; nothing here reads it.
+``answer`` is a reference solution. Nothing here reads it.
 """
 
 import json
@@ -23,16 +23,16 @@ FENCES: dict[str, frozenset[str]] = {
     "python": frozenset({"python", "python3", "py"}),
     "c++": frozenset({"c++", "cpp", "cc", "cxx"}),
 }
-"""What may stand behind the three backticks of a block in each language."""
+"""What may follow the three backticks of a block in each language."""
 
 ENDS_A_COMPLETION = ("class ", "class:", "def ", "#", "if ", "print(", "print ", "```")
-"""A line that begins so ends the continuation of a function: the stop sequences of the Codex paper
-(Chen et al. 2021, section 2.1), and a fence."""
+"""A line that begins like this ends the continuation of a function: the stop sequences of the Codex
+paper (Chen et al. 2021, section 2.1), and a fence."""
 
 
 @dataclass(frozen=True)
 class IoTest:
-    """Text for standard input, and what has to come out of standard output."""
+    """Text for standard input, and the expected standard output."""
 
     stdin: str
     stdout: str
@@ -42,7 +42,7 @@ class IoTest:
 class CheckTest:
     """Asserts about one function, as source: at the top level or in ``check(candidate)``.
 
-    ``setup`` is source that the asserts need besides: helpers, imports.
+    ``setup`` is more source that the asserts need: helpers, imports.
     """
 
     check: str
@@ -75,7 +75,7 @@ def problem_of(prompt: Prompt) -> Problem:
     where = f"Prompt {prompt.id}"
     if "tests" not in prompt.tags:
         raise ValueError(
-            f'{where} has no tests; the code reward needs "tests", a list, beside "prompt" and '
+            f'{where} has no tests; the code reward needs "tests", a list, next to "prompt" and '
             '"answer" (docs/code_rewards.md)'
         )
     try:

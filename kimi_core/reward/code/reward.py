@@ -1,15 +1,16 @@
 """Reward of a program: 1 if it passes all tests of its problem, 0 if it fails one (section 2.3.5).
 
-Every test runs in a sandbox of its own, and the verdict is reached outside of it:
+Every test runs in a fresh sandbox, and the verdict is reached outside of it:
 
-* A test with standard input gives the program its input; the output is compared here. What is
-  expected never enters the sandbox.
-* A check (asserts about a function) is split: the program answers calls in one sandbox, and the
-  answers, plain data, are judged elsewhere. Here, if the asserts compare them with literals
-  (``literals``); else by the asserts in a second sandbox, without the program (``check_driver``).
+* A test with standard input gives the program its input, and the output is compared here. The
+  expected output never enters the sandbox.
+* A check (asserts about a function) is split. The program answers calls in one sandbox, and the
+  answers, plain data, are judged elsewhere: here, if the asserts compare them with literals
+  (``literals``), otherwise by the asserts in a second sandbox, without the program
+  (``check_driver``).
 
-A run that the sandbox itself spoiled is repeated once and then raised as ``InfrastructureError``:
-nothing is known of the response. ``docs/code_rewards.md`` says what can and cannot be forged.
+If the sandbox itself fails, the run is repeated once. After that ``InfrastructureError`` is raised,
+because nothing is known about the response. ``docs/code_rewards.md`` says what can be forged.
 """
 
 import json
@@ -39,15 +40,15 @@ from kimi_core.types import Prompt
 DRIVER = Path(check_driver.__file__).read_text()
 
 ANSWER_BYTES = 1 << 20
-"""Of all answers to one check together; of the calls that one check makes."""
+"""Limit on all answers to one check together, and on the calls that one check makes."""
 
 ROUNDS = 8
-"""A check whose calls depend on answers is run again, with more answers, at most so many times."""
+"""Most times that a check runs whose calls depend on the answers."""
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """How a program did; ``test`` is the index of the first test it failed, if it failed one."""
+class CodeVerdict:
+    """How a program did; ``test`` is the index of the first test that it failed."""
 
     status: Status
     test: int | None = None
@@ -59,11 +60,11 @@ class Verdict:
 
 
 class CodeReward:
-    """A reward function over a sandbox; may be called from several threads at once.
+    """A reward function over a sandbox; thread-safe.
 
     Args:
         run: runs one program in a fresh sandbox.
-        limits: of each run of the response's program.
+        limits: limits of each run of the response's program.
         close: ends the sandbox.
     """
 
@@ -76,23 +77,24 @@ class CodeReward:
         self._first_calls: dict[CheckTest, list[Any]] = {}
         self._lock = threading.Lock()
         self.counts: Counter[Status] = Counter()
-        """Verdicts by status, INFRA for those that could not be reached."""
+        """Number of verdicts by status; INFRA counts those that could not be reached."""
 
     def __call__(self, prompt: Prompt, response: str) -> float:
-        """1.0 or 0.0.
+        """1.0 if the response passes all tests, otherwise 0.0.
 
         Raises:
-            InfrastructureError: the sandbox failed twice, or the check could not be carried out.
-            ValueError: the prompt carries no problem, or a broken one.
+            InfrastructureError: the sandbox failed twice, or the check could not run.
+            ValueError: the prompt has no problem, or a broken one.
         """
         return float(self.judge(prompt, response).passed)
 
-    def judge(self, prompt: Prompt, response: str) -> Verdict:
-        """The verdict on a response: that of the first test it fails. Raises as a call does."""
+    def judge(self, prompt: Prompt, response: str) -> CodeVerdict:
+        """The verdict on a response: that of the first test that it fails. Raises as
+        ``__call__``."""
         problem = problem_of(prompt)
         try:
             program = extract_program(problem, response)
-            # A lone surrogate is no text that could be handed on.
+            # Text with a lone surrogate cannot be handed on.
             verdict = self._judge(problem, program.encode(errors="replace").decode())
         except InfrastructureError:
             self._count(Status.INFRA)
@@ -106,10 +108,10 @@ class CodeReward:
         with self._lock:
             self.counts[status] += 1
 
-    def _judge(self, problem: Problem, program: str) -> Verdict:
+    def _judge(self, problem: Problem, program: str) -> CodeVerdict:
         built = self._runner.build(program, problem.language)
         if isinstance(built, Result):
-            return Verdict(built.status, detail=f"does not compile: {last_words(built)}")
+            return CodeVerdict(built.status, detail=f"does not compile: {last_words(built)}")
         for index, test in enumerate(problem.tests):
             if isinstance(test, IoTest):
                 verdict = self._compare_output(built, test)
@@ -117,67 +119,70 @@ class CodeReward:
                 verdict = self._carry_out(program, test)
             if not verdict.passed:
                 return replace(verdict, test=index)
-        return Verdict(Status.OK)
+        return CodeVerdict(Status.OK)
 
-    def _compare_output(self, program: Executable, test: IoTest) -> Verdict:
+    def _compare_output(self, program: Executable, test: IoTest) -> CodeVerdict:
         expected = test.stdout.encode()
         room = max(self._limits.output_bytes, 2 * len(expected))
         limits = replace(self._limits, output_bytes=room)
         done = self._runner.execute(program, stdin=test.stdin.encode(), limits=limits)
         if done.status is not Status.OK:
-            return Verdict(done.status, detail=last_words(done))
+            return CodeVerdict(done.status, detail=last_words(done))
         if same_output(done.stdout, expected):
-            return Verdict(Status.OK)
-        return Verdict(Status.WRONG, detail=f"printed {done.stdout[:80]!r}")
+            return CodeVerdict(Status.OK)
+        return CodeVerdict(Status.WRONG, detail=f"printed {done.stdout[:80]!r}")
 
-    def _carry_out(self, program: str, test: CheckTest) -> Verdict:
-        """Make the check's calls, then judge the answers: here if the check only compares them with
-        literals, else by running it; again where it then makes other calls."""
+    def _carry_out(self, program: str, test: CheckTest) -> CodeVerdict:
+        """Make the check's calls, then judge the answers.
+
+        The answers are judged here if the check only compares them with literals. Otherwise the
+        check runs, and runs once more if it then makes other calls.
+        """
         if cases := literal_cases(test):
             answers = self._answers(program, test, [call for call, _ in cases])
-            if isinstance(answers, Verdict):
+            if isinstance(answers, CodeVerdict):
                 return answers
             for answer, (_, expected) in zip(answers, cases, strict=True):
                 if not gives(answer, expected):
-                    return Verdict(Status.WRONG, detail=f"{expected!r:.80} expected")
-            return Verdict(Status.OK)
+                    return CodeVerdict(Status.WRONG, detail=f"{expected!r:.80} expected")
+            return CodeVerdict(Status.OK)
         calls = self._calls_of(test)
         for _ in range(ROUNDS):
             answers = self._answers(program, test, calls)
-            if isinstance(answers, Verdict):
+            if isinstance(answers, CodeVerdict):
                 return answers
             report = self._ask(test, calls, answers)
             if report["verdict"] == "pass":
-                return Verdict(Status.OK)
+                return CodeVerdict(Status.OK)
             if report["verdict"] == "fail":
-                return Verdict(Status.WRONG, detail=report["fault"])
+                return CodeVerdict(Status.WRONG, detail=report["fault"])
             calls = report["calls"]
         raise InfrastructureError(
             f"The check of {test.entry_point} makes other calls with each answer; after {ROUNDS} "
             "rounds there is no verdict"
         )
 
-    def _answers(self, program: str, test: CheckTest, calls: list[Any]) -> list[str] | Verdict:
-        """A line of JSON for each call, or the verdict on a program that did not get that far."""
+    def _answers(self, program: str, test: CheckTest, calls: list[Any]) -> list[str] | CodeVerdict:
+        """A line of JSON for each call, or the verdict on a program that failed before."""
         given = {"program": program, "entry_point": test.entry_point, "calls": calls}
         limits = replace(self._limits, output_bytes=ANSWER_BYTES)
         done = self._runner.run(DRIVER, stdin=_message("candidate", given), limits=limits)
         if done.status is not Status.OK:
-            return Verdict(done.status, detail=last_words(done))
+            return CodeVerdict(done.status, detail=last_words(done))
         answers = done.stdout.decode(errors="replace").split("\n")[:-1]
         if len(answers) < len(calls):
             ended = f"ended after {len(answers)} of {len(calls)} calls"
-            return Verdict(Status.RUNTIME, detail=ended)
+            return CodeVerdict(Status.RUNTIME, detail=ended)
         return answers[: len(calls)]
 
     def _calls_of(self, test: CheckTest) -> list[Any]:
-        """The calls of a check as far as they are known without any answer; found once."""
+        """The calls of a check that are known without any answer; found once."""
         if test not in self._first_calls:
             self._first_calls[test] = self._ask(test, [], [])["calls"]
         return self._first_calls[test]
 
     def _ask(self, test: CheckTest, calls: list[Any], answers: list[str]) -> dict[str, Any]:
-        """Run the check on what is known, where no line of the response's is run."""
+        """Run the check with the known answers, in a sandbox without the response."""
         given = {
             "setup": test.setup,
             "check": test.check,
@@ -200,7 +205,8 @@ class CodeReward:
 
 
 def same_output(found: bytes, expected: bytes) -> bool:
-    """Whether two outputs are equal but for white space at line ends and blank lines at the end.
+    """Whether two outputs are equal, apart from white space at line ends and blank lines at the
+    end.
 
     >>> same_output(b"1 2 \\r\\n3\\n\\n", b"1 2\\n3"), same_output(b"1  2", b"1 2")
     (True, False)

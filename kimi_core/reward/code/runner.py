@@ -1,4 +1,4 @@
-"""Running programs in whichever sandbox there is: repeated when the sandbox fails, C++ compiled.
+"""Runs programs in a sandbox: repeats a run if the sandbox fails, and compiles C++.
 
 A sandbox is ``kimi_core.sandbox.run`` or the same method of a pool or of a service's client.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Run(Protocol):
-    """Runs one program in a sandbox of its own. Called from several threads at once."""
+    """Runs one program in a fresh sandbox. Called from several threads at the same time."""
 
     def __call__(
         self,
@@ -33,7 +33,7 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class Executable:
-    """A program that is ready to be run: Python source, or a command and the files it needs."""
+    """A program that is ready to run: Python source, or a command with its files."""
 
     program: str | Sequence[str]
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -57,10 +57,10 @@ class Runner:
         files: Mapping[str, bytes] | None = None,
         limits: Limits | None = None,
     ) -> Result:
-        """One run in a fresh sandbox; never gives ``Status.INFRA``.
+        """Run a program in a fresh sandbox; the result is never ``Status.INFRA``.
 
         Raises:
-            InfrastructureError: the sandbox failed twice, or is not there.
+            InfrastructureError: the sandbox failed twice, or is unavailable.
         """
         done: Result | None = None
         for _ in range(2):
@@ -74,7 +74,7 @@ class Runner:
         raise InfrastructureError(f"The sandbox failed twice: {last_words(done)}")
 
     def build(self, source: str, language: Language) -> Executable | Result:
-        """Make a program ready: C++ is compiled, in a sandbox; a failure gives g++'s result.
+        """Make a program ready. C++ is compiled in a sandbox; a failure gives the result of g++.
 
         Raises:
             InfrastructureError: the sandbox failed twice, or has no g++.
@@ -87,18 +87,18 @@ class Runner:
         return Executable(["./main"], {"main": done.stdout}) if done.status is Status.OK else done
 
     def execute(self, executable: Executable, *, stdin: bytes, limits: Limits) -> Result:
-        """Run what ``build`` made; raises as ``run``."""
+        """Run what ``build`` made. Raises as ``run``."""
         return self.run(executable.program, stdin=stdin, files=executable.files, limits=limits)
 
 
 def last_words(done: Result) -> str:
-    """The last line of standard error, or what the sandbox says; at most a line's length."""
+    """The last line of standard error, otherwise the sandbox's detail; 200 characters at most."""
     words = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
     return (words or done.detail or f"exit code {done.exit_code}")[:200]
 
 
 def open_sandbox(config: SandboxConfig) -> "Pool | SandboxClient":
-    """The sandbox that a config names; whoever opens it closes it.
+    """Open the sandbox that a config names; the caller closes it.
 
     Raises:
         ValueError: programs cannot be run safely here, or the service does not answer.

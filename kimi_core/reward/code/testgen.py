@@ -1,10 +1,10 @@
-"""Test cases for programming problems without any (section 2.3.5).
+"""Test cases for programming problems that have none (section 2.3.5).
 
-A problem comes with a generator of inputs, written with CYaRon, and submissions known to be good:
+A problem comes with a generator of inputs, written with CYaRon, and with known good submissions:
 
-1. The generator makes 50 cases, each in a sandbox of its own.
+1. The generator makes 50 cases, each in a fresh sandbox.
 2. Ten submissions run on each case. If at least 7 give the same output, the case is valid and that
-   output is expected; those that crash, or run out of time, agree with nobody.
+   output is expected. A submission that crashes or runs out of time agrees with no other.
 3. If at least 9 of the ten pass all valid cases, the problem is kept with them as its tests.
 
 ::
@@ -12,9 +12,9 @@ A problem comes with a generator of inputs, written with CYaRon, and submissions
     python -m kimi_core.reward.code.testgen problems.jsonl --out kept.jsonl --report report.jsonl
 
 A line of ``problems.jsonl`` holds ``name``, ``generator``, ``submissions`` (ten) and optionally
-``language``. What else it holds, such as ``prompt`` and ``answer``, goes into ``kept.jsonl``, which
-``prompts.source`` takes as it is. The generator is a Python program that prints one case; its one
-argument is the number of the case, from 1, so that it can grow.
+``language``. Its other keys, such as ``prompt`` and ``answer``, go into ``kept.jsonl``, which
+``prompts.source`` takes as it is. The generator is a Python program that prints one case. Its one
+argument is the number of the case, starting at 1, so that cases can grow.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PASS = 9
 """Submissions that must pass all valid cases for a problem to be kept."""
 
 CASE_BYTES = 1 << 20
-"""Of the input of one case, and of one output."""
+"""Most bytes of the input of one case, and of one output."""
 
 GENERATE = """
 import random, runpy, sys
@@ -58,8 +58,8 @@ runpy.run_path("generator.py", run_name="__main__")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A problem that wants test cases."""
+class ProblemSource:
+    """A problem that needs test cases."""
 
     name: str
     generator: str
@@ -68,8 +68,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What became of a problem, and why."""
+class ProblemReport:
+    """Whether a problem was kept, and why."""
 
     name: str
     kept: bool
@@ -81,20 +81,20 @@ class Report:
     passed: tuple[int, ...] = ()
     """Valid cases that each submission passes."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Cases that are not valid, counted by why."""
+    """Number of cases that are not valid, by reason."""
     tests: tuple[dict[str, str], ...] = ()
-    """The valid cases as the code reward takes them; empty unless kept."""
+    """The valid cases as the code reward takes them; empty if the problem is dropped."""
 
 
 def make_tests(
-    source: Source, runner: Runner, limits: Limits, *, seed: int = 0, threads: int = 4
-) -> Report:
+    source: ProblemSource, runner: Runner, limits: Limits, *, seed: int = 0, threads: int = 4
+) -> ProblemReport:
     """Make the cases of one problem and decide on it.
 
     Args:
-        limits: of each run of a submission.
-        seed: of the generator's random numbers, together with the number of the case.
-        threads: runs at a time.
+        limits: limits of each run of a submission.
+        seed: seeds the generator's random numbers, together with the number of the case.
+        threads: programs that run at the same time.
 
     Raises:
         InfrastructureError: the sandbox failed twice, so there is no verdict on the problem.
@@ -123,7 +123,7 @@ def make_tests(
             if done.status is not Status.OK
         )
         built = list(pool.map(lambda text: runner.build(text, source.language), source.submissions))
-        # One flat map: a pool whose threads wait for further ones would stand still.
+        # One flat map, because a pool whose threads wait for other threads of it would stop.
         pairs = [(one, case) for case in cases for one in built]
         flat = list(pool.map(lambda pair: submit(*pair), pairs))
     outputs = [flat[i : i + len(built)] for i in range(0, len(flat), len(built))]
@@ -135,12 +135,12 @@ def decide(
     cases: Sequence[bytes],
     outputs: Sequence[Sequence[bytes | None]],
     faults: Counter[str],
-) -> Report:
-    """Which cases are valid, and whether the problem is kept.
+) -> ProblemReport:
+    """Decide which cases are valid, and whether the problem is kept.
 
     Args:
-        outputs: of each case, the normalised output of each submission; None where it failed.
-        faults: cases that were not even generated, by why.
+        outputs: for each case the normalised output of each submission; None: it failed.
+        faults: number of cases that were not generated, by reason.
     """
     dropped = Counter(faults)
     valid: list[tuple[bytes, bytes, Sequence[bytes | None]]] = []
@@ -165,7 +165,7 @@ def decide(
         reason = f"{good} of {SUBMISSIONS} submissions pass all {len(valid)} valid cases"
         reason += "" if kept else f", {PASS} are needed"
     tests = [{"stdin": case.decode(), "stdout": output.decode()} for case, output, _ in valid]
-    return Report(
+    return ProblemReport(
         name=name,
         kept=kept,
         reason=reason,
@@ -186,10 +186,10 @@ def _is_text(data: bytes) -> bool:
 
 
 def _cyaron() -> dict[str, bytes]:
-    """The files of CYaRon and of what it imports, for the sandbox, which sees no installed package.
+    """The files of CYaRon and of its imports. The sandbox sees no installed package.
 
     Raises:
-        ValueError: they are not installed.
+        ValueError: a package is not installed.
     """
     files = {}
     for package in ("cyaron", "xeger"):
@@ -206,11 +206,11 @@ def _cyaron() -> dict[str, bytes]:
     return files
 
 
-def read_sources(path: Path) -> Iterator[tuple[Source, dict[str, Any]]]:
-    """Problems and what else their lines hold.
+def read_sources(path: Path) -> Iterator[tuple[ProblemSource, dict[str, Any]]]:
+    """Yield problems, with the other keys of their lines.
 
     Raises:
-        ValueError: a missing file or a bad line, named with what was found.
+        ValueError: the file is missing, or a line is bad; the message says what was found.
     """
     if not path.is_file():
         raise ValueError(f"No file {path}; give a JSONL file of problems")
@@ -232,7 +232,7 @@ def read_sources(path: Path) -> Iterator[tuple[Source, dict[str, Any]]]:
             raise ValueError(f"{where}: name, generator and submissions must be text")
         if language not in FENCES:
             raise ValueError(f"{where}: language {language!r}; allowed are {', '.join(FENCES)}")
-        yield Source(name, generator, tuple(submissions), language), record
+        yield ProblemSource(name, generator, tuple(submissions), language), record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,10 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("problems", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="JSONL of the problems kept")
-    parser.add_argument("--report", type=Path, help="JSONL of what became of each problem")
+    parser.add_argument("--out", type=Path, required=True, help="JSONL of the kept problems")
+    parser.add_argument("--report", type=Path, help="JSONL with the outcome of each problem")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--url", default="", help="of a sandbox service; else a pool here")
+    parser.add_argument("--url", default="", help="sandbox service (default: a pool)")
     parser.add_argument("--allow-weak", action="store_true")
     given = parser.parse_args(argv)
     config = SandboxConfig(url=given.url, allow_weak=given.allow_weak)
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(
-    source: Source,
+    source: ProblemSource,
     others: dict[str, Any],
     runner: Runner,
     limits: Limits,
@@ -274,12 +274,12 @@ def _write(
     out: TextIO,
     reports: TextIO,
 ) -> bool:
-    """Decide on one problem and write down what became of it; whether there is a verdict."""
+    """Decide on one problem, write the outcome, and return whether there is a verdict."""
     decided = True
     try:
         report = make_tests(source, runner, limits, seed=seed)
     except InfrastructureError as error:
-        report = Report(source.name, False, f"no verdict: {error}", 0, 0)
+        report = ProblemReport(source.name, False, f"no verdict: {error}", 0, 0)
         decided = False
     print(f"{source.name}: {'kept' if report.kept else 'dropped'}, {report.reason}", flush=True)
     reports.write(json.dumps({**asdict(report), "tests": len(report.tests)}) + "\n")

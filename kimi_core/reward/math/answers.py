@@ -17,17 +17,17 @@ from typing import Literal
 Place = Literal["boxed", "hashes", "answer", "last_line"]
 
 LONGEST = 2000
-"""Characters of an answer that is looked at more closely than letter by letter."""
+"""Most characters of an answer that is not simply compared letter by letter."""
 
 TOLERANCE = Fraction(1, 10**6)
-"""Decimals agree within this, relatively below 1 and absolutely above."""
+"""Decimals agree within this, relative below 1 and absolute above."""
 
 _TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _ANSWER = re.compile(r"(?i:answer)(?:\*\*)?(?:\s*(?:is\s*:?|:|=))(?:\*\*)?[ \t]*(\S[^\n]*)")
 
 
 def extract(text: str, places: Sequence[Place]) -> str | None:
-    r"""The final answer in ``text``, from the first of ``places`` that it has; None if it has none.
+    r"""The final answer in ``text``, from the first of ``places`` that exists; None without one.
 
     * ``boxed``: the last ``\boxed{…}`` that is closed, with the braces in it;
     * ``hashes``: the line after the last ``####``;
@@ -84,7 +84,7 @@ def _last_line(text: str) -> str | None:
 
 
 def _last_formula(line: str) -> str:
-    """What the last pair of dollars in a line encloses, or the line."""
+    """The text between the last pair of dollars in a line, or the whole line."""
     parts = re.split(r"(?<!\\)\$", line)
     inside = [part for part in parts[1::2] if part.strip()]
     return inside[-1] if inside and len(parts) % 2 else line
@@ -102,7 +102,7 @@ _ROOT = re.compile(r"√\s*(\d+|\w|\([^()]*\))")
 
 
 def clean(answer: str) -> str:
-    """``answer`` without what does not change its meaning: dollars, spacing, Unicode, a full stop.
+    """``answer`` without parts that do not change its meaning: dollars, spacing, a full stop.
 
     >>> clean(r"$\\left( 1,\\, 2 \\right)$.")
     '( 1, 2 )'
@@ -122,7 +122,7 @@ def clean(answer: str) -> str:
 
 
 def agree(reference: str, answer: str) -> bool | None:
-    """Whether two cleaned answers are the same; None where that takes algebra to say.
+    """Whether two cleaned answers are the same; None if only algebra can tell.
 
     Numbers are exact, unless one is a decimal: then they agree to six decimals, and to six
     significant digits below 1. A percent sign makes hundredths, or is taken for a unit: 50 % agrees
@@ -216,7 +216,7 @@ def _quantity(text: str) -> Quantity | None:
 
 
 def _unit(text: str) -> str | None:
-    """The unit that a number is followed by, ``""`` for none; None if it is something else."""
+    """The unit after a number, ``""`` without one; None if something else follows."""
     text = _UNIT_TEXT.sub(r"\1", text).strip().lower().replace(" per ", "/")
     if text in ("", "%", r"\%", "percent"):
         return "%" if text else ""
@@ -257,13 +257,13 @@ def _choice(text: str) -> str | None:
 
 
 def _based(text: str) -> tuple[str, str] | None:
-    """The digits and the base of a number with its base as a subscript."""
+    """Digits and base of a number with its base as a subscript."""
     match = re.fullmatch(r"(-?[0-9A-Z]+)_\{? ?(\d{1,2}) ?\}?", text)
     return (match[1], match[2]) if match else None
 
 
 def _words(text: str) -> str | None:
-    """Lower-case words, or None if the text is not words, as at most two letters are symbols."""
+    """Lower-case words; None if the text is no words. One or two letters are symbols."""
     plain = re.sub(r"\s+", " ", _UNIT_TEXT.sub(r"\1", text)).strip().lower()
     if not re.fullmatch(r"[^\W\d_]+(?:[ '’-][^\W\d_]+)*", plain):
         return None

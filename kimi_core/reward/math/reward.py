@@ -1,9 +1,10 @@
-"""The reward of `reward.function = "math"`: is the final answer the reference, in whatever form?
+"""The reward of `reward.function = "math"`: is the final answer the reference, in any form?
 
-Plain answers are compared on the spot (`answers.agree`). The rest goes to math-verify in worker
-processes (`math_worker`), as an answer may be anything: a tower of powers, ten thousand braces. A
-verdict has a limit of CPU time, so that a busy machine changes none, and one of memory; without a
-verdict it is tried once more, from a clean slate, and then raises `InfrastructureError`.
+Plain answers are compared at once (`answers.agree`). The rest goes to math-verify in worker
+processes (`worker`), because an answer may be anything: a tower of powers, ten thousand braces. A
+comparison has a limit of CPU time, so that a busy machine changes no verdict, and a limit of
+memory. Without a verdict it is tried once more in a fresh process, and then raises
+`InfrastructureError`.
 """
 
 import json
@@ -20,14 +21,14 @@ from kimi_core.reward.math.answers import agree, clean, extract
 from kimi_core.types import Prompt
 
 START_S = 120.0
-"""A worker imports sympy before it serves: a CPU-second, on a crowded machine much more by the
-clock."""
+"""Seconds that a worker may take to start. It imports sympy, which takes one CPU second, and much
+more by the clock on a busy machine."""
 
 WALL_S_PER_CPU_S = 10.0
-"""A request gets its CPU time even if it has a tenth of a core, then it is given up."""
+"""A request gets its CPU time even with a tenth of a core. After that it is given up."""
 
 END_S = 10.0
-"""What a worker may take to end; then it is killed."""
+"""Seconds that a worker may take to end; then it is killed."""
 
 MEMORY_MB = 1024
 """Address space of a comparison. One that uses more than half of it gets no verdict."""
@@ -45,10 +46,10 @@ REASONS = {
 
 
 class MathReward:
-    """1 for a final answer that is equivalent to the prompt's, else 0; thread-safe.
+    """1 if the final answer is equivalent to the prompt's, otherwise 0; thread-safe.
 
-    As many worker processes as threads that call it at once, each started when it is first needed.
-    A response without an answer, or with one that cannot be read, is wrong.
+    There are as many worker processes as threads that call it at the same time. Each starts when it
+    is first needed. A response without an answer, or with an unreadable one, is wrong.
     """
 
     __name__ = "math"
@@ -64,7 +65,7 @@ class MathReward:
         self._lock = threading.Lock()
 
     def __call__(self, prompt: Prompt, response: str) -> float:
-        """Raises InfrastructureError: neither of two attempts came to a verdict."""
+        """Judge a response. Raises InfrastructureError if two attempts gave no verdict."""
         answer = extract(response, self._config.extraction)
         if answer is None:
             return 0.0
@@ -72,7 +73,7 @@ class MathReward:
         return float(self.equal(reference, answer))
 
     def equal(self, reference: str, answer: str) -> bool:
-        """Whether two final answers are equivalent; raises InfrastructureError as a call does."""
+        """Whether two final answers are equivalent. Raises as ``__call__``."""
         reference, answer = clean(reference), clean(answer)
         verdict = agree(reference, answer)
         if verdict is not None:
@@ -84,7 +85,7 @@ class MathReward:
         reason = REASONS[str(said)].format(cpu_s=self._config.cpu_s, memory_mb=MEMORY_MB)
         raise InfrastructureError(
             f"Comparing the answer {answer!r:.80} to {reference!r:.80} {reason}, "
-            f"{ATTEMPTS} times running"
+            f"in {ATTEMPTS} attempts"
         )
 
     def close(self) -> None:
@@ -95,7 +96,7 @@ class MathReward:
             worker.close()
 
     def _ask(self, reference: str, answer: str) -> bool | str:
-        """The verdict, or a key of REASONS; a worker that did not answer is replaced."""
+        """The verdict, or a key of REASONS. A worker that did not answer is replaced."""
         with self._lock:
             worker = self._idle.pop() if self._idle else None
         worker = worker or _Worker()
@@ -104,7 +105,7 @@ class MathReward:
         except _Silent:
             worker.close()
             return "no answer"
-        except BaseException:  # Ctrl-C: its answer would be taken for that to the next question.
+        except BaseException:  # Ctrl-C: the answer would otherwise go to the next question.
             worker.close()
             raise
         with self._lock:
@@ -117,24 +118,24 @@ class _Silent(RuntimeError):
 
 
 class _Worker:
-    """A ``math_worker`` process; one question at a time."""
+    """A worker process; it answers one question at a time."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                # -P: in the repository's root, -m would import the folder there, uncompiled.
+                # -P: in the repository's root, -m would import the uncompiled folder there.
                 [sys.executable, "-P", "-m", WORKER, str(theirs.fileno()), str(MEMORY_MB)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is for us: what is being judged is finished.
+                start_new_session=True,  # Ctrl-C is meant for us; the comparison finishes.
             )
         self._connection = Connection(ours.detach())
         self._is_ready = False
 
     def ask(self, reference: str, answer: str, cpu_s: int) -> bool | str:
-        """Raises _Silent."""
+        """The worker's answer. Raises _Silent."""
         wall_s = WALL_S_PER_CPU_S * cpu_s
         request = {"reference": reference, "answer": answer, "cpu_s": cpu_s, "wall_s": wall_s}
         try:
@@ -147,7 +148,7 @@ class _Worker:
             raise _Silent from error
 
     def close(self) -> None:
-        """End the process; it ends the fork that it may have before itself."""
+        """End the process, which first ends its fork."""
         self._connection.close()
         try:
             self._process.wait(END_S)

@@ -1,13 +1,13 @@
 """The process in which math-verify compares answers: ``python -m … SOCKET_FD MEMORY_MB``.
 
-It says ``"ready"`` once everything is imported. Then each message is ``{"reference": …,
-"answer": …, "cpu_s": …, "wall_s": …}``, answered by ``true``, ``false``, or the reason why there is
-no verdict: ``"time"``, ``"memory"`` or ``"crash"``. It ends when the connection does.
+It sends ``"ready"`` once everything is imported. Then each message is ``{"reference": …,
+"answer": …, "cpu_s": …, "wall_s": …}``. The reply is ``true``, ``false``, or the reason why there
+is no verdict: ``"time"``, ``"memory"`` or ``"crash"``. The process ends when the connection ends.
 
-Each request is worked on by a fork of this process, which costs milliseconds as everything is
-loaded already. Whatever an answer does, it does to that fork: this process parses none, so it
-cannot hang or die of one, and the next request, or a second try, finds everything new. Nothing is
-evaluated as Python: of math-verify only the LaTeX parser is used.
+A fork of this process works on each request, which costs milliseconds because everything is loaded
+already. Whatever an answer does, it does to that fork. This process parses no answer, so it cannot
+hang or die, and the next request starts fresh. Nothing is evaluated as Python: only the LaTeX
+parser of math-verify is used.
 """
 
 import ctypes
@@ -32,16 +32,16 @@ WARM_UP = [
     (r"\sin^2(2x) + e^{3}", r"2\pi \cdot \log_2 8"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"),
 ]
-"""What the parser learns of its grammar while it reads these, every fork has for nothing."""
+"""Parsing these once fills the parser's caches, which every fork then inherits."""
 
 
 def main() -> None:
     """Serve until the connection ends."""
     connection, memory_mb = Connection(int(sys.argv[1])), int(sys.argv[2])
-    logging.disable(logging.CRITICAL)  # math-verify warns that the time limit is ours to keep.
+    logging.disable(logging.CRITICAL)  # math-verify warns that it keeps no time limit.
     for reference, answer in WARM_UP:
         equal(reference, answer)
-    gc.freeze()  # Pages that nobody writes to are not copied.
+    gc.freeze()  # Pages that no process writes to are not copied.
     connection.send_bytes(b'"ready"')
     while True:
         try:
@@ -52,16 +52,16 @@ def main() -> None:
 
 
 def equal(reference: str, answer: str) -> bool:
-    """Whether math-verify takes ``answer`` for ``reference``; both cleaned.
+    """Whether math-verify finds ``answer`` equal to ``reference``; both are cleaned.
 
-    It reads i as a variable, so that (1+i)² would not be 2i: here it is the imaginary unit.
+    math-verify reads i as a variable, so (1+i)² would not be 2i. Here i is the imaginary unit.
     """
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Basic, I, MatrixBase
 
     def read(text: str) -> list[Any]:
         whole = [LatexExtractionConfig(boxed_match_priority=-1)]
-        # With a dollar within, it would be several formulas, of which the last one counts.
+        # A dollar inside would make several formulas, of which the last one counts.
         text = text.replace(r"\$", "").replace("$", "")
         found = parse(f"${text}$", whole, parsing_timeout=None)
         return [
@@ -78,7 +78,7 @@ def _in_a_fork(request: dict[str, Any], memory_mb: int, connection: Connection) 
     """The verdict of a fork on one request.
 
     Raises:
-        EOFError: the other side has gone meanwhile.
+        EOFError: the other side has ended meanwhile.
     """
     verdict, write_end = Pipe(duplex=False)
     worker = os.getpid()
@@ -103,7 +103,7 @@ def _in_a_fork(request: dict[str, Any], memory_mb: int, connection: Connection) 
 
 
 def _read(verdict: Connection) -> bytes | None:
-    """What the fork said; None if it died before."""
+    """The fork's reply; None if it died before."""
     try:
         return verdict.recv_bytes()
     except EOFError:
@@ -111,7 +111,7 @@ def _read(verdict: Connection) -> bytes | None:
 
 
 def _answer(request: dict[str, Any], memory_mb: int, write_end: Connection, worker: int) -> None:
-    """What a fork does; it never returns."""
+    """The work of a fork. Never returns."""
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != worker:
@@ -121,7 +121,7 @@ def _answer(request: dict[str, Any], memory_mb: int, write_end: Connection, work
             os.dup2(silence, stream)
         _limit(request["cpu_s"], memory_mb)
         verdict: bool | str = equal(request["reference"], request["answer"])
-        # math-verify takes any exception for "not equal", one for want of memory included.
+        # math-verify reports any exception as "not equal", also a lack of memory.
         if _peak_mb() > memory_mb / 2:
             verdict = "memory"
         write_end.send_bytes(json.dumps(verdict).encode())

@@ -9,7 +9,7 @@ import pytest
 from plain_run import plain_run, result
 
 from kimi_core.reward.base import InfrastructureError
-from kimi_core.reward.code.reward import ROUNDS, CodeReward, Verdict, same_output
+from kimi_core.reward.code.reward import ROUNDS, CodeReward, CodeVerdict, same_output
 from kimi_core.sandbox import Limits, Pool, SandboxUnavailable, Status
 from kimi_core.types import Prompt
 
@@ -45,7 +45,7 @@ def run(request):
 
 @pytest.fixture
 def judge(run):
-    def judge(problem: Prompt, response: str, limits: Limits | None = None) -> Verdict:
+    def judge(problem: Prompt, response: str, limits: Limits | None = None) -> CodeVerdict:
         return CodeReward(run, limits).judge(problem, response)
 
     return judge

@@ -16,7 +16,7 @@ from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.code import testgen
 from kimi_core.reward.code.reward import CodeReward
 from kimi_core.reward.code.runner import Runner
-from kimi_core.reward.code.testgen import Source, decide, main, make_tests, read_sources
+from kimi_core.reward.code.testgen import ProblemSource, decide, main, make_tests, read_sources
 from kimi_core.sandbox import Limits, Pool, SandboxUnavailable, Status
 
 GOOD = "n = int(input())\nprint(sum(map(int, input().split())))"
@@ -131,7 +131,7 @@ class TestGeneration:
 
     def test_good_submissions(self, runner, monkeypatch):
         few(monkeypatch, 5)
-        source = Source("sum", GENERATOR, (GOOD,) * 5 + (ALSO_GOOD,) * 4 + (CRASHES,))
+        source = ProblemSource("sum", GENERATOR, (GOOD,) * 5 + (ALSO_GOOD,) * 4 + (CRASHES,))
         report = make_tests(source, runner, Limits(), threads=2)
         assert report.kept, report
         assert (report.generated, report.valid, report.passed) == (5, 5, (5,) * 9 + (0,))
@@ -142,7 +142,7 @@ class TestGeneration:
 
     def test_the_seed_decides(self, runner, monkeypatch):
         few(monkeypatch, 1)
-        source = Source("tree", TREES, (LEAVES,) * 10)
+        source = ProblemSource("tree", TREES, (LEAVES,) * 10)
         first, same, other = (
             make_tests(source, runner, Limits(), seed=seed, threads=2).tests for seed in (1, 1, 2)
         )
@@ -151,7 +151,9 @@ class TestGeneration:
     def test_a_graph_and_two_wrong_submissions(self, runner, monkeypatch):
         few(monkeypatch, 4)
         wrong = LEAVES.replace("degree.count(1)", "degree.count(1) + (n > 3)")
-        report = make_tests(Source("leaves", TREES, (LEAVES,) * 8 + (wrong,) * 2), runner, Limits())
+        report = make_tests(
+            ProblemSource("leaves", TREES, (LEAVES,) * 8 + (wrong,) * 2), runner, Limits()
+        )
         assert not report.kept
         assert report.valid == 4
         assert report.passed[:8] == (4,) * 8 and max(report.passed[8:]) < 4
@@ -160,7 +162,7 @@ class TestGeneration:
     def test_a_generator_that_fails_now_and_then(self, runner, monkeypatch):
         few(monkeypatch, 4)
         fails = GENERATOR + "assert n % 2, 'odd ones only'\n"
-        report = make_tests(Source("sum", fails, (GOOD,) * 10), runner, Limits(), threads=2)
+        report = make_tests(ProblemSource("sum", fails, (GOOD,) * 10), runner, Limits(), threads=2)
         assert report.kept and report.generated == report.valid == 2
         assert report.dropped == {
             "the generator ended with RUNTIME: AssertionError: odd ones only": 2
@@ -172,7 +174,7 @@ class TestGeneration:
         adder = "#include <iostream>\nint main() { int n, x, s = 0; std::cin >> n;"
         adder += " while (std::cin >> x) s += x; std::cout << s << std::endl; }"
         broken = "int main( {"
-        source = Source("sum", GENERATOR, (adder,) * 9 + (broken,), "c++")
+        source = ProblemSource("sum", GENERATOR, (adder,) * 9 + (broken,), "c++")
         report = make_tests(source, runner, Limits(), threads=2)
         assert report.kept and report.passed == (2,) * 9 + (0,)
 
@@ -181,7 +183,7 @@ def test_a_sandbox_that_fails_gives_no_verdict(monkeypatch):
     pytest.importorskip("cyaron", reason="needs pip install 'kimi-core[testgen]'")
     runner = Runner(lambda *args, **kwargs: result(Status.INFRA))
     with pytest.raises(InfrastructureError):
-        make_tests(Source("p", GENERATOR, (GOOD,) * 10), runner, Limits(), threads=1)
+        make_tests(ProblemSource("p", GENERATOR, (GOOD,) * 10), runner, Limits(), threads=1)
 
 
 @pytest.mark.parametrize(
