@@ -1,4 +1,4 @@
-"""Text to tokens and back, and which tokens end a response."""
+"""From text to tokens and back, and the tokens that end a response."""
 
 from collections.abc import Iterable
 
@@ -9,14 +9,14 @@ from kimi_core.types import Prompt
 
 
 class Codec:
-    """A tokenizer as the loop sees it.
+    """A tokenizer, with the tokens that end a response.
 
     Args:
-        tokenizer: of the model.
-        stop: strings that end a response besides the end-of-text token.
+        tokenizer: the model's tokenizer.
+        stop: strings that end a response, in addition to the end-of-text token.
 
     Raises:
-        ValueError: a stop string is not one token, or nothing ends a response.
+        ValueError: a stop string is not one token, or no token ends a response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str]) -> None:
@@ -38,7 +38,7 @@ class Codec:
         """Token ids of a prompt, int32 ``[n]``, with the special tokens that the model expects.
 
         Raises:
-            ValueError: the prompt has no tokens, or characters that the model does not know.
+            ValueError: the prompt has no tokens, or has characters that the model does not know.
         """
         return self._encode(prompt.text, f"Prompt {prompt.id}", add_special_tokens=True)
 
@@ -46,7 +46,7 @@ class Codec:
         """Token ids of an SFT pair, int32 ``[n]`` and ``[m]``; the response ends with end-of-text.
 
         Raises:
-            ValueError: as ``encode_prompt``, and if there is no end-of-text token.
+            ValueError: as ``encode_prompt``, or there is no end-of-text token.
         """
         end = self._tokenizer.eos_token_id
         if end is None:
@@ -58,7 +58,7 @@ class Codec:
         )
 
     def response_text(self, token_ids: np.ndarray) -> str:
-        """The text of a response, int32 ``[n]``, without the token that ended it."""
+        """The text of a response from its token ids, int32 ``[n]``, without its stop token."""
         if len(token_ids) and int(token_ids[-1]) in self.stop_token_ids:
             token_ids = token_ids[:-1]
         return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False))
@@ -66,7 +66,7 @@ class Codec:
     def _encode(self, text: str, what: str, *, add_special_tokens: bool) -> np.ndarray:
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except Exception as error:  # tokenizers raises a bare Exception for an unknown character
+        except Exception as error:  # tokenizers raises a bare Exception for an unknown character.
             raise ValueError(f"{what} ({text!r:.80}) cannot be tokenized: {error}") from error
         if not ids:
             raise ValueError(f"{what} ({text!r:.80}) has no tokens; it needs at least one")

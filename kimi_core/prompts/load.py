@@ -1,4 +1,4 @@
-"""Where prompts come from, and which of them are held out for evaluation."""
+"""Loads prompts, and splits off those that are held out for evaluation."""
 
 import json
 import random
@@ -16,17 +16,17 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> lis
     """All prompts of ``config.source``, in a fixed order and with distinct ids.
 
     Args:
-        base_folder: what relative file names in ``config.source`` are relative to.
+        base_folder: the folder that a relative file name in ``config.source`` starts from.
 
     Raises:
-        ValueError: an unknown source, a file that is missing or malformed, or a function that does
-            not return a list of prompts with distinct ids.
+        ValueError: the source is unknown, a file is missing or malformed, or a function does not
+            return a list of prompts with distinct ids.
     """
     source = config.source
     if source == "multiply":
         return multiply.prompts()
     if source == "addition":
-        # The split's seed, so that runs that differ in `seed` are tested on the same prompts.
+        # The split's seed, so that runs with different seeds are tested on the same prompts.
         return addition.prompts(config.task.shots, config.task.largest, config.split_seed)
     if source == "maximum":
         return maximum.prompts(config.task.shots, config.task.largest, config.split_seed)
@@ -45,15 +45,15 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> lis
 
 
 def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
-    """Divide into (train in the given order, held out in random order).
+    """Split into (training prompts in the given order, held-out prompts in random order).
 
-    The first so many of the held out, which evaluations during a run use, are thus a fair sample.
-    Prompts with the same ``problem`` tag (or, without the tag, the same text) stay on one side, so
-    no held-out question is seen in training in other clothes. Whole problems are drawn at random
-    as long as they fit into ``held_out`` prompts.
+    So the first held-out prompts, which evaluations during a run use, are a fair sample. Prompts
+    with the same ``problem`` tag (or, without the tag, the same text) stay on one side, so that no
+    held-out question appears in training in another form. Whole problems are drawn at random as
+    long as they fit into ``held_out`` prompts.
 
     Raises:
-        ValueError: nothing would be left to train on, or no problem is small enough to hold out.
+        ValueError: no prompt would be left to train on, or no problem is small enough to hold out.
     """
     problems: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -85,7 +85,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     ``difficulty`` is optional; other keys become tags, as text.
 
     Raises:
-        ValueError: a missing or empty file, or a bad line, named with what was found.
+        ValueError: the file is missing or empty, or a line is bad; the message says what was found.
     """
     prompts: list[Prompt] = []
     for where, record in _read_records(Path(path), ("prompt", "answer")):
@@ -111,14 +111,14 @@ def load_examples(path: str | Path) -> list[tuple[str, str]]:
 
 
 def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, record) for each line that is not blank; every key holds a non-empty string."""
+    """Yield (where, record) for each line that is not blank; each key has a non-empty string."""
     if not path.is_file():
         raise ValueError(f"No file {path}; give a JSONL file whose lines hold {' and '.join(keys)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    # Not splitlines(): JSON strings may hold U+2028 and its like, which are no line ends here.
+    # Not splitlines(): JSON strings may hold U+2028 and the like, which end no line here.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"{path} is empty; its lines should hold {' and '.join(keys)}")

@@ -1,6 +1,6 @@
 """``curves.png``: accuracy, length, reward and log-prob mismatch over the iterations of a run.
 
-Matplotlib is imported here and nowhere else, when a run ends.
+Only this module imports matplotlib, when a run ends.
 """
 
 import io
@@ -22,7 +22,7 @@ def draw_curves(
 
     Training values are lines; evaluations on held-out prompts are dots.
     """
-    # A Figure of its own, without pyplot: no display, no global state.
+    # A Figure without pyplot needs no display and no global state.
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     (accuracy, length), (reward, mismatch) = figure.subplots(2, 2)
     steps = [m.iteration for m in iterations]
@@ -64,5 +64,5 @@ def _label(axes: Axes, title: str) -> None:
 
 
 def _drawable(gap: float) -> float:
-    """Zero has no place on a logarithmic axis; leave it out as if not measured."""
+    """Zero does not fit on a logarithmic axis, so it is left out."""
     return gap if gap > 0 else math.nan

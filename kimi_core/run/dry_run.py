@@ -1,4 +1,4 @@
-"""What a run would do and how much memory it would take, without doing it: ``--dry-run``."""
+"""``--dry-run``: the settings of a run and the memory that it would take."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,31 +30,31 @@ from kimi_core.types import Prompt
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes by part. Activations are left out: they depend on the architecture."""
+    """Estimated bytes by part, without activations, which depend on the architecture."""
 
     weights: int
     gradients: int
     optimizer_moments: int
-    """Of AdamW: two numbers a trained parameter, in the parameter's own dtype."""
+    """AdamW: two numbers per trained parameter, in the parameter's dtype."""
     arena: int
-    """What hands the weights to vLLM: three versions of them, in shared memory. vLLM reads them
-    there on a CPU, and has a copy besides on a GPU."""
+    """Three versions of the weights in shared memory, for vLLM, which reads them there on a CPU and
+    has another copy on a GPU."""
     kv_cache: int
-    """For vLLM what it is given; 0 where it decides itself, on a GPU."""
+    """For vLLM the configured size; 0 if vLLM decides itself, on a GPU."""
     logits: int
-    """``head_chunk`` rows over the vocabulary, float32; their gradient takes their place."""
+    """``head_chunk`` rows over the vocabulary, float32; their gradient replaces them."""
     buffer: int
-    """As much again on the disk: it is a file."""
+    """The buffer is a file, so it takes the same space on the disk."""
 
 
 def describe(config: Config) -> str:
-    """The resolved run as TOML, and as TOML comments what memory its parts would take, in MB.
+    """The settings as TOML, with the memory of each part in MB as TOML comments.
 
-    No weights are loaded and nothing is fetched: a model that is not on this machine is named as
-    such, and its memory left out.
+    No weights are loaded and nothing is fetched. If the model is not on this machine, a comment
+    says so, and the memory is left out.
 
     Raises:
-        ValueError: the model or the prompts cannot be what the config says.
+        ValueError: the model or the prompts do not exist or do not fit the config.
     """
     prompts = load_prompts(config.prompts)
     found = _skeleton(config)
@@ -82,7 +82,7 @@ def estimate(
     """Bytes that a run with this model needs; its parameters may be on torch's meta device.
 
     Raises:
-        ValueError: a prompt or a stop string cannot be tokenized as it must.
+        ValueError: a prompt or a stop string cannot be tokenized.
     """
     codec = Codec(tokenizer, config.rollout.stop)
     encoded = [codec.encode_prompt(prompt) for prompt in prompts]
@@ -109,7 +109,8 @@ def estimate(
 
 
 def _rows(config: Config) -> int:
-    """Trajectories decoded side by side: all that can be open at once, up to ``batch_rows``."""
+    """Trajectories decoded together: all that can be open at the same time, up to
+    ``batch_rows``."""
     rollout = config.rollout
     open_iterations = -(-rollout.max_response_tokens // (rollout.token_budget or 1 << 62))
     open_at_once = rollout.prompts_per_iteration * rollout.samples_per_prompt * open_iterations
@@ -126,7 +127,7 @@ def _kv_bytes(model: PreTrainedModel) -> int:
 
 
 def _skeleton(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
-    """The model without weights, and its tokenizer; None where they would have to be fetched."""
+    """The model without weights, and its tokenizer; None if they would have to be fetched."""
     settings = config.model
     device = device_of(settings.device)
     if settings.name == "scratch":

@@ -1,12 +1,12 @@
-"""Packed trajectories to the rectangles that a Hugging Face model takes.
+"""From packed trajectories to the rectangles that a Hugging Face model takes.
 
 Sequences are sorted by length and laid into rows, longest first, each into the first row with room
-(first-fit decreasing): short ones fill what long ones leave over, and little is padding. Several
-sequences in one row stay apart by their position ids, which start again at 0; transformers builds
-the block-diagonal mask from that.
+(first-fit decreasing). Short sequences fill the space that long ones leave, and little is padding.
+Position ids that start at 0 separate the sequences of a row; transformers builds the block-diagonal
+mask from them.
 
-Responses to one prompt may share it: where prompts are long and responses short, a block holds the
-prompt once and the responses behind it as branches, each of which sees the prompt and itself.
+Responses may share their prompt. If prompts are long and responses short, a block holds the prompt
+once and the responses after it as branches. Each branch sees the prompt and itself.
 """
 
 from collections import defaultdict
@@ -38,12 +38,12 @@ class MicroBatch:
     ids_t: Tensor
     """The wanted tokens, int64."""
     visible_rll: Tensor | None
-    """Which columns each column attends to, bool; None where the positions alone say it."""
+    """Which columns each column attends to, bool; None: the positions suffice."""
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Sequences laid side by side behind their first ``prompt`` tokens, which stand once."""
+    """Sequences that follow their common first ``prompt`` tokens, which are stored once."""
 
     sequences: list[int]
     prompt: int
@@ -51,7 +51,7 @@ class _Block:
 
 
 SHARE_LIMIT = 4096
-"""Longest block, in tokens, that shares a prompt: its mask is quadratic."""
+"""Longest block with a shared prompt, in tokens; its mask grows with the square."""
 
 
 def micro_batches(
@@ -63,16 +63,17 @@ def micro_batches(
     share_prompts: bool = False,
     device: torch.device | str = "cpu",
 ) -> Iterator[MicroBatch]:
-    """Lay ``sequences`` of ``batch`` into micro-batches of at most ``max_tokens`` tokens, padding
-    included; a sequence (or block) longer than that gets a micro-batch of its own.
+    """Lay ``sequences`` of ``batch`` into micro-batches of at most ``max_tokens`` tokens.
+
+    Padding counts. A longer sequence (or block) gets a separate micro-batch.
 
     Args:
-        batch: packed trajectories.
-        wanted: bool ``[T]``, tokens whose log-prob is wanted. The first token of a sequence has
-            nothing before it and cannot be.
-        sequences: indices into the batch; those without a wanted token are left out.
-        max_tokens: rows times columns at most.
-        share_prompts: lay a prompt once for all its responses, where that halves their tokens.
+        batch: packed trajectories. wanted: tokens whose log-prob is wanted, bool ``[T]``; never the
+        first of a sequence, because
+            no token predicts it.
+        sequences: indices into the batch; sequences without a wanted token are left out.
+        max_tokens: most rows times columns.
+        share_prompts: lay a prompt once for all its responses, if that halves their tokens.
         device: where the tensors go.
     """
     starts = batch.cu_seqlens[:-1]
@@ -90,7 +91,7 @@ def micro_batches(
 
 
 def _shared(batch: Batch, wanted: np.ndarray, sequences: list[int]) -> list[_Block]:
-    """One block for each prompt whose responses gain by sharing it, one for each other sequence."""
+    """A block for each prompt that is worth sharing, and one for each other sequence."""
     siblings: dict[bytes, list[int]] = defaultdict(list)
     for index in sequences:
         start, end = batch.cu_seqlens[index : index + 2]
@@ -111,7 +112,7 @@ def _shared(batch: Batch, wanted: np.ndarray, sequences: list[int]) -> list[_Blo
 def _fill_rows(
     blocks: list[_Block], width: int, max_rows: int
 ) -> tuple[list[list[_Block]], list[_Block]]:
-    """First-fit decreasing into at most ``max_rows`` rows; returns the rows and what is left."""
+    """First-fit decreasing into at most ``max_rows`` rows; return the rows and the blocks left."""
     rows: list[list[_Block]] = []
     room: list[int] = []
     left: list[_Block] = []
@@ -136,9 +137,9 @@ def _lay_out(
     device: torch.device | str,
 ) -> MicroBatch:
     ids_rl = np.zeros((len(rows), width), np.int64)
-    # Padding counts up from 0 too: a sequence of its own, which nothing else attends to.
+    # Padding counts up from 0, too: a separate sequence that no other attends to.
     positions_rl = np.tile(np.arange(width), (len(rows), 1))
-    # Which block each column belongs to, and which branch of it: 0 is the prompt they share.
+    # The block of each column, and its branch; 0 is the shared prompt.
     block_rl = np.full((len(rows), width), -1)
     branch_rl = np.zeros((len(rows), width), np.int64)
     parts: list[tuple[np.ndarray, ...]] = []
@@ -180,7 +181,7 @@ def _lay_out(
 
 
 def _visible(block_rl: np.ndarray, branch_rl: np.ndarray) -> Tensor:
-    """Bool ``[r, l, l]``: a column sees what stands before it in its prompt and in its branch."""
+    """Bool ``[r, l, l]``: a column sees earlier columns of its prompt and of its branch."""
     same_block = block_rl[:, :, None] == block_rl[:, None, :]
     on_path = (branch_rl[:, None, :] == 0) | (branch_rl[:, :, None] == branch_rl[:, None, :])
     causal = np.tri(block_rl.shape[1], dtype=bool)

@@ -1,8 +1,7 @@
-"""Attention of one token a row, cohort by cohort, as an attention implementation of transformers.
+"""Attention of one token per row, cohort by cohort, as an attention implementation of transformers.
 
-``KVLayer.update`` hands the model its new keys back with every cohort's cached ones attached; the
-model hands them on to whatever its config names as attention. Anything else that comes this way, a
-prefill say, goes to SDPA as it would have without us.
+``KVLayer.update`` returns the new keys with the cached ones of every cohort attached. The model
+passes them to the attention that its config names. Other calls, such as a prefill, go to SDPA.
 """
 
 from typing import Any
@@ -19,7 +18,7 @@ Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def attach(keys: torch.Tensor, parts: list[Part]) -> torch.Tensor:
-    """``keys``, carrying what the rows attend to."""
+    """Attach to ``keys`` what the rows attend to."""
     keys.cohorts = parts  # type: ignore[attr-defined]
     return keys
 
@@ -33,8 +32,11 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: ``query`` ``[n, heads, tokens, head_dim]``; the output ``[n, tokens,
-    heads, head_dim]`` and no weights."""
+    """The function that transformers calls.
+
+    ``query`` is ``[n, heads, tokens, head_dim]``; the output is ``[n, tokens, heads, head_dim]``,
+    without weights.
+    """
     parts: list[Part] | None = getattr(key, "cohorts", None)
     if parts is None:
         return sdpa_attention_forward(
@@ -55,11 +57,11 @@ def one_token(
     mask_n11s: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """``softmax(scale · q kᵀ + mask) v`` for one query a row, ``[n, 1, heads, head_dim]``.
+    """``softmax(scale · q kᵀ + mask) v`` for one query per row, ``[n, 1, heads, head_dim]``.
 
-    Query heads that share keys stand where a sequence's tokens would, so nothing is repeated. Where
-    none do, two plain products take 0.5 to 0.9 of the time of SDPA on a CPU, once there is more to
-    do than to call: its blocks are made for many queries.
+    Query heads that share keys take the place of a sequence's tokens, so nothing is repeated. If no
+    heads share keys, two plain products take 0.5 to 0.9 of the time of SDPA on a CPU, except for
+    small shapes. The blocks of SDPA are made for many queries.
     """
     n, heads, _, dim = query_nh1d.shape
     kv_heads, length = keys_nksd.shape[1:3]

@@ -1,11 +1,11 @@
 """The embedded engine: batched decoding with a Hugging Face model in the trainer's process.
 
-1. Requests wait in order of their context's length, the longest first.
-2. Free rows are filled from there: each distinct context is prefilled once, in micro-batches of
-   about equal lengths, and stored in the rows of all the samples that share it.
-3. A decode step extends every row by one token; rows of about one length attend side by side (see
-   ``kv_cache``). Rows that end leave, others move into their places, and the batch stays dense.
-   What a row has gathered is handed over when it ends, and every ``stream_tokens`` before that.
+1. Requests wait in the order of their contexts' lengths, the longest first.
+2. Free rows take the next requests. Each distinct context is prefilled once, in micro-batches of
+   about equal lengths, and stored in the rows of all samples that share it.
+3. A decode step extends every row by one token. Rows of about the same length attend together (see
+   ``kv_cache``). Other rows move into the places of rows that end, so the batch stays dense. A
+   row's tokens are handed over when it ends, and every ``stream_tokens`` before that.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ PREFILL_TOKENS = 4096
 """Tokens, padding included, in one forward pass of a prefill."""
 
 WORTH_A_PASS = 64
-"""Tokens that a prefill gathers: with fewer, reading the weights takes longer than using them."""
+"""Tokens that a prefill waits for; with fewer, reading the weights takes longer than using them."""
 
 
 class TorchEngine:
@@ -60,7 +60,7 @@ class TorchEngine:
         self.split = (
             model.config._attn_implementation == "sdpa" and model._supports_attention_backend
         )
-        self.position_bytes = WORTH_A_COHORT  # as long as it is not known
+        self.position_bytes = WORTH_A_COHORT  # Until it is known.
         with self._lent():
             self._check_model()
 
@@ -71,8 +71,8 @@ class TorchEngine:
         closed.
 
         Raises:
-            ValueError: a request is empty, out of the model's vocabulary or longer than its
-                context; at once, before anything is generated.
+            ValueError: a request is empty, exceeds the model's vocabulary or its context. Raised at
+                once, before anything is generated.
         """
         for request in requests:
             check_request(
@@ -103,7 +103,7 @@ class TorchEngine:
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         if not requests:
             return
-        # Shortest first, as entries are taken off the end; equal contexts stand side by side.
+        # Shortest first, because entries are taken from the end. Equal contexts are neighbours.
         waiting = sorted(requests, key=lambda r: (len(r.token_ids), r.token_ids.tobytes()))
         rows = Rows(
             min(self.batch_rows, len(requests)),
@@ -127,7 +127,7 @@ class TorchEngine:
 
     @contextmanager
     def _lent(self) -> Iterator[None]:
-        """The model in eval mode and with our attention, and afterwards as it was."""
+        """Put the model into eval mode with our attention, and afterwards back."""
         model, was_training = self.model, self.model.training
         implementation = model.config._attn_implementation
         model.eval()
@@ -145,7 +145,7 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _enter(self, rows: Rows, cache: KVCache, entering: list[Request]) -> torch.Tensor:
-        """Give each request, longest first, a row with its context; the rows' logits ``[m, V]``."""
+        """Give each request, longest first, a row with its context; return logits ``[m, V]``."""
         lengths = np.array([len(request.token_ids) for request in entering])
         logits = []
         for part in cache.cut(lengths):
@@ -156,10 +156,10 @@ class TorchEngine:
         return torch.cat(logits)
 
     def _prefill(self, cache: KVCache, contexts: list[np.ndarray]) -> list[torch.Tensor]:
-        """Fill the rows of the newest cohort, longest first, equal contexts side by side; each
-        pass's logits, ``[m, V]``.
+        """Fill the rows of the newest cohort, longest first; return each pass's logits, ``[m, V]``.
 
-        Padding is on the right, so that causal attention alone hides it and no mask is needed.
+        Equal contexts are neighbours. Padding is on the right, so causal attention hides it without
+        a mask.
         """
         samples = [list(equal) for _, equal in groupby(contexts, key=lambda ids: ids.tobytes())]
         logits = []
@@ -200,7 +200,7 @@ class TorchEngine:
         cache: KVCache,
         last_b: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Logits ``[b, V]`` at position ``last_b`` of each row (None: the only one)."""
+        """Logits ``[b, V]`` at position ``last_b`` of each row; None: at the only position."""
         inputs = dict(
             input_ids=ids_bs,
             position_ids=positions_bs,
@@ -213,7 +213,8 @@ class TorchEngine:
             hidden_bsd = self.model.base_model(**inputs).last_hidden_state
             hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows, last_b]
             return _head_logits(self.model.get_output_embeddings(), hidden_bd)
-        # A head that scales or caps its logits: the model's own, at the positions any row needs.
+        # A head that scales or caps its logits computes them itself, at the positions that a row
+        # needs.
         if last_b is None:
             return self.model(**inputs).logits[:, 0]
         keep, column_b = last_b.unique(return_inverse=True)
@@ -222,7 +223,7 @@ class TorchEngine:
     def _append(
         self, rows: Rows, cache: KVCache, first_row: int, logits_nv: torch.Tensor
     ) -> list[Segment]:
-        """Draw a token for every row from ``first_row`` on; remove rows that end; what is ready."""
+        """Draw a token for every row from ``first_row`` on, remove ended rows, return segments."""
         sampling = rows.sampling
         live = slice(first_row, rows.count)
         uniform_n = None
@@ -246,12 +247,12 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _check_model(self) -> None:
-        """Decode two short rows of different lengths through the cache; compare with no cache."""
+        """Decode two short rows of different lengths with the cache and compare without it."""
         contexts = [np.arange(length) % self.embedding.num_embeddings for length in (4, 2)]
         expected = [self.model(input_ids=self._tensor(c)[None]).logits[0, -1] for c in contexts]
         expected_bv = torch.stack(expected).float()
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
-        # A model that does not call our attention gives wrong logits with two cohorts.
+        # A model that ignores our attention gives wrong logits with two cohorts.
         splits = (True, False) if self.split else (False,)
         for self.split, self.plain_head in product(splits, (True, False)):
             rows = Rows(2, 1, Sampling(temperature=0, seed=0, stop_token_ids=frozenset()))
@@ -274,9 +275,9 @@ class TorchEngine:
 def _head_logits(head: torch.nn.Module, hidden_bd: torch.Tensor) -> torch.Tensor:
     """``head(hidden_bd)``, ``[b, V]``.
 
-    A large vocabulary on a CPU goes through oneDNN, which takes 0.7 to 0.8 of the time that torch's
-    own product does for up to 256 rows; that one packs the weights at every call. torch hands
-    float32 to oneDNN only by the operator that its compiler emits.
+    A large vocabulary on a CPU goes through oneDNN. For up to 256 rows this takes 0.7 to 0.8 of the
+    time of torch's product, which packs the weights at every call. torch passes float32 to oneDNN
+    only by the operator that its compiler emits.
     """
     if _large(head) and hidden_bd.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         linear = torch.ops.mkldnn._linear_pointwise.default
@@ -285,17 +286,17 @@ def _head_logits(head: torch.nn.Module, hidden_bd: torch.Tensor) -> torch.Tensor
 
 
 def _large(head: torch.nn.Module) -> bool:
-    """Whether the product outweighs the 2 ms that oneDNN takes for each new number of rows."""
+    """Whether the product is worth the 2 ms that oneDNN takes for each new number of rows."""
     if type(head) is not torch.nn.Linear or head.weight.device.type != "cpu":
         return False
     return head.weight.numel() >= 1 << 24
 
 
 def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:
-    """Whether to prefill now or to let more rows come free.
+    """Whether to prefill now or to wait for more free rows.
 
-    Where a step's time goes with its rows an idle one costs nothing, hence an eighth at least;
-    where it does not, waiting for a full pass pays until half of the rows are idle.
+    If the time of a step grows with its rows, an idle row costs nothing, so at least an eighth of
+    the rows must be free. If it does not, waiting for a full pass pays until half are idle.
     """
     if not waiting or not free:
         return False
@@ -306,10 +307,11 @@ def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:
 
 
 def _attention_layers(model: PreTrainedModel) -> tuple[int, int | None]:
-    """How many layers keep keys and values, and the positions they attend to (None: no limit).
+    """Number of layers with keys and values, and the positions that they attend to (None: no
+    limit).
 
     Raises:
-        ValueError: a layer keeps anything else (a state-space or linear-attention layer, say).
+        ValueError: a layer keeps something else, as a state-space or linear-attention layer does.
     """
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers

@@ -1,11 +1,11 @@
-"""Keys and values of the rows being decoded, in place: preallocated, and grown now and then.
+"""Keys and values of the rows that are decoded, stored in place and grown from time to time.
 
-A transformers ``Cache``, so that any causal model fills it through its own forward pass. Rows of
-about one length form a *cohort*, with storage of its own: decoding is bound by reading keys and
-values, and side by side with long rows a short one would be read, and stored, as if it were long.
-Cohorts stand in the order of their length, the longest first, and the rows of the batch are those
-of the first cohort, then those of the second, and so on. A model whose attention cannot go cohort
-by cohort has one cohort only, and a mask.
+It is a transformers ``Cache``, so any causal model fills it through its forward pass. Rows of about
+the same length form a *cohort*, with separate storage. Decoding is bound by reading keys and
+values, and in the storage of long rows a short one would be read, and stored, as if it were long.
+Cohorts are ordered by length, the longest first. The rows of the batch are those of the first
+cohort, then those of the second, and so on. A model whose attention cannot work cohort by cohort
+has one cohort and a mask.
 """
 
 from collections.abc import Iterator
@@ -21,38 +21,40 @@ ROUND_TO = 4
 """Positions are allocated in multiples of this."""
 
 HEADROOM = {"cpu": 1 / 16}
-"""Positions added at a growth, as a share of those there; 1 on other devices. A CPU reads keys of a
-layer as one stream, and unused positions between the rows break it up: with twice the positions a
-step took a fifth longer, more than it costs to copy the cache every 16th of its length."""
+"""Positions added when storage grows, as a share of the present ones; 1 on other devices. A CPU
+reads the keys of a layer as one stream, and unused positions between the rows interrupt it: with
+twice the positions a step took a fifth longer. Copying the cache every 16th of its length costs
+less."""
 
 NEARLY = 1.25
-"""Storage is made for all that the rows may reach at once if that is at most so many times more."""
+"""Allocate a cohort's final size at once if it is at most this many times what is needed now."""
 
 WORTH_A_COHORT = 1 << 19
-"""Bytes that a layer reads in vain before the rows are split. One more call costs 15 to 20 µs, and
-this much takes 20 µs at 25 GB/s: little matters which side of it a cohort is on."""
+"""Bytes that a layer reads needlessly before the rows are split. Reading them takes 20 µs at 25
+GB/s, and one more call costs 15 to 20 µs."""
 
 
 class Cohort:
-    """Rows side by side: ``keys`` and ``values`` hold ``[capacity, kv_heads, positions, head_dim]``
-    for each layer, of which rows 0 .. count − 1 are live."""
+    """Rows that share storage: for each layer ``keys`` and ``values``, each
+    ``[capacity, kv_heads, positions, head_dim]``. Rows 0 .. count − 1 are live."""
 
     def __init__(self, rows: int, layers: int, positions: int, bound: int):
         self.count = self.capacity = rows
         self.positions = positions
         self.bound = bound
-        """What no row will exceed."""
+        """Positions that no row will exceed."""
         self.longest = 0
-        """Positions of the longest row, after the pass at hand."""
+        """Positions of the longest row after the present pass."""
         self.at: tuple[torch.Tensor, torch.Tensor] | int = 0
-        """Where the pass writes: rows and positions, or one position for all."""
+        """Where the pass writes: (rows, positions), or one position for all rows."""
         self.mask: torch.Tensor | None = None
-        """Additive, ``[n, 1, 1, longest]``: hides what is beyond a row's length. None: nothing."""
+        """Additive, ``[n, 1, 1, longest]``: hides positions beyond a row's length. None: hides
+        none."""
         self.keys: list[torch.Tensor | None] = [None] * layers
         self.values: list[torch.Tensor | None] = [None] * layers
 
     def resize(self, rows: int, positions: int) -> None:
-        """Move to storage of another size; the live rows come along."""
+        """Move the live rows to storage of another size."""
         self.capacity, self.positions = rows, positions
         for stored in (self.keys, self.values):
             for layer, old in enumerate(stored):
@@ -72,13 +74,16 @@ class Cohort:
     def extend(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a token a row, ``[count, kv_heads, 1, head_dim]``; what the rows attend to,
-        ``[count, kv_heads, longest, head_dim]`` each."""
+        """Store one token per row, ``[count, kv_heads, 1, head_dim]``.
+
+        Returns the keys and values that the rows attend to, ``[count, kv_heads, longest,
+        head_dim]`` each.
+        """
         stored_keys, stored_values = self.keys[layer], self.values[layer]
         assert stored_keys is not None and stored_values is not None
         if self.count < self.capacity:
             stored_keys, stored_values = stored_keys[: self.count], stored_values[: self.count]
-        if isinstance(self.at, int):  # a plain copy, 5 times as fast as scattered rows
+        if isinstance(self.at, int):  # A plain copy, 5 times as fast as scattered rows.
             stored_keys.select(2, self.at).copy_(keys.select(2, 0))
             stored_values.select(2, self.at).copy_(values.select(2, 0))
         else:
@@ -88,7 +93,7 @@ class Cohort:
         return stored_keys.narrow(2, 0, self.longest), stored_values.narrow(2, 0, self.longest)
 
     def position_bytes(self) -> int:
-        """What a layer keeps of one position of one row."""
+        """Bytes that a layer keeps for one position of one row."""
         keys = self.keys[0]
         assert keys is not None
         return 2 * keys[0, :, 0].nbytes
@@ -103,7 +108,7 @@ class Cohort:
         if not rows:
             return new.zero_()
         new[:rows, :, :length] = old[:rows]
-        # Not left as found: masked positions have weight 0, and 0 times a stray NaN is NaN.
+        # Masked positions have weight 0, and 0 times a stray NaN is NaN.
         new[:, :, length:] = 0
         new[rows:, :, :length] = 0
         return new
@@ -117,8 +122,8 @@ class KVCache(Cache):
     Args:
         layers: attention layers of the model.
         like: any tensor of the model's device and dtype.
-        position_bytes: what a layer keeps of one position of one row.
-        split: whether the model's attention goes cohort by cohort (see ``attention``).
+        position_bytes: bytes that a layer keeps for one position of one row.
+        split: whether the model's attention works cohort by cohort (see ``attention``).
     """
 
     def __init__(self, layers: int, like: torch.Tensor, position_bytes: int, *, split: bool):
@@ -129,11 +134,11 @@ class KVCache(Cache):
         self.split = split
         super().__init__(layers=[KVLayer(self, layer) for layer in range(layers)])
         self.filling: tuple[slice, torch.Tensor | None] | None = None
-        """In a prefill, the rows of the last cohort that it fills, and from which contexts."""
+        """In a prefill: the rows of the last cohort that it fills, and the context of each."""
         self.longest = 0
 
     def add(self, lengths: np.ndarray, bound: int) -> None:
-        """Begin a cohort with room for rows of ``lengths``, longest first, int64 ``[m]``."""
+        """Begin a cohort for rows of ``lengths``, longest first, int64 ``[m]``."""
         positions = self._positions(int(lengths[0]) + 1, bound)
         cohort = Cohort(len(lengths), len(self.layers), positions, bound)
         cohort.longest = int(lengths[0])
@@ -150,8 +155,10 @@ class KVCache(Cache):
         self.filling, self.longest = (rows, contexts_m), length
 
     def begin_decode(self, positions_n: np.ndarray) -> None:
-        """The next forward pass holds one token for each row, at its own position, int64 ``[n]``,
-        which is the row's length before the step."""
+        """Prepare a forward pass with one token per row, at these positions, int64 ``[n]``.
+
+        A row's position is its length before the step.
+        """
         self.filling = None
         self._merge(positions_n)
         start = 0
@@ -165,7 +172,7 @@ class KVCache(Cache):
                     cohort.count if half_empty else cohort.capacity,
                     self._positions(cohort.longest, cohort.bound),
                 )
-            if shortest == cohort.longest:  # faster: nothing is to be hidden
+            if shortest == cohort.longest:  # Faster, because nothing has to be hidden.
                 cohort.at, cohort.mask = shortest - 1, None
                 continue
             at = torch.from_numpy(positions_c).to(self.device, non_blocking=True)
@@ -178,13 +185,13 @@ class KVCache(Cache):
 
     @torch.inference_mode()
     def remove(self, ended_n: np.ndarray) -> np.ndarray:
-        """Drop rows; the last ones of a cohort move into the gaps.
+        """Drop rows; the last rows of a cohort move into the gaps.
 
         Args:
-            ended_n: bool ``[n]``, all rows.
+            ended_n: the rows to drop, bool ``[n]``.
 
         Returns:
-            Which row each of those that stay was before, int64 ``[m]``.
+            The previous index of each remaining row, int64 ``[m]``.
         """
         order, start = [], 0
         for cohort in self.cohorts:
@@ -203,20 +210,20 @@ class KVCache(Cache):
         return np.concatenate(order)
 
     def cut(self, lengths: np.ndarray) -> list[slice]:
-        """Which of the rows of ``lengths``, longest first, int64 ``[m]``, go into one cohort."""
+        """Cut rows of ``lengths``, longest first, int64 ``[m]``, into cohorts."""
         if not self.split:
             return [slice(0, len(lengths))]
         cuts, waste = [0], 0
         for length in lengths:
             waste += int(lengths[cuts[-1]] - length) * self.position_bytes
             if waste >= WORTH_A_COHORT:
-                # Back to where this length began, so that equals stay together.
+                # Cut where this length begins, so that equal lengths stay together.
                 cuts.append(int(np.searchsorted(-lengths, -length)))
                 waste = 0
         return [slice(a, b) for a, b in zip(cuts, [*cuts[1:], len(lengths)], strict=True)]
 
     def _merge(self, positions_n: np.ndarray) -> None:
-        """Join neighbours that have become too small to be worth a call of their own."""
+        """Join neighbouring cohorts that are too small to be worth a separate call."""
         if len(self.cohorts) == 1:
             return
         starts = np.cumsum([0, *(cohort.count for cohort in self.cohorts[:-1])])
@@ -260,7 +267,7 @@ class KVCache(Cache):
 
 
 class KVLayer(CacheLayerMixin):
-    """One layer's share: what the model calls between its projections and its attention."""
+    """One layer of the cache, which the model calls between its projections and its attention."""
 
     is_sliding = False
 
@@ -270,12 +277,12 @@ class KVLayer(CacheLayerMixin):
         self.index = index
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: cohorts make their storage when they are filled."""
+        """Do nothing: cohorts allocate storage when they are filled."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``[n, kv_heads, tokens, head_dim]`` and return what the tokens attend to."""
+        """Store ``[n, kv_heads, tokens, head_dim]`` and return the keys and values to attend to."""
         cache = self.cache
         if cache.filling is not None:
             rows, contexts_m = cache.filling
@@ -299,7 +306,7 @@ class KVLayer(CacheLayerMixin):
         return attach(key_states, parts), value_states
 
     def get_seq_length(self) -> int:
-        """Positions before the tokens of the coming forward pass."""
+        """Number of positions before the tokens of the next forward pass."""
         return 0 if self.cache.filling is not None else self.cache.longest - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

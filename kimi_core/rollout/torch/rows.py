@@ -1,4 +1,4 @@
-"""What the embedded engine keeps of each response that it is extending."""
+"""The state of each response that the embedded engine extends."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from kimi_core.types import EndReason, Request, Sampling, Segment
 
 
 class Rows:
-    """The rows being decoded, as parallel arrays; the live ones are 0 .. count − 1."""
+    """The rows that are decoded, as parallel arrays; rows 0 .. count − 1 are live."""
 
     def __init__(self, capacity: int, max_steps: int, sampling: Sampling):
         self.capacity = capacity
@@ -17,19 +17,19 @@ class Rows:
         self.detectors = np.full(capacity, None, object)
         self.trajectory_id = np.zeros(capacity, np.int64)
         self.length = np.zeros(capacity, np.int64)
-        """Tokens so far, the newest included; the newest one is not in the cache yet."""
+        """Tokens so far, including the newest one, which is not in the cache yet."""
         self.newest = np.zeros(capacity, np.int64)
         self.made = np.zeros(capacity, np.int64)
         """Tokens that this call has added."""
         self.sent = np.zeros(capacity, np.int64)
-        """How many of them have been yielded."""
+        """Number of these tokens that were yielded."""
         self.limit = np.zeros(capacity, np.int64)
-        """Tokens that it may add ..."""
+        """Tokens that the row may add in this call."""
         self.closes = np.zeros(capacity, bool)
-        """... and whether the response has then reached its total length limit."""
+        """Whether the response has then reached its total length limit."""
         self.stopped = np.zeros(capacity, bool)
         self.repeated = np.zeros(capacity, bool)
-        # Pages of these that no row reaches are never touched, so a generous budget costs nothing.
+        # Pages that no row reaches are never touched, so a large budget costs nothing.
         self.token_ids = np.zeros((capacity, max_steps), np.int32)
         self.logprobs = np.zeros((capacity, max_steps), np.float32)
         self.columns = [
@@ -39,7 +39,7 @@ class Rows:
         ]
 
     def add(self, requests: list[Request]) -> None:
-        """Append rows for requests whose contexts have been prefilled."""
+        """Append rows for requests whose contexts were prefilled."""
         new = slice(self.count, self.count + len(requests))
         self.trajectory_id[new] = [request.trajectory_id for request in requests]
         self.length[new] = [len(request.token_ids) for request in requests]
@@ -53,7 +53,7 @@ class Rows:
         self.count = new.stop
 
     def append(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
-        """Add a token to each row from ``first_row`` on; which of all rows have ended, ``[n]``."""
+        """Add a token to each row from ``first_row`` on; return which rows have ended, ``[n]``."""
         new = slice(first_row, self.count)
         at = np.arange(first_row, self.count), self.made[new]
         self.token_ids[at] = tokens
@@ -70,7 +70,7 @@ class Rows:
         return ended
 
     def due(self) -> np.ndarray:
-        """Which rows have tokens enough for a segment that does not end them, bool ``[n]``."""
+        """Which rows have enough tokens for a segment that does not end them, bool ``[n]``."""
         every = self.sampling.stream_tokens
         if not every:
             return np.zeros(self.count, bool)
@@ -89,7 +89,7 @@ class Rows:
         )
 
     def _reason(self, row: int) -> EndReason | None:
-        """Why a row that ended did; None where only its budget is spent."""
+        """Why a row ended; None if only its budget is spent."""
         if self.stopped[row]:
             return "stop"
         if self.repeated[row]:
@@ -97,7 +97,7 @@ class Rows:
         return "length" if self.closes[row] else None
 
     def keep(self, order: np.ndarray) -> None:
-        """Only these rows stay, in this order; int64 ``[m]``."""
+        """Keep only these rows, in this order, int64 ``[m]``."""
         to = np.flatnonzero(order != np.arange(len(order)))
         for column in self.columns:
             column[to] = column[order[to]]

@@ -1,4 +1,4 @@
-"""A response that an engine outside of this process extends: where it ends and is cut."""
+"""A response that an engine in another process extends: where it ends and how it is cut."""
 
 from collections.abc import Sequence
 
@@ -9,17 +9,17 @@ from kimi_core.types import EndReason, Request, Sampling, Segment
 
 
 class Response:
-    """What has come of one request, in the segments that the embedded engine would cut."""
+    """The tokens received for one request, cut into the same segments as the embedded engine's."""
 
     def __init__(self, request: Request, sampling: Sampling):
         self.request = request
         self.stop = sampling.stop_token_ids
         self.every = sampling.stream_tokens
         self.token_ids: list[int] = []
-        """What this call has added."""
+        """Tokens that this call has added."""
         self.logprobs: list[float] = []
         self.sent = 0
-        """How many of them are in segments."""
+        """Number of these tokens that are in segments."""
         self.ended = False
         self.end_reason: EndReason | None = None
         self.detector = None
@@ -30,16 +30,16 @@ class Response:
 
     @property
     def context(self) -> np.ndarray:
-        """The tokens that the next one follows, int32 ``[n]``."""
+        """All tokens before the next one, int32 ``[n]``."""
         return np.concatenate([self.request.token_ids, self.token_ids]).astype(np.int32)
 
     @property
     def left(self) -> int:
-        """The most tokens that may still come."""
+        """Most tokens that may still come."""
         return self.request.steps - len(self.token_ids)
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Take over the tokens that follow, up to where the response ends; the rest is dropped."""
+        """Add tokens up to the end of the response; drop the rest."""
         stops = (at for at, token in enumerate(token_ids) if token in self.stop)
         count = min(next(stops, self.left) + 1, self.left, len(token_ids))
         repeated = False
@@ -58,7 +58,7 @@ class Response:
         self.ended = self.end_reason is not None or not self.left
 
     def ready(self, policy_version: int) -> list[Segment]:
-        """The segments that are complete and not handed over yet."""
+        """Complete segments that were not handed over yet."""
         segments = []
         while self.every and len(self.token_ids) - self.sent > self.every:
             segments.append(self._segment(self.every, policy_version, None))

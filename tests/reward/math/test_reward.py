@@ -164,7 +164,7 @@ def test_a_worker_that_died_is_replaced(hasty):
 def test_workers_that_never_answer_are_no_verdict(monkeypatch):
     monkeypatch.setattr(math_module, "WORKER", "kimi_core.reward.length")  # Does nothing and ends.
     made = MathReward(MathConfig())
-    with pytest.raises(InfrastructureError, match="not answered by its worker, 2 times"):
+    with pytest.raises(InfrastructureError, match="not answered by its worker, in 2 attempts"):
         made(prompt("a+b"), "b+a")
     assert made._idle == []
 
