@@ -16,7 +16,7 @@ def test_relative_and_absolute(folder):
 
 @pytest.mark.parametrize("spec", ["mine.py", "mine:double", "mine.py:", "mine.py:a b", ":double"])
 def test_spec_of_another_form(folder, spec):
-    with pytest.raises(ValueError, match=r"a function is named as file\.py:function"):
+    with pytest.raises(ValueError, match=r"name a function as file\.py:function"):
         load_function(spec, folder)
 
 
@@ -31,7 +31,7 @@ def test_missing_name_lists_what_is_there(folder):
 
 
 def test_not_callable(folder):
-    with pytest.raises(ValueError, match=r"mine\.py:TEN is 10, which cannot be called"):
+    with pytest.raises(ValueError, match=r"mine\.py:TEN is 10, which is not callable"):
         load_function("mine.py:TEN", folder)
 
 
