@@ -314,7 +314,7 @@ def test_models_with_another_state_are_refused():
 
 
 def test_models_that_ignore_what_they_are_told_are_refused(monkeypatch):
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA_LIKE))
+    model = model_of("llama")
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", lambda **k: forward(**{**k, "position_ids": None}))
     with pytest.raises(ValueError, match=r"LlamaForCausalLM.*position_ids"):
