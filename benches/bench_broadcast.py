@@ -26,7 +26,7 @@ from transformers import LlamaConfig
 
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.broadcast.receiver import WeightReceiver
-from kimi_core.weights.broadcast.rounds import Terms
+from kimi_core.weights.broadcast.rounds import BroadcastSettings
 from kimi_core.weights.broadcast.sender import WeightSender
 from kimi_core.weights.layout import Layout
 
@@ -131,8 +131,10 @@ def setting():
         arena = WeightArena.create(paths[0], layout, slots=2)
         WeightArena.create(paths[1], layout, slots=2).close()
         for name, bucket_bytes in (("buckets", 64 << 20), ("one piece", ONE_PIECE)):
-            terms = Terms(bucket_bytes=bucket_bytes, answer_s=WAIT_S, transfer_s=WAIT_S)
-            senders[name] = WeightSender([arena], host="127.0.0.1", terms=terms)
+            settings = BroadcastSettings(
+                bucket_bytes=bucket_bytes, answer_s=WAIT_S, transfer_s=WAIT_S
+            )
+            senders[name] = WeightSender([arena], host="127.0.0.1", settings=settings)
             given[name] = senders[name].address
         receiver = Receiver(**given)
         connection = socket.create_connection(("127.0.0.1", receiver.says()["port"]))

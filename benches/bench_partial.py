@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from kimi_core.config import load_config
 from kimi_core.loop import Loop
 from kimi_core.run.build import build
+from kimi_core.run.config_file import load_config
 from kimi_core.run.run import fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,8 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from kimi_core.config import Config, load_config
+from kimi_core.config import Config
+from kimi_core.run.config_file import load_config
 
 CONFIGS = Path(__file__).parent / "configs"
 """The configs that ship with the package."""

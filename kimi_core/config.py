@@ -1,19 +1,12 @@
 """Every setting of a run: typed, frozen, described. An unknown key is an error.
 
-A run is a TOML file of at most 50 lines plus dotted overrides from the command line::
-
-    config = load_config("configs/think.toml", ["trainer.learning_rate=3e-4", "seed=1"])
-
-Each section of the file is one class below. A key that is left out keeps the default written here.
+A run is a TOML file of at most 50 lines. Each section of the file is one class below, and a key
+that is left out keeps the default written here. ``run/config_file.py`` reads and writes the files.
 """
 
-import tomllib
-from contextlib import suppress
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kimi_core.types import Normalize
 
@@ -294,116 +287,3 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     trajectories: TrajectoriesConfig = TrajectoriesConfig()
-
-
-MOVED = {
-    **{f"model.{key}": f"model.scratch.{key}" for key in ScratchConfig.model_fields},
-    **{f"prompts.{key}": f"prompts.task.{key}" for key in TaskConfig.model_fields},
-    **{f"trainer.{key}": f"trainer.ablation.{key}" for key in AblationConfig.model_fields},
-}
-"""Keys of earlier versions → where they are now."""
-
-DROPPED = {
-    "rollout.vllm.start_timeout_s": "vLLM has 600 s to start",
-    "curriculum.prior_weight": "the prior weighs 2 samples",
-    "reward.math.memory_mb": "a comparison may use 1024 MB",
-}
-"""Keys of earlier versions → what holds in their place."""
-
-
-def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """Read a TOML file (None: the defaults) and apply ``section.key=value`` overrides in order.
-
-    Values are TOML literals, and a text that is not one is taken as a string. ``none`` unsets a
-    setting that may be unset: ``rollout.token_budget=none``.
-
-    Raises:
-        ValueError: the file is missing or not TOML, an override has no ``=``, or a key or value is
-            not allowed. The message names each of them with what was given.
-    """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        try:
-            raw = tomllib.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise ValueError(f"No config file {path}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
-    for override in overrides or []:
-        _apply_override(raw, override)
-    try:
-        return Config(**raw)
-    except ValidationError as error:
-        raise ValueError(_explain(error)) from None
-
-
-def dump_toml(config: Config) -> str:
-    """The settings as TOML that ``load_config`` reads back to an equal ``Config``.
-
-    Unset values are left out, because TOML has no null. Every setting that can be unset is unset by
-    default.
-    """
-    return tomli_w.dumps(_without_none(config.model_dump()))
-
-
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: _without_none(value) if isinstance(value, dict) else value
-        for key, value in values.items()
-        if value is not None
-    }
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise ValueError(
-            f"Cannot read {override!r}: an override is section.key=value, as in seed=1"
-        )
-    value: Any = text
-    if text == "none" and _can_be_unset(dotted):
-        value = None
-    else:
-        with suppress(tomllib.TOMLDecodeError):
-            value = tomllib.loads(f"value = {text}")["value"]
-    *sections, key = dotted.split(".")
-    for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
-            raise ValueError(f"Cannot set {dotted}: {section} is a value, not a section")
-    raw[key] = value
-
-
-def _can_be_unset(dotted: str) -> bool:
-    *sections, key = dotted.split(".")
-    model: Any = Config
-    for section in sections:
-        field = getattr(model, "model_fields", {}).get(section)
-        model = field.annotation if field else None
-    field = getattr(model, "model_fields", {}).get(key)
-    return field is not None and type(None) in get_args(field.annotation)
-
-
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
-        if where in MOVED:
-            lines.append(f"{where} = {fault['input']!r}: this key is now {MOVED[where]}")
-        elif where in DROPPED:
-            lines.append(f"{where} = {fault['input']!r}: this key is gone; {DROPPED[where]}")
-        elif fault["type"] == "extra_forbidden":
-            known = ", ".join(_fields_of(fault["loc"][:-1]))
-            lines.append(f"Unknown key {where} = {fault['input']!r}; allowed here: {known}")
-        elif fault["type"] == "value_error":
-            lines.append(fault["msg"].removeprefix("Value error, "))
-        else:
-            lines.append(f"{where} = {fault['input']!r}: {fault['msg']}")
-    return "\n".join(lines)
-
-
-def _fields_of(sections: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Config
-    for section in sections:
-        model = model.model_fields[str(section)].annotation  # type: ignore[assignment]
-    return list(model.model_fields)

@@ -10,7 +10,7 @@ import pytest
 
 import kimi_core
 from kimi_core import cli
-from kimi_core.config import load_config
+from kimi_core.run.config_file import load_config
 
 
 def test_an_interrupt_is_one_line_and_status_130(capsys):

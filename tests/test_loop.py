@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 import kimi_core
 from kimi_core.buffer import RolloutBuffer
-from kimi_core.config import Config, load_config
+from kimi_core.config import Config
 from kimi_core.metrics import read_metrics
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.run.build import Parts, build
+from kimi_core.run.config_file import load_config
 from kimi_core.run.run import fine_tune, train
 from kimi_core.types import PROMPT_VERSION, Request, Trajectory
 
@@ -251,7 +252,7 @@ STEPWISE = """
     import sys
     from pathlib import Path
     from kimi_core.run import run, state
-    from kimi_core.config import load_config
+    from kimi_core.run.config_file import load_config
 
     save, calls = state.save, None
     def saved(loop, folder, *rest):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kimi_core.config import ModelConfig, load_config
+from kimi_core.config import ModelConfig
 from kimi_core.metrics import read_metrics
 from kimi_core.models.scratch import scratch_model
+from kimi_core.run.config_file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from kimi_core.buffer import RolloutBuffer
-from kimi_core.config import Config, dump_toml
+from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_folder
@@ -25,6 +25,7 @@ from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
 from kimi_core.run.build import alphabet
+from kimi_core.run.config_file import dump_toml
 from kimi_core.types import Prompt
 
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from kimi_core.config import Config, Section, dump_toml, load_config
+from kimi_core.config import Config, Section
+from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import (
     OUT_OF_ROOM,
     discard,

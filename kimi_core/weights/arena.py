@@ -1,13 +1,13 @@
 """The versioned arena: weights in shared memory, handed over by a flip, never half-updated.
 
-A trainer publishes into an idle slot and then stores one word; engines lease what that word names
-and read it in place. A slot in use is never written. ``docs/weight_protocol.md`` has the format,
-the order of stores and what each crash leaves; the work is done in C++ (``csrc/weights``).
+A trainer writes new weights into an idle slot, then stores one word that names the slot. Engines
+lease that slot and read it in place. A slot in use is never written. ``csrc/weights`` does the
+work; ``docs/weight_protocol.md`` has the format, the order of stores, and what each crash leaves.
 
     arena = WeightArena.create("/dev/shm/run", Layout.from_config(config, dtype="float32"))
-    arena.publish(model.named_parameters(), version=0)          # the trainer
+    arena.publish(model.named_parameters(), version=0)          # in the trainer
 
-    arena = WeightArena.open("/dev/shm/run")                    # an engine, in any process
+    arena = WeightArena.open("/dev/shm/run")                    # in an engine, in any process
     with arena.acquire() as lease:
         lease.tensors["model.norm.weight"]                      # a view of the slot
 """
@@ -27,7 +27,7 @@ from kimi_core.weights.gather import NamedTensors, Source, sources_of
 from kimi_core.weights.layout import Layout
 
 PUBLISH_S = 30.0
-"""Seconds that publishing waits for a slot to come free, unless told otherwise."""
+"""Default number of seconds that a publication waits for a free slot."""
 
 _POLL_S = 0.0005
 
@@ -36,34 +36,34 @@ class WeightArena:
     """An arena file, open to publish (one process) or to read (any number)."""
 
     def __init__(self, path: str | Path, *, readonly: bool = True) -> None:
-        """As ``open``."""
+        """Same as ``open``, without a check of the layout."""
         self._core = _C.WeightArena(str(path), readonly=readonly)
         self.path = str(path)
         self.layout = Layout.from_json(self._core._description)
         regions = [(entry.offset, entry.nbytes) for entry in self.layout.entries]
         if self.layout.hash != self._core._layout_hash or regions != self._core._regions:
             raise ValueError(
-                f"{path}: the layout hash in the header is not that of its table of tensors; make "
-                "the arena anew and publish into it"
+                f"{path} is damaged: the layout hash in its header does not match its table of "
+                "tensors; remove the file, create the arena again and publish into it"
             )
         self._views: dict[int, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
 
     @classmethod
     def create(cls, path: str | Path, layout: Layout, *, slots: int = 3) -> Self:
-        """Make an arena with nothing in it and open it to publish.
+        """Create an empty arena and open it to publish.
 
-        All its memory, ``slots`` times ``layout.payload_bytes``, is taken and touched at once: new
-        shared memory costs seconds a gigabyte at its first touch.
+        All memory, ``slots`` times ``layout.payload_bytes``, is allocated and touched at once,
+        because the first touch of new shared memory costs seconds per gigabyte.
 
         Args:
-            path: where no file is yet; in ``/dev/shm``, or on a disk.
-            slots: 2 to 8. With 2, publishing waits for every reader of the version before; the
-                third is for one that is slow.
+            path: of the new file, in ``/dev/shm`` or on a disk.
+            slots: 2 to 8. With 2, a publication waits for every reader of the previous version. A
+                third slot keeps one slow reader from delaying it.
 
         Raises:
             ValueError: ``slots`` is out of range.
-            FileExistsError: there is a file already: open it, or remove what an older run left.
-            OSError: there is no room.
+            FileExistsError: the file exists. Open it, or remove what an older run left.
+            OSError: the memory or the disk is full.
         """
         regions = [(entry.offset, entry.nbytes) for entry in layout.entries]
         _C.WeightArena._create(
@@ -71,51 +71,48 @@ class WeightArena:
         )
         try:
             return cls(path, readonly=False)
-        except OSError:  # No room, say.
+        except OSError:  # For example, the memory is full.
             Path(path).unlink()
             raise
 
     @classmethod
     def open(cls, path: str | Path, *, readonly: bool = True, layout: Layout | None = None) -> Self:
-        """Open an arena, to read beside its publisher or, with ``readonly=False``, to publish.
+        """Open an arena to read it or, with ``readonly=False``, to publish.
 
-        Reading needs the right to write the file, too: leases are in it. Processes that share an
-        arena must see each other's pids.
+        Readers need permission to write the file too, because their leases are stored in it.
+        Processes that share an arena must see each other's pids.
 
         Args:
-            layout: what the caller expects to find, if it does.
+            layout: the expected layout; None accepts any.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is no arena, damaged, cut off, of a newer format or of another layout; or
-                another process has it open to publish.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not an arena, is damaged or truncated, or has a newer format or
+                another layout; or another process has it open to publish.
         """
         arena = cls(path, readonly=readonly)
         if layout is not None and layout.hash != arena.layout.hash:
             raise ValueError(
-                f"{path} has another layout: {arena.layout.difference(layout)}; is it of another "
-                "model, dtype or rank?"
+                f"{path} has another layout: {arena.layout.difference(layout)}. Check that both "
+                "sides use the same model, dtype and rank"
             )
         return arena
 
     @property
     def active_version(self) -> int | None:
-        """The version that is served; None before the first."""
+        """The version that readers lease now; None before the first."""
         return self._core.active_version
-
-    @property
-    def readonly(self) -> bool:
-        return self._core.readonly
 
     @property
     def slots(self) -> int:
         return self._core.slots
 
     def acquire(self) -> "Lease":
-        """Lease what is served now; it never waits. ``Lease.verify`` compares checksums.
+        """Lease the active version without waiting. ``Lease.verify`` compares checksums.
 
         Raises:
-            ValueError: nothing is served yet, every lease is taken, or the file was cut off.
+            ValueError: no version was published yet, every lease is taken, or the file was
+                truncated.
         """
         return Lease(self, self._core._acquire())
 
@@ -127,22 +124,21 @@ class WeightArena:
         deadline_s: float = PUBLISH_S,
         threads: int | None = None,
     ) -> None:
-        """Serve new weights: cast and sum them into an idle slot in one pass, then flip.
+        """Cast new weights into an idle slot, compute their checksums in the same pass, then flip.
 
-        Everything is checked before anything is written, and until the flip the version before is
-        served: an error leaves the arena as it was.
+        All arguments are checked before anything is written. An error leaves the arena as it was.
 
         Args:
             named_tensors: every Hugging Face name of the layout once, with its whole tensor, in the
                 arena's dtype or in float32. A tied name may be given again with the same tensor.
-            version: newer than every one before; versions outlive the process.
-            deadline_s: how long to wait for a slot that neither is served nor has a reader.
-            threads: that copy; one for each CPU unless given.
+            version: greater than all earlier ones, also those of earlier processes.
+            deadline_s: seconds to wait for a slot that is neither active nor leased.
+            threads: number of copying threads; None: one for each CPU.
 
         Raises:
             ValueError: names are missing or unknown, a shape or dtype is wrong, or the version is
                 not newer.
-            TimeoutError: no slot came free; the message says which process holds which.
+            TimeoutError: no slot became free; the message names the processes that hold them.
         """
         sources = sources_of(named_tensors, self.layout)
         slot = self._begin(version, deadline_s)
@@ -155,9 +151,9 @@ class WeightArena:
 
     @contextmanager
     def writing(self, version: int, *, deadline_s: float = PUBLISH_S) -> Iterator["WritableSlot"]:
-        """An idle slot to fill with a whole version's bytes, and to ``commit`` with its checksums.
+        """Give an idle slot to fill with the bytes of one version and to ``commit``.
 
-        What is not committed when the block ends is abandoned, and the version before is served on.
+        A slot that is not committed when the block ends is abandoned.
 
         Raises: ValueError and TimeoutError as ``publish``.
         """
@@ -168,8 +164,7 @@ class WeightArena:
             slot.abandon()
 
     def close(self) -> None:
-        """Let another process publish, and unmap the file once the views and leases are gone, too.
-        Again: nothing happens."""
+        """Let another process publish; unmap the file with the last view. Safe to call twice."""
         self._views.clear()
         self._core.close()
 
@@ -181,7 +176,7 @@ class WeightArena:
 
     def _begin(self, version: int, deadline_s: float) -> int:
         if version < 0:
-            raise ValueError(f"version = {version}: versions count from 0")
+            raise ValueError(f"version = {version}: allowed are 0 and above")
         ends = time.monotonic() + deadline_s
         while (slot := self._core._begin(version)) is None:
             if time.monotonic() >= ends:
@@ -193,14 +188,14 @@ class WeightArena:
         held = sorted({(slot, pid, old) for pid, slot, old in self._core._holders()})
         lines = [f"slot {slot} (version {old}) by pid {pid}" for slot, pid, old in held]
         return (
-            f"Cannot publish version {version} into {self.path}: none of {self.slots} slots came "
-            f"free within {deadline_s:g} s. Version {self.active_version} is served; held are "
+            f"Cannot publish version {version} into {self.path}: none of {self.slots} slots became "
+            f"free within {deadline_s:g} s. Active is version {self.active_version}; leased: "
             f"{', '.join(lines) or 'none now'}. Release those leases, stop those processes, or "
-            "make the arena with more slots"
+            "create the arena with more slots"
         )
 
     def _views_of(self, slot: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Entries by name and parts by Hugging Face name; made once, as a slot does not move."""
+        """Entries by name, and parts by Hugging Face name; cached, because a slot never moves."""
         if slot not in self._views:
             payload = torch.from_numpy(self._core._payload(slot))
             tensors = {
@@ -220,12 +215,12 @@ class WeightArena:
 class Lease:
     """The right to read one version in place, until ``release`` or the end of the process.
 
-    Its views stay mapped after that, but another version may come to stand in them: whatever reads
-    them keeps the lease. A lease that is collected is released. It belongs to the process that took
-    it, not to its forked children.
+    After the release the views stay mapped, but the slot may be filled with another version, so
+    keep the lease as long as you read the views. A lease that is garbage-collected is released. A
+    lease belongs to the process that took it, not to its forked children.
 
-    The memory is read-only: a store through a torch tensor, which cannot say so, is a segmentation
-    fault.
+    The memory is read-only. A write through one of the torch tensors is a segmentation fault,
+    because torch has no read-only tensors.
     """
 
     def __init__(self, arena: WeightArena, held: _C.WeightLease) -> None:
@@ -235,7 +230,7 @@ class Lease:
         self.slot: int = held.slot
         self._held = held
         self.verified = False
-        """Whether ``verify`` has found it whole."""
+        """Whether ``verify`` has passed."""
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -244,8 +239,8 @@ class Lease:
 
     @property
     def hf_tensors(self) -> Mapping[str, torch.Tensor]:
-        """Every tensor under its Hugging Face name, tied ones under each; of a tensor that is
-        sharded, this rank's part. Views of the same memory as ``tensors``."""
+        """Every tensor under its Hugging Face name, a tied one under each of its names. Of a
+        sharded tensor, this rank's part. The views share the memory of ``tensors``."""
         return self._views()[1]
 
     @property
@@ -261,13 +256,13 @@ class Lease:
         """CRC32C of each entry's bytes, in the layout's order.
 
         Raises:
-            ValueError: they are damaged, or the lease was released.
+            ValueError: the checksums are damaged, or the lease was released.
         """
         self._check_held()
         return self.arena._core._crcs(self.slot)
 
     def verify(self, *, threads: int | None = None) -> None:
-        """Compare every byte with the checksums that it was published with, and make the views.
+        """Compare every byte with the checksums of the publication, and create the views.
 
         Raises:
             ValueError: a tensor is damaged; the message names it.
@@ -277,7 +272,8 @@ class Lease:
         if bad is not None:
             raise ValueError(
                 f"{self.arena.path} is damaged: {self.layout.entries[bad].name} of version "
-                f"{self.version} fails its checksum; keep the version you have and publish again"
+                f"{self.version} does not match its checksum. Keep the version you have, and "
+                "publish again"
             )
         self._views()
         self.verified = True
@@ -287,7 +283,7 @@ class Lease:
         return self._held.held
 
     def release(self) -> None:
-        """Let the slot be written again. Again: nothing happens."""
+        """Allow the slot to be overwritten. Safe to call twice."""
         self._held.release()
 
     def __enter__(self) -> Self:
@@ -302,11 +298,11 @@ class Lease:
 
     def _check_held(self) -> None:
         if not self.held:
-            raise ValueError(f"The lease on version {self.version} was released: acquire a new one")
+            raise ValueError(f"The lease on version {self.version} was released; acquire a new one")
 
 
 class WritableSlot:
-    """An idle slot that is being filled from elsewhere; ``WeightArena.writing`` gives it."""
+    """An idle slot that the caller fills; made by ``WeightArena.writing``."""
 
     def __init__(self, arena: WeightArena, slot: int, version: int) -> None:
         self.layout = arena.layout
@@ -321,15 +317,14 @@ class WritableSlot:
         """The whole slot, uint8 ``[layout.payload_bytes]``, writable until ``commit``.
 
         Raises:
-            ValueError: it was committed or abandoned.
+            ValueError: the slot was committed or abandoned.
         """
         return self._check_open()
 
     def write(
         self, sources: Sequence[Source], *, first: int, count: int, threads: int | None = None
     ) -> list[int]:
-        """Cast, sum and copy the sources of ``count`` entries, from entry ``first`` on; returns
-        their checksums."""
+        """Cast and copy the sources of ``count`` entries from ``first`` on; return checksums."""
         self._verified = None
         threads = threads or default_threads()
         return self._arena._core._write(self._slot, list(sources), threads, first, count)
@@ -341,14 +336,14 @@ class WritableSlot:
         found: Sequence[int] | None = None,
         threads: int | None = None,
     ) -> None:
-        """Compare the bytes in the slot with the checksums they shall have, one an entry.
+        """Compare the bytes in the slot with checksums, one for each entry.
 
         Args:
-            crcs: what they shall be.
-            found: what they are, where the caller has summed the bytes as they came in.
+            crcs: the expected checksums.
+            found: the actual ones, if the caller has computed them already.
 
         Raises:
-            ValueError: a tensor differs; the message names it, and nothing is served.
+            ValueError: a tensor differs; the message names it.
         """
         self._verified = None
         expected = [int(crc) for crc in crcs]
@@ -361,30 +356,29 @@ class WritableSlot:
             bad = next((index for index, (a, b) in pairs if a != b), None)
         if bad is not None:
             raise ValueError(
-                f"Version {self.version} did not arrive whole in {self._arena.path}: "
-                f"{self.layout.entries[bad].name} fails its checksum; version "
-                f"{self._arena.active_version} is served on, send it again"
+                f"Version {self.version} arrived damaged in {self._arena.path}: "
+                f"{self.layout.entries[bad].name} does not match its checksum. Version "
+                f"{self._arena.active_version} stays active; send the new one again"
             )
         self._verified = expected
 
     def commit(self, crcs: Sequence[int] | None = None) -> None:
-        """Serve the version. With ``crcs`` they are verified first; else ``verify`` has been called
-        and nothing was written since.
+        """Make the version active. Verify it first: here, by giving ``crcs``, or by ``verify``.
 
         Raises:
-            ValueError: as ``verify``, or it was not called.
+            ValueError: as ``verify``, or the slot was not verified since the last write.
         """
         if crcs is not None:
             self.verify(crcs)
         if self._verified is None:
             raise ValueError(
-                f"Version {self.version} is not verified: call verify(crcs), or commit(crcs)"
+                f"Version {self.version} is not verified; call verify(crcs) or commit(crcs)"
             )
         self._end()
         self._arena._core._commit(self._slot, self.version, self._verified)
 
     def abandon(self) -> None:
-        """Leave the slot idle; what is served stays. After ``commit``: nothing happens."""
+        """Give the slot back unused. Does nothing after ``commit``."""
         if self._payload is not None:
             self._end()
             self._arena._core._abandon(self._slot)
@@ -400,5 +394,5 @@ class WritableSlot:
 
 
 def default_threads() -> int:
-    """One thread for each CPU of this process, 8 at most."""
+    """One thread for each CPU of this process, at most 8."""
     return min(8, len(os.sched_getaffinity(0)))

@@ -1,4 +1,4 @@
-"""An embedded engine on the arena: a model whose parameters are views of the version served.
+"""An embedded engine on an arena: a model whose parameters are views of the active version.
 
 In the engine's process, with a model of the trainer's config:
 
@@ -6,11 +6,11 @@ In the engine's process, with a model of the trainer's config:
     binding = bind(model, arena.acquire())
     engine = TorchEngine(model, batch_rows=64, policy_version=binding.version)
 
-and between rollouts, to go on with the newest version:
+and between rollouts, to switch to the newest version:
 
     engine.policy_version = binding.follow()
 
-Nothing is copied: the parameters point into the slot.
+Nothing is copied, because the parameters point into the slot. No command starts such an engine yet.
 """
 
 import torch
@@ -21,9 +21,9 @@ from kimi_core.weights.layout import Layout
 
 
 class Binding:
-    """A model that reads its weights in an arena, and the lease that lets it; ``bind`` makes one.
+    """A model that reads its weights from an arena, and the lease on them; made by ``bind``.
 
-    Flip only between forward passes: one that runs meanwhile would use both versions.
+    Flip only between forward passes. A pass that runs during a flip would mix both versions.
     """
 
     def __init__(self, model: nn.Module, lease: Lease, plan: list[tuple[nn.Parameter, str]]):
@@ -36,24 +36,25 @@ class Binding:
         return self.lease.version
 
     def flip(self, lease: Lease) -> None:
-        """Read another version of the same layout from now on, and release the one before.
+        """Switch to another version of the same layout, and release the previous one.
 
-        The binding takes the lease over. Verified before, this is a pointer for each parameter.
+        The binding takes the lease over. If the lease was verified before, a flip only changes one
+        pointer for each parameter.
 
         Raises:
-            ValueError: the version is damaged, older, or of another layout; the model keeps what it
-                has, and the lease is released.
+            ValueError: the version is damaged, older, or of another layout. The model keeps its
+                version, and the new lease is released.
         """
         try:
             if lease.version < self.version:
                 raise ValueError(
-                    f"Cannot go back from version {self.version} to {lease.version}: versions only "
-                    "grow"
+                    f"Cannot go back from version {self.version} to {lease.version}: versions must "
+                    "not decrease"
                 )
             if lease.layout.hash != self.lease.layout.hash:
                 raise ValueError(
                     f"Version {lease.version} has another layout: "
-                    f"{self.lease.layout.difference(lease.layout)}; bind the model anew"
+                    f"{self.lease.layout.difference(lease.layout)}; bind the model again"
                 )
             if not lease.verified:
                 lease.verify()
@@ -65,17 +66,17 @@ class Binding:
         before.release()
 
     def follow(self) -> int:
-        """Flip to what the arena serves, if that is newer; the version that the model has now.
+        """Flip to the arena's active version if it is newer; return the version the model has now.
 
         Raises:
-            ValueError: as ``flip``; the model keeps what it has.
+            ValueError: as ``flip``; the model keeps its version.
         """
         if self.lease.arena.active_version != self.version:
             self.flip(self.lease.arena.acquire())
         return self.version
 
     def release(self) -> None:
-        """Give the model a copy of its weights that is its own, and the lease back."""
+        """Copy the weights into private memory, and give the lease back."""
         for parameter, _ in self._plan:
             parameter.data = parameter.data.clone()
         self.lease.release()
@@ -87,15 +88,15 @@ class Binding:
 
 
 def bind(model: nn.Module, lease: Lease) -> Binding:
-    """Make every parameter of a Hugging Face model a view of what ``lease`` holds, with no copy.
+    """Make every parameter of a Hugging Face model a view of the leased version, without a copy.
 
-    The binding takes the lease over: keep the binding as long as the model. Tied embeddings stay
-    tied. The parameters no longer require gradients, and a store into them is a segmentation fault:
-    the memory is read-only, as it is everyone's.
+    The binding takes the lease over; keep the binding as long as the model. Tied embeddings stay
+    tied. The parameters stop requiring gradients. A write into them is a segmentation fault,
+    because the memory is shared and read-only.
 
     Raises:
-        ValueError: the model has other names, shapes or dtypes than the arena, the arena holds one
-            rank's shard, or the version is damaged; the model is untouched.
+        ValueError: names, shapes or dtypes of model and arena differ, the arena holds one rank's
+            shard, or the version is damaged. The model is unchanged.
     """
     plan = [(parameter, name) for name, parameter in model.named_parameters()]
     _check(plan, lease.layout)
@@ -115,8 +116,8 @@ def _check(plan: list[tuple[nn.Parameter, str]], layout: Layout) -> None:
     unread = sorted(layout.by_hf_name.keys() - layout.tied.keys() - names)
     if missing or unread:
         raise ValueError(
-            f"Cannot bind the model: the arena lacks {missing[:3] or 'nothing'}, and holds "
-            f"{unread[:3] or 'nothing'} besides; they are of different models"
+            f"Cannot bind the model: only the model has {missing[:3] or 'nothing'}, and only the "
+            f"arena has {unread[:3] or 'nothing'}; make both from the same config"
         )
     for parameter, name in plan:
         entry, part = layout.by_hf_name[name]
@@ -127,4 +128,7 @@ def _check(plan: list[tuple[nn.Parameter, str]], layout: Layout) -> None:
                 f"arena {list(part.shape)} {held[1]} on rank {layout.tp_rank} of {layout.tp_size}"
             )
         if parameter.device.type != "cpu":
-            raise ValueError(f"Cannot bind {name} on {parameter.device}: an arena is CPU memory")
+            raise ValueError(
+                f"Cannot bind {name} on {parameter.device}: an arena is CPU memory; move the model "
+                "to the CPU first"
+            )

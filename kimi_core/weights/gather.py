@@ -1,4 +1,4 @@
-"""From a model's tensors to what is copied into a slot; all is checked before any is copied."""
+"""From a model's tensors to the arrays that are copied into a slot, with all checks."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 
 def sources_of(named_tensors: NamedTensors, layout: Layout) -> list[Source]:
-    """What to copy, in the order of the slot; views wherever the tensors allow.
+    """The arrays to copy, in the order of the slot; views of the tensors where possible.
 
     Raises:
         ValueError: names are missing, unknown or given twice, or a shape or dtype is wrong.
@@ -29,7 +29,7 @@ def sources_of(named_tensors: NamedTensors, layout: Layout) -> list[Source]:
         row_bytes = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
         for part in entry.parts:
             array, dtype = _checked(given[part.name], part, entry.dtype)
-            if array.size:  # A rank may have no row of a small vocabulary.
+            if array.size:  # With a small vocabulary, a rank may have no rows.
                 sources.append((array, dtype, entry.dtype, entry.offset + part.row * row_bytes))
     return sources
 
@@ -46,13 +46,13 @@ def _by_name(named_tensors: NamedTensors, layout: Layout) -> dict[str, torch.Ten
     if unknown or missing:
         raise ValueError(
             f"Cannot publish: {_some(missing)} missing, and {_some(unknown)} unknown to the "
-            "layout; it is that of another model, or names were changed on the way"
+            "layout; give the tensors of the model that the layout was made from, under its names"
         )
     for alias, name in layout.tied.items():
         if alias in given and not _is_same(given[alias], given[name]):
             raise ValueError(
-                f"Cannot publish: {alias} is tied to {name} in the layout, and here it is a tensor "
-                "of its own; make the layout from this model's config"
+                f"Cannot publish: {alias} is tied to {name} in the layout, but here it is another "
+                "tensor; make the layout from this model's config"
             )
     return given
 
@@ -67,24 +67,24 @@ def _some(names: list[str]) -> str:
 
 
 def _checked(tensor: torch.Tensor, part: Part, dtype: str) -> tuple[np.ndarray, str]:
-    """The part of a tensor as C++ takes it, and its dtype; copied only from another device, or if
-    it is scattered in memory."""
+    """The part of a tensor as a numpy array, and its dtype. Copied only if the tensor is on a GPU
+    or its part is not contiguous."""
     if (tuple(tensor.shape) or (1,)) != part.whole:
         raise ValueError(
-            f"Cannot publish {part.name}: it has shape {list(tensor.shape)}, and the layout "
+            f"Cannot publish {part.name}: its shape is {list(tensor.shape)}, but the layout has "
             f"{list(part.whole)}"
         )
     name = _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
     if name not in (dtype, "float32"):
         raise ValueError(
-            f"Cannot publish {part.name}: it is {name}, and the arena {dtype}; allowed are "
+            f"Cannot publish {part.name} as {name} into an arena of {dtype}; allowed are "
             f"{dtype} and float32"
         )
     taken = tensor.reshape(part.whole)[part.index]
-    if taken.is_cuda:  # Casting there first halves the bytes of the copy.
+    if taken.is_cuda:  # Casting on the GPU first halves the bytes of the copy.
         taken, name = taken.to(getattr(torch, dtype)).cpu(), dtype
     if taken.dtype == torch.bfloat16:
-        taken = taken.view(torch.int16)  # numpy knows no bfloat16.
+        taken = taken.view(torch.int16)  # numpy has no bfloat16.
     if part.dim == 0 or taken.stride(-1) != 1:
         taken = taken.reshape(-1)
     return taken.numpy(), name

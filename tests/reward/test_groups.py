@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_core.config import load_config
 from kimi_core.reward.base import RewardError
 from kimi_core.reward.groups import GroupScorer, baseline
 from kimi_core.reward.length import length_rewards
+from kimi_core.run.config_file import load_config
 from kimi_core.types import Prompt, Trajectory
 
 PROMPT = Prompt(7, "3*214=", "642")

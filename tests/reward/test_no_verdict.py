@@ -14,13 +14,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from kimi_core.buffer import RolloutBuffer
-from kimi_core.config import Config, load_config
+from kimi_core.config import Config
 from kimi_core.metrics import read_metrics
 from kimi_core.reward.base import InfrastructureError, RewardError, RewardOutage
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.judging import judge_all
 from kimi_core.reward.load import close_reward
 from kimi_core.run.build import build
+from kimi_core.run.config_file import load_config
 from kimi_core.run.run import train
 from kimi_core.types import Prompt, Trajectory
 

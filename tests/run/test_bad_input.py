@@ -12,10 +12,10 @@ from rich.console import Console
 
 import kimi_core
 from kimi_core import cli
-from kimi_core.config import load_config
 from kimi_core.models.load import load_model
 from kimi_core.reward.base import RewardError
 from kimi_core.run.build import build
+from kimi_core.run.config_file import load_config
 from kimi_core.run.dry_run import describe
 from kimi_core.run.run import train
 from kimi_core.tasks import multiply

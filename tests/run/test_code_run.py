@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from plain_run import plain_run, result
 
-from kimi_core.config import load_config
 from kimi_core.metrics import read_metrics
 from kimi_core.reward.code import reward as code
 from kimi_core.run.build import build
+from kimi_core.run.config_file import load_config
 from kimi_core.run.run import train
 from kimi_core.sandbox import Pool, SandboxUnavailable, Status
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from kimi_core.buffer import RolloutBuffer
-from kimi_core.config import Config, load_config
+from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.load import load_model
 from kimi_core.rollout.torch.kv_cache import KVCache
 from kimi_core.run.build import build
+from kimi_core.run.config_file import load_config
 from kimi_core.run.dry_run import describe, estimate
 from kimi_core.tasks import multiply
 

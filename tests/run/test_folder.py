@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import kimi_core
-from kimi_core.config import Config, dump_toml, load_config
+from kimi_core.config import Config
+from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.folder import RunFolder
 
 # Saves states whose every file says which iteration it is of, so that a mix would show.

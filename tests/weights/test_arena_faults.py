@@ -154,7 +154,9 @@ def test_a_flip_in_a_slot(arena, layout, model, slot):
                     before = binding.follow()
                 version = publish_into(arena, slot)
                 flip(arena.path, at, bit)
-                complaint = rf"is damaged: {entry.name} of version {version} fails its checksum"
+                complaint = (
+                    rf"is damaged: {entry.name} of version {version} does not match its checksum"
+                )
                 with pytest.raises(ValueError, match=complaint):
                     binding.follow()
                 assert binding.version == before < version
@@ -211,9 +213,9 @@ def test_a_layout_that_is_not_what_its_hash_says(arena_path, layout):
     regions = [(entry.offset, entry.nbytes) for entry in layout.entries]
     text, size = layout.to_json(), layout.payload_bytes
     for name, digest, places_, description, complaint in (
-        ("hash", bytes(32), regions, text, "layout hash in the header is not that of its table"),
-        ("regions", layout.hash, regions[:-1], text, "layout hash in the header is not"),
-        ("text", layout.hash, regions, text[:-1], "table of tensors is none"),
+        ("hash", bytes(32), regions, text, "layout hash in its header does not match its table"),
+        ("regions", layout.hash, regions[:-1], text, "layout hash in its header does not match"),
+        ("text", layout.hash, regions, text[:-1], "Cannot read the arena's table of tensors"),
     ):
         path = arena_path.with_name(name)
         _C.WeightArena._create(str(path), 2, size, digest, places_, description)

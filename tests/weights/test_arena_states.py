@@ -61,7 +61,7 @@ class ArenaMachine(RuleBasedStateMachine):
         wholes = {name: LAYOUT.by_hf_name[name][1].whole for name in NAMES}
         weights = {n: np.full(whole, version, np.float32) for n, whole in wholes.items()}
         if not self.has_idle_slot():
-            with pytest.raises(TimeoutError, match="none of 3 slots came free"):
+            with pytest.raises(TimeoutError, match="none of 3 slots became free"):
                 self.arena.publish(weights, version=version, deadline_s=0)
             return
         self.arena.publish(weights, version=version, deadline_s=0, threads=threads)
@@ -71,7 +71,7 @@ class ArenaMachine(RuleBasedStateMachine):
     def publish_what_is_not_newer(self, behind: int) -> None:
         version = -1 - behind if self.served is None else self.served - behind
         with (
-            pytest.raises(ValueError, match=r"only grow|count from 0"),
+            pytest.raises(ValueError, match=r"only grow|allowed are 0 and above"),
             self.arena.writing(version),
         ):
             pass

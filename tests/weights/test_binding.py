@@ -96,7 +96,7 @@ def test_an_older_or_other_version_is_refused(arena, arena_path, model, tiny):
     other = Layout.from_config(tiny, dtype="bfloat16")
     with WeightArena.create(arena_path.with_name("other"), other) as halves:
         halves.publish(model.named_parameters(), version=2)
-        with pytest.raises(ValueError, match=r"has another layout: .*bind the model anew"):
+        with pytest.raises(ValueError, match=r"has another layout: .*bind the model again"):
             binding.flip(halves.acquire())
     assert binding.version == 1 and binding.lease.held
     assert all(inside(binding.lease, parameter) for parameter in engine_model.parameters())
@@ -105,12 +105,15 @@ def test_an_older_or_other_version_is_refused(arena, arena_path, model, tiny):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (dict(num_hidden_layers=1), r"the arena lacks nothing, and holds \['model\.layers\.1"),
-        (dict(num_hidden_layers=3), r"the arena lacks \['model\.layers\.2"),
+        (
+            dict(num_hidden_layers=1),
+            r"only the model has nothing, and only the arena has \['model\.layers\.1",
+        ),
+        (dict(num_hidden_layers=3), r"only the model has \['model\.layers\.2"),
         (dict(vocab_size=65), r"model\.embed_tokens\.weight: the model has \[65, 32\]"),
         (
             dict(attention_bias=True),
-            r"the arena lacks \['model\.layers\.0\.self_attn\.k_proj\.bias",
+            r"only the model has \['model\.layers\.0\.self_attn\.k_proj\.bias",
         ),
     ],
 )
@@ -132,7 +135,7 @@ def test_other_dtypes_ties_and_shards_are_refused(arena, arena_path, tiny, model
     layout = Layout.from_config(untied, dtype="float32")
     with WeightArena.create(arena_path.with_name("untied"), layout) as other:
         other.publish(hf.LlamaForCausalLM(untied).named_parameters(), version=0)
-        with pytest.raises(ValueError, match=r"holds \['lm_head\.weight'\] besides"):
+        with pytest.raises(ValueError, match=r"only the arena has \['lm_head\.weight'\]"):
             bind(hf.LlamaForCausalLM(tiny), other.acquire())
     shard = Layout.from_config(tiny, dtype="float32", tp_size=2)
     with WeightArena.create(arena_path.with_name("shard"), shard) as other:

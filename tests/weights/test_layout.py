@@ -140,7 +140,7 @@ def test_the_vocabulary_is_cut_after_rounding_up_to_64():
     ]
     assert rows == [64, 64, 64, 8]
     config.num_attention_heads = config.intermediate_size = config.num_key_value_heads = 12
-    with pytest.raises(ValueError, match=r"must divide vocab_size, rounded up .* = 256"):
+    with pytest.raises(ValueError, match=r"does not divide vocab_size, rounded up .* = 256"):
         Layout.from_config(config, dtype="float32", tp_size=3)
 
 
@@ -156,7 +156,7 @@ def test_an_unknown_model_keeps_its_names_and_says_so():
         layout = Layout.from_config(config, dtype="float32", tp_rank=1, tp_size=2)
     own = {n: tuple(p.shape) for n, p in hf.GPT2LMHeadModel(config).named_parameters()}
     assert {entry.name: entry.shape for entry in layout.entries} == own
-    assert "copies" in layout.note
+    assert "has to copy" in layout.note
     assert Layout.from_json(layout.to_json()) == layout
 
 
@@ -182,10 +182,10 @@ def test_every_change_changes_the_hash(tiny, layout):
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        (dict(dtype="float64"), "an arena holds float32, bfloat16, float16"),
-        (dict(dtype="float32", tp_rank=2, tp_size=2), "it is 0 to 1"),
-        (dict(dtype="float32", tp_size=3), "must divide num_attention_heads = 4"),
-        (dict(dtype="float32", tp_size=8), "must divide num_attention_heads = 4"),
+        (dict(dtype="float64"), "allowed are float32, bfloat16, float16"),
+        (dict(dtype="float32", tp_rank=2, tp_size=2), "0 to 1 are allowed"),
+        (dict(dtype="float32", tp_size=3), "does not divide num_attention_heads = 4"),
+        (dict(dtype="float32", tp_size=8), "does not divide num_attention_heads = 4"),
     ],
 )
 def test_what_no_rank_can_hold_is_refused(tiny, given, complaint):
@@ -197,5 +197,5 @@ def test_what_no_rank_can_hold_is_refused(tiny, given, complaint):
     "text", ["", "[]", "{}", '{"entries": [{}], "tied": {}}', '{"entries": 3}']
 )
 def test_text_that_is_no_layout_is_refused(text):
-    with pytest.raises(ValueError, match="table of tensors is none"):
+    with pytest.raises(ValueError, match="Cannot read the arena's table of tensors"):
         Layout.from_json(text)

@@ -17,7 +17,7 @@ from kimi_core.models.codec import Codec
 from kimi_core.models.load import load_model
 from kimi_core.models.placement import limit_threads
 from kimi_core.prompts.load import split
-from kimi_core.reward.judges.judge import JudgeReward, Verdict
+from kimi_core.reward.judges.judge import JudgeReward, JudgeVerdict
 from kimi_core.reward.judges.labelled import (
     ALPHABET,
     TEMPLATE,
@@ -40,7 +40,7 @@ from kimi_core.types import Prompt
 
 
 def run(given: argparse.Namespace) -> None:
-    """Train and test the models that were asked for; print a JSON line for each."""
+    """Train and test the requested models; print one JSON line for each."""
     for seed in given.seeds:
         train, test = data(given, seed)
         for kind in ["classic", "judge"] if given.kind == "both" else [given.kind]:
@@ -59,7 +59,7 @@ def data(given: argparse.Namespace, seed: int) -> tuple[list[Labelled], list[Lab
         train_prompts, held_out = split(multiply.prompts(), given.test, 0)
         train, test = sums(train_prompts, seed=seed), sums(held_out, seed=0)
     if len(train) < given.examples:
-        raise ValueError(f"--examples {given.examples}: {len(train)} are left to train on")
+        raise ValueError(f"--examples {given.examples}; at most {len(train)} are left for training")
     return train[: given.examples], test
 
 
@@ -94,7 +94,9 @@ def judge(
 ) -> dict[str, Any]:
     """The model fine-tuned to reason and to end with a verdict, which is then parsed."""
     if not all(one.reasoning for one in train):
-        raise ValueError("A judge learns from examples with reasoning; --kind classic needs none")
+        raise ValueError(
+            "A judge needs examples with reasoning: add `reasoning`, or use --kind classic"
+        )
     model, tokenizer = load(given, seed)
     codec = Codec(tokenizer, [])
     examples = [
@@ -111,7 +113,7 @@ def judge(
         escaping=False,
     )
     found = reward.judge_many([(one.question, one.reference, one.response) for one in test])
-    judged = {i: v for i, v in enumerate(found) if isinstance(v, Verdict)}
+    judged = {i: v for i, v in enumerate(found) if isinstance(v, JudgeVerdict)}
     probabilities = np.array(
         [v.confidence if v.correct else 1 - v.confidence for v in judged.values()]
     )

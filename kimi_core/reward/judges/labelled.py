@@ -1,15 +1,15 @@
-"""A small labelled set for judges, made from the `multiply` prompts: is an unfinished sum right?
+"""A small labelled data set for judges, made from the `multiply` prompts.
 
-The response leaves the product as the sum of two parts, so it is another form of the reference,
-and only adding up tells whether it is right. A wrong one has one digit of one part changed. The
-reasoning adds the columns from the right and holds each digit against the reference.
+A response gives the product as an unfinished sum of two parts, so a judge has to add the parts to
+know whether the response is right. In a wrong response one digit of one part is changed. The
+reasoning adds the columns from the right and compares each digit with the reference.
 
     question   7*384=
     reference  2688
     response   2100+0588
     reasoning  0+8=8,0:8=8;0+8+0=8,0:8=8;1+5+0=6,0:6=6;2+0+0=2,0:2=2;
 
-A column reads: digits and carry = digit, carry : digit beside the reference's, = or # (not equal).
+A column reads: digits and carry = digit, carry : digit, = or # (unequal), the reference's digit.
 """
 
 import json
@@ -22,17 +22,17 @@ from kimi_core.tasks import multiply
 from kimi_core.types import Prompt
 
 TEMPLATE = "{question}{reference}?{response}>"
-"""A prompt in characters for a model from scratch."""
+"""The prompt for a model from scratch, which reads single characters."""
 
 ALPHABET = multiply.ALPHABET + ':{}" correctuefals'
-"""Every character of the examples and of their verdicts."""
+"""Every character of the examples and their verdicts."""
 
 VERDICT = {True: '{"correct":true}', False: '{"correct":false}'}
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """A response with the truth about it, and how one may come to see it.
+    """A response with its correct verdict, and reasoning that leads to the verdict.
 
     >>> Labelled("7*384=", "2688", "2100+0588", True).prompt()
     '7*384=2688?2100+0588>'
@@ -51,10 +51,7 @@ class Labelled:
 
 
 def sums(prompts: Sequence[Prompt], *, seed: int) -> list[Labelled]:
-    """One response for each of the `multiply` ``prompts``: right for one half, wrong for the other.
-
-    In random order, as ``seed`` has it.
-    """
+    """One response to each of the `multiply` ``prompts``, half of them right, in random order."""
     rng = random.Random(seed)
     shuffled = rng.sample(list(prompts), len(prompts))
     return [_example(prompt, index % 2 == 0, rng) for index, prompt in enumerate(shuffled)]
@@ -62,10 +59,10 @@ def sums(prompts: Sequence[Prompt], *, seed: int) -> list[Labelled]:
 
 def load_labelled(path: str | Path) -> list[Labelled]:
     """Read JSONL whose lines hold ``question``, ``reference``, ``response``, ``correct`` (a bool),
-    and, for a judge to be trained, ``reasoning``.
+    and ``reasoning``, which only the training of a judge needs.
 
     Raises:
-        ValueError: no such file, or a line that is not so; the message names it.
+        ValueError: the file does not exist, or a line is not like that; the message names the line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -79,7 +76,9 @@ def load_labelled(path: str | Path) -> list[Labelled]:
             raise ValueError(f"{path}, line {number}: {error}") from None
         texts = (example.question, example.reference, example.response, example.reasoning)
         if not isinstance(example.correct, bool) or not all(isinstance(t, str) for t in texts):
-            raise ValueError(f"{path}, line {number}: `correct` is true or false, the rest is text")
+            raise ValueError(
+                f"{path}, line {number}: `correct` must be true or false, all other fields text"
+            )
         examples.append(example)
     return examples
 
@@ -87,12 +86,12 @@ def load_labelled(path: str | Path) -> list[Labelled]:
 def split_labelled(
     examples: Sequence[Labelled], held_out: int, *, seed: int
 ) -> tuple[list[Labelled], list[Labelled]]:
-    """Train and test examples, in random order; those on one question stay on one side.
+    """Training and test examples, in random order; a question is in only one of the two sets.
 
-    The test has at least ``held_out`` examples.
+    The test set has at least ``held_out`` examples.
 
     Raises:
-        ValueError: that leaves nothing to train on.
+        ValueError: no training examples are left.
     """
     by_question: dict[str, list[Labelled]] = {}
     for example in examples:
@@ -104,7 +103,10 @@ def split_labelled(
         test += by_question[questions.pop()]
     train = [example for question in questions for example in by_question[question]]
     if not train:
-        raise ValueError(f"{held_out} of {len(examples)} labelled examples to test on leave none")
+        raise ValueError(
+            f"A test set of {held_out} examples leaves none of {len(examples)} for training; lower "
+            "--test"
+        )
     return rng.sample(train, len(train)), rng.sample(test, len(test))
 
 
@@ -122,7 +124,7 @@ def _example(prompt: Prompt, correct: bool, rng: random.Random) -> Labelled:
 
 
 def _add_up(response: str, reference: str) -> str:
-    """Column by column from the right: the sum, the carry, and the digit beside the reference's."""
+    """For each column from the right: the sum, the carry, and the comparison with the reference."""
     parts, carry, steps = response.split("+"), 0, ""
     for column in range(-1, -5, -1):
         digits = [part[column] for part in parts]

@@ -1,8 +1,8 @@
 """The classic reward model (section 2.3.5): question, reference, response → one scalar.
 
-A linear value head on the last token's hidden state of a causal model, trained with the binary
-cross-entropy of right and wrong. It is here to be compared with: the report's was right on 84.4 %
-of its spot checks, the chain-of-thought judge on 98.5 %.
+A linear value head reads the last token's hidden state of a causal model. It is trained with a
+binary cross-entropy. It is the baseline for the chain-of-thought judge: in the report it was right
+on 84.4 % of the spot checks, the judge on 98.5 %.
 """
 
 import math
@@ -25,21 +25,21 @@ class ValueModel(nn.Module):
     """The logit of "the response is right", from the body of a causal model.
 
     Args:
-        model: any causal model of transformers; its output embeddings are not used.
+        model: any causal model of transformers; the output embeddings are not used.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self.head = nn.Linear(model.config.get_text_config().hidden_size, 1)
-        nn.init.zeros_(self.head.weight)  # It begins undecided: one half for everything.
+        nn.init.zeros_(self.head.weight)  # Every probability starts at one half.
         nn.init.zeros_(self.head.bias)
         self.head.to(device=model.device, dtype=torch.float32)
 
     def forward(self, texts: Sequence[np.ndarray]) -> Tensor:
         """Logits, float32 ``[n]``, of token ids int32 ``[l_i]``, each with at least one token."""
         lengths = [len(ids) for ids in texts]
-        # Padding stands on the right, where no token before it can see it.
+        # Padding is on the right, where causal attention hides it.
         ids_nl = torch.zeros(len(texts), max(lengths), dtype=torch.long)
         for row, ids in enumerate(texts):
             ids_nl[row, : len(ids)] = torch.from_numpy(np.asarray(ids, np.int64))
@@ -52,7 +52,7 @@ class ValueModel(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, texts: Sequence[np.ndarray], *, batch_size: int = 64) -> np.ndarray:
-        """Probability that each is right, float64 ``[n]``."""
+        """Probability that each text is right, float64 ``[n]``."""
         self.eval()
         parts = [
             self(texts[start : start + batch_size]).double().sigmoid().cpu().numpy()
@@ -61,23 +61,23 @@ class ValueModel(nn.Module):
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the model in Hugging Face format, and the head beside it."""
+        """Write model and tokenizer in Hugging Face format, and the head."""
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file(dict(self.head.state_dict()), folder / HEAD_FILE)
 
 
 def load_value_model(folder: Path, **options: Any) -> tuple[ValueModel, PreTrainedTokenizerBase]:
-    """What `ValueModel.save` wrote; ``options`` are those of ``models.load_pretrained``.
+    """Read what `ValueModel.save` wrote; ``options`` are those of ``models.load.load_pretrained``.
 
     Raises:
-        ValueError: the folder holds no model, or no value head.
+        ValueError: the folder has no model, or no value head.
     """
     from kimi_core.models.load import load_pretrained
 
     model, tokenizer = load_pretrained(str(folder), **options)
     if not (folder / HEAD_FILE).is_file():
-        raise ValueError(f"{folder} has no {HEAD_FILE}: python/train_reward.py --save writes one")
+        raise ValueError(f"{folder} has no {HEAD_FILE}; `kimi reward --save` writes one")
     value_model = ValueModel(model)
     value_model.head.load_state_dict(load_file(folder / HEAD_FILE))
     return value_model, tokenizer
@@ -94,17 +94,19 @@ def train_value(
     seed: int,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Fit the labels with the binary cross-entropy; the model is updated in place.
+    """Fit the labels with a binary cross-entropy; the model is updated in place.
 
-    Examples are dealt out in random order, each once before any comes again. AdamW; the learning
-    rate warms up over 5 % of the steps and decays to a tenth.
+    Examples come in random order, each once before any comes again. The optimizer is AdamW. The
+    learning rate warms up over 5 % of the steps and decays to a tenth.
 
     Raises:
-        ValueError: no examples, or not one label for each.
-        FloatingPointError: a loss is not finite; that step is not taken.
+        ValueError: there are no examples, or not one label for each.
+        FloatingPointError: a loss is not finite. The step is not taken.
     """
     if not texts or len(texts) != len(labels):
-        raise ValueError(f"{len(texts)} texts and {len(labels)} labels: give as many, at least one")
+        raise ValueError(
+            f"{len(texts)} texts and {len(labels)} labels; give one label for each text"
+        )
     parameters = [p for p in value_model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: warmup_cosine(s, steps))
@@ -137,11 +139,12 @@ def brier(probabilities: np.ndarray, labels: np.ndarray) -> float:
 def expected_calibration_error(
     probabilities: np.ndarray, labels: np.ndarray, *, bins: int = 10
 ) -> float:
-    """Mean |confidence − accuracy| over bins of equal width, weighted by their sizes
-    (Guo et al. 2017, arXiv 1706.04599), for the probability of the answer that was given.
+    """Mean |confidence − accuracy| over bins of equal width, weighted by the size of each bin.
+
+    The confidence is the probability of the more likely label (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
-        probabilities: that the label is 1, float64 ``[n]``.
+        probabilities: of label 1, float64 ``[n]``.
         labels: 0 or 1, ``[n]``.
     """
     given = probabilities >= 0.5

@@ -1,19 +1,19 @@
-"""vLLM's side of the hand-over: lease a version, verify it, flip to it between two steps.
+"""Weight updates inside vLLM's workers: lease a version, verify it, flip to it between two steps.
 
-vLLM imports this module in each of its workers, named as ``worker_extension_cls``; that registers
-the transfer backend ``kimi_arena``. No file of vLLM is changed. The phases are vLLM's own:
+vLLM imports this module in each worker, because it is the ``worker_extension_cls``. The import
+registers the transfer backend ``kimi_arena``. No file of vLLM is changed. vLLM defines the phases:
 
-1. ``init_weight_transfer_engine``: open the rank's arena; its layout must be this model's.
-2. ``start_weight_update``: forget what an update that broke off had prepared.
-3. ``update_weights``: lease the version and verify it: names, shapes, dtypes, every checksum. The
-   model is not touched, so this may go on while it serves.
-4. ``finish_weight_update``: commit. On a CPU each parameter becomes a view of the leased slot.
-   Where CUDA graphs or compiled code hold a parameter's address, the slot is copied there instead.
+1. ``init_weight_transfer_engine``: open the rank's arena and compare its layout with the model.
+2. ``start_weight_update``: drop what an unfinished update has prepared.
+3. ``update_weights``: lease the version and verify names, shapes, dtypes and every checksum. The
+   model does not change, so sampling may continue meanwhile.
+4. ``finish_weight_update``: flip. On a CPU each parameter becomes a view of the leased slot. CUDA
+   graphs and compiled code keep the addresses of parameters, so there the slot is copied instead.
 
-A worker handles one call at a time, a forward pass or one of these, so 4 falls between two steps. A
-fault in 1 to 3 is an error to the caller, and the version before is served on.
+A worker handles one call at a time, a forward pass or a phase, so phase 4 happens between two
+steps. If phase 1, 2 or 3 fails, the caller gets the error, and vLLM keeps the previous version.
 
-The copying side has run on CPUs only, never on a GPU.
+The copy has run on CPUs only, never on a GPU.
 """
 
 import os
@@ -41,29 +41,29 @@ from kimi_core.weights.layout import Layout
 BACKEND = "kimi_arena"
 EXTENSION = f"{__name__}.ArenaWorker"
 OWNER = "kimi_core_owner"
-"""Key of vLLM's ``additional_config``: the trainer's pid. A worker whose owner is gone ends, and
-with it the engine core; else they would stay for ever."""
+"""Key of vLLM's ``additional_config`` with the trainer's pid. A worker ends when the trainer has
+ended, and the engine core ends with the worker. Otherwise both would run for ever."""
 
 
 @dataclass
 class ArenaInit(WeightTransferInitInfo):
-    """Where the weights are."""
+    """Argument of ``init_weight_transfer_engine``: where the weights are."""
 
     paths: list[str]
     """The arena of each tensor-parallel rank."""
     copy: bool = False
-    """Copy the slot to the parameters' own addresses even where they could be views of it."""
+    """Copy the weights even if the parameters could be views of the slot."""
 
 
 @dataclass
 class ArenaUpdate(WeightTransferUpdateInfo):
-    """What to serve next."""
+    """Argument of ``update_weights``: the version to verify."""
 
     version: int
 
 
 class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
-    """Serves what a ``WeightArena`` holds. vLLM makes one in each worker, behind its model."""
+    """Takes a worker's weights from a ``WeightArena``. vLLM creates one in each worker."""
 
     init_info_cls = ArenaInit
     update_info_cls = ArenaUpdate
@@ -72,7 +72,7 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
     arena: WeightArena | None = None
     prepared: Lease | None = None
     serving: Lease | None = None
-    """What the parameters are views of; None where they are copies."""
+    """The lease on the slot that the parameters are views of; None if they are copies."""
     version: int | None = None
     copies: bool = False
 
@@ -80,7 +80,7 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
         super().__init__(config, vllm_config, device, model)
         self.plan: list[tuple[nn.Parameter, torch.Tensor]] = []
         if device.type == "cpu":
-            keep_plain(model)  # Now, before anything is compiled or run with the packed weights.
+            keep_plain(model)  # Before anything is compiled or run with the packed weights.
         if owner := vllm_config.additional_config.get(OWNER):
             _end_with(owner)
 
@@ -88,10 +88,10 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
         """Open this rank's arena.
 
         Raises:
-            ValueError: it is damaged, or of another model, dtype or rank.
+            ValueError: the arena is damaged, or has another model, dtype or rank.
         """
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        # vLLM has changed classes of transformers that it serves models with: they want its config.
+        # vLLM has patched classes of transformers so that they need its config.
         with set_current_vllm_config(self.vllm_config):
             layout = Layout.from_config(
                 self.model_config.hf_text_config,
@@ -104,7 +104,7 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
         self.copies = init_info.copy or self.device.type != "cpu" or compiled or bool(layout.note)
         if not layout.note:
             _check_fit(layout, self.model)
-        if self.copies:  # To memory of the parameters' own, which they may not have yet.
+        if self.copies:  # Allocate the parameters, which have no memory yet after keep_plain.
             for parameter in self.model.parameters():
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
             self._release_served()
@@ -113,30 +113,30 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
         self.forget_prepared()
 
     def receive_weights(self, update_info: ArenaUpdate) -> None:
-        """Lease and verify; the model keeps what it has.
+        """Lease the version and verify it; the model does not change.
 
         Raises:
-            ValueError: another version is served by the arena, or a tensor is damaged.
+            ValueError: the arena's active version is another one, or a tensor is damaged.
         """
         assert self.arena is not None, "init_weight_transfer_engine comes first"
         lease = self.arena.acquire()
         try:
             if lease.version != update_info.version:
                 raise ValueError(
-                    f"{self.arena.path} serves version {lease.version}, not {update_info.version}: "
-                    "publish it first, and let one process publish"
+                    f"The active version of {self.arena.path} is {lease.version}, not "
+                    f"{update_info.version}; publish that version first, from one process only"
                 )
             lease.verify()
         except BaseException:
             lease.release()
             raise
         self.prepared = lease
-        if not lease.layout.note:  # Now, as to walk through the model takes longer than the flip.
+        if not lease.layout.note:  # Collected now, because it takes longer than the flip.
             views = lease.tensors
             self.plan = [(p, views[name]) for name, p in self.model.named_parameters()]
 
     def finish_weight_update(self) -> None:
-        """Serve what was prepared, from the next step on."""
+        """Use the prepared version from the next step on."""
         lease = self.prepared
         assert lease is not None, "update_weights comes first"
         if self.copies:
@@ -160,36 +160,36 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
             self.serving = None
 
     def shutdown(self) -> None:
-        """Let go of what is not served; views stay valid as long as the model."""
+        """Release a prepared version. The parameters stay valid as long as the model."""
         self.forget_prepared()
 
     @torch.no_grad()
     def _copy(self, lease: Lease) -> None:
-        if lease.layout.note:  # Hugging Face's names: vLLM's loader fuses and shards.
+        if lease.layout.note:  # Hugging Face names, which vLLM's loader fuses and shards.
             self.model.load_weights(lease.hf_tensors.items())
             return
         for parameter, view in self.plan:
             parameter[: len(view)].copy_(view, non_blocking=True)
-        torch.accelerator.synchronize()  # The slot may be written again once it is released.
+        torch.accelerator.synchronize()  # A released slot may be overwritten.
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, ArenaTransferEngine)
 
 
 class ArenaWorker:
-    """What a vLLM worker can be asked for besides; mixed into its class."""
+    """Methods that vLLM mixes into its worker class, to be called by ``collective_rpc``."""
 
     weight_transfer_engine: ArenaTransferEngine
     _weight_update_active: bool
 
     def abandon_weight_update(self) -> None:
-        """End an update that failed, on this rank or another; what is served stays."""
+        """Drop an update that failed on any rank; keep the present version."""
         self._weight_update_active = False
         self.weight_transfer_engine.forget_prepared()
 
     def weights_served(self) -> dict[str, Any]:
-        """The version served, whether its parameters are views of the arena, where the first of
-        them lies, and the worker's pid."""
+        """The worker's version, whether parameters are views of the arena, the address of the first
+        parameter, and the pid."""
         engine = self.weight_transfer_engine
         return {
             "version": engine.version,
@@ -202,8 +202,8 @@ class ArenaWorker:
 def keep_plain(model: nn.Module) -> None:
     """Undo vLLM's repacking of Linear weights on CPUs, which deletes the originals.
 
-    A repacked copy would have to be made anew of each version; plain weights can be views. Costs 5
-    to 27 % of the CPU time of a step.
+    Every new version would have to be repacked, while plain weights can be views of a slot. Plain
+    weights cost 5 to 27 % of the CPU time of a step.
     """
     packed: Any
     for packed in model.modules():
@@ -213,7 +213,7 @@ def keep_plain(model: nn.Module) -> None:
         if packed.weight.numel() == 0:
             rows = getattr(packed, "output_size_per_partition", None) or packed.output_size
             columns = getattr(packed, "input_size_per_partition", None) or packed.input_size
-            # The shape without the memory, until the first version comes.
+            # The shape without memory, until the first version arrives.
             plain = packed.weight.new_zeros(()).expand(rows, columns)
             loader = getattr(packed, "weight_loader_v2", None) or packed.weight_loader
             packed.weight = ModelWeightParameter(
@@ -222,18 +222,18 @@ def keep_plain(model: nn.Module) -> None:
 
 
 def _check_fit(layout: Layout, model: nn.Module) -> None:
-    """Every parameter has its entry, of its shape; of a vocabulary, the rows that are not padding.
+    """Check that each parameter has an entry of the same shape. A vocabulary may have padding rows.
 
     Raises:
-        ValueError: it is not so; the message names what differs.
+        ValueError: names or shapes differ; the message says which.
     """
     entries = {entry.name: entry.shape for entry in layout.entries}
     parameters = dict(model.named_parameters())
     missing, unknown = parameters.keys() - entries.keys(), entries.keys() - parameters.keys()
     if missing or unknown:
         raise ValueError(
-            f"The arena is of another model than vLLM has: it lacks {sorted(missing)[:3]}, and "
-            f"vLLM does not know {sorted(unknown)[:3]}"
+            f"The arena and vLLM have different models: only vLLM has {sorted(missing)[:3]}, and "
+            f"only the arena has {sorted(unknown)[:3]}"
         )
     padded = {
         f"{name}.weight"
@@ -248,10 +248,10 @@ def _check_fit(layout: Layout, model: nn.Module) -> None:
 
 
 def _end_with(pid: int) -> None:
-    """End this process when that one does.
+    """End this process when the process ``pid`` ends.
 
     Raises:
-        ProcessLookupError: it has ended.
+        ProcessLookupError: it has ended already.
     """
     owner = os.pidfd_open(pid)
 

@@ -1,11 +1,11 @@
-"""vLLM's processes: started, waited for with a deadline, given new weights, ended.
+"""Starts vLLM's processes, waits for them with a deadline, gives them weights, and ends them.
 
-``AsyncLLM`` runs its engine core, and that its workers, in processes of their own. Its event loop
-turns only while something of vLLM is waited for, so the trainer needs no thread for it.
+``AsyncLLM`` runs the engine core in a separate process, and the core runs workers in others. The
+event loop of ``AsyncLLM`` runs only while this module waits for vLLM, so it needs no thread.
 
-vLLM's own weaknesses that this is built around (0.32.0): a utility call never returns if the
-engine core dies meanwhile; workers live on when the process that started them is killed; Ctrl-C
-in a terminal ends the engine core along with whatever it does.
+Three weaknesses of vLLM 0.32.0 shape this module. A utility call never returns if the engine core
+dies during the call. Workers survive when the process that started them is killed. Ctrl-C in a
+terminal ends the engine core in the middle of its work.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ START_S = 600
 """Seconds that vLLM has to start: loading and compiling take minutes on a cold machine."""
 
 CPU_CACHE_BYTES = 1 << 30
-"""Of keys and values on a CPU, unless ``kv_cache_memory_bytes`` says otherwise."""
+"""Bytes for keys and values on a CPU, unless ``kv_cache_memory_bytes`` is set."""
 
 LOOK_S = 0.1
-"""How often a wait looks whether vLLM's processes are alive."""
+"""Seconds between two checks that vLLM's processes are alive."""
 
 END_S = 15.0
-"""How long vLLM may take to end of itself, before it is killed."""
+"""Seconds that vLLM may take to end before it is killed."""
 
 OURS = (
     "model",
@@ -48,25 +48,25 @@ OURS = (
     "worker_extension_cls",
     "additional_config",
 )
-"""Arguments of vLLM that a run sets and its config may not."""
+"""Arguments of vLLM that a run sets itself, so that a config cannot."""
 
 
 class ServerDown(Exception):
-    """vLLM's processes died, or did not answer in time; the message says what was waited for."""
+    """vLLM's processes died or did not answer in time; the message names what was waited for."""
 
 
 class WeightsRefused(Exception):
-    """The workers found the new weights unfit; they serve what they had."""
+    """A worker refused the new weights; all workers keep the previous version."""
 
 
 class VLLMServer:
-    """One life of vLLM's processes. ``llm`` is the ``AsyncLLM``.
+    """vLLM's processes, from their start to their end. ``llm`` is the ``AsyncLLM``.
 
     Args:
-        config: the model's.
-        dtype: what vLLM computes in.
+        config: the model's config.
+        dtype: of vLLM's weights and arithmetic.
         options: further arguments of vLLM's ``AsyncEngineArgs``.
-        timeout_s: longest wait for an answer.
+        timeout_s: longest wait for an answer, in seconds.
 
     Raises:
         ValueError: vLLM does not know one of the options.
@@ -86,15 +86,15 @@ class VLLMServer:
 
         self.timeout_s = timeout_s
         self.steps = 0
-        """Steps that gave tokens."""
+        """Decode steps so far."""
         self.reused_tokens = 0
-        """Tokens of contexts whose keys and values were in the prefix cache."""
+        """Context tokens whose keys and values were found in the prefix cache."""
         self.loop = asyncio.new_event_loop()
-        # Only the config is there: the weights come from the arena.
+        # The folder has only the config, because the weights come from the arena.
         with tempfile.TemporaryDirectory(prefix="kimi_core-vllm-") as folder:
             arguments = _arguments(config, dtype, folder, options)
 
-            async def start() -> Any:  # Within the loop, where AsyncLLM then watches for errors.
+            async def start() -> Any:  # In the loop, so that AsyncLLM watches for errors.
                 return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._counter()])
 
             try:
@@ -103,8 +103,8 @@ class VLLMServer:
             except (RuntimeError, TimeoutError) as error:
                 self.loop.close()
                 raise EngineFailed(
-                    f"vLLM did not start (it had {START_S} s): {error}; "
-                    "VLLM_LOGGING_LEVEL=INFO shows what it did"
+                    f"vLLM did not start within {START_S} s: {error}; set "
+                    "VLLM_LOGGING_LEVEL=INFO to see what it does"
                 ) from error
 
     @property
@@ -113,14 +113,14 @@ class VLLMServer:
 
     @property
     def pids(self) -> list[int]:
-        """Of the engine core's processes; the workers are their children."""
+        """Pids of the engine core's processes; the workers are their children."""
         return [process.pid for process in self._processes]
 
     def wait(self, work: Awaitable[Any], what: str) -> Any:
-        """The result of ``work``, which is vLLM's.
+        """Wait for ``work`` of vLLM and return its result; errors call it ``what``.
 
         Raises:
-            ServerDown: its processes ended, or the time was up.
+            ServerDown: vLLM's processes ended, or ``timeout_s`` passed.
             Exception: what ``work`` raises.
         """
         return self.loop.run_until_complete(
@@ -135,27 +135,29 @@ class VLLMServer:
                 break
             if self.down:
                 task.cancel()
-                raise ServerDown(f"vLLM's processes ended while {what} was waited for")
+                raise ServerDown(f"vLLM's processes ended during the wait for {what}")
             if self.loop.time() > deadline:
                 task.cancel()
                 raise ServerDown(
                     f"vLLM did not answer within {self.timeout_s:g} s (rollout.vllm.timeout_s) "
-                    f"while {what} was waited for"
+                    f"during the wait for {what}"
                 )
         return task.result()
 
     def connect(self, arenas: Sequence[str]) -> None:
-        """Name the arena of each rank.
+        """Have every worker open the arena of its rank.
 
         Raises: WeightsRefused, ServerDown.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         request = WeightTransferInitRequest({"paths": list(arenas)})
-        self._hand_over(self.llm.init_weight_transfer_engine(request), "the arena to be opened")
+        self._hand_over(
+            self.llm.init_weight_transfer_engine(request), "the workers to open the arena"
+        )
 
     def serve(self, version: int) -> None:
-        """Have every worker verify a version that was published, and only then flip to it.
+        """Have every worker verify a published version, and only then flip to it.
 
         Raises: WeightsRefused, ServerDown.
         """
@@ -163,7 +165,7 @@ class VLLMServer:
         self.flip(version)
 
     def prepare(self, version: int) -> None:
-        """Verify; what is served goes on meanwhile."""
+        """Have every worker verify a version. Sampling may continue meanwhile."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         async def prepare() -> None:
@@ -171,26 +173,28 @@ class VLLMServer:
             await self.llm.update_weights(WeightTransferUpdateRequest({"version": version}))
 
         try:
-            self._hand_over(prepare(), f"version {version} to be verified")
-        except WeightsRefused:  # By one rank, and the others may have leased it.
-            self.wait(self.llm.collective_rpc("abandon_weight_update"), "an update to be dropped")
+            self._hand_over(prepare(), f"the workers to verify version {version}")
+        except WeightsRefused:  # One rank refused; the others may have leased the version.
+            self.wait(
+                self.llm.collective_rpc("abandon_weight_update"), "the workers to drop an update"
+            )
             raise
 
     def flip(self, version: int) -> None:
-        """Serve what was prepared, from the next step on."""
+        """Use the prepared version from the next step on."""
         done = self.llm.finish_weight_update(weight_version=str(version))
-        self._hand_over(done, f"version {version} to be served")
+        self._hand_over(done, f"the workers to flip to version {version}")
 
     def _hand_over(self, work: Awaitable[Any], what: str) -> None:
         try:
             self.wait(work, what)
         except ServerDown:
             raise
-        except Exception as error:  # A worker's error comes as a bare one with the message.
+        except Exception as error:  # A worker's error arrives as a plain Exception.
             raise WeightsRefused(str(error)) from error
 
     def close(self, *, kill: bool = False) -> None:
-        """End the processes, with ``kill`` at once. Again: nothing happens."""
+        """End the processes, with ``kill`` immediately. Safe to call twice."""
         if self.loop.is_closed():
             return
         if kill:
@@ -232,15 +236,17 @@ class VLLMServer:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise ValueError where vLLM is not installed, or the run sets an option itself."""
+    """Raise ValueError if vLLM is not installed, or if the run sets one of the options itself."""
     if find_spec("vllm") is None:
         raise ValueError(
-            "rollout.engine = 'vllm': vLLM is not installed here, and needs an environment of its "
-            f"own; `{INSTALL}` makes one and says how to run in it"
+            "rollout.engine = 'vllm': vLLM is not installed in this environment. It needs a "
+            f"separate one; `{INSTALL}` creates it and prints how to run in it"
         )
     refused = sorted(options.keys() & set(OURS))
     if refused:
-        raise ValueError(f"rollout.vllm.args: {', '.join(refused)} cannot be set, the run does")
+        raise ValueError(
+            f"rollout.vllm.args: {', '.join(refused)} cannot be set, because the run sets them"
+        )
 
 
 def _arguments(
@@ -253,7 +259,7 @@ def _arguments(
     from kimi_core.rollout.vllm.backend import BACKEND, EXTENSION, OWNER
 
     written = type(config).from_dict(config.to_dict())
-    # A model made from a config alone has no list of architectures.
+    # The config of a model that was not loaded from a folder has no list of architectures.
     written.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     written.save_pretrained(folder)
     arguments: dict[str, Any] = {
@@ -262,23 +268,23 @@ def _arguments(
         "load_format": "dummy",
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
-        "logprobs_mode": "processed_logprobs",  # Of the distribution sampled from.
+        "logprobs_mode": "processed_logprobs",  # Of the sampled distribution.
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": EXTENSION,
         "additional_config": {OWNER: os.getpid()},
     }
     if current_platform.is_cpu():
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
-        # Only full blocks are reused, and prompts seldom fill vLLM's default of 128 here.
+        # Only full blocks are reused, and few prompts fill a block of 128, vLLM's default here.
         arguments["block_size"] = 32
     try:
         return AsyncEngineArgs(**arguments | dict(options))
     except TypeError as error:
-        raise ValueError(f"rollout.vllm.args: vLLM does not take this: {error}") from error
+        raise ValueError(f"rollout.vllm.args: vLLM refuses an argument: {error}") from error
 
 
 def _set_environment() -> None:
-    """vLLM reads these when it is imported; what the user has set stays."""
+    """Set what vLLM reads from the environment on import, unless the user has set it."""
     os.environ.setdefault("VLLM_ENGINE_READY_TIMEOUT_S", str(START_S))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -286,7 +292,7 @@ def _set_environment() -> None:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Children born meanwhile never see SIGINT: Ctrl-C is for the trainer, which ends them."""
+    """Child processes that start meanwhile ignore SIGINT: on Ctrl-C the trainer ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

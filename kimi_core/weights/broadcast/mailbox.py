@@ -1,7 +1,7 @@
-"""What sender and receivers say to each other: small JSON messages by key, in a ``TCPStore`` that
+"""Messages between the sender and its receivers: small JSON values by key, in a ``TCPStore`` that
 the sender serves. Every wait has a deadline, and its error names what was waited for.
 
-The store has no password: it belongs on a network of one's own, as torch's other ports do.
+The store has no password. Use it on a private network, like the other ports of torch.
 """
 
 import json
@@ -18,18 +18,18 @@ CONNECT_S = 30.0
 
 
 class PeerGone(ConnectionError):
-    """The process that serves the messages cannot be reached."""
+    """The sender, which serves the messages, cannot be reached."""
 
 
 class Mailbox:
-    """Messages by key; each is posted once. One thread at a time."""
+    """Messages by key; each is posted once. Not thread-safe."""
 
     def __init__(self, store: dist.TCPStore) -> None:
         self.store = store
 
     @classmethod
     def serve(cls, host: str) -> "Mailbox":
-        """Serve messages at ``host``'s address alone, on a free port."""
+        """Serve messages on a free port of ``host``, and on no other address."""
         listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
@@ -44,10 +44,10 @@ class Mailbox:
 
     @classmethod
     def connect(cls, host: str, port: int, *, seconds: float = CONNECT_S) -> "Mailbox":
-        """Reach the messages that another process serves.
+        """Connect to the messages that another process serves.
 
         Raises:
-            PeerGone: nobody answers there within ``seconds``.
+            PeerGone: nobody answers within ``seconds``.
         """
         limit = Deadline.after(seconds).left()
         try:
@@ -56,7 +56,8 @@ class Mailbox:
             )
         except dist.DistError as error:
             raise PeerGone(
-                f"No sender of weights answers at {host}:{port} within {seconds:g} s"
+                f"No sender of weights answered at {host}:{port} within {seconds:g} s; check that "
+                "it runs and that the address is right"
             ) from error
 
     @property
@@ -64,18 +65,22 @@ class Mailbox:
         return self.store.port
 
     def post(self, key: str, message: Message) -> None:
-        """Raises PeerGone: the process that serves the messages is gone."""
+        """Store a message under ``key``.
+
+        Raises:
+            PeerGone: the sender is gone.
+        """
         try:
             self.store.set(key, json.dumps(message))
         except dist.DistError as error:
             raise self._gone(f"{key!r} could not be posted") from error
 
     def read(self, key: str, deadline: Deadline, what: str) -> Message:
-        """The message of ``key``, which ``what`` names for people.
+        """Wait for the message under ``key``; errors call it ``what``.
 
         Raises:
             TimeoutError: it was not posted before the deadline.
-            PeerGone: the process that serves the messages is gone.
+            PeerGone: the sender is gone.
         """
         try:
             self.store.wait([key], deadline.left())
@@ -86,20 +91,24 @@ class Mailbox:
             raise self._gone(f"waited for {what}") from error
 
     def forget(self, prefix: str, *, but: Container[str] = ()) -> None:
-        """Take away what stands under ``prefix``."""
+        """Delete the messages whose keys start with ``prefix``, except the keys in ``but``."""
         for key in self.store.list_keys():
             if key.startswith(prefix) and key not in but:
                 self.store.delete_key(key)
 
     def ask(self, queue: str, message: Message) -> None:
-        """Put a message in a line of them."""
+        """Append a message to a queue.
+
+        Raises:
+            PeerGone: the sender is gone.
+        """
         try:
             self.store.queue_push(queue, json.dumps(message))
         except dist.DistError as error:
             raise self._gone(f"{queue!r} could not be posted") from error
 
     def next_asked(self, queue: str) -> bytes | None:
-        """Take the first message from a line as it was sent; None where it is empty."""
+        """Remove and return the first message of a queue, undecoded; None if the queue is empty."""
         try:
             return self.store.queue_pop(queue, False)
         except dist.QueueEmptyError:

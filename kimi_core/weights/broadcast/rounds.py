@@ -1,17 +1,17 @@
-"""What sender and receivers agree on: the terms of a broadcast, its members, and how they vote.
+"""What sender and receivers share: settings of a broadcast, its members, and their votes.
 
 A round is one attempt to hand over one version. Its messages, in order, with who posts them:
 
     round/7              sender    the version and the members, each with its rank
     round/7/ready/ID     member    "ready", or "refused" and why
-    round/7/start        sender    whether bytes will move
+    round/7/start        sender    whether the transfer begins
     round/7/vote/ID      member    "prepared", "refused" or "cut off", and why
     round/7/crcs/TP      sender    the checksums of the layout of tensor-parallel rank TP
-    round/7/outcome      sender    whether the version is served, and who is fenced and why
+    round/7/outcome      sender    whether the version becomes active, and who is fenced and why
     round/7/served/ID    member    "served"
 
-``broadcast.py`` is the sender's side and ``receiver.py`` the members'; docs/weight_protocol.md says
-what each crash leaves.
+``sender.py`` is the sender's side and ``receiver.py`` the members' side. docs/weight_protocol.md
+says what each crash leaves.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,31 +21,31 @@ from kimi_core.weights.broadcast.mailbox import Mailbox, Message
 from kimi_core.weights.broadcast.transport import BUCKET_BYTES, Backend, Deadline
 
 JOINS = "joins"
-"""The line in which receivers ask to become members."""
+"""The queue in which receivers ask to become members."""
 
 
 @dataclass(frozen=True)
-class Terms:
-    """How weights are sent. The sender's count; receivers are told them when they join."""
+class BroadcastSettings:
+    """How weights are sent. The sender chooses them and tells receivers when they join."""
 
     backend: Backend = "gloo"
     bucket_bytes: int = BUCKET_BYTES
     answer_s: float = 10.0
-    """How long an answer may take that needs no bytes: ready, vote, served."""
+    """Seconds that an answer without a transfer may take: ready, vote, served."""
     transfer_s: float = 120.0
-    """How long all buckets of a round may take together, the meeting of the ranks included."""
+    """Seconds that the whole transfer of a round may take, including the set-up of its group."""
 
     def __post_init__(self) -> None:
         if self.backend not in ("gloo", "nccl"):
-            raise ValueError(f"backend = {self.backend!r}: allowed are 'gloo' and 'nccl'")
+            raise ValueError(f"backend = {self.backend!r}; allowed are 'gloo' and 'nccl'")
         for name in ("bucket_bytes", "answer_s", "transfer_s"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} = {getattr(self, name)}: it must be above 0")
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be above 0")
 
 
 @dataclass(frozen=True)
 class Member:
-    """A receiver that has joined. One that joins again is another member with the same name."""
+    """A receiver that has joined. If it joins again, it becomes a new member with a new id."""
 
     id: str
     name: str
@@ -53,8 +53,8 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a receiver says of itself when it joins."""
+class JoinRequest:
+    """What a receiver sends to join."""
 
     id: str
     name: str
@@ -62,9 +62,9 @@ class Request:
     layout: str
     """SHA-256 of its arena's layout, in hex."""
     version: int | None
-    """That its arena serves."""
+    """The active version of its arena."""
     crcs: list[int]
-    """Of what its arena serves."""
+    """The checksums of that version's entries."""
 
     @property
     def member(self) -> Member:
@@ -73,20 +73,20 @@ class Request:
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a member sits in a round: rank 0 of a group is the sender."""
+    """A member's place in the process groups of one round; the sender is rank 0 of each group."""
 
     member: Member
     rank: int
-    """In the group of its tensor-parallel rank."""
+    """Rank in the group of its tensor-parallel rank."""
     size: int
-    """Of that group, the sender included."""
+    """Size of that group, including the sender."""
 
     def __str__(self) -> str:
         return f"{self.member.name} (tp rank {self.member.tp_rank}, rank {self.rank})"
 
 
 def seats_of(members: Iterable[Member]) -> list[Seat]:
-    """One group for each tensor-parallel rank, members in the order in which they joined."""
+    """Form one group for each tensor-parallel rank, in the order in which members joined."""
     groups: dict[int, list[Member]] = {}
     for member in members:
         groups.setdefault(member.tp_rank, []).append(member)
@@ -99,10 +99,10 @@ def seats_of(members: Iterable[Member]) -> list[Seat]:
 
 @dataclass(frozen=True)
 class Vote:
-    """What a member says at one stage of a round.
+    """A member's answer at one stage of a round.
 
-    ``word`` is what was hoped for, "refused" (its own fault, or that of its bytes), "cut off" (the
-    transfer failed, be it through another) or "silent".
+    ``word`` is the expected word, "refused" (the member failed, or its bytes were wrong), "cut off"
+    (the transfer failed, perhaps because of another member) or "silent".
     """
 
     word: str
@@ -115,7 +115,7 @@ class Vote:
 def gather(
     box: Mailbox, number: int, stage: str, seats: Iterable[Seat], seconds: float
 ) -> Mapping[Seat, Vote]:
-    """Every member's vote at a stage; "silent" for those that have not voted within ``seconds``."""
+    """Wait ``seconds`` for the votes of a stage; members that did not answer count as "silent"."""
     deadline = Deadline.after(seconds)
     votes = {}
     for seat in seats:
@@ -128,9 +128,9 @@ def gather(
 
 
 class BroadcastError(RuntimeError):
-    """A version could not be handed over; nothing was published and nobody serves it."""
+    """A version could not be sent. Nobody serves it, and nothing was published."""
 
 
 class Fenced(RuntimeError):
-    """This receiver takes no part any more: it was too late, or refused what others took. It serves
-    what it served; ``WeightReceiver.join`` lets it catch up."""
+    """The sender excluded this receiver, which was too late or refused what the others accepted.
+    Its arena keeps the previous version; ``WeightReceiver.join`` lets it catch up."""

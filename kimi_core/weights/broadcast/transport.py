@@ -1,12 +1,11 @@
-"""Moving the bytes of a slot between processes: buckets over ``torch.distributed``, none of them
-trusted before its checksum.
+"""Moves the bytes of a slot between processes, in buckets, over ``torch.distributed``.
 
-While bucket i is on the wire, the sender makes bucket i + 1 ready and the receivers check bucket
-i − 1. On the CPU (gloo) buckets are sent from and received into the slot itself, so that nothing is
-held twice; on a GPU (NCCL) they pass through device memory, two buckets at a time. Every wait ends
-at a ``Deadline``. The NCCL path follows the same plan but has never run: no GPU was at hand.
+While bucket i is transferred, the sender prepares bucket i + 1, and the receivers check bucket
+i − 1. On the CPU (gloo) buckets are sent from and received into the slot itself, so no byte is
+stored twice. On a GPU (NCCL) they pass through device memory, two buckets at a time. Every wait
+ends at a ``Deadline``. The NCCL path has never run, because no GPU was available.
 
-gloo binds the network interface that ``GLOO_SOCKET_IFNAME`` names, or that of the host's name.
+gloo uses the network interface that ``GLOO_SOCKET_IFNAME`` names, or that of the host's name.
 """
 
 import time
@@ -22,35 +21,34 @@ import torch.distributed as dist
 Backend = Literal["gloo", "nccl"]
 BUCKET_BYTES = 64 << 20
 GRACE_S = 5.0
-"""How long after its own time limit an operation may still take to say that it is over."""
+"""Seconds that an operation may take to end after its time limit has passed."""
 
 
 class TransferError(RuntimeError):
-    """Bytes did not arrive, or did not leave, in time; says which and why."""
+    """Bytes were not sent or received in time; the message says which bytes and why."""
 
 
 @dataclass(frozen=True)
 class Deadline:
-    """A moment on the monotonic clock that a wait does not go beyond."""
+    """A moment on the monotonic clock at which a wait ends."""
 
     at: float
     seconds: float
-    """What was allowed in all, for messages."""
+    """Seconds allowed in total, for messages."""
 
     @classmethod
     def after(cls, seconds: float) -> Self:
         return cls(time.monotonic() + seconds, seconds)
 
     def left(self) -> timedelta:
-        """Time left, at least a millisecond: torch reads 0 as no limit."""
+        """Time left, at least a millisecond, because torch reads 0 as no limit."""
         return timedelta(seconds=max(self.at - time.monotonic(), 0.001))
 
 
 class Group:
-    """Processes that move bytes together; rank 0 sends. Point to point is a group of two.
+    """Processes that transfer bytes together; rank 0 sends. Point to point is a group of two.
 
-    Leaving the ``with`` block hangs up: a rank that waits on this one fails at once then, not only
-    at its deadline.
+    Leaving the ``with`` block closes the connections, so ranks that wait for this one fail at once.
     """
 
     def __init__(
@@ -63,10 +61,10 @@ class Group:
         deadline: Deadline,
         backend: Backend = "gloo",
     ) -> None:
-        """Meet the other ranks under ``prefix``, which no earlier group has used.
+        """Connect to the other ranks under ``prefix``, which no earlier group has used.
 
         Raises:
-            TransferError: not all of them came before the deadline.
+            TransferError: not all ranks connected before the deadline.
         """
         self.rank = rank
         self.device = torch.device("cpu")
@@ -83,7 +81,7 @@ class Group:
                 self._group = dist.ProcessGroupNCCL(place, rank, size, options)
         except RuntimeError as error:
             raise TransferError(
-                f"The {size} ranks of {prefix} did not all meet within {deadline.seconds:g} s: "
+                f"Not all {size} ranks of {prefix} connected within {deadline.seconds:g} s: "
                 f"{_first_line(error)}"
             ) from error
 
@@ -91,7 +89,7 @@ class Group:
         """Start to send ``piece`` (on rank 0) or to receive into it.
 
         Raises:
-            TransferError: a rank has hung up already.
+            TransferError: a rank has disconnected.
         """
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
@@ -100,7 +98,7 @@ class Group:
         try:
             return self._group.broadcast([piece], options)
         except RuntimeError as error:
-            raise TransferError(f"A bucket could not begin: {_first_line(error)}") from error
+            raise TransferError(f"Cannot start a bucket: {_first_line(error)}") from error
 
     def close(self) -> None:
         if self.device.type == "cuda":
@@ -116,7 +114,7 @@ class Group:
 
 @dataclass
 class _Bucket:
-    """Bytes ``start:end`` of the payload, on their way."""
+    """Bytes ``start:end`` of the payload, during their transfer."""
 
     start: int
     end: int
@@ -133,18 +131,18 @@ def move(
     landed: Callable[[int, int], None] | None = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
-    """Send ``payload`` from rank 0 into the payloads of the other ranks; all of them call this.
+    """Send ``payload`` from rank 0 into the payloads of the other ranks; every rank calls this.
 
-    On return, and also when it raises, nothing writes to ``payload`` any more.
+    When the function returns or raises, nothing writes to ``payload`` any more.
 
     Args:
         payload: uint8 ``[n]`` on the CPU, the same n on each rank.
         ready: called with ``start, end`` before the sender reads these bytes.
-        landed: called with ``start, end``, in order, when they have arrived or have left.
+        landed: called with ``start, end``, in order, when these bytes were received or sent.
         bucket_bytes: at least 1, the same on each rank.
 
     Raises:
-        TransferError: the deadline passed or a rank hung up.
+        TransferError: the deadline passed or a rank disconnected.
     """
     flying: deque[_Bucket] = deque()
 
@@ -183,22 +181,22 @@ def _wait(bucket: _Bucket, total: int, deadline: Deadline, *, sends: bool) -> No
         bucket.work.wait(deadline.left())
     except RuntimeError as error:
         raise TransferError(
-            f"Bytes {bucket.start} to {bucket.end} of {total} did not "
-            f"{'leave' if sends else 'arrive'} within {deadline.seconds:g} s: {_first_line(error)}"
+            f"Bytes {bucket.start} to {bucket.end} of {total} were not "
+            f"{'sent' if sends else 'received'} within {deadline.seconds:g} s: {_first_line(error)}"
         ) from error
 
 
 def _settle(flying: deque[_Bucket], deadline: Deadline) -> None:
-    """Wait until operations that failed are over, so that no late byte lands in a slot that serves
-    something else by then. Each has a time limit of its own, the deadline when it began."""
-    limit = max(deadline.at, time.monotonic()) + GRACE_S  # The process may have been frozen.
+    """Wait until failed operations have ended, so that no late byte arrives in a slot that is used
+    for something else by then. Each ends by the time limit with which it started."""
+    limit = max(deadline.at, time.monotonic()) + GRACE_S  # The process may have been suspended.
     while flying and flying[0].staged.device.type == "cpu":
         if flying[0].work.is_completed():
             flying.popleft()
         elif time.monotonic() > limit:
             raise RuntimeError(
-                f"A transfer outlives its time limit by {GRACE_S:g} s and may still write to its "
-                "slot: end this process before the slot is used again"
+                f"A transfer did not end {GRACE_S:g} s after its time limit and may still write to "
+                "its slot; end this process before the slot is used again"
             )
         else:
             time.sleep(0.001)

@@ -61,7 +61,7 @@ def test_gives_is_equality(value, expected):
 @given(listed)
 def test_every_value_gives_itself(value):
     found = gives(json.dumps({"value": encode(value)}), value)
-    assert found is (decode(encode(value)) == value)  # False for NaN, as in Python
+    assert found is ("nan" not in repr(value))  # NaN differs from itself, as in Python
 
 
 @given(st.text() | st.recursive(scalars, st.lists).map(json.dumps))

@@ -16,7 +16,7 @@ from kimi_core.reward.judges.judge import (
     REPAIR_TOKENS,
     TEMPLATE,
     JudgeReward,
-    Verdict,
+    JudgeVerdict,
     escape,
     read_verdict,
 )
@@ -165,14 +165,14 @@ def test_no_verdict_twice_is_an_infrastructure_error(repair):
 
 def test_what_is_too_long_is_not_asked():
     made, engine = judge_with(lambda asked: TRUE, context=1000)
-    with pytest.raises(InfrastructureError, match="more than its context of 1000"):
+    with pytest.raises(InfrastructureError, match="exceeds the judge's context of 1000"):
         made.judge("3*4=", "12", "1" * 1000)
     assert engine.asked == []
 
 
 def test_what_the_judge_cannot_read_is_not_asked():
     made, engine = judge_with(lambda asked: TRUE)
-    with pytest.raises(InfrastructureError, match="cannot read"):
+    with pytest.raises(InfrastructureError, match="Cannot encode"):
         made.judge("3*4=", "12", "zwölf")
     assert engine.asked == []
 
@@ -195,7 +195,7 @@ def test_many_are_judged_side_by_side_and_keep_their_order():
     made, engine = judge_with(say)
     responses = ["wrong", "one", "two", "long", "x" * 4000]
     found = made.judge_many([("q", "r", response) for response in responses])
-    kinds = [v.correct if isinstance(v, Verdict) else type(v) for v in found]
+    kinds = [v.correct if isinstance(v, JudgeVerdict) else type(v) for v in found]
     assert kinds == [False, True, InfrastructureError, True, InfrastructureError]
     assert len(engine.asked) == 4 + 2
     assert made.judge_many([]) == []

@@ -100,7 +100,7 @@ def test_the_same_seed_trains_the_same_model():
 
 @pytest.mark.parametrize(("texts", "labels"), [([], []), ([np.array([2])], [])])
 def test_examples_and_labels_must_match(texts, labels):
-    with pytest.raises(ValueError, match="labels: give as many"):
+    with pytest.raises(ValueError, match="labels; give one label"):
         train_value(tiny()[0], texts, labels, steps=1, batch_size=1, learning_rate=1e-3, seed=0)
 
 
@@ -225,7 +225,7 @@ def test_the_comparison_takes_labelled_files(capsys, tmp_path):
     )
     compare.run(arguments("--data", str(path), "--kind", "classic"))
     assert json.loads(capsys.readouterr().out)["kind"] == "classic"
-    with pytest.raises(ValueError, match="are left to train on"):
+    with pytest.raises(ValueError, match="are left for training"):
         compare.run(arguments("--data", str(path), "--examples", "100"))
     plain = [vars(e) | {"reasoning": ""} for e in sums(multiply.prompts()[:40], seed=0)]
     path.write_text("".join(json.dumps(line) + "\n" for line in plain))

@@ -15,12 +15,13 @@ import pytest
 from rich.console import Console
 
 import kimi_core
-from kimi_core.config import MathConfig, RewardConfig, load_config
+from kimi_core.config import MathConfig, RewardConfig
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.load import load_reward
 from kimi_core.reward.math import reward as math_module
 from kimi_core.reward.math import worker as math_worker
 from kimi_core.reward.math.reward import MathReward
+from kimi_core.run.config_file import load_config
 from kimi_core.run.run import train
 from kimi_core.types import Prompt
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 
 from kimi_core.weights.arena import WeightArena
-from kimi_core.weights.broadcast.rounds import Terms
+from kimi_core.weights.broadcast.rounds import BroadcastSettings
 from kimi_core.weights.layout import Layout
 
 CONFIG = LlamaConfig(
@@ -19,7 +19,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     tie_word_embeddings=True,
 )
-QUICK = Terms(bucket_bytes=4096, answer_s=20, transfer_s=20)
+QUICK = BroadcastSettings(bucket_bytes=4096, answer_s=20, transfer_s=20)
 
 
 def make_arena(path: Path, *, tp_rank: int = 0, tp_size: int = 1, dtype: str = "bfloat16"):

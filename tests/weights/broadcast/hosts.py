@@ -18,7 +18,7 @@ from weights.broadcast.broadcast_fixtures import QUICK, weights
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.broadcast import receiver
 from kimi_core.weights.broadcast import sender as broadcast
-from kimi_core.weights.broadcast.rounds import Fenced, Terms
+from kimi_core.weights.broadcast.rounds import BroadcastSettings, Fenced
 from kimi_core.weights.broadcast.transport import move
 
 FAULT_AT = 4 * QUICK.bucket_bytes
@@ -66,8 +66,8 @@ def receive(given: dict) -> None:
 def send(given: dict) -> None:
     """Publish version 1 to so many members, then the fatal one."""
     arena = WeightArena.open(given["arena"], readonly=False)
-    terms = Terms(**given["terms"])
-    with broadcast.WeightSender([arena], host="127.0.0.1", terms=terms) as sender:
+    settings = BroadcastSettings(**given["settings"])
+    with broadcast.WeightSender([arena], host="127.0.0.1", settings=settings) as sender:
         say(address=sender.address)
         while len(sender.members) < given["members"]:
             sys.stdin.readline()  # The test says when to look again.

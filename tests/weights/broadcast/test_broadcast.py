@@ -11,7 +11,7 @@ from weights.broadcast.broadcast_fixtures import QUICK, digest, expected, make_a
 
 from kimi_core.weights.broadcast.mailbox import Mailbox, PeerGone
 from kimi_core.weights.broadcast.receiver import JoinRefused, WeightReceiver
-from kimi_core.weights.broadcast.rounds import BroadcastError, Fenced, Terms
+from kimi_core.weights.broadcast.rounds import BroadcastError, BroadcastSettings, Fenced
 from kimi_core.weights.broadcast.sender import WeightSender
 from kimi_core.weights.broadcast.transport import move
 
@@ -26,7 +26,7 @@ def _loopback(monkeypatch):
 
 @pytest.fixture
 def sender(tmp_path):
-    with WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", terms=QUICK) as sender:
+    with WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", settings=QUICK) as sender:
         yield sender
 
 
@@ -94,7 +94,7 @@ def test_one_who_joins_late_pulls_what_is_served(sender, tmp_path, pool):
 def test_each_rank_gets_its_shard_only(tmp_path, pool):
     arenas = [make_arena(tmp_path / f"s{r}", tp_rank=r, tp_size=2) for r in range(2)]
     whole = make_arena(tmp_path / "whole")
-    with WeightSender(arenas, host="127.0.0.1", terms=QUICK) as sender:
+    with WeightSender(arenas, host="127.0.0.1", settings=QUICK) as sender:
         receivers = [
             member(sender, tmp_path / f"r{r}", f"r{r}", tp_rank=r, tp_size=2) for r in range(2)
         ]
@@ -110,8 +110,8 @@ def test_each_rank_gets_its_shard_only(tmp_path, pool):
 @pytest.mark.parametrize(
     ("layout", "tp_rank", "message"),
     [
-        ({"dtype": "float32"}, 0, "layout of its arena .* is not the sender's"),
-        ({}, 1, "tp_rank = 1: the sender has 0 to 0"),
+        ({"dtype": "float32"}, 0, "layout of its arena .* is not that of the sender"),
+        ({}, 1, "tp_rank = 1; allowed are 0 to 0"),
     ],
 )
 def test_who_does_not_fit_cannot_join(sender, tmp_path, layout, tp_rank, message):
@@ -160,11 +160,11 @@ def test_who_got_a_flipped_bit_is_fenced_and_catches_up(sender, tmp_path, pool, 
         published = sender.publish(weights(2), version=2)
     assert published.served == ("good",)
     assert re.search(
-        r"bad \(tp rank 0, rank 2\) refused.* fails its checks", published.fenced["bad"]
+        r"bad \(tp rank 0, rank 2\) refused.* does not match its checks", published.fenced["bad"]
     )
     result = taken[0].result()
     assert result.version == 2 and "bad (tp rank 0, rank 2) refused" in result.called_off[0]
-    with pytest.raises(Fenced, match="fails its checksum"):
+    with pytest.raises(Fenced, match="does not match its checksum"):
         taken[1].result()
     assert digest(bad._arena) == expected(tmp_path, 1)
     assert bad.join(timeout_s=SOON) == 2
@@ -211,7 +211,7 @@ def test_a_fault_of_the_sender_in_mid_round_reaches_the_receivers(
         raise MemoryError("the trainer is out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kimi_core.weights.broadcast.sender.Filling.make_ready", no_memory)
+        patch.setattr("kimi_core.weights.broadcast.sender.SlotWriter.make_ready", no_memory)
         with pytest.raises(MemoryError):
             sender.publish(weights(2), version=2)
     assert digest(sender._arenas[0]) == expected(tmp_path, 1)
@@ -220,8 +220,8 @@ def test_a_fault_of_the_sender_in_mid_round_reaches_the_receivers(
 
 
 def test_one_who_does_not_answer_is_fenced_by_name_in_time(tmp_path, pool):
-    terms = Terms(bucket_bytes=4096, answer_s=3, transfer_s=20)
-    with WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", terms=terms) as sender:
+    settings = BroadcastSettings(bucket_bytes=4096, answer_s=3, transfer_s=20)
+    with WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", settings=settings) as sender:
         there, absent = (member(sender, tmp_path / name, name) for name in ("there", "absent"))
         members_are(sender, ["there", "absent"])
         taken = pool.submit(there.take, timeout_s=SOON)
@@ -237,7 +237,7 @@ def test_one_who_does_not_answer_is_fenced_by_name_in_time(tmp_path, pool):
 
 
 def test_a_slot_that_no_reader_lets_go_is_named(sender, tmp_path, pool, monkeypatch):
-    monkeypatch.setattr(sender, "terms", replace(QUICK, answer_s=4))
+    monkeypatch.setattr(sender, "settings", replace(QUICK, answer_s=4))
     (receiver,) = serving_version_1(sender, tmp_path, pool, ["a"])
     leases = []
     for version in (2, 3):
@@ -246,7 +246,7 @@ def test_a_slot_that_no_reader_lets_go_is_named(sender, tmp_path, pool, monkeypa
         sender.publish(weights(version), version=version)
         taken.result()
     taken = pool.submit(receiver.take, timeout_s=SOON)
-    with pytest.raises(BroadcastError, match=r"a \(.*refused: .*slots came free.*by pid"):
+    with pytest.raises(BroadcastError, match=r"a \(.*refused: .*slots became free.*by pid"):
         sender.publish(weights(4), version=4)
     leases.pop().release()
     assert sender.publish(weights(4), version=4).served == ("a",)
@@ -254,12 +254,12 @@ def test_a_slot_that_no_reader_lets_go_is_named(sender, tmp_path, pool, monkeypa
 
 
 def test_a_sender_that_is_gone_is_named(tmp_path):
-    sender = WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", terms=QUICK)
+    sender = WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", settings=QUICK)
     receiver = member(sender, tmp_path / "r", "r")
     sender.close()
     with pytest.raises(PeerGone, match=re.escape(receiver.address)):
         receiver.take(timeout_s=SOON)
-    with pytest.raises(PeerGone, match=f"No sender of weights answers at {receiver.address}"):
+    with pytest.raises(PeerGone, match=f"No sender of weights answered at {receiver.address}"):
         Mailbox.connect(*sender.address, seconds=0.2)
 
 
@@ -268,13 +268,13 @@ def test_what_is_no_request_is_dropped(sender, tmp_path, caplog):
     for junk in (b"{", b"[]", b'{"id": 1}', b"\xff"):
         box.store.queue_push("joins", junk)
     member(sender, tmp_path / "r", "r")
-    assert caplog.text.count("no such thing") == 4
+    assert caplog.text.count("malformed join request") == 4
 
 
 def test_terms_and_arenas_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="backend = 'mpi': allowed are 'gloo' and 'nccl'"):
-        Terms(backend="mpi")
-    with pytest.raises(ValueError, match="answer_s = 0: it must be above 0"):
-        Terms(answer_s=0)
+    with pytest.raises(ValueError, match="backend = 'mpi'; allowed are 'gloo' and 'nccl'"):
+        BroadcastSettings(backend="mpi")
+    with pytest.raises(ValueError, match="answer_s = 0; it must be above 0"):
+        BroadcastSettings(answer_s=0)
     with pytest.raises(ValueError, match="0 arenas at versions"):
         WeightSender([], host="127.0.0.1")

@@ -20,14 +20,14 @@ import kimi_core
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.broadcast.mailbox import PeerGone
 from kimi_core.weights.broadcast.receiver import WeightReceiver
-from kimi_core.weights.broadcast.rounds import Terms
+from kimi_core.weights.broadcast.rounds import BroadcastSettings
 from kimi_core.weights.broadcast.sender import WeightSender
 
 pytestmark = pytest.mark.slow
 
 SOON = 120
 """Seconds within which a process has started and spoken, also on a busy machine."""
-TERMS = Terms(bucket_bytes=QUICK.bucket_bytes, answer_s=10, transfer_s=10)
+SETTINGS = BroadcastSettings(bucket_bytes=QUICK.bucket_bytes, answer_s=10, transfer_s=10)
 TESTS = Path(__file__).parents[2]
 ROOT = Path(kimi_core.__file__).parents[1]
 
@@ -125,7 +125,7 @@ def test_one_of_three_fails_midway(hosts, tmp_path, fault):
     it serves 2, b 1 until it comes back and pulls 2, and nobody ever anything else."""
     truths = {version: expected(tmp_path, version)[1] for version in (1, 2, 3)}
     arenas = {name: new_arena(tmp_path / name) for name in "ab"}
-    with WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", terms=TERMS) as sender:
+    with WeightSender([make_arena(tmp_path / "s")], host="127.0.0.1", settings=SETTINGS) as sender:
         given = {"address": sender.address}
         a = hosts("receive", **given, arena=arenas["a"], name="a")
         assert a.hears("joined") is None
@@ -143,7 +143,7 @@ def test_one_of_three_fails_midway(hosts, tmp_path, fault):
         named = r"b \(tp rank 0, rank 2\) silent: did not say 'vote' within 10 s"
         assert re.search(named, published.fenced["b"])
         # The bytes' limit, where nobody hangs up, and that of the votes.
-        assert seconds < TERMS.answer_s + (TERMS.transfer_s if fault == "SIGSTOP" else 0) + 5
+        assert seconds < SETTINGS.answer_s + (SETTINGS.transfer_s if fault == "SIGSTOP" else 0) + 5
         event = a.said.get(timeout=SOON)
         assert event["taken"] == 2 and re.search(named, event["called_off"][0])
         assert served_by(arenas["a"]) == served_by(str(tmp_path / "s")) == (2, truths[2])
@@ -169,7 +169,7 @@ def test_a_shard_that_fails_holds_back_the_others(hosts, tmp_path):
     senders = [make_arena(tmp_path / f"s{rank}", tp_rank=rank, tp_size=2) for rank in range(2)]
     truths = [expected(tmp_path, 2, tp_rank=rank, tp_size=2) for rank in range(2)]
     paths = [new_arena(tmp_path / f"r{rank}", tp_rank=rank, tp_size=2) for rank in range(2)]
-    with WeightSender(senders, host="127.0.0.1", terms=TERMS) as sender:
+    with WeightSender(senders, host="127.0.0.1", settings=SETTINGS) as sender:
         faults = [{}, {"fault": "SIGKILL", "version": 2}]
         ranks = [
             hosts("receive", address=sender.address, arena=paths[r], name=f"r{r}", tp_rank=r, **f)
@@ -193,7 +193,7 @@ def test_the_sender_is_killed_midway(hosts, tmp_path):
     """Its receivers name it in time, and they and its own arena serve what they served."""
     path = new_arena(tmp_path / "s")
     truth = expected(tmp_path, 1)
-    host = hosts("send", arena=path, members=2, terms=asdict(TERMS), fault="SIGKILL")
+    host = hosts("send", arena=path, members=2, settings=asdict(SETTINGS), fault="SIGKILL")
     address = tuple(host.hears("address"))
     receivers = [WeightReceiver(address, make_arena(tmp_path / n), name=n) for n in "ab"]
     for receiver in receivers:
@@ -210,7 +210,7 @@ def test_the_sender_is_killed_midway(hosts, tmp_path):
         for future in taken:
             with pytest.raises(PeerGone, match=f"sender at 127.0.0.1:{address[1]} is gone"):
                 future.result(timeout=SOON)
-    assert time.monotonic() - started < TERMS.transfer_s + 2 * TERMS.answer_s
+    assert time.monotonic() - started < SETTINGS.transfer_s + 2 * SETTINGS.answer_s
     assert host.process.wait(SOON) == -signal.SIGKILL
     assert [digest(r._arena) for r in receivers] == [truth, truth]
     assert served_by(path) == truth

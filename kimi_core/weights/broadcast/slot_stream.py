@@ -1,5 +1,5 @@
-"""A slot that fills while its bytes travel: cast on the sender just before they leave, summed on
-the receiver just after they land."""
+"""Work on a slot while its bytes travel: the sender casts tensors into its slot just before they
+leave, and the receiver computes checksums just after they arrive."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,25 @@ from kimi_core.weights.arena import Lease, WeightArena, WritableSlot
 from kimi_core.weights.gather import NamedTensors, sources_of
 
 
-class Filling:
-    """Trainer tensors on their way into an idle slot, entry by entry.
+class SlotWriter:
+    """Writes the trainer's tensors into an idle slot, entry by entry, shortly before they are sent.
 
-    Raises ValueError for names, shapes or dtypes that are not the layout's, before it writes.
+    Raises:
+        ValueError: names, shapes or dtypes do not fit the layout. Raised before anything is
+            written.
     """
 
     def __init__(self, arena: WeightArena, slot: WritableSlot, tensors: NamedTensors) -> None:
         self.slot = slot
         self.crcs: list[int] = []
-        """Of the entries written so far."""
+        """Checksums of the entries written so far."""
         self._sources = sources_of(tensors, arena.layout)
         self._next_source = 0
 
     def make_ready(self, start: int, end: int) -> None:
         """Write every entry that begins before byte ``end`` of the slot and is not written yet.
 
-        ``start`` is where the caller's bytes begin; what lies before it is written already.
+        The entries before ``start`` are written already.
         """
         entries, first = self.slot.layout.entries, len(self.crcs)
         last = first
@@ -43,7 +45,7 @@ class Filling:
         self.crcs += self.slot.write(sources, first=first, count=last - first)
 
     def finish(self) -> list[int]:
-        """Write what is left; the checksums of all entries, which ``commit`` will take."""
+        """Write the remaining entries, verify the slot, and return the checksums of all entries."""
         self.make_ready(0, self.slot.layout.payload_bytes)
         self.slot.verify(self.crcs, found=self.crcs)
         return self.crcs
@@ -53,11 +55,11 @@ class Filling:
 
 
 class RunningChecksums:
-    """CRC32C of each region of a payload, taken up as its bytes become known, in order.
+    """CRC32C of each region of a payload, computed while the bytes arrive in order.
 
     Args:
         payload: uint8 ``[n]``.
-        regions: ``(offset, bytes)``, ascending and apart; what lies between has no checksum.
+        regions: ``(offset, bytes)``, ascending, without overlap. Bytes between them are ignored.
     """
 
     def __init__(self, payload: np.ndarray, regions: Sequence[tuple[int, int]]) -> None:
@@ -67,7 +69,7 @@ class RunningChecksums:
         self.crcs = [0] * len(regions)
 
     def take(self, start: int, end: int) -> None:
-        """Bytes ``start:end`` are there; those before have been taken."""
+        """Add bytes ``start:end``, which follow the bytes added before."""
         while self._current < len(self._regions):
             offset, size = self._regions[self._current]
             first, last = max(start, offset), min(end, offset + size)
@@ -80,10 +82,10 @@ class RunningChecksums:
 
 
 def regions_of(arena: WeightArena) -> list[tuple[int, int]]:
-    """What has a checksum of its own in a slot: each entry of the layout."""
+    """``(offset, bytes)`` of each entry of the layout; each has a checksum."""
     return [(entry.offset, entry.nbytes) for entry in arena.layout.entries]
 
 
 def bytes_of(lease: Lease) -> torch.Tensor:
-    """The leased slot, uint8 ``[n]``; only to be read, though torch does not know that."""
+    """The leased slot, uint8 ``[n]``, read-only: a write is a segmentation fault."""
     return torch.from_numpy(lease.arena._core._payload(lease.slot))

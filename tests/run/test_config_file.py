@@ -2,7 +2,8 @@
 
 import pytest
 
-from kimi_core.config import DROPPED, MOVED, Config, load_config
+from kimi_core.config import Config
+from kimi_core.run.config_file import DROPPED, MOVED, load_config
 
 
 @pytest.mark.parametrize("key", MOVED)
