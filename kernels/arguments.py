@@ -18,7 +18,7 @@ def check_head(
     """Return the head, with this rank's first token id filled in.
 
     Raises:
-        ValueError: a shape, dtype, device, id or number is not what it must be.
+        ValueError: a shape, dtype, device, id or number is not allowed.
     """
     head = head if isinstance(head, Head) else Head(head)
     weight, bias = head.weight, head.bias
@@ -35,8 +35,8 @@ def check_head(
         )
     if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
         raise ValueError(
-            f"bias is {bias.dtype} {tuple(bias.shape)}: it must be floating, "
-            f"[{len(weight)}], one per row of weight"
+            f"bias is {bias.dtype} {tuple(bias.shape)}: it must be floating-point, "
+            f"[{len(weight)}], one number per row of weight"
         )
     check_tokens("ids", ids, len(hidden), integer=True)
     if mask is not None:
@@ -45,7 +45,9 @@ def check_head(
             raise ValueError(f"mask is {mask.dtype}: it must be bool; use `mask > 0`")
     for name, tensor in {"weight": weight, "ids": ids, "bias": bias, "mask": mask}.items():
         if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}")
+            raise ValueError(
+                f"{name} is on {tensor.device} and hidden on {hidden.device}: use one device"
+            )
     if not head.temperature > 0:
         raise ValueError(f"temperature = {head.temperature}: give one greater than 0")
     if head.softcap is not None and not head.softcap > 0:
@@ -56,17 +58,17 @@ def check_head(
     counted = ids if mask is None else ids[mask]
     if len(counted) and not (0 <= int(counted.min()) and int(counted.max()) < vocab):
         raise ValueError(
-            f"Token ids from {int(counted.min())} to {int(counted.max())}: "
-            f"the vocabulary has 0 to {vocab - 1}"
+            f"Token ids run from {int(counted.min())} to {int(counted.max())}; the vocabulary "
+            f"allows 0 to {vocab - 1}"
         )
     return replace(head, first=first)
 
 
 def check_tokens(name: str, values: Tensor, tokens: int, *, integer: bool = False) -> None:
-    """Refuse values that are not one per token."""
+    """Raise ValueError unless ``values`` has one number per token."""
     if values.shape != (tokens,):
         raise ValueError(
-            f"{name} has shape {tuple(values.shape)}: it must be [{tokens}], as hidden"
+            f"{name} has shape {tuple(values.shape)}: it must be [{tokens}], one per row of hidden"
         )
     if integer and (
         values.is_floating_point() or values.is_complex() or values.dtype == torch.bool
@@ -75,19 +77,19 @@ def check_tokens(name: str, values: Tensor, tokens: int, *, integer: bool = Fals
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, responses: int) -> list[int]:
-    """The edges of the responses, after a check that they cover the tokens."""
+    """The edges of the responses as a list. Raises ValueError unless they cover all tokens."""
     if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}: it must hold integers, "
-            "one more than there are responses, and there must be a response"
+            "one more than there are responses, for at least one response"
         )
     edges = cu_seqlens.tolist()
     rising = all(left <= right for left, right in pairwise(edges))
     if not rising or edges[0] != 0 or edges[-1] != tokens:
         raise ValueError(
             f"cu_seqlens runs from {edges[0]} to {edges[-1]}"
-            f"{'' if rising else ' and falls in between'}: it must rise from 0 to {tokens}, the "
-            "number of tokens"
+            f"{'' if rising else ' and decreases in between'}: it must rise from 0 to {tokens}, "
+            "the number of tokens"
         )
     if responses != len(edges) - 1:
         raise ValueError(f"{responses} advantages for {len(edges) - 1} responses in cu_seqlens")
@@ -95,15 +97,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, tokens: int, responses: int) -> list[in
 
 
 def check_finite(logprobs_t: Tensor) -> None:
-    """Refuse log-probs that are NaN: a hidden state or the output matrix is not finite there.
-
-    Raises:
-        FloatingPointError: names the first such row.
-    """
+    """Raise FloatingPointError if a log-prob is NaN; the message names the first one."""
     bad = logprobs_t.isnan()
     if bad.any():
         raise FloatingPointError(
-            f"{int(bad.sum())} of {len(bad)} log-probs are NaN, the first that of token "
+            f"{int(bad.sum())} of {len(bad)} log-probs are NaN, the first at token "
             f"{int(bad.nonzero()[0])}: its hidden state or the output matrix holds NaN or infinity"
         )
 

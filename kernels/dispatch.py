@@ -26,7 +26,7 @@ def tiles_for(head: Head, rows: int) -> Tiles:
 def response_sums(values_t: Tensor, edges_n: Tensor) -> Tensor:
     """Sums of a per-token value between edges, float64 ``[n]``, differentiable.
 
-    In float64, because a sum over a response adds up thousands of per-token rounding errors.
+    The sums are in float64, because a response has thousands of rounding errors.
     """
     if values_t.is_cuda and has_triton():
         from kimi_core.kernels.triton_tiles import SegmentSum

@@ -1,7 +1,7 @@
 """Log-probs of given tokens from hidden states and the output matrix, without the logits.
 
-Logits ``[T, V]`` are formed ``chunk`` rows at a time, in the forward pass and again in the backward
-pass. Two numbers per token are kept between the two.
+The logits ``[T, V]`` are computed ``chunk`` rows at a time, in the forward pass and again in the
+backward pass. Between the passes two numbers per token are kept.
 """
 
 from typing import Literal, overload
@@ -24,9 +24,10 @@ def linear_logprob_ref(
     mask: Tensor | None = None,
     upcast: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The slow twin: all logits at once, in the inputs' dtype or, with ``upcast``, in float64.
+    """The slow twin of ``linear_logprob``: all logits at once, in the inputs' dtype.
 
-    Returns log-probs and entropy, ``[T]``; 0 outside of the mask.
+    With ``upcast`` it computes in float64. Returns log-probs and entropy, ``[T]``; 0 outside the
+    mask.
     """
     head = head if isinstance(head, Head) else Head(head)
     weight, bias, softcap = head.weight, head.bias, head.softcap
@@ -82,24 +83,24 @@ def linear_logprob(
 
     Args:
         hidden: ``[T, D]``; float32, bfloat16, float16 or float64 (which is slow). With a
-            ``tp_group`` in the head, the same on each rank, as are the ids.
+            ``tp_group`` in the head, all ranks give the same hidden states and ids.
         head: the output matrix ``[V, D]``, or a ``Head`` with bias, soft cap and temperature.
-        ids: ``[T]``, integers in ``[0, V)`` where the mask is set.
-        mask: bool ``[T]``. Rows outside of it are dropped before the GEMM: they cost nothing, and
-            come back as 0 with zero gradient.
+        ids: ``[T]``, integers, in ``[0, V)`` inside the mask.
+        mask: bool ``[T]``. Rows outside the mask are dropped before the GEMM, so they cost nothing.
+            Their log-probs and gradients are 0. None: all rows count.
         return_entropy: also return the entropy of each row's distribution, without a gradient.
         chunk: rows of logits that exist at once.
 
     Returns:
         ``[T]`` float32 in nats, differentiable in hidden, weight and bias. With ``return_entropy``
-        a pair of this and the entropy, ``[T]`` float32 in nats. (float64 for float64 inputs.) With
-        a ``tp_group`` all ranks get the same log-probs and the same gradient of hidden, and each
-        gets the gradient of its own rows of the weight.
+        a pair: these, and the entropy, ``[T]`` float32 in nats. For float64 inputs both are
+        float64. With a ``tp_group`` all ranks get the same log-probs and the same gradient of
+        hidden, and each rank gets the gradient of its rows of the weight.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, an id is out of range, or a number is not
-            positive.
-        FloatingPointError: a log-prob is NaN, because hidden or weight hold NaN or infinity.
+        ValueError: shapes, dtypes or devices do not match, an id is out of range, or a number is
+            not positive.
+        FloatingPointError: a log-prob is NaN, because hidden or weight holds NaN or infinity.
     """
     head = check_head(hidden, head, ids, mask=mask, chunk=chunk)
     if mask is None:
@@ -115,9 +116,9 @@ def linear_logprob(
 
 
 def logprobs_of(hidden_td: Tensor, ids_t: Tensor, head: Head, chunk: int) -> tuple[Tensor, Tensor]:
-    """Differentiable log-probs, and the entropy, of inputs that were checked; all rows count.
+    """Differentiable log-probs, and the entropy, of checked inputs without a mask.
 
-    The results are not checked, because no rank may stop before a collective that the others join.
+    The results are not checked: a rank that raised here would leave the others waiting.
     """
     logprobs_t, entropy_t = _LinearLogProb.apply(
         hidden_td, head.weight, head.bias, ids_t, head, chunk
@@ -126,7 +127,7 @@ def logprobs_of(hidden_td: Tensor, ids_t: Tensor, head: Head, chunk: int) -> tup
 
 
 class _LinearLogProb(torch.autograd.Function):
-    """Two passes, four GEMMs. Takes any gradient from above, one number per token."""
+    """Two passes with four GEMMs; takes any gradient of the log-probs."""
 
     @staticmethod
     def forward(ctx, hidden_td, weight_vd, bias_v, ids_t, head, chunk):  # type: ignore[no-untyped-def]
@@ -150,7 +151,7 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(ctx, grad_t, _):  # type: ignore[no-untyped-def]
         hidden_td, _, _, ids_t, top_t, total_t = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        # A row with gradient 0 (a wrong answer under ReST, say) costs nothing.
+        # A row with gradient 0, such as a wrong answer under ReST, costs nothing.
         live = grad_t.nonzero()[:, 0]
         tiles = tiles_for(ctx.head, min(ctx.chunk, len(live)))
         sums = WeightSums(tiles, weight=need_weight, bias=need_bias)

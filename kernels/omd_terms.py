@@ -17,8 +17,8 @@ from kimi_core.types import Normalize
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What the loss needs in addition to the log-probs; t counted tokens, n responses."""
+class LossInputs:
+    """The inputs of the loss besides the log-probs; t counted tokens, n responses."""
 
     ref_logprobs_t: Tensor
     advantages_n: Tensor
@@ -29,12 +29,12 @@ class Terms:
     cp_group: dist.ProcessGroup | None
 
     def ratios(self, logprobs_t: Tensor, rows: slice, responses: slice) -> Tensor:
-        """ρ of some responses, float64, from the log-probs of all of their tokens."""
+        """ρ of ``responses``, float64, from the log-probs of all their tokens, ``rows``."""
         delta_t = logprobs_t[rows] - self.ref_logprobs_t[rows]
         edges_n = self.edges_n[responses.start : responses.stop + 1] - rows.start
         sums_n = response_sums(delta_t, edges_n)
         if self.cp_group is not None:
-            # The value comes from all ranks, the gradient from this rank's tokens only.
+            # The value is summed over the ranks; the gradient flows to this rank's tokens only.
             all_n = sums_n.detach().clone()
             dist.all_reduce(all_n, group=self.cp_group)
             sums_n = sums_n + (all_n - sums_n.detach())
@@ -44,16 +44,13 @@ class Terms:
         return (self.advantages_n - self.tau * ratio_n) ** 2 / (2 * self.tau)
 
     def coefficients(self, ratio_n: Tensor, responses: slice = slice(None)) -> Tensor:
-        """∂ℓ_i / ∂ log π_θ, one for all tokens of a response."""
+        """∂ℓ_i / ∂ log π_θ, the same number for all tokens of a response."""
         gap_n = self.advantages_n[responses] - self.tau * ratio_n
         return -gap_n / self.norms_n[responses]
 
 
 class Group(NamedTuple):
-    """Responses [first, last) whose coefficients become known together, and their rows' tiles.
-
-    Several short responses share one tile; one long response has several.
-    """
+    """Responses [first, last) that share one tile, or one long response with several tiles."""
 
     first: int
     last: int
@@ -62,10 +59,10 @@ class Group(NamedTuple):
 
 
 def plan(edges: list[int], chunk: int, *, merge: bool) -> list[Group]:
-    """Lay the responses into tiles, the longest first, because the first one needs no scratch.
+    """Divide the responses into tiles, longest first, because the first group needs no scratch.
 
-    Without ``merge`` (context parallelism) every response is one group, in the same order on all
-    ranks.
+    Without ``merge``, as context parallelism needs, each response is a group, and all ranks have
+    the same order.
     """
     groups: list[Group] = []
     first = 0
@@ -82,14 +79,14 @@ def plan(edges: list[int], chunk: int, *, merge: bool) -> list[Group]:
     return sorted(groups, key=lambda group: -len(group.tiles)) if merge else groups
 
 
-def make_terms(
+def loss_inputs(
     edges: list[int],
     advantages: Tensor,
     ref_logprobs_t: Tensor,
     tau: float,
     normalize: Normalize,
     cp_group: dist.ProcessGroup | None,
-) -> Terms:
+) -> LossInputs:
     device = ref_logprobs_t.device
     edges_n = torch.tensor(edges, device=device)
     lengths_n = edges_n.diff()
@@ -97,11 +94,11 @@ def make_terms(
         dist.all_reduce(lengths_n, group=cp_group)
     advantages_n = advantages.to(device, torch.float64)
     norms_n = response_norms(lengths_n, normalize)
-    return Terms(ref_logprobs_t, advantages_n, norms_n, edges_n, tau, cp_group)
+    return LossInputs(ref_logprobs_t, advantages_n, norms_n, edges_n, tau, cp_group)
 
 
 def response_norms(lengths_n: Tensor, normalize: Normalize) -> Tensor:
-    """What the sum over each response is divided by, float64 ``[n]``; at least 1."""
+    """The divisor of each response's summed log-probs, float64 ``[n]``, at least 1."""
     norms_n = lengths_n.clamp(min=1).double()
     if normalize == "length":
         return norms_n
@@ -117,7 +114,7 @@ def mirror_descent(
     tau: float,
     normalize: Normalize = "none",
 ) -> Tensor:
-    """The losses ℓ_i of ``omd_loss`` from given log-probs, in plain torch; float64 ``[n]``.
+    """The losses ℓ_i of ``omd_loss`` from log-probs, in plain torch; float64 ``[n]``.
 
     Args:
         logprobs_t: the policy's log-probs of the counted tokens, in nats.
@@ -125,8 +122,8 @@ def mirror_descent(
         advantages_n: A_i = r_i − r̄.
         cu_seqlens: ``[n + 1]`` integers: response i has tokens cu[i] to cu[i + 1].
         tau: τ > 0.
-        normalize: as ``omd_loss`` takes it.
+        normalize: as in ``omd_loss``.
     """
-    terms = make_terms(cu_seqlens.tolist(), advantages_n, ref_logprobs_t, tau, normalize, None)
+    inputs = loss_inputs(cu_seqlens.tolist(), advantages_n, ref_logprobs_t, tau, normalize, None)
     everything = slice(0, len(logprobs_t)), slice(0, len(advantages_n))
-    return terms.losses(terms.ratios(logprobs_t, *everything))
+    return inputs.losses(inputs.ratios(logprobs_t, *everything))

@@ -1,10 +1,10 @@
-"""A tile of logits at a time: what ``linear_logprob`` and ``omd_loss`` are made of.
+"""Logits, one tile at a time: the steps that ``linear_logprob`` and ``omd_loss`` consist of.
 
-Logits ``[T, V]`` never exist; ``chunk`` rows of them do, in one buffer. For each chunk: ``load``
-the logits, take ``statistics`` of their rows, turn the buffer in place into ``gradient``, and
-multiply that with the output matrix and the hidden states. ``Tiles`` does so in plain torch,
-``CpuTiles`` with the C++ passes of ``csrc/loss``, ``TritonTiles`` on a GPU. Shape suffixes: t
-tokens, d hidden size, v vocabulary, c rows of a chunk.
+The logits ``[T, V]`` never exist as a whole. One buffer, the tile, holds ``chunk`` rows of them.
+For each chunk, ``load`` computes the logits, ``statistics`` reads their rows, and ``gradient``
+overwrites the buffer with the gradient, which is then multiplied with the output matrix and the
+hidden states. ``Tiles`` uses plain torch, ``CpuTiles`` the C++ passes of ``csrc/loss``, and
+``TritonTiles`` a GPU. Shape suffixes: t tokens, d hidden size, v vocabulary, c rows of a chunk.
 """
 
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from torch import Tensor
 from kimi_core import _C
 
 CHUNK = 512
-"""Rows of a tile unless told otherwise: enough for the GEMM, 100 MB at a vocabulary of 49,152."""
+"""Default rows of a tile: enough for a fast GEMM, and 100 MB at a vocabulary of 49,152."""
 
 UPCAST_ELEMENTS = 1 << 21
-"""Largest piece of a 16-bit matrix that is copied to float32 at once, for a GEMM on a CPU."""
+"""Most elements of a 16-bit matrix that are copied to float32 at once, for a GEMM on a CPU."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """An output matrix, and what its logits go through: bias, then soft cap, then temperature."""
+    """An output matrix, and the steps after it: bias, then soft cap, then temperature."""
 
     weight: Tensor
     """``[V, D]``, in the dtype of the hidden states. With ``tp_group``, this rank's rows."""
@@ -38,19 +38,19 @@ class Head:
     tp_group: dist.ProcessGroup | None = None
     """The ranks that share the vocabulary's rows, in the order of their ranks."""
     first: int = 0
-    """Token id of this rank's first row. The kernels find it from ``tp_group``."""
+    """Token id of this rank's first row. The kernels derive it from ``tp_group``."""
 
 
 class Statistics(NamedTuple):
-    """Of each row: everything the log-prob of its target, its entropy and its gradient need."""
+    """For each row, what its target's log-prob, its entropy and its gradient need."""
 
     top_c: Tensor
     """The largest score, after bias and cap and before the temperature."""
     total_c: Tensor
-    """float64: sum over the vocabulary of exp(x), x = (score − top) / temperature. Kept apart from
-    ``top``: their log-sum-exp in one float32 would lose the sum's digits to a large maximum."""
+    """float64: sum over the vocabulary of exp(x), x = (score − top) / temperature. It is separate
+    from ``top``, because one float32 for both would lose the sum's digits to a large maximum."""
     picked_c: Tensor
-    """x of the target; 0 where another rank holds it."""
+    """x of the target; 0 if another rank holds the target."""
     weighted_c: Tensor
     """float64: sum over the vocabulary of exp(x)·x."""
 
@@ -64,11 +64,11 @@ class Statistics(NamedTuple):
 
 
 class Tiles:
-    """The tile in plain torch: for float64, and for devices without a kernel.
+    """The tile in plain torch, for float64 and for devices without a kernel.
 
     Args:
-        head: its tensors on one device; float32, float64 or a 16-bit type.
-        rows: of the largest chunk.
+        head: tensors on one device, in float32, float64 or a 16-bit type.
+        rows: rows of the largest chunk.
     """
 
     def __init__(self, head: Head, rows: int) -> None:
@@ -77,8 +77,9 @@ class Tiles:
         self.dtype = torch.float64 if weight_vd.dtype == torch.float64 else torch.float32
         self._tile_cv = weight_vd.new_empty(rows, len(weight_vd), dtype=self._tile_dtype)
         self._bias_v = None if head.bias is None else head.bias.detach().to(self.dtype).contiguous()
-        # 16-bit products have to be summed in float32 and stay so: rounded to 16 bits, the logits
-        # of a long response are nats away. A CPU's GEMM only does so on float32 copies.
+        # 16-bit products must be summed in float32 and stay in float32. Logits that are rounded to
+        # 16 bits shift the log-prob of a long response by nats. On a CPU only a GEMM on float32
+        # copies does that.
         step = len(weight_vd)
         if weight_vd.dtype != self.dtype:
             step = max(1, UPCAST_ELEMENTS // weight_vd.shape[1])
@@ -89,8 +90,13 @@ class Tiles:
         return self.dtype
 
     def load(self, hidden_cd: Tensor, ids_c: Tensor, *, keep: bool = True) -> None:
-        """Form the logits of a chunk, whose targets are ``ids_c``; they take the place of what the
-        tile held. ``keep=False`` is for statistics alone, where no gradient will be asked for."""
+        """Compute the logits of a chunk into the tile.
+
+        Args:
+            hidden_cd: hidden states of the chunk.
+            ids_c: the target of each row.
+            keep: whether ``gradient`` will follow; False if only statistics are needed.
+        """
         self._logits_cv = self._tile_cv[: len(hidden_cd)]
         self._targets_c = self._targets(ids_c)
         x_cd = hidden_cd.to(self.dtype)
@@ -99,18 +105,18 @@ class Tiles:
             torch.mm(x_cd, weight_pd.T, out=self._logits_cv[:, part])
 
     def statistics(self) -> Statistics:
-        """Of the loaded logits, over the whole vocabulary; the logits stay."""
+        """Statistics of the loaded logits over the whole vocabulary; the logits stay loaded."""
         mine, owned_c = self._local_statistics(), self._targets_c >= 0
         if self.head.tp_group is None:
             return mine
         return _over_ranks(mine, owned_c, self.head.temperature, self.head.tp_group)
 
     def gradient(self, top_c: Tensor, total_c: Tensor, outer_c: Tensor) -> Tensor:
-        """Turn the loaded logits into the gradient of Σ outer·logprob in them; ``[c, V]``."""
+        """Overwrite the loaded logits with the gradient of Σ outer·logprob; ``[c, V]``."""
         return self._gradient(top_c, total_c, outer_c.to(self.dtype))
 
     def put_dhidden(self, dz_cv: Tensor, out_cd: Tensor) -> None:
-        """Write ``dz @ weight``; under vocabulary parallelism, this rank's share of it."""
+        """Write ``dz @ weight``; with a ``tp_group``, this rank's share of the sum."""
         if len(self._parts) == 1 and out_cd.dtype == dz_cv.dtype:
             torch.mm(dz_cv, self.head.weight, out=out_cd)
             return
@@ -120,11 +126,11 @@ class Tiles:
         out_cd.copy_(sum_cd)
 
     def add_dweight(self, dz_cv: Tensor, hidden_cd: Tensor, sum_vd: Tensor, beta: int) -> None:
-        """``sum = beta * sum + dz.T @ hidden``; beta 0 ignores what ``sum`` held."""
+        """``sum = beta * sum + dz.T @ hidden``; with beta 0 the old ``sum`` is not read."""
         sum_vd.addmm_(dz_cv.T, hidden_cd.to(self.dtype), beta=beta)
 
     def _targets(self, ids_c: Tensor) -> Tensor:
-        """The row of this rank's matrix that belongs to each id, −1 where another rank has it."""
+        """This rank's row for each id; −1 if another rank has the row."""
         local_c = ids_c - self.head.first
         mine_c = (local_c >= 0) & (local_c < len(self.head.weight))
         return torch.where(mine_c, local_c, -1)
@@ -160,8 +166,8 @@ class Tiles:
 
 
 class CpuTiles(Tiles):
-    """float32 tiles on a CPU: torch's GEMM, then one C++ pass for all statistics and one for the
-    gradient in place, with as many threads as torch has."""
+    """float32 tiles on a CPU: a GEMM of torch, one C++ pass for all statistics, and one for the
+    gradient in place, with torch's number of threads."""
 
     def _local_statistics(self) -> Statistics:
         found = _C.tile_statistics(self._logits_cv.numpy(), **self._settings())
@@ -190,7 +196,7 @@ class CpuTiles(Tiles):
 class WeightSums:
     """Gradients of the output matrix and the bias, summed over tiles in float32.
 
-    Buffers are made at the first tile, which overwrites them: nothing is filled with zeros first.
+    The first tile allocates and overwrites the buffers, so they are never filled with zeros.
     """
 
     def __init__(self, tiles: Tiles, *, weight: bool, bias: bool) -> None:
@@ -217,14 +223,14 @@ class WeightSums:
                 sums.mul_(factor)
 
     def add_scaled(self, other: "WeightSums", factor: float) -> None:
-        """Add ``factor`` times another's sums to ones that are not empty, and empty the other."""
+        """Add ``factor`` times the sums of ``other``, and empty it. These must not be empty."""
         for mine, theirs in ((self.weight_vd, other.weight_vd), (self.bias_v, other.bias_v)):
             if mine is not None and theirs is not None:
                 mine.add_(theirs, alpha=factor)
         other.empty = True
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """In the parameters' dtype; zeros if no tile was added, None where none are wanted."""
+        """Gradients in the parameters' dtype; zeros if no tile was added, None if not wanted."""
         head = self._tiles.head
         pairs = ((self.weight_vd, head.weight), (self.bias_v, head.bias))
         found: list[Tensor | None] = []
@@ -241,7 +247,7 @@ class WeightSums:
 def _over_ranks(
     mine: Statistics, owned_c: Tensor, temperature: float, group: dist.ProcessGroup
 ) -> Statistics:
-    """Statistics of the whole vocabulary from those of each rank's part: two small all-reduces."""
+    """Statistics of the whole vocabulary from those of all ranks, by two small all-reduces."""
     top_c = mine.top_c.clone()
     dist.all_reduce(top_c, dist.ReduceOp.MAX, group=group)
     shift_c = (mine.top_c.double() - top_c) / temperature

@@ -1,12 +1,12 @@
-"""The tile on a GPU: a GEMM that takes softmax statistics as it goes, and the gradient in place.
+"""The tile on a GPU: a GEMM that also computes softmax statistics, and the gradient in place.
 
-``logits_kernel`` multiplies, and keeps of each block of columns its largest score, the sum of
-e = exp(x), x = (score − largest) / temperature, and that of e·x. The tile receives e in the inputs'
-dtype rather than the logits: relative to the block's largest, 16 bits hold it as exactly as the
-GEMMs after it can use (of a token that is nearly certain e is 1, exactly), and ``gradient_kernel``
-needs no second exponential. The other two GEMMs are the vendor's.
+``logits_kernel`` multiplies. For each block of columns it stores the largest score, the sum of
+e = exp(x), where x = (score − largest) / temperature, and the sum of e·x. The tile stores e in the
+inputs' dtype, not the logits. Relative to the block's largest score, 16 bits hold e as precisely as
+the later GEMMs can use it (e of a nearly certain token is exactly 1), and ``gradient_kernel`` needs
+no second exponential. The vendor's library computes the other two GEMMs.
 
-No GPU has run this yet: the kernels are interpreted on a CPU, and compiled, in the tests.
+No GPU has run this yet. The tests interpret the kernels on a CPU and compile them.
 """
 
 import torch
@@ -25,11 +25,11 @@ LAUNCH: dict[str, Launch] = {
     "sm_100": (128, 128, 64, 8, 4),
     "gfx942": (128, 128, 64, 8, 2),
 }
-"""For 16-bit inputs. Chosen without a GPU to time them on: large tiles that spill no registers and
-fit in shared memory (``benches/compile_kernels.py``)."""
+"""Settings for 16-bit inputs. They were chosen without timing: large tiles that spill no registers
+and fit in shared memory (``benches/compile_kernels.py``)."""
 
 LAUNCH_FLOAT32: Launch = (128, 128, 32, 8, 2)
-"""Without TF32 the product is made of plain multiplications, on every target."""
+"""Settings for float32 inputs, which every target multiplies without TF32."""
 
 GRADIENT_BLOCK, GRADIENT_WARPS = 1024, 4
 SUM_BLOCK, SUM_WARPS = 1024, 4
@@ -59,7 +59,7 @@ def logits_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Neighbouring programs share a block of the weight: it is the larger matrix by far.
+    # Neighbouring programs share a block of the weight, by far the larger matrix.
     blocks_m = tl.cdiv(M, BLOCK_M)
     block_n = tl.program_id(0) // blocks_m
     first_row = (tl.program_id(0) % blocks_m) * BLOCK_M
@@ -67,10 +67,10 @@ def logits_kernel(  # type: ignore[no-untyped-def]
     rows = first_row + tl.arange(0, BLOCK_M)
     columns = first_column + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
-    # Where a block begins takes int64, as V * D passes 2^31; within one, int32 spares registers.
+    # The start of a block needs int64, as V * D can exceed 2^31; offsets inside it fit in int32.
     hidden_block = hidden_ptr + first_row.to(tl.int64) * K
     weight_block = weight_ptr + first_column.to(tl.int64) * K
-    # Rows and columns past the end repeat the last one; what comes of them is masked below.
+    # Rows and columns past the end repeat the last one; their results are masked below.
     hidden_offsets = (tl.minimum(rows, M - 1) - first_row)[:, None] * K + depth[None, :]
     weight_offsets = (tl.minimum(columns, N - 1) - first_column)[None, :] * K + depth[:, None]
     scores = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -82,7 +82,7 @@ def logits_kernel(  # type: ignore[no-untyped-def]
             left = K - k
             hidden = tl.load(hidden_block + hidden_offsets, mask=depth[None, :] < left, other=0.0)
             weight = tl.load(weight_block + weight_offsets, mask=depth[:, None] < left, other=0.0)
-        # float32 inputs keep their digits: no TF32.
+        # No TF32, which would round float32 inputs.
         scores = tl.dot(hidden, weight, scores, input_precision="ieee")
         hidden_block += BLOCK_K
         weight_block += BLOCK_K
@@ -90,9 +90,9 @@ def logits_kernel(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         scores += bias.to(tl.float32)[None, :]
     if HAS_SOFTCAP:
-        # tanh by the exponential, which every target has.
+        # tanh from the exponential, because not every target has a tanh.
         scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 / softcap * scores)))
-    # After the cap: it would lift columns that do not exist from minus infinity.
+    # Masked after the cap, which would turn minus infinity into a finite score.
     scores = tl.where(columns[None, :] < N, scores, float("-inf"))
 
     targets = tl.load(targets_ptr + rows, mask=rows < M, other=-1)
@@ -102,7 +102,7 @@ def logits_kernel(  # type: ignore[no-untyped-def]
     tl.store(picked_ptr + rows, picked, mask=here)
 
     top = tl.max(scores, axis=1)
-    # A bias can rule a whole block out; minus infinity minus itself is NaN.
+    # A bias can set a whole block to minus infinity, and minus infinity minus itself is NaN.
     shift = tl.where(top == float("-inf"), 0.0, top)
     x = (scores - shift[:, None]) / temperature
     e = tl.exp(x)
@@ -121,7 +121,7 @@ def logits_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def gradient_kernel(  # type: ignore[no-untyped-def]
     tile_ptr,  # [M, N]: e of logits_kernel; receives the gradient
-    tops_ptr,  # [blocks of N, M], float32: as logits_kernel left it
+    tops_ptr,  # [blocks of N, M], float32: top_ptr of logits_kernel
     targets_ptr,  # [M], int64
     top_ptr,  # [M], float32: the largest score of the row, of all ranks
     total_ptr,  # [M], float32: the sum of exp((score - top) / temperature), of all ranks
@@ -147,7 +147,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     target = columns == tl.load(targets_ptr + row)
     dz = (tl.where(target, 1.0, 0.0) - p) * outer
     if HAS_SOFTCAP:
-        # The score again, from e; where e has vanished, so has p.
+        # The score is recomputed from e; where e is 0, p is 0 too.
         score = block_top + temperature * tl.log(tl.where(e > 0, e, 1.0))
         dz *= 1.0 - score / softcap * (score / softcap)
     tl.store(tile_ptrs, dz.to(tile_ptr.dtype.element_ty), mask=inside)
@@ -160,7 +160,7 @@ def segment_sum_kernel(  # type: ignore[no-untyped-def]
     sums_ptr,  # [n], float64
     BLOCK: tl.constexpr,
 ):
-    """One program a response, in a fixed order: atomics would add in another one each time."""
+    """One program a response. A fixed order, unlike atomics, gives the same bits every time."""
     response = tl.program_id(0)
     start = tl.load(edges_ptr + response)
     end = tl.load(edges_ptr + response + 1)
@@ -172,11 +172,11 @@ def segment_sum_kernel(  # type: ignore[no-untyped-def]
 
 
 class TritonTiles(Tiles):
-    """16-bit and float32 tiles on a GPU. The tile is held in the inputs' dtype.
+    """16-bit and float32 tiles on a GPU, stored in the inputs' dtype.
 
     Args:
         head, rows: as ``Tiles``.
-        launch: of ``logits_kernel``.
+        launch: settings of ``logits_kernel``.
     """
 
     def __init__(self, head: Head, rows: int, launch: Launch) -> None:
@@ -231,7 +231,7 @@ class TritonTiles(Tiles):
         torch.addmm(sum_vd, dz_cv.T, hidden_cd, sum_vd.dtype, beta=beta, out=sum_vd)
 
     def _local_statistics(self) -> Statistics:
-        """Over all blocks of columns, from each one's own."""
+        """Statistics of the rows from those of each block of columns."""
         temperature = self.head.temperature
         top_c = self._tops_bc.amax(dim=0)
         shift_bc = ((self._tops_bc.double() - top_c) / temperature).clamp(min=-1e4)
@@ -267,7 +267,7 @@ class TritonTiles(Tiles):
 
 
 def launch_for(weight: Tensor) -> Launch:
-    """The launch for this dtype and GPU; for one not listed, that of an older relative."""
+    """Settings for this dtype and GPU; for a GPU that is not listed, those of an older one."""
     if weight.dtype == torch.float32:
         return LAUNCH_FLOAT32
     if torch.version.hip:

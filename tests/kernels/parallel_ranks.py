@@ -88,7 +88,7 @@ def vocabulary_parallel(rank: int, group: dist.ProcessGroup) -> None:
                 mine["bias"] = options["bias"][shard]
             expected = [v[shard] if len(v.shape) and len(v) == VOCAB else v for v in alone]
             assert_close(run(function, inputs, **mine), expected, f"{name}, {schedule}")
-    with pytest.raises(ValueError, match="the vocabulary has 0 to 100"):
+    with pytest.raises(ValueError, match="the vocabulary allows 0 to 100"):
         linear_logprob(
             inputs["hidden"], inputs["weight"][shard], inputs["ids"] + VOCAB, tp_group=group
         )

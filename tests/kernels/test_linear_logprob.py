@@ -251,7 +251,7 @@ def test_all_logits_never_exist_at_once():
 def test_an_id_outside_the_vocabulary_is_named(wrong):
     hidden, weight, _, ids, _ = problem(5, 8, 20)
     ids[3] = wrong
-    with pytest.raises(ValueError, match=rf"{wrong}.*vocabulary has 0 to 19"):
+    with pytest.raises(ValueError, match=rf"{wrong}.*vocabulary allows 0 to 19"):
         linear_logprob(hidden, weight, ids)
 
 

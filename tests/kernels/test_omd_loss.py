@@ -246,7 +246,7 @@ def test_one_pass_goes_backward_once():
     inputs["hidden"].requires_grad_()
     loss = omd_loss(**inputs, tau=0.3).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"taken once.*schedule='two_pass'"):
+    with pytest.raises(RuntimeError, match=r"allows one backward pass.*schedule='two_pass'"):
         loss.backward()
 
 
@@ -326,9 +326,9 @@ BAD_INPUT = {
     "tau of NaN": (bad(tau=float("nan")), "tau = nan"),
     "covers too little": (bad(cu_seqlens=torch.tensor([0, 9])), "from 0 to 9.*rise from 0 to 10"),
     "starts late": (bad(cu_seqlens=torch.tensor([1, 4, 10])), "from 1 to 10.*rise from 0 to 10"),
-    "falls": (bad(cu_seqlens=torch.tensor([0, 11, 10])), "falls in between"),
+    "falls": (bad(cu_seqlens=torch.tensor([0, 11, 10])), "decreases in between"),
     "float edges": (bad(cu_seqlens=torch.tensor([0.0, 10.0])), "must hold integers"),
-    "no response": (bad(cu_seqlens=torch.tensor([0])), "there must be a response"),
+    "no response": (bad(cu_seqlens=torch.tensor([0])), "for at least one response"),
     "too many advantages": (bad(advantages=torch.ones(3)), "3 advantages for 2 responses"),
     "short ref": (bad(ref_logprobs=ANY[1:]), r"ref_logprobs has shape \(9,\)"),
     "short mask": (bad(mask=ANY[1:] > 0), r"mask has shape \(9,\)"),
@@ -337,7 +337,7 @@ BAD_INPUT = {
     "schedule": (bad(schedule="three"), "schedule = 'three'"),
     "workspace": (bad(workspace_bytes=-1), "workspace_bytes = -1"),
     "ids of floats": (bad(ids=ANY), "ids is torch.float32: it must hold integers"),
-    "ids out of range": (bad(ids=ANY.long() + 101), "from 101 to 101.*vocabulary has 0 to 100"),
+    "ids out of range": (bad(ids=ANY.long() + 101), "from 101 to 101.*vocabulary allows 0 to 100"),
 }  # fmt: skip
 
 
