@@ -164,6 +164,9 @@ class MathConfig(Section):
     ]
     """Where to look for the final answer, in this order: in the last `\\boxed{}`, after the last
     `####`, after the last `Answer:`, in the last line. The first place that exists counts."""
+    unevaluated: bool = False
+    """Accept an answer that only restates a computation, such as `17+25` for 42 or an integral for
+    its value."""
     cpu_s: int = Field(10, ge=1)
     """CPU seconds that a comparison may take. After that there is no verdict."""
 

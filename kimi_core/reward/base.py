@@ -30,6 +30,10 @@ class InfrastructureError(RuntimeError):
     """
 
 
+class LimitReached(InfrastructureError):
+    """A response used up the checker's time or memory. It has no verdict, and cannot stop a run."""
+
+
 class RewardOutage(RuntimeError):
     """Most verdicts could not be reached: the checker is out of order, so the run stops."""
 

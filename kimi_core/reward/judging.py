@@ -4,7 +4,13 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from kimi_core.reward.base import InfrastructureError, RewardFunction, RewardOutage, score
+from kimi_core.reward.base import (
+    InfrastructureError,
+    LimitReached,
+    RewardFunction,
+    RewardOutage,
+    score,
+)
 from kimi_core.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -26,7 +32,8 @@ def judge_all(
 
     Raises:
         RewardError: as `score` raises it; if several do, that of the first response.
-        RewardOutage: more than half of the verdicts, and at least ``outage_from``, failed.
+        RewardOutage: more than half of the verdicts, and at least ``outage_from``, failed for a
+            reason other than a limit that the response reached.
     """
 
     def verdict(response: tuple[Prompt, str]) -> float | InfrastructureError:
@@ -41,7 +48,8 @@ def judge_all(
     else:
         with ThreadPoolExecutor(workers, thread_name_prefix="reward") as threads:
             verdicts = list(threads.map(verdict, responses))
-    failures = [one for one in verdicts if isinstance(one, InfrastructureError)]
+    missing = [one for one in verdicts if isinstance(one, InfrastructureError)]
+    failures = [one for one in missing if not isinstance(one, LimitReached)]
     if len(failures) >= outage_from and 2 * len(failures) > len(verdicts):
         raise RewardOutage(
             f"{len(failures)} of {len(verdicts)} verdicts could not be reached, the last because: "

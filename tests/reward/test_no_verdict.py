@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
 from kimi_core.metrics import read_metrics
-from kimi_core.reward.base import InfrastructureError, RewardError, RewardOutage
+from kimi_core.reward.base import InfrastructureError, LimitReached, RewardError, RewardOutage
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.judging import judge_all
 from kimi_core.reward.load import close_reward
@@ -157,6 +157,14 @@ def test_a_fault_of_the_function_is_still_that(workers):
         judge_all(
             broken, [(PROMPT, "1"), (PROMPT, "0"), (PROMPT, "x")], workers=workers, outage_from=1
         )
+
+
+def test_responses_that_reach_a_limit_are_no_outage():
+    def bomb(prompt: Prompt, text: str) -> float:
+        raise LimitReached("took more than 10 CPU-seconds")
+
+    verdicts = judge_all(bomb, [(PROMPT, "9^9^9")] * 8, workers=1, outage_from=2)
+    assert verdicts == [None] * 8
 
 
 @given(st.text("rw?", max_size=12), st.integers(1, 6))

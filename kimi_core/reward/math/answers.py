@@ -1,94 +1,20 @@
-"""Final answers: where they stand in a response, and those that need no algebra to be compared.
+"""Final answers that need no algebra to be compared: numbers, units, words and choices.
 
-`extract` finds the answer, `agree` compares numbers, units, words and choices. What it has no
-opinion on (expressions, sets, intervals, matrices, equations) is for math-verify. The plain cases
-stay here because math-verify errs on some of them: it rounds to six decimals (1e-7 is 2e-7 to it),
-drops units (5 cm is 5 m), and reads words as products of letters (evil is vile).
+`agree` has no opinion on expressions, sets, intervals, matrices and equations (see `compare`). The
+plain cases stay here because math-verify errs on some of them: it rounds to six decimals (1e-7 is
+2e-7 to it), drops units (5 cm is 5 m), and reads words as products of letters (evil is vile).
 
 Everything here takes time linear in the text, whatever the text.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
 
-Place = Literal["boxed", "hashes", "answer", "last_line"]
-
-LONGEST = 2000
-"""Most characters of an answer that is not simply compared letter by letter."""
+from kimi_core.reward.math.extract import LONGEST
 
 TOLERANCE = Fraction(1, 10**6)
 """Decimals agree within this, relative below 1 and absolute above."""
-
-_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-_ANSWER = re.compile(r"(?i:answer)(?:\*\*)?(?:\s*(?:is\s*:?|:|=))(?:\*\*)?[ \t]*(\S[^\n]*)")
-
-
-def extract(text: str, places: Sequence[Place]) -> str | None:
-    r"""The final answer in ``text``, from the first of ``places`` that exists; None without one.
-
-    * ``boxed``: the last ``\boxed{…}`` that is closed, with the braces in it;
-    * ``hashes``: the line after the last ``####``;
-    * ``answer``: the line after the last ``Answer:``, ``answer is`` or ``answer =``;
-    * ``last_line``: the last line that is not empty, or the last ``$…$`` in it.
-
-    >>> extract(r"so \boxed{\frac{1}{2}}.", ["boxed"])
-    '\\frac{1}{2}'
-    """
-    find = {"boxed": _boxed, "hashes": _hashes, "answer": _after_answer, "last_line": _last_line}
-    for place in places:
-        found = find[place](text)
-        if found is not None and found.strip():
-            return found.strip()
-    return None
-
-
-def _boxed(text: str) -> str | None:
-    open_braces: list[int | None] = []  # Where the content of a box starts; None: another brace.
-    last: tuple[int, int] | None = None
-    for token in _TOKEN.finditer(text):
-        if token[0] == "}":
-            start = open_braces.pop() if open_braces else None
-            if start is not None and (last is None or start > last[0]):
-                last = (start, token.start())
-        elif token[0] == "{":
-            open_braces.append(None)
-        elif token[0].endswith("{") and len(token[0]) > 2:
-            open_braces.append(token.end())
-    return None if last is None else text[last[0] : last[1]]
-
-
-def _hashes(text: str) -> str | None:
-    _, hashes, after = text.rpartition("####")
-    return after.strip().partition("\n")[0] if hashes else None
-
-
-def _after_answer(text: str) -> str | None:
-    # From the last "answer" on, so that no line is read twice.
-    start = len(text)
-    lowered = text.lower()
-    if len(lowered) != len(text):  # A few letters grow when lowered.
-        lowered = text
-    while (start := lowered.rfind("answer", 0, start)) >= 0:
-        match = _ANSWER.match(text, start)
-        if match:
-            return _last_formula(match[1])
-    return None
-
-
-def _last_line(text: str) -> str | None:
-    lines = text.strip().rsplit("\n", 1)
-    return _last_formula(lines[-1])
-
-
-def _last_formula(line: str) -> str:
-    """The text between the last pair of dollars in a line, or the whole line."""
-    parts = re.split(r"(?<!\\)\$", line)
-    inside = [part for part in parts[1::2] if part.strip()]
-    return inside[-1] if inside and len(parts) % 2 else line
-
 
 _SYMBOLS = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
@@ -96,8 +22,10 @@ _SYMBOLS = {
     "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
     "\u2009": " ", "\u202f": " ", "\xa0": " ", "±": r"\pm ", "∅": r"\emptyset ",
 }  # fmt: skip
-_SPACING = re.compile(r"\\\\|\\[,;:! ]|\\q?quad\b|~|\\(?:left|right|displaystyle)(?![a-zA-Z])")
+_SPACING = re.compile(r"\\\\|\\[,;:! ]|\\q?quad|~|\\(?:left|right|displaystyle)(?![a-zA-Z])")
 _SPACE = {"~": " ", "\\ ": " ", "\\\\": "\\\\"}  # The last ends a row of a matrix.
+_GROUP = re.compile(r"(?<=\d),\\!\s*(?=\d{3}(?!\d))")
+"""A comma between groups of digits, with the thin space that some write after it."""
 _ROOT = re.compile(r"√\s*(\d+|\w|\([^()]*\))")
 
 
@@ -117,6 +45,7 @@ def clean(answer: str) -> str:
     for symbol, latex in _SYMBOLS.items():
         text = text.replace(symbol, latex)
     text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace("{,}", ",")
+    text = _GROUP.sub(",", text)
     text = _SPACING.sub(lambda match: _SPACE.get(match[0], ""), text)
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip()
 
@@ -127,19 +56,21 @@ def agree(reference: str, answer: str) -> bool | None:
     Numbers are exact, unless one is a decimal: then they agree to six decimals, and to six
     significant digits below 1. A percent sign makes hundredths, or is taken for a unit: 50 % agrees
     with 0.5 and with 50. Units that both name must be the same; nothing is converted. Words agree
-    whatever their case.
+    whatever their case. Two or more capital letters are a name, such as that of a line AB.
     """
-    if reference == answer:
+    if reference == answer or _same_text(reference, answer):
         return True
     if max(len(reference), len(answer)) > LONGEST:
         return False
     ours, theirs = _quantity(reference), _quantity(answer)
     if ours and theirs:
         return _same_quantity(ours, theirs)
-    for part in (_choice, _based):
+    for part in (_choice, _based, _name):
         one, other = part(reference), part(answer)
         if one and other:
             return one == other
+    if (letter := _choice(reference)) and (labelled := _LABELLED.match(answer)):
+        return letter == labelled[1]
     words = _words(reference)
     if words:
         return words == _words(answer)
@@ -154,12 +85,15 @@ class Quantity:
     unit: str
 
 
+_LABELLED = re.compile(r"(?:\\(?:text|textbf|mathrm|mbox) ?\{ ?)?\(([A-H])\) ?\}?[ .:]*(?=\S)")
+"""A choice with its text after it."""
 _DIGITS = r"\d{1,3}(?:[, ]\d{3})+|\d+"
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]?) ?(?:\\?\$|€|£)? ?(?:"
+    rf"(?P<sign>[-+]?) ?(?P<currency>\\?\$|€|£)? ?(?:"
     rf"(?:(?P<whole>\d+) ?)?(?:\\frac ?\{{ ?(?P<above>-?\d+) ?\}} ?\{{ ?(?P<below>\d+) ?\}}"
     rf"|(?<![\d.])(?:(?<=\d )|(?<!\d))(?P<over>\d+) ?/ ?(?P<under>\d+))"
     rf"|(?P<integer>{_DIGITS})?(?P<decimals>\.\d+)?"
+    r"(?:(?P<point>\.)?\\overline ?\{ ?(?P<repeating>\d+) ?\})?"
     rf"(?: ?(?:[eE]|(?:\\times|\\cdot|\*) ?10 ?\^)"
     rf" ?(?P<exponent>[-+]?\d{{1,2}}|\{{ ?[-+]?\d{{1,2}} ?\}}))?"
     rf") ?(?P<rest>.*)"
@@ -175,19 +109,23 @@ _NOT_UNITS = frozenset(
     ]
 )
 """Variables, functions and small words that may follow a number."""
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound"}
 _SAME_UNIT = {
     alias: names.split()[0]
     for names in (
         "cm centimeter centimetre", "m meter metre", "km kilometer kilometre",
         "mm millimeter millimetre", "inch in inche", "foot ft feet", "mile mi", "g gram",
         "kg kilogram", "second s sec", "minute min", "hour h hr", "degree deg", "dollar usd",
-        "liter litre l", "milliliter ml millilitre", "km/h kph",
+        "cent ¢", "liter litre l", "milliliter ml millilitre",
+        "km/h kph km/hour", "mile/hour mi/h mph",
     )
     for alias in names.split()
 }  # fmt: skip
 
 
 def _quantity(text: str) -> Quantity | None:
+    # A decimal comma is only told from a list, or from a group of digits, by a currency.
+    text = re.sub(r"^(-?\d+),(\d\d) ?(?=(?:\\?\$|€|£)$)", r"\1.\2 ", text)
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
@@ -197,6 +135,13 @@ def _quantity(text: str) -> Quantity | None:
         if int(below) == 0 or (part["whole"] and above.startswith("-")):
             return None
         value = int(part["whole"] or 0) + Fraction(int(above), int(below))
+    elif part["repeating"] and (part["point"] is None) == (part["decimals"] is not None):
+        fixed, cycle = (part["decimals"] or ".")[1:], part["repeating"]
+        value = Fraction(int((part["integer"] or "0").replace(",", "").replace(" ", "")))
+        value += Fraction(int(fixed or 0), 10 ** len(fixed))
+        value += Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(fixed))
+    elif part["repeating"]:
+        return None
     elif part["integer"] or part["decimals"]:
         digits = re.sub(r"[, ]", "", part["integer"] or "0")
         value = Fraction(digits + (part["decimals"] or ""))
@@ -206,6 +151,7 @@ def _quantity(text: str) -> Quantity | None:
     unit = _unit(part["rest"])
     if unit is None:
         return None
+    unit = unit or _CURRENCIES.get((part["currency"] or "").removeprefix("\\"), "")
     percent = unit == "%"
     return Quantity(
         -value if part["sign"] == "-" else value,
@@ -220,6 +166,8 @@ def _unit(text: str) -> str | None:
     text = _UNIT_TEXT.sub(r"\1", text).strip().lower().replace(" per ", "/")
     if text in ("", "%", r"\%", "percent"):
         return "%" if text else ""
+    if (currency := text.removeprefix("\\")) in _CURRENCIES:
+        return _CURRENCIES[currency]
     if text.replace(" ", "") in (r"^\circ", r"^{\circ}"):
         return "degree"
     if not _UNIT_NAME.fullmatch(text):
@@ -230,8 +178,13 @@ def _unit(text: str) -> str | None:
         return None
     if words[0] in ("square", "sq", "cubic", "cu") and len(words) > 1:
         power, name = {"s": "2", "c": "3"}[words[0][0]], name.split(" ", 1)[-1]
-    if name not in _SAME_UNIT and len(name) > 2:
-        name = name.removesuffix("s")
+    if name in _SAME_UNIT:
+        return _SAME_UNIT[name] + (power or "")
+    parts = [
+        part if part in _SAME_UNIT or len(part) < 3 else part.removesuffix("s")
+        for part in name.split("/")
+    ]
+    name = "/".join(_SAME_UNIT.get(part, part) for part in parts)
     return _SAME_UNIT.get(name, name) + (power or "")
 
 
@@ -249,6 +202,40 @@ def _close(one: Fraction, other: Fraction, is_decimal: bool) -> bool:
     if not is_decimal:
         return one == other
     return abs(one - other) <= TOLERANCE * min(Fraction(1), max(abs(one), abs(other)))
+
+
+_OPERATION = re.compile(r"\\(?:cdot|times|div|binom)(?![a-zA-Z])|[+*!÷×]|(?<=[\w)}\]]) ?-")
+_UNDONE = re.compile(
+    r"\\(?:int|iint|oint|sum|prod|lim)(?![a-zA-Z])"
+    r"|\\frac ?\{ ?(?:d|\\partial)[^{}]{0,20}\} ?\{ ?(?:d|\\partial)|(?:d|\\partial) ?/ ?d[a-z]"
+)
+
+
+def is_restated(reference: str, answer: str) -> bool:
+    """Whether a cleaned answer leaves a computation undone that the reference has done.
+
+    That is any operation if the reference is a plain number, and otherwise an integral, a
+    derivative, a limit, a sum or a product.
+
+    >>> is_restated("42", "17+25"), is_restated("x+1", "1+x"), is_restated("0.001", "10^{-3}")
+    (True, False, False)
+    """
+    value = answer.rpartition("=")[2]
+    if _UNDONE.search(value) and not _UNDONE.search(reference):
+        return True
+    return _quantity(reference) is not None and bool(_OPERATION.search(value))
+
+
+def _same_text(one: str, other: str) -> bool:
+    """Whether ``\\text{…}`` and the case of letters are the only difference."""
+    if r"\text" not in one + other:
+        return False
+    plain = [" ".join(_UNIT_TEXT.sub(r"\1", text).lower().split()) for text in (one, other)]
+    return plain[0] == plain[1] and len(plain[0]) > 2
+
+
+def _name(text: str) -> str | None:
+    return text if re.fullmatch(r"[A-Z]{2,}", text) else None
 
 
 def _choice(text: str) -> str | None:

@@ -16,8 +16,9 @@ from importlib.util import find_spec
 from multiprocessing.connection import Connection
 
 from kimi_core.config import MathConfig
-from kimi_core.reward.base import InfrastructureError
-from kimi_core.reward.math.answers import agree, clean, extract
+from kimi_core.reward.base import InfrastructureError, LimitReached
+from kimi_core.reward.math.answers import agree, clean, is_restated
+from kimi_core.reward.math.extract import extract
 from kimi_core.types import Prompt
 
 START_S = 120.0
@@ -65,11 +66,16 @@ class MathReward:
         self._lock = threading.Lock()
 
     def __call__(self, prompt: Prompt, response: str) -> float:
-        """Judge a response. Raises InfrastructureError if two attempts gave no verdict."""
+        """Judge a response.
+
+        Raises:
+            LimitReached: both attempts ran into the limit of time or memory.
+            InfrastructureError: a worker died in both attempts.
+        """
         answer = extract(response, self._config.extraction)
         if answer is None:
             return 0.0
-        reference = extract(prompt.answer, ["boxed", "hashes"]) or prompt.answer
+        reference = extract(prompt.answer, ["boxed", "hashes", "answer"]) or prompt.answer
         return float(self.equal(reference, answer))
 
     def equal(self, reference: str, answer: str) -> bool:
@@ -78,12 +84,15 @@ class MathReward:
         verdict = agree(reference, answer)
         if verdict is not None:
             return verdict
+        if not self._config.unevaluated and is_restated(reference, answer):
+            return False
         for _ in range(ATTEMPTS):
             said = self._ask(reference, answer)
             if isinstance(said, bool):
                 return said
         reason = REASONS[str(said)].format(cpu_s=self._config.cpu_s, memory_mb=MEMORY_MB)
-        raise InfrastructureError(
+        kind = LimitReached if said in ("time", "memory") else InfrastructureError
+        raise kind(
             f"Comparing the answer {answer!r:.80} to {reference!r:.80} {reason}, "
             f"in {ATTEMPTS} attempts"
         )

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_core.reward.math.answers import LONGEST, agree, clean, extract
+from kimi_core.reward.math.answers import agree, clean
+from kimi_core.reward.math.extract import LONGEST, extract
 
 EVERYWHERE = ["boxed", "hashes", "answer", "last_line"]
 
@@ -50,8 +51,8 @@ def test_boxed(text, answer):
         ("Answer: 4\nThat was the answer", "answer", "4"),
         ("I have no answer", "answer", None),
         ("We add.\n\n42\n\n", "last_line", "42"),
-        ("So it is $3$ or rather $4$.", "last_line", "4"),
-        ("It costs \\$5", "last_line", "It costs \\$5"),
+        ("So it is $3$ or rather $4$.", "last_line", "So it is $3$ or rather $4$."),
+        ("It costs \\$5", "last_line", "\\$5"),
         ("", "last_line", None),
         (" \n ", "last_line", None),
     ],

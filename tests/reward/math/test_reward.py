@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import StringIO
 from multiprocessing import Pipe
 from pathlib import Path
@@ -101,8 +102,9 @@ def test_a_bomb_has_no_verdict_and_hurts_nobody(hasty, answer):
     """Not even its worker: the fork that took it is gone, and the next answer is judged."""
     hasty(prompt("a+b"), r"\boxed{b+a}")
     before = [worker._process.pid for worker in hasty._idle]
-    with pytest.raises(InfrastructureError, match=r"1 CPU-seconds|the limit of|in 2 attempts"):
-        hasty(prompt("a+b"), f"\\boxed{{{answer}}}")
+    # Some of them cannot be read, and are wrong. The others reach a limit.
+    with suppress(InfrastructureError):
+        assert hasty(prompt("a+b"), f"\\boxed{{{answer}}}") == 0
     assert hasty(prompt("a+b"), r"\boxed{b+a}") == 1
     assert [worker._process.pid for worker in hasty._idle] == before
 
@@ -140,17 +142,34 @@ def hog(*_):
         (hog, 60, 600, "memory"),
         (lambda *_: os.kill(os.getpid(), signal.SIGKILL), 60, 600, "crash"),
         (lambda *_: os._exit(3), 60, 600, "crash"),
-        (lambda *_: 1 / 0, 60, 600, "crash"),
+        (lambda *_: os.kill(os.getpid(), signal.SIGSEGV), 60, 600, False),
+        (lambda *_: 1 / 0, 60, 600, False),
     ],
-    ids=["yes", "no", "spin", "sleep", "hog", "killed", "exit", "raise"],
+    ids=["yes", "no", "spin", "sleep", "hog", "killed", "exit", "overflow", "raise"],
 )
 def test_what_a_fork_may_do(monkeypatch, work, cpu_s, wall_s, verdict):
     monkeypatch.setattr(math_worker, "equal", work)
     ours, theirs = Pipe()
     request = {"reference": "", "answer": "", "cpu_s": cpu_s, "wall_s": wall_s}
     peak_mb = int(math_worker._peak_mb())  # This process is larger than a worker.
-    assert math_worker._in_a_fork(request, 2 * peak_mb + 512, theirs) == verdict
+    fork = math_worker.Fork(2 * peak_mb + 512)
+    assert fork.ask(request, theirs) == verdict
+    if fork.is_alive:
+        fork.end()
     ours.close()
+
+
+def test_a_fork_answers_until_it_has_grown(monkeypatch):
+    kept = []
+    monkeypatch.setattr(math_worker, "equal", lambda *_: kept.append(bytearray(48 << 20)) or True)
+    _, theirs = Pipe()
+    fork = math_worker.Fork(4 * int(math_worker._peak_mb()) + 4096)
+    request = {"reference": "", "answer": "", "cpu_s": 60, "wall_s": 600}
+    answered = 0
+    while fork.is_alive:
+        assert fork.ask(request, theirs) is True
+        answered += 1
+    assert answered == 3  # 128 MB
 
 
 def test_a_worker_that_died_is_replaced(hasty):

@@ -182,7 +182,7 @@ def _raising_from_the_second_call_on(started):
 
 def test_a_start_that_fails_is_an_error_that_says_so():
     engine = PublishedEngine(tiny_model(), batch_rows=4, options={"kv_cache_memory_bytes": 1000})
-    with pytest.raises(EngineFailed, match=r"vLLM did not start \(it had 600 s\)"):
+    with pytest.raises(EngineFailed, match=r"vLLM did not start within 600 s"):
         gathered(engine.generate(requests_of(1), GREEDY))
     engine.close()
 

@@ -1,0 +1,184 @@
+"""Kinds of answers that graders judge wrongly, each with the right verdicts.
+
+Every pair is (reference, answer in a box, right). The kinds come from public bug reports and from
+trials of other graders; the pairs after the first of a kind are siblings.
+"""
+
+import pytest
+
+from kimi_core.config import MathConfig
+from kimi_core.reward.math.reward import MathReward
+from kimi_core.types import Prompt
+
+pytest.importorskip("math_verify", reason="math-verify is not installed: kimi-core[math]")
+
+EQUATIONS_IN_I = [
+    ("w=2i", "w=5i", 0),
+    ("w=2i", "i=3", 0),
+    (r"x=\pm 2i", "i=0", 0),
+    ("z = 3-4i", "z = -3+4i", 0),
+    ("y=2i+1", "y=7i", 0),
+    ("z=1+i", "z=1-i", 0),
+    ("z=1+i", "z=i+1", 1),
+    (r"x=\pm 2i", r"\pm 2i", 1),
+    (r"x=\pm 2i", "-2i, 2i", 1),
+    ("i = 5", "5", 1),
+    ("i = 5", "6", 0),
+    ("2i", "(1+i)^2", 1),
+]
+EQUATIONS = [
+    ("price = 5", "price = 6", 0),
+    ("42", "43=42", 0),
+    ("2023", "2024 = 2023", 0),
+    ("5", "2+3=5", 1),
+    ("x=1, y=2", "2, 1", 0),
+    ("x=1, y=2", "1, 2", 1),
+    ("x=1, y=2", "y=2, x=1", 1),
+    ("x=1, y=2", "y=1, x=2", 0),
+    ("f(2)=5", "f(3)=5", 0),
+    ("f(2)=5", "f(2)=5", 1),
+    ("f(2)=5", "5", 1),
+    ("x = 3", "3", 1),
+    ("3", "x = 3", 1),
+    ("3", "x = 4", 0),
+    ("(p,q)=(3,2)", "(3,2)", 1),
+    ("(p,q)=(3,2)", "(2,3)", 0),
+    ("a=4,-8", "-8, 4", 1),
+    ("0", "x-2y+z=0", 0),
+    ("x-2y+z-1=0", "0", 0),
+    ("x-2y=1", "2x-4y=2", 1),
+    ("y = 2x + 1", "y = 2x", 0),
+]
+NAMES = [("AB", "BA", 0), ("AB", "AB", 1), ("ABC", "ACB", 0)]
+UNREADABLE = [
+    ("5", "i<0", 0),
+    ("5", r"1+i \ge 2", 0),
+    ("5", "[i,2]", 0),
+    ("x<2", "i<2", 0),
+    ("5", r"\max(i, 2)", 0),
+    ("5", "{" * 300, 0),
+    ("5", r"\frac{" * 100, 0),
+]
+TEXTS = [
+    (r"2\text{ hours }5\text{ minutes}", r"2\text{ hours }50\text{ minutes}", 0),
+    (r"2\text{ hours }5\text{ minutes}", r"2\text{ hours }5\text{ minutes}", 1),
+    (r"2\text{ hours }5\text{ minutes}", r"2\text{ hour }5\text{ minute}", 1),
+    ("34", r"34\text{ apples and }5\text{ pears}", 0),
+    ("34", r"34\text{ apples}", 1),
+    (r"3 \text{ if } n \text{ is even}", r"3 \text{ if } n \text{ is odd}", 0),
+    (r"3 \text{ if } n \text{ is even}", r"3 \text{ if } n \text{ is even}", 1),
+    (r"3 \text{ if } n \text{ is even}", "3", 0),
+    (r"\text{June 20}", "June 20", 1),
+    (r"\text{June 20}", "June 21", 0),
+    (r"6 \text{ and } 8", "6, 8", 1),
+    (r"6 \text{ and } 8", "6, 9", 0),
+]
+UNITS = [
+    (r"\sqrt{2}\text{ cm}", r"\sqrt{2}\text{ m}", 0),
+    (r"\sqrt{2}\text{ cm}", r"\sqrt{2}\text{ cm}^2", 0),
+    (r"\sqrt{2}\text{ cm}", r"\sqrt{2}", 1),
+    (r"\sqrt{2}\text{ cm}^2", r"\sqrt{2}\text{ cm}^2", 1),
+    (r"\$5", "5 cents", 0),
+    (r"\$5", "5 dollars", 1),
+    (r"\$5", "5", 1),
+    ("5 cents", r"\$5", 0),
+    ("5 €", "5 dollars", 0),
+    ("60 km/h", r"60\text{ kilometers per hour}", 1),
+    ("60 km/h", r"60\text{ miles per hour}", 0),
+    ("60 km/h", "60 miles per hour", 0),
+    ("60 km/h", "60 km per hour", 1),
+]
+SMALL_NUMBERS = [
+    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", 0),
+    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{99}}", 1),
+    (r"\frac{1}{2^{99}}", r"2^{-99}", 1),
+    ("1/2004!", "1/2006!", 0),
+    (r"\frac{1}{3^{40}}", r"\frac{1}{3^{41}}", 0),
+    (r"10^{-8}\sqrt{2}", r"10^{-8}\sqrt{3}", 0),
+]
+RESTATED = [
+    ("56088", r"123\cdot 456", 0),
+    ("42", "17+25", 0),
+    ("1/3", r"\int_0^1 x^2\,dx", 0),
+    ("2x", r"\frac{d}{dx} x^2", 0),
+    ("720", "6!", 0),
+    ("10", r"\binom{5}{2}", 0),
+    ("8", "2 \\times 4", 0),
+    ("-5", "-5", 1),
+    ("0.001", "10^{-3}", 1),
+    ("1500", r"1.5 \times 10^3", 1),
+    ("x+1", "1+x", 1),
+]
+PLAIN_TEXT = [
+    (r"\frac{\pi}{2}", "pi/2", 1),
+    (r"-2\pi", "-2*pi", 1),
+    ("e^{16}", "exp(16)", 1),
+    (r"\sqrt{7}", "sqrt(7)", 1),
+    (r"\frac{\pi}{2}", "pi/3", 0),
+    ("5/33", r"0.\overline{15}", 1),
+    ("5/33", r"0.\overline{16}", 0),
+    ("1/6", r"0.1\overline{6}", 1),
+    ("11111111100", r"11,\! 111,\! 111,\! 100", 1),
+    ("B", r"\text{(B)}\ 12", 1),
+    ("B", r"\text{(C)}\ 12", 0),
+    ("B", "(B) 12", 1),
+]
+KINDS = {
+    "equations_in_i": EQUATIONS_IN_I,
+    "equations": EQUATIONS,
+    "names": NAMES,
+    "unreadable": UNREADABLE,
+    "texts": TEXTS,
+    "units": UNITS,
+    "small_numbers": SMALL_NUMBERS,
+    "restated": RESTATED,
+    "plain_text": PLAIN_TEXT,
+}
+WHOLE = [
+    (r"\boxed{1} and \boxed{2}", r"\boxed{2}", 0),
+    (r"\boxed{1} and \boxed{2}", r"\boxed{1} and \boxed{2}", 1),
+    ("1, 2", r"\boxed{1} and \boxed{2}", 1),
+    ("1", r"\boxed{1} or \boxed{2}", 0),
+    ("2", r"\boxed{1} or \boxed{2}", 0),
+    ("34", "**Answer:**\n\n34", 1),
+    ("34", "The answer is **34**.", 1),
+    ("34", "<answer>34</answer>", 1),
+    ("34", "The answer is:\n\\[ 34 \\]", 1),
+    ("34", r"<think>maybe \boxed{12}</think> The answer is 34.", 1),
+    ("12", r"<think>maybe \boxed{12}</think> The answer is 34.", 0),
+    ("34", "Final Answer: The largest $n$ is 34.", 1),
+    ("34", "The answer is 33 or 34.", 0),
+    ("60 km/h", "The answer is 60 miles per hour.", 0),
+    ("60 km/h", "The speed is 60 km per hour.", 1),
+    ("12", "There are 12 distinct sequences that meet the given conditions.", 1),
+    ("34", "The answer is not 34.", 0),
+    ("34", "So it is $33$ or rather $34$.", 0),
+]
+
+
+@pytest.fixture(scope="module")
+def reward():
+    made = MathReward(MathConfig())
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "pair"), [(kind, pair) for kind, pairs in KINDS.items() for pair in pairs]
+)
+def test_answers(reward, kind, pair):
+    reference, answer, right = pair
+    assert reward(Prompt(0, "", reference), f"Therefore \\boxed{{{answer}}}.") == right
+
+
+@pytest.mark.parametrize("pair", WHOLE)
+def test_whole_responses(reward, pair):
+    reference, response, right = pair
+    assert reward(Prompt(0, "", reference), response) == right
+
+
+@pytest.mark.parametrize(("reference", "answer"), [(r, a) for r, a, right in RESTATED[:7]])
+def test_a_restated_computation_counts_by_a_setting(reference, answer):
+    made = MathReward(MathConfig(unevaluated=True))
+    assert made.equal(reference, answer)
+    made.close()
