@@ -85,7 +85,7 @@ def estimate(
     Raises:
         ValueError: a prompt or a stop string cannot be tokenized.
     """
-    codec = Codec(tokenizer, config.rollout.stop)
+    codec = Codec(tokenizer, config.rollout.stop, model)
     encoded = [codec.encode_prompt(prompt) for prompt in prompts]
     tokens, trajectories = buffer_size(encoded, config.rollout)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

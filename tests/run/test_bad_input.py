@@ -84,7 +84,7 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
         ("trainer.tau=nan", ["trainer.tau = nan", "greater than 0"]),
         ("name=../elsewhere", ["name = '../elsewhere'"]),
         ("model.scratch.heads=3", ["model.scratch.width = 16 is not a multiple"]),
-        ("rollout.stop=['##']", ["rollout.stop: '##' is 2 tokens"]),
+        ("rollout.stop=['#','']", ["rollout.stop = ['#', '']", "at least one character"]),
         ("rollout.max_response_tokens=30", ["the model's context is 32", "lower the limit"]),
         ("prompts.source=riddles", ["prompts.source = 'riddles'", "multiply, addition"]),
         ("prompts.held_out=7200", ["Cannot hold out 7200 of 7200 prompts"]),

@@ -166,7 +166,12 @@ class JudgeReward:
     ) -> list["_Written | InfrastructureError"]:
         """What the judge writes after each text, or why it cannot be asked."""
         asked = [self._encode(text, max_tokens) for text in texts]
-        greedy = Sampling(temperature=0.0, seed=0, stop_token_ids=self._codec.stop_token_ids)
+        greedy = Sampling(
+            temperature=0.0,
+            seed=0,
+            stop_token_ids=self._codec.stop_token_ids,
+            stop_strings=self._codec.stop_strings,
+        )
         contexts = [one for one in asked if not isinstance(one, InfrastructureError)]
         written = iter(complete(self._engine, contexts, greedy, max_tokens=max_tokens))
         return [
