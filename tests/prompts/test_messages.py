@@ -80,7 +80,7 @@ class TestPrompts:
         first, second = load_prompts(PromptsConfig(source="mine.py:make"), base_folder=tmp_path)
         assert (first.text, list(first.messages)) == ("1+1?", [USER])
         assert second == Prompt(1, "q", "2")
-        with pytest.raises(ValueError, match="mine.py:bad, prompt 4: the last message"):
+        with pytest.raises(ValueError, match=r"mine\.py:bad, prompt 4: the last message"):
             load_prompts(PromptsConfig(source="mine.py:bad"), base_folder=tmp_path)
 
 
