@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizer_kinds import CHATML, LLAMA2_CHAT, tokenizer_of
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -22,7 +23,7 @@ TALKS[3] = [
 ]
 REWARD = """
 def reward(prompt, text):
-    assert "a" not in text and "1" not in text and "<|im_end|>" not in text, text
+    assert "a" not in text and "1" not in text, text
     assert prompt.messages[-1]["role"] == "user" and "system" not in prompt.text, prompt
     return float(len(text) % 2)
 """
@@ -57,6 +58,7 @@ every = 2
 def make_work(folder: Path, kind: str, template: str) -> None:
     """A model whose generation config ends responses with <unk> as well, and its data."""
     tokenizer = tokenizer_of(kind, "bos", template)
+    torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -127,6 +129,8 @@ def test_responses_end_with_every_end_token_and_stop_string(work):
         *before, last = record.token_ids
         text = tokenizer.decode(before)
         assert not ends & set(before) and "a" not in text and "1" not in text
+        assert tokenizer.decode(record.token_ids).startswith(record.response)
+        assert not any(end in record.response for end in ("a", "1", "<|im_end|>", "</s>"))
         ended = last in ends or any(stop in tokenizer.decode([last]) for stop in "a1")
         assert (record.end_reason == "stop") == ended
         assert len(record.engine_logprobs) == len(record.token_ids) == len(record.trainer_logprobs)
