@@ -33,7 +33,7 @@ def render(
         text = tokenizer.apply_chat_template(
             conversation, tokenize=False, add_generation_prompt=generate
         )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except (TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in conversation)
         raise ValueError(
             f"the chat template refuses messages with the roles {roles}: {error}; give the roles "

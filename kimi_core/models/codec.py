@@ -102,17 +102,21 @@ class Codec:
         """Token ids of ``text``, int32 ``[n]``, as it stands behind the text ``before``.
 
         No token reaches over the border. The ids decode to exactly ``text`` if the tokenizer can
-        write it at all.
+        write it at all; otherwise, if possible, no space comes or goes at its start.
 
         Raises:
             ValueError: the text has no tokens, or has characters that the model does not know;
                 ``what`` names it.
         """
         plain = self._encode(text, what)
+        alike = []
         for ids in self._encodings_behind(before, text, plain):
-            if self.response_text(ids, whole=True) == text:
+            written = self.response_text(ids, whole=True)
+            if written == text:
                 return np.array(ids, np.int32)
-        return np.array(plain, np.int32)
+            if written[:1] == text[:1]:
+                alike.append(ids)
+        return np.array(alike[0] if alike else plain, np.int32)
 
     def response_text(self, token_ids: np.ndarray | Sequence[int], *, whole: bool = False) -> str:
         """The text of a response from its token ids, int32 ``[n]``, as it stands behind a prompt.
