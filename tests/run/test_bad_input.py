@@ -100,6 +100,10 @@ def test_a_setting_that_cannot_work_is_named_with_its_bound(run, override, parts
     assert not Path("runs/think/states").exists() or not any(Path("runs/think/states").iterdir())
 
 
+def test_a_stop_string_outside_of_the_alphabet_never_occurs(run):
+    assert run("rollout.stop=['$','##','漢字']", "iterations=1", "sft.steps=1") == (0, "")
+
+
 def test_no_config_and_no_toml(run):
     def load(name: str) -> tuple[int, str]:
         return cli.with_config([name], lambda config: None)
