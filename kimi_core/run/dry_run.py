@@ -28,6 +28,7 @@ from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
 from kimi_core.run.build import alphabet
 from kimi_core.run.config_file import dump_toml
+from kimi_core.trainer.master_weights import SIXTEEN_BITS
 from kimi_core.types import Prompt
 
 
@@ -36,9 +37,12 @@ class Memory:
     """Estimated bytes by part, without activations, which depend on the architecture."""
 
     weights: int
+    master_weights: int
+    """float32 copies of the trained parameters; 0 if the model itself is float32."""
     gradients: int
+    """float32, and once more in the model's dtype if that has 16 bits."""
     optimizer_moments: int
-    """AdamW: two numbers per trained parameter, in the parameter's dtype."""
+    """AdamW: two float32 numbers per trained parameter."""
     arena: int
     """Three versions of the weights in shared memory, for vLLM, which reads them there on a CPU and
     has another copy on a GPU."""
@@ -90,7 +94,8 @@ def estimate(
     codec = Codec(tokenizer, config.rollout.stop, model)
     encoded = [codec.encode_prompt(prompt) for prompt in prompts]
     tokens, trajectories = buffer_size(encoded, config.rollout)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_16_bits = model.dtype in SIXTEEN_BITS
     longest = max(map(len, encoded)) + config.rollout.max_response_tokens
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = device_of(config.model.device).type == "cpu"
@@ -102,7 +107,8 @@ def estimate(
         kv_cache = _rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model)
     return Memory(
         weights=weights,
-        gradients=trained,
+        master_weights=trained * in_16_bits,
+        gradients=trained + trained // 2 * in_16_bits,
         optimizer_moments=2 * trained,
         arena=arena,
         kv_cache=kv_cache,

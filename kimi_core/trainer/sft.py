@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kimi_core.config import SftConfig, TrainerConfig
+from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.packing import micro_batches
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.trainer import TrainingDiverged
@@ -46,10 +47,8 @@ def train_sft(
     if not examples:
         raise ValueError("SFT needs at least one example; the file or source gave none")
     policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk)
-    parameters = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=trainer.weight_decay, betas=(0.9, 0.95)
-    )
+    weights = MasterWeights(policy.trainable())
+    optimizer = weights.adamw(config.learning_rate, trainer.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, config.steps)
     )
@@ -61,17 +60,16 @@ def train_sft(
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         batch = pack_examples([examples[index] for index in chosen])
         try:
-            loss = _accumulate(policy, batch, trainer.tokens_per_micro_batch)
+            loss = _accumulate(policy, weights, batch, trainer.tokens_per_micro_batch)
         except FloatingPointError:  # A log-prob is NaN, so the loss is NaN too.
             loss = math.nan
-        norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.grad_clip)
-        if not (math.isfinite(loss) and math.isfinite(float(norm))):
+        norm = weights.clip_gradients(trainer.grad_clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"SFT step {step}: loss {loss}, gradient norm {float(norm)}; the step was not "
+                f"SFT step {step}: loss {loss}, gradient norm {norm}; the step was not "
                 f"taken. Lower sft.learning_rate (now {config.learning_rate})"
             )
-        optimizer.step()
-        optimizer.zero_grad()
+        weights.step(optimizer)
         schedule.step()
         report(step, loss)
 
@@ -99,7 +97,7 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
     )
 
 
-def _accumulate(policy: Policy, batch: Batch, max_tokens: int) -> float:
+def _accumulate(policy: Policy, weights: MasterWeights, batch: Batch, max_tokens: int) -> float:
     """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean."""
     counted = batch.mask > 0
     total = 0.0
@@ -109,5 +107,6 @@ def _accumulate(policy: Policy, batch: Batch, max_tokens: int) -> float:
     ):
         loss = -policy.logprobs(micro).sum() / int(counted.sum())
         loss.backward()
+        weights.add_gradients()
         total += float(loss.detach())
     return total

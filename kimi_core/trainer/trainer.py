@@ -11,15 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kimi_core.config import TrainerConfig
+from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.objectives import Responses, load_objective, omd
 from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.policy import Policy
@@ -83,6 +82,7 @@ class Trainer:
         self._config = config
         self._publisher = publisher
         self._objective = load_objective(config)
+        self._weights: MasterWeights | None = None
         self.published: int | None = None
         """The version published last."""
         self.gaps_over_limit = 0
@@ -117,7 +117,9 @@ class Trainer:
                 running.
             RuntimeError: the policy's parameters were replaced during the phase.
         """
-        optimizer = self._fresh_optimizer()
+        weights = self._master_weights()
+        # Moments belong to a reference, and the reference just changed: the optimizer is new.
+        optimizer = weights.adamw(self._config.learning_rate, self._config.weight_decay)
         tokens = batch.tokens
         ages = policy_version - tokens.policy_versions
         counted = tokens.mask > 0
@@ -135,11 +137,11 @@ class Trainer:
                 gap = _gap(met, reference, fresh, self._config.logprob_gap_limit)
                 recomputed = self._check_gap(gap[0])
                 if recomputed:
-                    optimizer.zero_grad()
+                    weights.drop_gradients()
                     own = self.logprobs(tokens, counted, np.arange(len(batch)))
                     reference = np.where(fresh, own, reference)
                     loss = self._accumulate(batch, counted, reference, share, met)
-            norms.append(self._update(optimizer, loss))
+            norms.append(self._update(weights, optimizer, loss))
             losses.append(loss)
         return TrainingMetrics(
             loss=float(np.mean(losses)),
@@ -170,12 +172,14 @@ class Trainer:
         self.published = version
 
     def save(self, folder: Path) -> None:
-        """Write the trained parameters into ``folder``.
+        """Write the trained parameters into ``folder``: the float32 masters if a model has 16 bits.
 
         Frozen parameters come with the model, and the optimizer is new in each iteration.
         """
-        trained = {name: p.detach().contiguous() for name, p in self.policy.trainable().items()}
-        save_file(trained, folder / PARAMETERS)
+        masters = self._master_weights().masters
+        save_file(
+            {name: m.detach().contiguous() for name, m in masters.items()}, folder / PARAMETERS
+        )
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -185,15 +189,15 @@ class Trainer:
             ValueError: the parameters there are not those that this trainer trains.
         """
         saved = load_file(folder / PARAMETERS)
-        trained = self.policy.trainable()
-        if odd := saved.keys() ^ trained.keys():
+        weights = self._master_weights()
+        if odd := saved.keys() ^ weights.masters.keys():
             raise ValueError(
-                f"{folder} holds {len(saved)} trained parameters and the model has {len(trained)}; "
+                f"{folder} holds {len(saved)} trained parameters and the model has "
+                f"{len(weights.masters)}; "
                 f"{sorted(odd)[0]} is in one of them only: resume with the same model and the same "
                 "trainer.trainable_layers"
             )
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
+        weights.load(saved)
 
     def fingerprint(self) -> str:
         """Names the model by what training never changes: settings and frozen parameters."""
@@ -213,7 +217,7 @@ class Trainer:
 
         Between phases no optimizer exists, so this returns gradients and cached blocks.
         """
-        self.policy.zero_grad(set_to_none=True)
+        self._master_weights().drop_gradients()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -227,18 +231,12 @@ class Trainer:
             result[micro.source_t.cpu().numpy()] = self.policy.logprobs(micro).cpu().numpy()
         return result
 
-    def _fresh_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW without moments: moments belong to a reference, and the reference just changed.
-
-        The parameters are collected here, before any forward pass, because a sharded policy shows
-        gathered copies of them between a forward pass and the end of its backward pass.
-        """
-        return torch.optim.AdamW(
-            list(self.policy.trainable().values()),
-            lr=self._config.learning_rate,
-            weight_decay=self._config.weight_decay,
-            betas=(0.9, 0.95),
-        )
+    def _master_weights(self) -> MasterWeights:
+        """The trained parameters with their masters, which live as long as the parameters do."""
+        trainable = self.policy.trainable()
+        if self._weights is None or self._weights.hold(trainable) is not None:
+            self._weights = MasterWeights(trainable)
+        return self._weights
 
     def _accumulate(
         self,
@@ -264,6 +262,8 @@ class Trainer:
                 self.policy.model.eval()
             loss = mean * (count / len(share))
             loss.backward()
+            assert self._weights is not None
+            self._weights.add_gradients()
             total += float(loss.detach())
             met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
         return total
@@ -335,32 +335,24 @@ class Trainer:
             )
         return True
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: float) -> float:
+    def _update(
+        self, weights: MasterWeights, optimizer: torch.optim.Optimizer, loss: float
+    ) -> float:
         """Clip, take one step, and return the norm of the gradient before clipping."""
-        parameters = self._held_by(optimizer)
-        found: Any = nn.utils.clip_grad_norm_(parameters, self._config.grad_clip)
-        norm = float(found.full_tensor() if isinstance(found, DTensor) else found)
+        if missing := weights.hold(self.policy.trainable()):
+            raise RuntimeError(
+                f"The optimizer does not hold the trainable parameter {missing}, so it would get "
+                "no update. Something replaced it during the training phase: shard the policy "
+                "before train() is called, with the policy itself as the root"
+            )
+        norm = weights.clip_gradients(self._config.grad_clip)
         if not (math.isfinite(norm) and math.isfinite(loss)):
             raise self._diverged(f"Loss {loss} with gradient norm {norm}")
-        optimizer.step()
-        optimizer.zero_grad()
+        weights.step(optimizer)
         return norm
 
-    def _held_by(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-        """The optimizer's parameters, after a check that every trainable one is among them."""
-        held = optimizer.param_groups[0]["params"]
-        known = {id(parameter) for parameter in held}
-        missing = [name for name, p in self.policy.trainable().items() if id(p) not in known]
-        if missing:
-            raise RuntimeError(
-                f"The optimizer does not hold {len(missing)} trainable parameters, {missing[0]} "
-                "among them, so they would get no update. Something replaced them during the "
-                "training phase: shard the policy before train() is called, with itself as the root"
-            )
-        return held
-
     def _diverged(self, what: str) -> TrainingDiverged:
-        self.policy.zero_grad(set_to_none=True)
+        self._master_weights().drop_gradients()
         return TrainingDiverged(
             f"{what}: the update was not taken. Lower trainer.learning_rate (now "
             f"{self._config.learning_rate}) or look at the rewards and log-probs in "

@@ -15,6 +15,7 @@ from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
 from kimi_core.run.dry_run import describe, estimate
 from kimi_core.tasks import multiply
+from kimi_core.trainer.master_weights import MasterWeights
 
 SMALL = [
     "model.scratch.layers=2",
@@ -45,10 +46,15 @@ def size(tensors: list[torch.Tensor]) -> int:
 def test_weights_gradients_and_moments_are_those_of_the_real_model(dtype, layers):
     given = config(f"model.dtype={dtype}", *([f"trainer.trainable_layers={layers}"] * bool(layers)))
     parts = build(given)
-    trained = [p for p in parts.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    for parameter in trained:
+    trained = {n: p for n, p in parts.model.named_parameters() if p.requires_grad}
+    weights = MasterWeights(trained)
+    optimizer = weights.adamw(1e-3, 0.0)
+    for parameter in trained.values():
         parameter.grad = torch.ones_like(parameter)
+    gradients = [p.grad for p in trained.values()]
+    weights.add_gradients()
+    own = [m for n, m in weights.masters.items() if m is not trained[n]]
+    gradients += [master.grad for master in own]
     optimizer.step()
     moments = [
         state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")
@@ -57,7 +63,8 @@ def test_weights_gradients_and_moments_are_those_of_the_real_model(dtype, layers
     memory = estimate(given, parts.model, parts.tokenizer, PROMPTS)
 
     assert memory.weights == size(list(parts.model.parameters()))
-    assert memory.gradients == size([parameter.grad for parameter in trained])
+    assert memory.master_weights == size(own)
+    assert memory.gradients == size(gradients)
     assert memory.optimizer_moments == size(moments)
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.sft import warmup_cosine
 
 HEAD_FILE = "value_head.safetensors"
@@ -107,8 +108,8 @@ def train_value(
         raise ValueError(
             f"{len(texts)} texts and {len(labels)} labels; give one label for each text"
         )
-    parameters = [p for p in value_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    weights = MasterWeights({n: p for n, p in value_model.named_parameters() if p.requires_grad})
+    optimizer = weights.adamw(learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: warmup_cosine(s, steps))
     rng = np.random.default_rng([seed, steps])
     order: list[int] = []
@@ -123,10 +124,10 @@ def train_value(
         value = loss.item()
         if not math.isfinite(value):
             raise FloatingPointError(f"Step {step}: loss {value}; lower the learning rate")
-        optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        weights.add_gradients()
+        weights.clip_gradients(1.0)
+        weights.step(optimizer)
         schedule.step()
         report(step, value)
 
