@@ -158,7 +158,15 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
 EXACT = [name for name in KINDS if name != "WordPiece"]
 """Kinds that can write any text; all but Llama 2's know only the characters of ``LETTERS``."""
 
-WRAPPINGS = {"bare": "$A", "bos": f"{BOS} $A", "bos and eos": f"{BOS} $A {EOS}", "eos": f"$A {EOS}"}
+START = "<|im_start|>"
+WRAPPINGS = {
+    "bare": "$A",
+    "bos": f"{BOS} $A",
+    "bos and eos": f"{BOS} $A {EOS}",
+    "eos": f"$A {EOS}",
+    "bos and start": f"{BOS} {START} $A",
+}
+"""What a tokenizer puts around a text."""
 
 
 @cache
@@ -167,9 +175,10 @@ def tokenizer_of(
 ) -> PreTrainedTokenizerFast:
     """Every kind has the special tokens <unk> 0, <s> 1 and </s> 2."""
     core = KINDS[kind]()
-    core.add_special_tokens([AddedToken(one) for one in ("<|im_start|>", "<|im_end|>")])
+    core.add_special_tokens([AddedToken(one) for one in (START, "<|im_end|>")])
+    start = core.token_to_id(START)
     core.post_processor = processors.TemplateProcessing(
-        single=WRAPPINGS[wrapping], special_tokens=[(BOS, 1), (EOS, 2)]
+        single=WRAPPINGS[wrapping], special_tokens=[(BOS, 1), (EOS, 2), (START, start)]
     )
     found = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=BOS, eos_token=EOS, unk_token=UNK

@@ -27,7 +27,7 @@ from kimi_core.models.codec import Codec
 from kimi_core.types import Prompt
 
 BOS_ID, EOS_ID = 1, 2
-EVERY = [(kind, wrapping) for kind in KINDS for wrapping in WRAPPINGS]
+EVERY = [(kind, wrapping) for kind in KINDS for wrapping in WRAPPINGS if "start" not in wrapping]
 TEXTS = st.text("".join(LETTERS), min_size=1, max_size=12)
 SMALL = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
 
@@ -72,14 +72,13 @@ class TestTextInContext:
         codec = codec_of(kind)
         assert codec.response_text(codec.encode_example("7*8=", text)[1]) == text
 
-    def test_a_tokenizer_that_tidies_spaces_does_not_change_a_program(self):
+    @pytest.mark.parametrize("kind", ["byte-level BPE", "Unigram"])
+    def test_a_tokenizer_that_tidies_spaces_does_not_change_a_program(self, kind):
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=KINDS["byte-level BPE"](),
-            eos_token=EOS,
-            clean_up_tokenization_spaces=True,
+            tokenizer_object=KINDS[kind](), eos_token=EOS, clean_up_tokenization_spaces=True
         )
         codec = Codec(tokenizer)
-        text = "x = [a . b , c 's ]"
+        text = "x = (a . b , c 's )"
         assert codec.response_text(codec.encode_behind("", text)) == text
 
     def test_digits_behind_a_prompt_get_no_space(self):
@@ -131,6 +130,15 @@ class TestSpecialTokens:
     def test_a_rendered_prompt_has_one_bos(self, kind, wrapping, written):
         ids = ids_of(codec_of(kind, wrapping), f"{written}a is 42")
         assert ids.count(BOS_ID) == 1 and ids[0] == BOS_ID and EOS_ID not in ids
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_start_of_several_tokens_comes_once(self, kind):
+        start = "<s><|im_start|>"
+        codec = codec_of(kind, "bos and start")
+        expected = codec._tokenizer.convert_tokens_to_ids([BOS, "<|im_start|>"])
+        for text in ("a is 42", f"{start}a is 42"):
+            ids = ids_of(codec, text)
+            assert ids[:2] == expected and not set(ids[2:]) & set(expected)
 
     @pytest.mark.parametrize(("kind", "wrapping"), EVERY)
     def test_an_example_ends_with_one_eos(self, kind, wrapping):
