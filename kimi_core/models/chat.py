@@ -51,6 +51,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
         )
     except ValueError:
         return None
+    if PROBE not in text:
+        return None
     behind = text.rpartition(PROBE)[2].lstrip()
     known = tokenizer.added_tokens_decoder.items()
     special = {token.content: id_ for id_, token in known if token.special}

@@ -196,6 +196,11 @@ class TestEndTokens:
         end = tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert Codec(tokenizer).stop_token_ids == {EOS_ID, end}
 
+    def test_a_template_that_does_not_write_the_answer_as_it_is(self):
+        template = "{% for m in messages %}<s>{{ m.content | upper }}</s>{% endfor %}"
+        tokenizer = tokenizer_of("Unigram", "bare", template)
+        assert Codec(tokenizer).stop_token_ids == {EOS_ID}
+
 
 TALK = (
     {"role": "user", "content": "x = 7*8"},
