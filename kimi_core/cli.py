@@ -179,6 +179,7 @@ def reward_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, help="(3e-3 from scratch, else 2e-5)")
     parser.add_argument("--layers", type=int, default=3, help="of a model from scratch")
     parser.add_argument("--width", type=int, default=96, help="of a model from scratch")
+    parser.add_argument("--chat", action="store_true", help="ask by the model's chat template")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--save", type=Path, help="folder for the models of the last seed")
     return parser

@@ -59,14 +59,19 @@ class TaskConfig(Section):
 class PromptsConfig(Section):
     source: str = "multiply"
     """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `programs` (Python
-    expressions from examples), `humaneval`, a JSONL file whose lines hold `prompt` and `answer`, or
-    `file.py:function`, which returns a list of `Prompt`."""
+    expressions from examples), `humaneval`, a JSONL file whose lines hold `prompt` (or `messages`)
+    and `answer`, or `file.py:function`, which returns a list of `Prompt`."""
     held_out: int = Field(500, ge=1)
     """Prompts kept out of training for evaluation. Prompts with the same `problem` tag (the same
     operands, say) stay on one side."""
     split_seed: int = 0
     """Decides which prompts are held out. It is separate from `seed`, so that runs with different
     seeds share one test set."""
+    chat: bool = False
+    """Turn a prompt that is text into a user message, which the model's chat template renders.
+    Prompts that are `messages` are always rendered. This and `system` hold for `[sft]`, too."""
+    system: str = ""
+    """System message, put before the messages of every prompt that has none. Empty: none."""
     task: TaskConfig = TaskConfig()
     """Settings of single built-in tasks."""
 
@@ -89,7 +94,7 @@ class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
     (right answers of four lengths); `programs` (right programs and lookup tables); or a JSONL
-    file whose lines hold `prompt` and `response`."""
+    file whose lines hold `prompt` and `response`, or `messages`."""
     examples: int | None = Field(None, ge=1)
     """Number of examples to use, drawn at random. Unset: all of a file, or one per training
     prompt."""
@@ -129,7 +134,8 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0)
     """Temperature of sampling. Log-probs and the loss use the same temperature."""
     stop: list[str] = []
-    """Strings that end a response, in addition to the end-of-text token. Each must be one token."""
+    """Strings that end a response, in addition to the model's end tokens, as soon as its text
+    contains one, whatever its tokens are. The text ends before the string."""
     repeat_window: int = Field(0, ge=0)
     """Length of the repeated block, in tokens; 0 turns detection off."""
     repeat_count: int = Field(3, ge=2)

@@ -12,9 +12,9 @@ A policy version is an int. Version 0 is the policy that RL starts from, and eac
 publishes the next one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -26,6 +26,9 @@ EndReason = Literal["stop", "length", "repeat"]
 
 Normalize = Literal["none", "length", "sqrt_length"]
 """What an objective divides a response's summed log-probs by: 1, its length, or its root."""
+
+Message = Mapping[str, Any]
+"""One turn of a conversation: at least ``role`` and ``content``, both strings."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class Prompt:
     """1 − pass rate of the start model, in [0, 1]; None if it was not measured."""
     tags: dict[str, str] = field(default_factory=dict)
     """Other facts from the source, such as the domain. Reward functions may read them."""
+    messages: Sequence[Message] = ()
+    """The prompt as a conversation, which the model's chat template renders. ``text`` is then its
+    question, for people and reward functions. Empty: the model reads ``text``."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,22 @@ class Request:
 
 
 @dataclass(frozen=True)
+class StopStrings:
+    """Strings that end a response, and how its tokens become text; ``rollout/stop.py`` finds them.
+
+    >>> StopStrings(strings=("$",), text=lambda ids: "".join(map(chr, ids))).text([53, 36])
+    '5$'
+    """
+
+    strings: tuple[str, ...]
+    """At least one, and none is empty."""
+    text: Callable[[Sequence[int]], str]
+    """Gives the text of tokens that stand in the middle of a response."""
+    can_complete: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
+    """Token id → whether it can be the last of a stop string; filled as tokens come."""
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How an engine draws tokens; the same for all requests of a call.
 
@@ -252,3 +274,5 @@ class Sampling:
     """A response ends with ``"repeat"`` when one block has occurred this many times."""
     stream_tokens: int = 0
     """Tokens of a growing response between two segments; 0: one segment at its end."""
+    stop_strings: StopStrings | None = None
+    """Strings that end a response as soon as its text contains one, whatever its tokens are."""

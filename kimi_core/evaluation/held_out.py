@@ -13,7 +13,7 @@ from kimi_core.reward.judging import judge_all
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import sampling_for
 from kimi_core.rollout.texts import complete
-from kimi_core.types import Prompt, Sampling
+from kimi_core.types import Prompt, Sampling, StopStrings
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Evaluator:
     reward: RewardFunction
     rollout: RolloutConfig
     stop_token_ids: frozenset[int]
+    stop_strings: StopStrings | None = None
     workers: int = 1
     """Threads that call ``reward``."""
 
@@ -60,7 +61,9 @@ class Evaluator:
         )
 
     def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
-        sampling = sampling_for(self.rollout, self.stop_token_ids, seed=seed, greedy=greedy)
+        sampling = sampling_for(
+            self.rollout, self.stop_token_ids, self.stop_strings, seed=seed, greedy=greedy
+        )
         return replace(sampling, stream_tokens=0)  # Nothing has to be stored in between.
 
     def _answer(

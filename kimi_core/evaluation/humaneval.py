@@ -12,6 +12,7 @@ from kimi_core.config import Config
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import load_model
 from kimi_core.models.placement import limit_threads
+from kimi_core.prompts.messages import chat_prompts
 from kimi_core.reward.code.reward import CodeReward
 from kimi_core.reward.judging import judge_all
 from kimi_core.rollout import texts
@@ -42,7 +43,7 @@ def evaluate(
         ValueError: no package, no model, or prompts that do not fit into its context.
         RewardOutage: most verdicts could not be reached.
     """
-    prompts = humaneval.prompts()[:limit]
+    prompts = chat_prompts(humaneval.prompts()[:limit], config.prompts)
     started = time.perf_counter()
     if solutions is None:
         responses = complete(config, prompts)
@@ -69,7 +70,7 @@ def complete(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     """The most likely continuation of each prompt, up to ``rollout.max_response_tokens``."""
     model, tokenizer = load_model(config.model)
     limit_threads(model)
-    codec = Codec(tokenizer, config.rollout.stop)
+    codec = Codec(tokenizer, config.rollout.stop, model)
     engine = TorchEngine(model, batch_rows=config.rollout.batch_rows)
     most = config.rollout.max_response_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -80,6 +81,8 @@ def complete(config: Config, prompts: Sequence[Prompt]) -> list[str]:
                 f"{prompt.tags['problem']} has {len(ids)} tokens; with rollout.max_response_tokens "
                 f"= {most} that is more than the model's context of {context}: lower the limit"
             )
-    sampling = sampling_for(config.rollout, codec.stop_token_ids, seed=config.seed, greedy=True)
+    sampling = sampling_for(
+        config.rollout, codec.stop_token_ids, codec.stop_strings, seed=config.seed, greedy=True
+    )
     answers = texts.complete(engine, contexts, sampling, max_tokens=most)
     return [codec.response_text(answer.token_ids) for answer in answers]

@@ -1,73 +1,231 @@
-"""From text to tokens and back, and the tokens that end a response."""
+"""From text to tokens and back, and what ends a response.
 
-from collections.abc import Iterable
+A tokenizer treats the start of a text in its own way: it may add a space there, or drop one. A
+response never stands at the start, because a prompt comes before it. Therefore the codec reads and
+writes responses behind other tokens, and takes these away afterwards.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kimi_core.types import Prompt
+from kimi_core.models import chat
+from kimi_core.rollout.stop import BROKEN, cut
+from kimi_core.types import Message, Prompt, StopStrings
+
+LEADS = ("a", "0", "=", ".", "\n", " ", "A", "(", '"')
+"""Texts to put before a response. One must not merge with the response's first character, so they
+differ in kind."""
 
 
 class Codec:
-    """A tokenizer, with the tokens that end a response.
+    """A tokenizer, with what ends a response.
 
     Args:
         tokenizer: the model's tokenizer.
-        stop: strings that end a response, in addition to the end-of-text token.
+        stop: strings that end a response, in addition to the end tokens.
+        model: the end tokens of its config and its generation config count as well.
 
     Raises:
-        ValueError: a stop string is not one token, or no token ends a response.
+        ValueError: a stop string is empty, or nothing ends a response.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Iterable[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop: Iterable[str] = (),
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        strings = list(stop)
+        if "" in strings:
+            raise ValueError(f"rollout.stop = {strings}: each string needs at least one character")
         self._tokenizer = tokenizer
-        ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-        for text in stop:
-            ids = tokenizer.encode(text, add_special_tokens=False)
-            if len(ids) != 1:
-                raise ValueError(
-                    f"rollout.stop: {text!r} is {len(ids)} tokens in this vocabulary; a stop "
-                    "string must be exactly one"
-                )
-            ends.add(ids[0])
-        if not ends:
+        self._lead = self._find_lead()
+        self._lead_text = self._decode([self._lead]) if self._lead is not None else ""
+        self._prefix = self._find_prefix()
+        self._gap = self._find_gap()
+        self._turn_end = chat.turn_end(tokenizer)
+        ends = _ids(tokenizer.eos_token_id)
+        if model is not None:
+            configs = (model.generation_config, model.config, model.config.get_text_config())
+            ends += [
+                end for config in configs for end in _ids(getattr(config, "eos_token_id", None))
+            ]
+        if self._turn_end is not None:
+            ends.append(self._turn_end)
+        if not ends and not strings:
             raise ValueError("The tokenizer has no end-of-text token: name one in rollout.stop")
-        self.stop_token_ids = frozenset(ends)
+        self._ends = ends
+        self.stop_strings = StopStrings(tuple(strings), self._text) if strings else None
+        """None: there are none."""
+        self.stop_token_ids = frozenset([*ends, *self._single_tokens(strings)])
+        """Tokens that end a response whatever comes before them."""
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         """Token ids of a prompt, int32 ``[n]``, with the special tokens that the model expects.
 
-        Raises:
-            ValueError: the prompt has no tokens, or has characters that the model does not know.
-        """
-        return self._encode(prompt.text, f"Prompt {prompt.id}", add_special_tokens=True)
-
-    def encode_example(self, prompt: str, response: str) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of an SFT pair, int32 ``[n]`` and ``[m]``; the response ends with end-of-text.
+        ``messages`` are rendered by the tokenizer's chat template, which writes the special tokens
+        itself. Text gets them here, unless it begins with them already; there are never two BOS,
+        and no EOS behind a prompt.
 
         Raises:
-            ValueError: as ``encode_prompt``, or there is no end-of-text token.
+            ValueError: the prompt has no tokens, or has characters that the model does not know, or
+                there is no chat template for its messages.
         """
-        end = self._tokenizer.eos_token_id
-        if end is None:
+        return self._encode_prompt(prompt.messages or prompt.text, f"Prompt {prompt.id}")
+
+    def encode_example(
+        self, prompt: str | Sequence[Message], response: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of an SFT pair, int32 ``[n]`` and ``[m]``; the response ends with an end token.
+
+        The prompt's ids are those of `encode_prompt`. The response's are the ones that the model
+        would have to sample behind it.
+
+        Raises:
+            ValueError: as ``encode_prompt``, or there is no end token.
+        """
+        if not self._ends:
             raise ValueError("SFT needs a tokenizer with an end-of-text token")
-        response_ids = self._encode(response, "An SFT response", add_special_tokens=False)
-        return (
-            self._encode(prompt, "An SFT prompt", add_special_tokens=True),
-            np.append(response_ids, np.int32(end)),
-        )
+        prompt_ids = self._encode_prompt(prompt, "An SFT prompt")
+        if isinstance(prompt, str):
+            before, end = prompt, self._ends[0]
+        else:
+            response = chat.model_turn(self._tokenizer, prompt, response, self._turn_end)
+            before = chat.render(self._tokenizer, prompt)
+            end = self._ends[0] if self._turn_end is None else self._turn_end
+        response_ids = self.encode_behind(before, response, "An SFT response")
+        return prompt_ids, np.append(response_ids, np.int32(end))
 
-    def response_text(self, token_ids: np.ndarray) -> str:
-        """The text of a response from its token ids, int32 ``[n]``, without its stop token."""
-        if len(token_ids) and int(token_ids[-1]) in self.stop_token_ids:
-            token_ids = token_ids[:-1]
-        return str(self._tokenizer.decode(token_ids.tolist(), skip_special_tokens=False))
+    def encode_behind(self, before: str, text: str, what: str = "The text") -> np.ndarray:
+        """Token ids of ``text``, int32 ``[n]``, as it stands behind the text ``before``.
 
-    def _encode(self, text: str, what: str, *, add_special_tokens: bool) -> np.ndarray:
+        No token reaches over the border. The ids decode to exactly ``text`` if the tokenizer can
+        write it at all; otherwise, if possible, no space comes or goes at its start.
+
+        Raises:
+            ValueError: the text has no tokens, or has characters that the model does not know;
+                ``what`` names it.
+        """
+        plain = self._encode(text, what)
+        alike = []
+        for ids in self._encodings_behind(before, text, plain):
+            written = self.response_text(ids, whole=True)
+            if written == text:
+                return np.array(ids, np.int32)
+            if written[:1] == text[:1]:
+                alike.append(ids)
+        return np.array(alike[0] if alike else plain, np.int32)
+
+    def response_text(self, token_ids: np.ndarray | Sequence[int], *, whole: bool = False) -> str:
+        """The text of a response from its token ids, int32 ``[n]``, as it stands behind a prompt.
+
+        The text ends before the end token, and before the first stop string; ``whole`` leaves both
+        in.
+        """
+        ids = [int(token) for token in token_ids]
+        if not whole and ids and ids[-1] in self._ends:
+            ids = ids[:-1]
+        text = self._text(ids)
+        if not whole and self.stop_strings is not None:
+            text = cut(self.stop_strings, text)
+        return text.removeprefix(self._gap)
+
+    def _encode_prompt(self, prompt: str | Sequence[Message], what: str) -> np.ndarray:
+        if isinstance(prompt, str):
+            ids = self._encode(prompt, what)
+            if ids[: len(self._prefix)] != self._prefix:
+                ids = self._prefix + ids
+        else:
+            try:
+                text = chat.render(self._tokenizer, prompt)
+            except ValueError as error:
+                raise ValueError(f"{what} is a conversation, and {error}") from error
+            ids = self._encode(text, what)
+        bos = self._tokenizer.bos_token_id
+        while len(ids) > 1 and ids[0] == ids[1] == bos:
+            ids = ids[1:]
+        return np.array(ids, np.int32)
+
+    def _encode(self, text: str, what: str) -> list[int]:
+        """Token ids without the special tokens that the tokenizer adds."""
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises a bare Exception for an unknown character.
             raise ValueError(f"{what} ({text!r:.80}) cannot be tokenized: {error}") from error
         if not ids:
             raise ValueError(f"{what} ({text!r:.80}) has no tokens; it needs at least one")
-        return np.array(ids, np.int32)
+        return list(ids)
+
+    def _try(self, text: str) -> list[int]:
+        """As ``_encode``; empty if the text cannot be tokenized."""
+        try:
+            return self._encode(text, "")
+        except ValueError:
+            return []
+
+    def _encodings_behind(self, before: str, text: str, plain: list[int]) -> Iterator[list[int]]:
+        """Ways to write ``text`` in tokens behind other text, the most natural one first."""
+        for lead in (before, None, *LEADS):
+            if lead is None:
+                yield plain
+            elif (head := self._try(lead)) and (both := self._try(lead + text))[
+                : len(head)
+            ] == head:
+                yield both[len(head) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._tokenizer.decode(
+            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """The text of tokens that stand behind others."""
+        if self._lead is None or not ids:
+            return self._decode(ids)
+        return self._decode([self._lead, *ids]).removeprefix(self._lead_text)
+
+    def _find_lead(self) -> int | None:
+        """A token whose own text stays the same whatever follows; None: there is none."""
+        for text in LEADS:
+            for token in self._try(text)[-1:]:
+                alone, twice = self._decode([token]), self._decode([token, token])
+                if alone and BROKEN not in alone and twice.startswith(alone) and twice != alone:
+                    return token
+        return None
+
+    def _find_prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text."""
+        for text in (self._lead_text, *LEADS):
+            plain = self._try(text) if text else []
+            if plain:
+                full = self._tokenizer.encode(text)
+                starts = range(len(full) - len(plain) + 1)
+                found = (at for at in starts if full[at : at + len(plain)] == plain)
+                return list(full[: next(found, 0)])
+        return []
+
+    def _find_gap(self) -> str:
+        """The space that the tokenizer writes between any two words, or "".
+
+        Where it writes one, no token says whether a response begins with a space.
+        """
+        if self._lead is None:
+            return ""
+        bare = self._tokenizer.convert_ids_to_tokens(self._lead) == self._lead_text
+        spaced = self._text([self._lead]) == f" {self._lead_text}"
+        return " " if bare and spaced else ""
+
+    def _single_tokens(self, strings: Sequence[str]) -> list[int]:
+        """Tokens that are a whole stop string, so that an engine can stop there by itself."""
+        singles = [(string, ids) for string in strings if len(ids := self._try(string)) == 1]
+        return [ids[0] for string, ids in singles if string in self._text(ids)]
+
+
+def _ids(value: int | Sequence[int] | None) -> list[int]:
+    """What a config says of its end tokens, as a list."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else [int(one) for one in value]

@@ -3,17 +3,24 @@
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kimi_core.config import PromptsConfig
 from kimi_core.plugins import load_function
+from kimi_core.prompts.messages import chat_prompts, check_messages, question
 from kimi_core.tasks import addition, humaneval, maximum, multiply, programs
-from kimi_core.types import Prompt
+from kimi_core.types import Message, Prompt
+
+TextExample = tuple[str | Sequence[Message], str]
+"""A prompt, as text or as messages, and its response."""
 
 
 def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> list[Prompt]:
     """All prompts of ``config.source``, in a fixed order and with distinct ids.
+
+    ``config.chat`` and ``config.system`` are applied.
 
     Args:
         base_folder: the folder that a relative file name in ``config.source`` starts from.
@@ -22,6 +29,10 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> lis
         ValueError: the source is unknown, a file is missing or malformed, or a function does not
             return a list of prompts with distinct ids.
     """
+    return chat_prompts(_prompts_of(config, base_folder), config)
+
+
+def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
     source = config.source
     if source == "multiply":
         return multiply.prompts()
@@ -82,6 +93,7 @@ def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Pro
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts from a JSONL file, numbered from 0: ``prompt`` and ``answer``, both strings.
 
+    ``messages`` may stand in place of ``prompt``: a list of objects with ``role`` and ``content``.
     ``difficulty`` is optional; other keys become tags, as text.
 
     Raises:
@@ -89,7 +101,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for where, record in _read_records(Path(path), ("prompt", "answer")):
-        text, answer = record.pop("prompt"), record.pop("answer")
+        prompt, answer = record.pop("prompt"), record.pop("answer")
         difficulty = record.pop("difficulty", None)
         if difficulty is not None and not _is_fraction(difficulty):
             raise ValueError(
@@ -97,12 +109,17 @@ def read_prompts(path: str | Path) -> list[Prompt]:
                 "it out"
             )
         tags = {k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()}
-        prompts.append(Prompt(len(prompts), text, answer, difficulty, tags))
+        messages = () if isinstance(prompt, str) else prompt
+        text = prompt if isinstance(prompt, str) else question(prompt)
+        prompts.append(Prompt(len(prompts), text, answer, difficulty, tags, messages))
     return prompts
 
 
-def load_examples(path: str | Path) -> list[tuple[str, str]]:
+def load_examples(path: str | Path) -> list[TextExample]:
     """(prompt, response) pairs for SFT from a JSONL file; other keys are ignored.
+
+    ``messages`` may stand in place of ``prompt``. If a line has no ``response``, the last of its
+    messages is the response, and must be the assistant's.
 
     Raises: as `read_prompts`.
     """
@@ -131,7 +148,11 @@ def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict
             raise ValueError(f"{where}: {error} in {line[:80]!r}; expected {example}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: found {line[:80]!r}; expected an object, {example}")
+        _take_messages(record, keys)
         for key in keys:
+            if key == "prompt" and isinstance(record.get(key), list):
+                record[key] = check_messages(record[key], where)
+                continue
             if key not in record:
                 found = ", ".join(record) or "none"
                 raise ValueError(f'{where}: no "{key}" among its keys ({found}); write {example}')
@@ -142,6 +163,19 @@ def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict
         yield where, record
 
 
+def _take_messages(record: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Let ``messages`` be the prompt, and its last message the response if that is missing."""
+    messages = record.get("messages")
+    if not isinstance(messages, list):
+        return
+    record["prompt"] = messages
+    del record["messages"]
+    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
+    lacks_response = "response" in keys and "response" not in record
+    if lacks_response and last.get("role") == "assistant":
+        record["prompt"], record["response"] = messages[:-1], last.get("content")
+
+
 def _is_fraction(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
@@ -150,6 +184,7 @@ def _check_prompts(found: object, source: str) -> list[Prompt]:
     if not isinstance(found, list) or not found:
         raise ValueError(f"{source} returned {found!r:.80}; expected a non-empty list of Prompt")
     ids: set[int] = set()
+    prompts = []
     for index, prompt in enumerate(found):
         if not isinstance(prompt, Prompt):
             raise ValueError(
@@ -161,4 +196,9 @@ def _check_prompts(found: object, source: str) -> list[Prompt]:
                 "success rates are kept by id"
             )
         ids.add(prompt.id)
-    return found
+        if prompt.messages:
+            messages = check_messages(prompt.messages, f"{source}, prompt {prompt.id}")
+            text = prompt.text or question(messages)
+            prompt = replace(prompt, text=text, messages=messages)
+        prompts.append(prompt)
+    return prompts

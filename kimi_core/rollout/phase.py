@@ -13,7 +13,15 @@ import numpy as np
 from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import RolloutConfig
 from kimi_core.rollout.engine import Engine
-from kimi_core.types import PROMPT_VERSION, Prompt, Request, Sampling, Segment, Trajectory
+from kimi_core.types import (
+    PROMPT_VERSION,
+    Prompt,
+    Request,
+    Sampling,
+    Segment,
+    StopStrings,
+    Trajectory,
+)
 
 SPARE_SEGMENTS = 100
 """Extra segments that fit into each trajectory: a crash cuts a response once more."""
@@ -138,7 +146,12 @@ def _report(after: Sequence[Trajectory], version: int, decode_steps: int) -> Rol
 
 
 def sampling_for(
-    config: RolloutConfig, stop_token_ids: frozenset[int], *, seed: int, greedy: bool = False
+    config: RolloutConfig,
+    stop_token_ids: frozenset[int],
+    stop_strings: StopStrings | None = None,
+    *,
+    seed: int,
+    greedy: bool = False,
 ) -> Sampling:
     """How the engine draws tokens in this run."""
     return Sampling(
@@ -148,6 +161,7 @@ def sampling_for(
         repeat_window=config.repeat_window,
         repeat_count=config.repeat_count,
         stream_tokens=config.stream_tokens,
+        stop_strings=stop_strings,
     )
 
 

@@ -17,7 +17,8 @@ from kimi_core.models.codec import Codec
 from kimi_core.models.load import load_model
 from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
-from kimi_core.prompts.load import load_examples, load_prompts, split
+from kimi_core.prompts.load import TextExample, load_examples, load_prompts, split
+from kimi_core.prompts.messages import in_chat
 from kimi_core.reward.base import RewardFunction
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward
@@ -68,7 +69,7 @@ def build(config: Config) -> Parts:
     model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
     limit_threads(model)
     freeze_below(model, config.trainer.trainable_layers)
-    codec = Codec(tokenizer, config.rollout.stop)
+    codec = Codec(tokenizer, config.rollout.stop, model)
     encoded = {prompt.id: codec.encode_prompt(prompt) for prompt in everything}
     _check_context(model, encoded, config)
     engine, publisher = _engine(model, config.rollout)
@@ -85,7 +86,9 @@ def build(config: Config) -> Parts:
         encode=lambda prompt: encoded[prompt.id],
         curriculum=Curriculum(train_prompts, config.curriculum),
         engine=engine,
-        sampling=sampling_for(config.rollout, codec.stop_token_ids, seed=config.seed),
+        sampling=sampling_for(
+            config.rollout, codec.stop_token_ids, codec.stop_strings, seed=config.seed
+        ),
         buffer=state.nameless(new_buffer),
         scorer=GroupScorer(config, reward, codec.response_text),
         trainer=Trainer(policy, config.trainer, publisher),
@@ -98,6 +101,7 @@ def build(config: Config) -> Parts:
         reward=reward,
         rollout=config.rollout,
         stop_token_ids=codec.stop_token_ids,
+        stop_strings=codec.stop_strings,
         workers=config.reward.workers,
     )
     return Parts(
@@ -129,11 +133,12 @@ def sft_examples(config: Config, codec: Codec, train_prompts: list[Prompt]) -> l
     Raises:
         ValueError: the data is unknown, missing or malformed.
     """
+    pairs: list[TextExample]
     if config.sft.data in ("multiply", "multiply_lengths"):
         shares = multiply.MIXED if config.sft.data == "multiply" else multiply.LENGTHS
-        pairs = multiply.examples(train_prompts, shares, seed=config.seed)
+        pairs = list(multiply.examples(train_prompts, shares, seed=config.seed))
     elif config.sft.data == "programs":
-        pairs = programs.examples(train_prompts, programs.MIXED, seed=config.seed)
+        pairs = list(programs.examples(train_prompts, programs.MIXED, seed=config.seed))
     elif config.sft.data.endswith(".jsonl"):
         pairs = load_examples(config.sft.data)
     else:
@@ -143,7 +148,10 @@ def sft_examples(config: Config, codec: Codec, train_prompts: list[Prompt]) -> l
         )
     if config.sft.examples is not None:
         pairs = random.Random(config.seed).sample(pairs, min(config.sft.examples, len(pairs)))
-    return [codec.encode_example(prompt, response) for prompt, response in pairs]
+    return [
+        codec.encode_example(in_chat(prompt, config.prompts), response)
+        for prompt, response in pairs
+    ]
 
 
 def alphabet(config: Config) -> str:

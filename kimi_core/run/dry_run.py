@@ -1,6 +1,7 @@
 """``--dry-run``: the settings of a run and the memory that it would take."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -89,7 +91,7 @@ def estimate(
     Raises:
         ValueError: a prompt or a stop string cannot be tokenized.
     """
-    codec = Codec(tokenizer, config.rollout.stop)
+    codec = Codec(tokenizer, config.rollout.stop, model)
     encoded = [codec.encode_prompt(prompt) for prompt in prompts]
     tokens, trajectories = buffer_size(encoded, config.rollout)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -158,6 +160,10 @@ def _skeleton(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 architecture, dtype=dtype_of(settings.dtype, device)
+            )
+        with suppress(OSError):  # Not every model has one.
+            model.generation_config = GenerationConfig.from_pretrained(
+                source, local_files_only=True
             )
     freeze_below(model, config.trainer.trainable_layers)
     return model, tokenizer

@@ -97,3 +97,18 @@ def test_a_context_that_is_too_short_is_named(tmp_path):
     config = load_config(CONFIG, [f"model.name={tmp_path}"])
     with pytest.raises(ValueError, match=r"HumanEval/0 has .* more than the model's context of 64"):
         evaluate(config, CodeReward(plain_run), limit=1)
+
+
+def test_a_chat_model_is_asked_by_its_template(tmp_path):
+    alphabet = "".join(chr(code) for code in range(32, 127)) + "\n"
+    settings = ModelConfig(scratch={"layers": 1, "width": 16, "heads": 2, "context": 1024})
+    model, tokenizer = scratch_model(settings, alphabet, seed=0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    overrides = [f"model.name={tmp_path}", "prompts.chat=true", "rollout.max_response_tokens=4"]
+    config = load_config(CONFIG, overrides)
+    with pytest.raises(ValueError, match=r"Prompt 0 is a conversation.*has no chat template"):
+        evaluate(config, CodeReward(plain_run), limit=1)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    assert evaluate(config, CodeReward(plain_run), limit=1)["n"] == 1

@@ -44,9 +44,12 @@ def test_a_stop_string_ends_a_response_besides_end_of_text():
     assert codec.response_text(codec.encode_prompt(Prompt(0, "ab\n", ""))) == "ab"
 
 
-def test_a_stop_string_of_more_tokens_is_refused():
-    with pytest.raises(ValueError, match=r"rollout.stop: 'ab' is 2 tokens"):
-        Codec(character_tokenizer(LETTERS), ["ab"])
+def test_a_stop_string_of_more_tokens_ends_the_text_and_an_empty_one_is_refused():
+    codec = Codec(character_tokenizer(LETTERS), ["ab", "漢"])
+    assert codec.stop_token_ids == {EOS}
+    assert codec.response_text(codec.encode_prompt(Prompt(0, "bacab=", ""))) == "bac"
+    with pytest.raises(ValueError, match=r"rollout.stop = \['a', ''\]: each string needs"):
+        Codec(character_tokenizer(LETTERS), ["a", ""])
 
 
 def test_without_any_end_there_must_be_a_stop_string():

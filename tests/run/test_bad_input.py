@@ -84,7 +84,7 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
         ("trainer.tau=nan", ["trainer.tau = nan", "greater than 0"]),
         ("name=../elsewhere", ["name = '../elsewhere'"]),
         ("model.scratch.heads=3", ["model.scratch.width = 16 is not a multiple"]),
-        ("rollout.stop=['##']", ["rollout.stop: '##' is 2 tokens"]),
+        ("rollout.stop=['#','']", ["rollout.stop = ['#', '']", "at least one character"]),
         ("rollout.max_response_tokens=30", ["the model's context is 32", "lower the limit"]),
         ("prompts.source=riddles", ["prompts.source = 'riddles'", "multiply, addition"]),
         ("prompts.held_out=7200", ["Cannot hold out 7200 of 7200 prompts"]),
@@ -98,6 +98,10 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
 def test_a_setting_that_cannot_work_is_named_with_its_bound(run, override, parts):
     assert_refused(run(override), *parts)
     assert not Path("runs/think/states").exists() or not any(Path("runs/think/states").iterdir())
+
+
+def test_a_stop_string_outside_of_the_alphabet_never_occurs(run):
+    assert run("rollout.stop=['$','##','漢字']", "iterations=1", "sft.steps=1") == (0, "")
 
 
 def test_no_config_and_no_toml(run):

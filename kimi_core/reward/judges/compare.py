@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kimi_core.config import ModelConfig, SftConfig, TrainerConfig
+from kimi_core.config import ModelConfig, PromptsConfig, SftConfig, TrainerConfig
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import load_model
 from kimi_core.models.placement import limit_threads
 from kimi_core.prompts.load import split
+from kimi_core.prompts.messages import chat_prompts
 from kimi_core.reward.judges.judge import JudgeReward, JudgeVerdict
 from kimi_core.reward.judges.labelled import (
     ALPHABET,
@@ -68,11 +69,11 @@ def classic(
 ) -> dict[str, Any]:
     """A value head on the model, trained with a binary loss."""
     model, tokenizer = load(given, seed)
-    codec = Codec(tokenizer, [])
+    codec = Codec(tokenizer, [], model)
     value_model = ValueModel(model)
 
     def encode(examples: list[Labelled]) -> list[np.ndarray]:
-        return [codec.encode_prompt(Prompt(0, one.prompt(), "")) for one in examples]
+        return [codec.encode_prompt(asked(given, one)) for one in examples]
 
     train_value(
         value_model,
@@ -98,9 +99,12 @@ def judge(
             "A judge needs examples with reasoning: add `reasoning`, or use --kind classic"
         )
     model, tokenizer = load(given, seed)
-    codec = Codec(tokenizer, [])
+    codec = Codec(tokenizer, [], model)
     examples = [
-        codec.encode_example(one.prompt(), one.reasoning + VERDICT[one.correct]) for one in train
+        codec.encode_example(
+            asked(given, one).messages or one.prompt(), one.reasoning + VERDICT[one.correct]
+        )
+        for one in train
     ]
     config = SftConfig(steps=given.steps, batch_size=given.batch_size, learning_rate=rate(given))
     train_sft(model, examples, config, TrainerConfig(), seed=seed)
@@ -111,6 +115,7 @@ def judge(
         max_tokens=8 + max(len(response) for _, response in examples),
         template=TEMPLATE,
         escaping=False,
+        chat=given.chat,
     )
     found = reward.judge_many([(one.question, one.reference, one.response) for one in test])
     judged = {i: v for i, v in enumerate(found) if isinstance(v, JudgeVerdict)}
@@ -123,6 +128,12 @@ def judge(
     return scores(probabilities, [test[i] for i in judged]) | {
         "no_verdict": len(test) - len(judged)
     }
+
+
+def asked(given: argparse.Namespace, one: Labelled) -> Prompt:
+    """What a model is asked about an example: text, or with ``--chat`` a user message."""
+    [prompt] = chat_prompts([Prompt(0, one.prompt(), "")], PromptsConfig(chat=given.chat))
+    return prompt
 
 
 def scores(probabilities: np.ndarray, examples: list[Labelled]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from kimi_core import _C
+from kimi_core.rollout.stop import can_complete, is_complete, tail_length
 from kimi_core.types import EndReason, Request, Sampling, Segment
 
 
@@ -14,7 +15,11 @@ class Rows:
         self.count = 0
         self.sampling = sampling
         self.stop = np.array(sorted(sampling.stop_token_ids), np.int64)
+        self.tail = tail_length(sampling.stop_strings) if sampling.stop_strings else 0
+        """Last tokens of a response that are searched for stop strings."""
         self.detectors = np.full(capacity, None, object)
+        self.earlier = np.full(capacity, None, object)
+        """The last tokens of the response before this call, where a stop string may begin."""
         self.trajectory_id = np.zeros(capacity, np.int64)
         self.length = np.zeros(capacity, np.int64)
         """Tokens so far, including the newest one, which is not in the cache yet."""
@@ -33,8 +38,8 @@ class Rows:
         self.token_ids = np.zeros((capacity, max_steps), np.int32)
         self.logprobs = np.zeros((capacity, max_steps), np.float32)
         self.columns = [
-            *(self.detectors, self.trajectory_id, self.length, self.newest, self.made, self.sent),
-            *(self.limit, self.closes, self.stopped, self.repeated),
+            *(self.detectors, self.earlier, self.trajectory_id, self.length, self.newest),
+            *(self.made, self.sent, self.limit, self.closes, self.stopped, self.repeated),
             *(self.token_ids, self.logprobs),
         ]
 
@@ -50,6 +55,9 @@ class Rows:
         self.closes[new] = [request.remaining <= request.budget for request in requests]
         if self.sampling.repeat_window:
             self.detectors[new] = [self._detector(request) for request in requests]
+        if self.sampling.stop_strings is not None:
+            for row, request in enumerate(requests, self.count):
+                self.earlier[row] = request.token_ids[request.prompt_length :][-self.tail :]
         self.count = new.stop
 
     def append(self, first_row: int, tokens: np.ndarray, logprobs: np.ndarray) -> np.ndarray:
@@ -62,12 +70,23 @@ class Rows:
         self.length[new] += 1
         self.made[new] += 1
         self.stopped[new] = (tokens[:, None] == self.stop).any(axis=1)
+        self._look_for_stop_strings(first_row, tokens)
         ended = np.zeros(self.count, bool)
         ended[new] = self.stopped[new] | (self.made[new] == self.limit[new])
         if self.sampling.repeat_window:
             self.repeated[new] = _C.push_all(list(self.detectors[new]), tokens.astype(np.int32))
             ended[new] |= self.repeated[new]
         return ended
+
+    def _look_for_stop_strings(self, first_row: int, tokens: np.ndarray) -> None:
+        stop = self.sampling.stop_strings
+        if stop is None:
+            return
+        for row, token in enumerate(tokens.tolist(), first_row):
+            if can_complete(stop, token) and not self.stopped[row]:
+                made = self.token_ids[row, : self.made[row]][-self.tail :]
+                tail = np.concatenate([self.earlier[row], made])[-self.tail :]
+                self.stopped[row] = is_complete(stop, tail.tolist())
 
     def due(self) -> np.ndarray:
         """Which rows have enough tokens for a segment that does not end them, bool ``[n]``."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kimi_core import _C
+from kimi_core.rollout.stop import first_stop, tail_length
 from kimi_core.types import EndReason, Request, Sampling, Segment
 
 
@@ -14,6 +15,7 @@ class Response:
     def __init__(self, request: Request, sampling: Sampling):
         self.request = request
         self.stop = sampling.stop_token_ids
+        self.stop_strings = sampling.stop_strings
         self.every = sampling.stream_tokens
         self.token_ids: list[int] = []
         """Tokens that this call has added."""
@@ -40,8 +42,8 @@ class Response:
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[float]) -> None:
         """Add tokens up to the end of the response; drop the rest."""
-        stops = (at for at, token in enumerate(token_ids) if token in self.stop)
-        count = min(next(stops, self.left) + 1, self.left, len(token_ids))
+        stop = self._first_stop(token_ids)
+        count = min(self.left if stop is None else stop + 1, self.left, len(token_ids))
         repeated = False
         if self.detector is not None:
             at = self.detector.extend(np.array(token_ids[:count], np.int32))
@@ -49,13 +51,24 @@ class Response:
                 count, repeated = at + 1, True
         self.token_ids += token_ids[:count]
         self.logprobs += logprobs[:count]
-        if count and self.token_ids[-1] in self.stop:
+        if count and stop == count - 1:
             self.end_reason = "stop"
         elif repeated:
             self.end_reason = "repeat"
         elif not self.left and self.request.remaining <= self.request.budget:
             self.end_reason = "length"
         self.ended = self.end_reason is not None or not self.left
+
+    def _first_stop(self, token_ids: Sequence[int]) -> int | None:
+        """Index of the first token that ends the response, by its id or by its text."""
+        found = [at for at, token in enumerate(token_ids) if token in self.stop][:1]
+        if self.stop_strings is not None:
+            most = tail_length(self.stop_strings)
+            before_call = self.request.token_ids[self.request.prompt_length :][-most:].tolist()
+            earlier = (before_call + self.token_ids[-most:])[-most:]
+            at = first_stop(self.stop_strings, token_ids, earlier)
+            found += [] if at is None else [at]
+        return min(found, default=None)
 
     def ready(self, policy_version: int) -> list[Segment]:
         """Complete segments that were not handed over yet."""

@@ -206,3 +206,18 @@ def test_the_confidence_is_the_probability_of_what_was_said(output):
     made, engine = judge_with(lambda asked: "false}" if asked.endswith(REPAIR) else output)
     engine.logprob = -0.25
     assert made.judge("q", "r", "12").confidence == pytest.approx(np.exp(-0.25))
+
+
+def test_a_chat_judge_is_asked_by_its_template():
+    """Also when it is asked for the JSON: then its own text stands in its own turn."""
+    tokenizer = character_tokenizer(PRINTABLE)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[/]{% endfor %}"
+        "{% if add_generation_prompt %}[judge]{% endif %}"
+    )
+    engine = Scripted(lambda asked: "true}" if asked.endswith(REPAIR) else "Hm.")
+    made = JudgeReward(engine, Codec(tokenizer), context=4000, max_tokens=400, chat=True)
+    assert made.judge("q", "r", "12").correct
+    first, second = engine.asked
+    assert first == f"[user]{made.ask('q', 'r', '12')}[/][judge]"
+    assert second == first + "Hm." + REPAIR

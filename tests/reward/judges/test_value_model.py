@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_kinds import CHATML, tokenizer_of
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kimi_core.cli import reward_parser
 from kimi_core.config import ModelConfig
@@ -216,6 +218,16 @@ def test_the_comparison_prints_both_side_by_side(capsys, tmp_path):
     value_model, tokenizer = load_value_model(tmp_path / "classic", device="cpu")
     ids = Codec(tokenizer, []).encode_prompt(multiply.prompts()[0])
     assert 0 < value_model.probabilities([ids])[0] < 1
+
+
+def test_the_comparison_asks_a_chat_model_by_its_template(capsys, tmp_path):
+    tokenizer = tokenizer_of("byte-level BPE, Llama 3", "bos", CHATML)
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    for part in (LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    compare.run(arguments("--model", str(tmp_path / "model"), "--chat"))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["kind"] for line in lines] == ["classic", "judge"]
 
 
 def test_the_comparison_takes_labelled_files(capsys, tmp_path):
