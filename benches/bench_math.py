@@ -1,7 +1,7 @@
 """The math reward compared with math-verify: agreement with public test suites, and CPU time.
 
-math-verify is called plainly, in one process. Ours compares in a fork of a worker process, because an
-answer may be hostile.
+math-verify is called plainly, in one process. Ours compares in a fork of a worker process, because
+an answer may be hostile.
 
     pytest benches/bench_math.py
 """
