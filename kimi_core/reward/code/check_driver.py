@@ -36,6 +36,9 @@ from typing import Any, TextIO
 
 PLAIN: Any = (bool, int, float, str)
 
+CONTROL_FLOW = ("StopIteration", "StopAsyncIteration", "GeneratorExit")
+"""Exceptions that end a loop of the test code instead of its test."""
+
 TOLERANT = "try: pass\nexcept Exception:\n    if not __recording__(): raise"
 """Wrapper of each assert of the test code, so that the assert cannot end a recording."""
 
@@ -113,6 +116,8 @@ class Judge:
         self.calls: list[Any] = []
         self.recording = False
         self.broken = ""
+        self.last_raised = False
+        """Whether the newest answer was an exception."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -126,11 +131,24 @@ class Judge:
         if self.recording or position >= len(self.known) or self.known[position][0] != call:
             self.recording = True
             return Unknown()
-        return read_answer(self.known[position][1])
+        self.last_raised = True
+        value = read_answer(self.known[position][1])
+        self.last_raised = False
+        return value
+
+    def stopped_early(self) -> str:
+        """How an exception of the response ended the calls before the last one, or ''."""
+        if self.recording or not self.last_raised or len(self.calls) >= len(self.known):
+            return ""
+        return f"an exception ended the test after {len(self.calls)} of {len(self.known)} calls"
 
 
 def read_answer(line: str) -> Any:
-    """The value in a line that the response's program wrote; raises the exception in it."""
+    """The value in a line that the response's program wrote; raises the exception in it.
+
+    An exception in ``CONTROL_FLOW`` becomes a RuntimeError, as in a generator (PEP 479). Otherwise
+    ``all(map(f, cases))`` would pass at the first case.
+    """
     try:
         found = json.loads(line)
         if "value" in found:
@@ -138,9 +156,9 @@ def read_answer(line: str) -> Any:
         kind, message = found["raised"], found["message"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RuntimeError(f"unreadable answer: {line!r:.80}") from error
-    kind = getattr(builtins, str(kind), None)
-    if isinstance(kind, type) and issubclass(kind, Exception):
-        raise kind(message)
+    made = getattr(builtins, str(kind), None)
+    if isinstance(made, type) and issubclass(made, Exception) and kind not in CONTROL_FLOW:
+        raise made(message)
     raise RuntimeError(f"{found['raised']}: {message}")
 
 
@@ -176,6 +194,7 @@ def run_judge(given: dict[str, Any], out: TextIO) -> None:
             space["check"](judge)
     except Exception as error:  # noqa: BLE001 - whatever the answers made of the test code
         fault = f"{type(error).__name__}: {error}"[:300]
+    fault = fault or judge.stopped_early()
     verdict = "calls" if judge.recording else "fail" if fault else "pass"
     if judge.broken or not judge.calls:
         verdict, fault = "broken", judge.broken or fault or "it never calls the function under test"

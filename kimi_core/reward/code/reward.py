@@ -152,6 +152,8 @@ class CodeReward:
             if isinstance(answers, CodeVerdict):
                 return answers
             report = self._ask(test, calls, answers)
+            if isinstance(report, CodeVerdict):
+                return report
             if report["verdict"] == "pass":
                 return CodeVerdict(Status.OK)
             if report["verdict"] == "fail":
@@ -178,11 +180,19 @@ class CodeReward:
     def _calls_of(self, test: CheckTest) -> list[Any]:
         """The calls of a check that are known without any answer; found once."""
         if test not in self._first_calls:
-            self._first_calls[test] = self._ask(test, [], [])["calls"]
+            report = self._ask(test, [], [])
+            assert isinstance(report, dict), "a check without answers has a report"
+            self._first_calls[test] = report["calls"]
         return self._first_calls[test]
 
-    def _ask(self, test: CheckTest, calls: list[Any], answers: list[str]) -> dict[str, Any]:
-        """Run the check with the known answers, in a sandbox without the response."""
+    def _ask(
+        self, test: CheckTest, calls: list[Any], answers: list[str]
+    ) -> dict[str, Any] | CodeVerdict:
+        """Run the check with the known answers, in a sandbox without the response.
+
+        A check that the sandbox ends twice, and not without answers, was ended by the answers:
+        ``range(f(2))`` with 10¹² for ``f(2)`` is such a case. The response is then wrong.
+        """
         given = {
             "setup": test.setup,
             "check": test.check,
@@ -192,6 +202,11 @@ class CodeReward:
         }
         limits = Limits(output_bytes=ANSWER_BYTES)
         done = self._runner.run(DRIVER, stdin=_message("judge", given), limits=limits)
+        if calls and done.status is not Status.OK:
+            done = self._runner.run(DRIVER, stdin=_message("judge", given), limits=limits)
+            if done.status is not Status.OK:
+                detail = f"its answers made the check end with {done.status}"
+                return CodeVerdict(Status.WRONG, detail=detail)
         if not calls and done.status in (Status.RUNTIME, Status.OUTPUT, Status.MEMORY):
             raise ValueError(f"the check of {test.entry_point} is broken: {last_words(done)}")
         if done.status is not Status.OK:

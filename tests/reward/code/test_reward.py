@@ -337,7 +337,7 @@ class TestInfrastructure:
         with pytest.raises(InfrastructureError, match=r"apt-get install g\+\+"):
             reward(prompt(**SUM, language="c++"), "int main() {}")
 
-    def test_a_check_that_the_sandbox_killed(self):
+    def test_a_check_that_the_sandbox_killed_without_answers(self):
         def slow(program, *, stdin, files, limits):
             if json.loads(stdin)["mode"] == "judge":
                 return result(Status.TIME, exit_code=None)
@@ -345,6 +345,59 @@ class TestInfrastructure:
 
         with pytest.raises(InfrastructureError, match="ended with TIME"):
             CodeReward(slow)(check("assert f(2) == 2 * 3"), "def f(x): return 6")
+
+    def test_a_check_that_was_killed_once_runs_again(self):
+        kills = [Status.TIME]
+
+        def slow_once(program, *, stdin, files, limits):
+            given = json.loads(stdin)
+            if given["mode"] == "judge" and given["answers"] and kills:
+                return result(kills.pop(), exit_code=None)
+            return plain_run(program, stdin=stdin)
+
+        assert CodeReward(slow_once)(check("assert f(2) == 2 * 3"), "def f(x): return 6") == 1
+
+
+class TestAnswersThatBreakACheck:
+    """What a value or an exception of the response does to a sound check is its own fault."""
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            "assert all(map(f, [2, 3, 5, 7]))",
+            "for got, want in zip(map(f, range(5)), [0, 1, 4, 9, 16]): assert got == want",
+            "assert next(map(f, [1]), 5) == 5",
+            "assert [f(n) for n in range(3)] == list(map(f, range(3))) or sum(map(f, [1, 2])) == 0",
+            "assert not any(map(f, [4, 6, 8]))",
+            "assert list(map(f, [1, 2])) == []",
+            "assert max(map(f, [1, 2]), default=0) == 0",
+        ],
+    )
+    @pytest.mark.parametrize("raised", ["StopIteration", "StopAsyncIteration", "GeneratorExit"])
+    def test_exceptions_that_end_a_loop(self, judge, source, raised):
+        verdict = judge(check(source), f"def f(*a): raise {raised}")
+        assert verdict.status in (Status.WRONG, Status.RUNTIME)
+
+    def test_an_exception_that_a_check_expects_still_passes(self, judge):
+        expects = "try:\n    f(-1)\nexcept ValueError:\n    pass\nelse:\n    assert False"
+        source = f"{expects}\nassert f(4) == 2 * 1"
+        right = "def f(x):\n    if x < 0: raise ValueError\n    return 2"
+        assert judge(check(source), right).passed
+
+    def test_a_check_that_needs_fewer_answers_passes(self, judge):
+        assert judge(check("assert f(1) == 1 * 1 or f(2) == 2 * 1"), "def f(x): return x").passed
+
+    @pytest.mark.parametrize(
+        ("source", "value"),
+        [
+            ("assert [i for i in range(f(2))] == [0, 1, 2 * 1]", "10**12"),
+            ("import re\nassert re.fullmatch(r'(a+)+b', f(2))", "'a' * 40"),
+            ("assert 'x' * f(2) == 'xx' * 1", "10**15"),
+        ],
+    )
+    def test_values_that_exhaust_a_check(self, judge, source, value):
+        verdict = judge(check(source), f"def f(x): return {value}")
+        assert verdict.status is Status.WRONG
 
 
 def test_threads_share_a_reward():
