@@ -18,7 +18,6 @@ from kimi_core.models.load import load_model
 from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.load import TextExample, load_examples, load_prompts, split
-from kimi_core.prompts.messages import in_chat
 from kimi_core.reward.base import RewardFunction
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward
@@ -29,7 +28,6 @@ from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.run import state
 from kimi_core.tasks import multiply, programs
 from kimi_core.trainer.policy import Policy
-from kimi_core.trainer.sft import Example
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher, module_to_read
@@ -127,13 +125,15 @@ def _engine(model: PreTrainedModel, rollout: RolloutConfig) -> tuple[Engine, Pub
     return engine, publisher
 
 
-def sft_examples(config: Config, codec: Codec, train_prompts: list[Prompt]) -> list[Example]:
-    """The tokenized examples that ``sft.data`` names.
+def sft_examples(config: Config, train_prompts: list[Prompt]) -> list[TextExample]:
+    """The examples that ``sft.data`` names, as text.
 
     Raises:
         ValueError: the data is unknown, missing or malformed.
     """
     pairs: list[TextExample]
+    if config.sft.data == "none" or not config.sft.steps:
+        return []
     if config.sft.data in ("multiply", "multiply_lengths"):
         shares = multiply.MIXED if config.sft.data == "multiply" else multiply.LENGTHS
         pairs = list(multiply.examples(train_prompts, shares, seed=config.seed))
@@ -148,10 +148,7 @@ def sft_examples(config: Config, codec: Codec, train_prompts: list[Prompt]) -> l
         )
     if config.sft.examples is not None:
         pairs = random.Random(config.seed).sample(pairs, min(config.sft.examples, len(pairs)))
-    return [
-        codec.encode_example(in_chat(prompt, config.prompts), response)
-        for prompt, response in pairs
-    ]
+    return pairs
 
 
 def alphabet(config: Config) -> str:

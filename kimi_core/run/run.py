@@ -21,6 +21,8 @@ from rich.console import Console
 from kimi_core.config import Config
 from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics
+from kimi_core.prompts.messages import in_chat
+from kimi_core.prompts.overlap import overlaps
 from kimi_core.run import state
 from kimi_core.run.build import Parts, build, sft_examples
 from kimi_core.run.folder import RunFolder, holds_state
@@ -78,15 +80,22 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 
 def fine_tune(parts: Parts, config: Config, console: Console) -> None:
-    """The SFT phase; does nothing if the config has none.
+    """Say where the data overlap, then carry out the SFT phase, if the config has one.
 
     Raises:
         ValueError: the data is unknown, missing or malformed.
         TrainingDiverged: a loss is not finite.
     """
+    pairs = sft_examples(config, parts.train_prompts)
+    held_out = parts.evaluator.prompts
+    for sentence in overlaps(parts.train_prompts, held_out, pairs):
+        console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
     if config.sft.data == "none" or not config.sft.steps:
         return
-    examples = sft_examples(config, parts.codec, parts.train_prompts)
+    examples = [
+        parts.codec.encode_example(in_chat(prompt, config.prompts), response)
+        for prompt, response in pairs
+    ]
     every = max(1, config.sft.steps // 10)
 
     def report(step: int, loss: float) -> None:

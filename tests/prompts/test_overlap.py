@@ -1,0 +1,52 @@
+"""Training data that contains held-out prompts is counted, and said at the start of a run."""
+
+import json
+from io import StringIO
+
+from rich.console import Console
+
+from kimi_core.prompts.load import split
+from kimi_core.prompts.overlap import overlaps
+from kimi_core.run.config_file import load_config
+from kimi_core.run.run import train
+from kimi_core.tasks import multiply
+from kimi_core.types import Prompt
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt(number, text, "12") for number, text in enumerate(texts)]
+
+
+def test_no_overlap_says_nothing():
+    assert overlaps(prompts("3*4="), prompts("4*3="), [("5*3=", "15")]) == []
+
+
+def test_prompts_that_differ_in_case_or_space_are_the_same():
+    train, held_out = prompts("Three  times\nfour?", "x"), prompts("three times four?", "y")
+    assert overlaps(train, held_out, []) == ["1 of 2 held-out prompts are also training prompts"]
+
+
+def test_examples_with_held_out_prompts_and_answers_are_counted():
+    asked = ({"role": "system", "content": "Hi"}, {"role": "user", "content": "3*4="})
+    examples = [("3*4=", "it is 12"), ("3*4=", "13"), (asked, "12"), ("5*4=", "20")]
+    assert overlaps([], prompts("3*4="), examples) == [
+        "3 SFT examples have a held-out prompt, 2 of them with its answer"
+    ]
+
+
+def test_a_run_says_it_before_anything_is_trained(tmp_path):
+    _, held_out = split(multiply.prompts(), 6, 0)
+    pairs = tmp_path / "sft.jsonl"
+    lines = [json.dumps({"prompt": one.text, "response": one.answer}) + "\n" for one in held_out]
+    pairs.write_text("".join(lines))
+    printed = StringIO()
+    overrides = [
+        "model.scratch.layers=1", "model.scratch.width=16", "model.scratch.heads=2",
+        "model.scratch.context=64", "model.device=cpu", "prompts.held_out=6", "iterations=1",
+        "rollout.prompts_per_iteration=2", "rollout.samples_per_prompt=2", "sft.steps=1",
+        "rollout.max_response_tokens=8", f"runs={tmp_path}", f"sft.data={pairs}",
+    ]  # fmt: skip
+    train(load_config(None, overrides), console=Console(file=printed, width=200))
+    said = printed.getvalue()
+    assert f"{len(held_out)} SFT examples have a held-out prompt, {len(held_out)} of them" in said
+    assert said.index("held-out prompt") < said.index("sft 1/1")
