@@ -47,7 +47,7 @@ class TorchEngine:
         policy_version: the version written on every segment.
 
     Raises:
-        ValueError: the model keeps a state other than keys and values of all positions.
+        ValueError: the model keeps a state other than keys and values, or the check fails.
     """
 
     def __init__(self, model: PreTrainedModel, *, batch_rows: int, policy_version: int = 0):
