@@ -10,6 +10,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from itertools import groupby, product
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from kimi_core.rollout.engine import check_newer, check_request
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.rollout.torch import attention
-from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, KVCache
+from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, Cohort, KVCache
 from kimi_core.rollout.torch.rows import Rows
 from kimi_core.types import Request, Sampling, Segment
 
@@ -29,6 +30,8 @@ PREFILL_TOKENS = 4096
 
 WORTH_A_PASS = 64
 """Tokens that a prefill waits for; with fewer, reading the weights takes longer than using them."""
+
+Mask = torch.Tensor | dict[str, torch.Tensor | None] | None
 
 
 class TorchEngine:
@@ -44,7 +47,7 @@ class TorchEngine:
         policy_version: the version written on every segment.
 
     Raises:
-        ValueError: the model keeps a state other than keys and values of all positions.
+        ValueError: the model keeps a state other than keys and values, or the check fails.
     """
 
     def __init__(self, model: PreTrainedModel, *, batch_rows: int, policy_version: int = 0):
@@ -54,7 +57,7 @@ class TorchEngine:
         self.batch_rows = batch_rows
         self.policy_version = policy_version
         self.decode_steps = 0
-        self.layers, self.max_positions = _attention_layers(model)
+        self.windows, self.max_positions = _attention_layers(model)
         self.embedding = model.get_input_embeddings()
         self.plain_head = True
         self.split = (
@@ -141,7 +144,9 @@ class TorchEngine:
 
     def _cache(self) -> KVCache:
         like = self.embedding.weight
-        return KVCache(self.layers, like, self.position_bytes, split=self.split)
+        return KVCache(
+            len(self.windows), like, self.position_bytes, split=self.split, windows=self.windows
+        )
 
     @torch.inference_mode()
     def _enter(self, rows: Rows, cache: KVCache, entering: list[Request]) -> torch.Tensor:
@@ -189,14 +194,14 @@ class TorchEngine:
         positions_n = rows.length[:n] - 1
         cache.begin_decode(positions_n)
         newest, positions = self._tensor(rows.newest[:n]), self._tensor(positions_n)
-        mask_n11s = None if cache.split else cache.cohorts[0].mask
-        return self._logits(newest[:, None], positions[:, None], mask_n11s, cache, None)
+        mask = None if cache.split else _mask(cache.cohorts[0])
+        return self._logits(newest[:, None], positions[:, None], mask, cache, None)
 
     def _logits(
         self,
         ids_bs: torch.Tensor,
         positions_bs: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Mask,
         cache: KVCache,
         last_b: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -247,31 +252,57 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _check_model(self) -> None:
-        """Decode two short rows of different lengths with the cache and compare without it."""
-        length = min(12, self.max_positions or 12)
+        """Decode two rows of different lengths with the cache and compare without it.
+
+        The longer row is longer than every window and every original context of the config.
+        """
+        switches = _switches(self.model, self.windows)
+        length = max([12, *(switch + 4 for switch in switches)])
+        length = min(length, self.max_positions or length)
         tokens = np.random.default_rng(0).integers(self.embedding.num_embeddings, size=length)
         contexts = [tokens, tokens[: length // 2]]
-        expected = [self.model(input_ids=self._tensor(c)[None]).logits[0, -1] for c in contexts]
+        last = {"logits_to_keep": 1}
+        if "logits_to_keep" not in signature(self.model.forward).parameters:
+            last = {}
+        expected = [
+            self.model(input_ids=self._tensor(c)[None], **last).logits[0, -1] for c in contexts
+        ]
         expected_bv = torch.stack(expected).float()
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
         # A model that ignores our attention gives wrong logits with two cohorts.
         splits = (True, False) if self.split else (False,)
+        reason = "the logits differ"
         for self.split, self.plain_head in product(splits, (True, False)):
-            rows = Rows(2, 1, Sampling(temperature=0, seed=0, stop_token_ids=frozenset()))
-            cache = self._cache()
-            for context in contexts:
-                cache.add(np.array([len(context) - 1]), len(context))
-                self._prefill(cache, [context[:-1]])
-            rows.add([Request(0, context, 0, 1, 1) for context in contexts])
-            error = (self._decode(rows, cache).float() - expected_bv).abs().max()
-            if error <= tolerance * expected_bv.abs().max():
+            try:
+                logits_bv, cache = self._decode_last(contexts)
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            error_max = (logits_bv.float() - expected_bv).abs().max()
+            if error_max <= tolerance * expected_bv.abs().max():
                 self.position_bytes = cache.cohorts[0].position_bytes()
                 return
         raise ValueError(
             f"The embedded engine cannot run {type(self.model).__name__}: decoding with its cache "
-            "differs from a plain forward pass. It needs a causal model whose only state is the "
-            "keys and values of all positions and that takes position_ids and a 4D mask"
+            f"differs from a plain forward pass ({reason}; rows of {length} and {length // 2} "
+            f"tokens; windows and original contexts of the config: {sorted(switches) or 'none'}"
+            f"{'; it has ALiBi' if _has_alibi(self.model) else ''}). It needs a causal model whose "
+            "only state is the keys and values of all positions or of a sliding window, and that "
+            "takes position_ids and a 4D mask. Use such a model (Llama, Qwen, Mistral, GPT-2, "
+            "GPT-NeoX, Gemma and the like)"
         )
+
+    def _decode_last(self, contexts: list[np.ndarray]) -> tuple[torch.Tensor, KVCache]:
+        """Logits ``[n, V]`` after each context, whose last token is decoded with the cache."""
+        rows = Rows(len(contexts), 1, Sampling(0, seed=0, stop_token_ids=frozenset()))
+        cache = self._cache()
+        for context in contexts:
+            cache.add(np.array([len(context) - 1]), len(context))
+            self._prefill(cache, [context[:-1]])
+        rows.add([Request(0, context, 0, 1, 1) for context in contexts])
+        return self._decode(rows, cache), cache
 
 
 def _head_logits(head: torch.nn.Module, hidden_bd: torch.Tensor) -> torch.Tensor:
@@ -308,9 +339,8 @@ def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:
     return free >= capacity / 8 and tokens >= WORTH_A_PASS
 
 
-def _attention_layers(model: PreTrainedModel) -> tuple[int, int | None]:
-    """Number of layers with keys and values, and the positions that they attend to (None: no
-    limit).
+def _attention_layers(model: PreTrainedModel) -> tuple[list[int | None], int | None]:
+    """The window of each layer with keys and values, and the model's context (None: no limit).
 
     Raises:
         ValueError: a layer keeps something else, as a state-space or linear-attention layer does.
@@ -325,8 +355,32 @@ def _attention_layers(model: PreTrainedModel) -> tuple[int, int | None]:
             f"{', '.join(sorted(other)) or 'no layers'}; allowed are layers that keep the keys and "
             "values of all positions (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, Gemma and the like)"
         )
-    # A sliding window is plain attention for sequences that fit in it.
-    limits = [layer.get_max_length() for layer in layers if layer.is_sliding]
-    if (context := getattr(config, "max_position_embeddings", None)) is not None:
-        limits.append(context)
-    return len(layers), min(limits, default=None)
+    windows = [layer.get_max_length() if layer.is_sliding else None for layer in layers]
+    return windows, getattr(config, "max_position_embeddings", None)
+
+
+def _switches(model: PreTrainedModel, windows: list[int | None]) -> set[int]:
+    """Lengths within the context after which the model computes something else."""
+    config = model.config.get_text_config(decoder=True)
+    found = {window for window in windows if window is not None}
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    # Some configs keep the settings of each type of layer apart.
+    for settings in (vars(config), rope, *rope.values()):
+        if isinstance(settings, dict):
+            found.add(settings.get("original_max_position_embeddings") or 0)
+    context = getattr(config, "max_position_embeddings", None)
+    return {switch for switch in found if switch and (context is None or switch < context)}
+
+
+def _has_alibi(model: PreTrainedModel) -> bool:
+    config = model.config
+    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
+
+
+def _mask(cohort: Cohort) -> Mask:
+    """What a model that attends to all rows at once takes: one mask, or one for a type of layer."""
+    masks = cohort.masks
+    if len(masks) == 1 or not any(mask is not None for mask in masks.values()):
+        return next(iter(masks.values()))
+    (window,) = masks.keys() - {None}
+    return {"full_attention": masks[None], "sliding_attention": masks[window]}

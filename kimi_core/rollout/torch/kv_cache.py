@@ -8,7 +8,7 @@ cohort, then those of the second, and so on. A model whose attention cannot work
 has one cohort and a mask.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,9 +47,9 @@ class Cohort:
         """Positions of the longest row after the present pass."""
         self.at: tuple[torch.Tensor, torch.Tensor] | int = 0
         """Where the pass writes: (rows, positions), or one position for all rows."""
-        self.mask: torch.Tensor | None = None
-        """Additive, ``[n, 1, 1, longest]``: hides positions beyond a row's length. None: hides
-        none."""
+        self.masks: dict[int | None, torch.Tensor | None] = {}
+        """For each window of a layer (None: no window), additive, ``[n, 1, 1, longest]``: hides
+        positions beyond a row's length and before its window. A mask of None hides nothing."""
         self.keys: list[torch.Tensor | None] = [None] * layers
         self.values: list[torch.Tensor | None] = [None] * layers
 
@@ -92,6 +92,17 @@ class Cohort:
             stored_values[rows_c, :, positions_c] = values[:, :, 0]
         return stored_keys.narrow(2, 0, self.longest), stored_values.narrow(2, 0, self.longest)
 
+    def hide(self, positions_c: torch.Tensor, windows: set[int | None], dtype: torch.dtype) -> None:
+        """Make the masks of a step with one token per row at these positions, int64 ``[n]``."""
+        seen = torch.arange(self.longest, device=positions_c.device)
+        for window in windows:
+            hidden_cs = seen > positions_c[:, None]
+            if window is not None:
+                hidden_cs |= seen <= positions_c[:, None] - window
+            mask_cs = torch.zeros_like(hidden_cs, dtype=dtype)
+            mask_cs.masked_fill_(hidden_cs, torch.finfo(dtype).min)
+            self.masks[window] = mask_cs[:, None, None]
+
     def position_bytes(self) -> int:
         """Bytes that a layer keeps for one position of one row."""
         keys = self.keys[0]
@@ -124,14 +135,25 @@ class KVCache(Cache):
         like: any tensor of the model's device and dtype.
         position_bytes: bytes that a layer keeps for one position of one row.
         split: whether the model's attention works cohort by cohort (see ``attention``).
+        windows: the positions that each layer attends to, the token's own included (None: all).
+            Without it no layer has a window.
     """
 
-    def __init__(self, layers: int, like: torch.Tensor, position_bytes: int, *, split: bool):
+    def __init__(
+        self,
+        layers: int,
+        like: torch.Tensor,
+        position_bytes: int,
+        *,
+        split: bool,
+        windows: Sequence[int | None] = (),
+    ):
         self.cohorts: list[Cohort] = []
         self.dtype = like.dtype
         self.device = like.device
         self.position_bytes = position_bytes
         self.split = split
+        self.windows = list(windows) or [None] * layers
         super().__init__(layers=[KVLayer(self, layer) for layer in range(layers)])
         self.filling: tuple[slice, torch.Tensor | None] | None = None
         """In a prefill: the rows of the last cohort that it fills, and the context of each."""
@@ -172,15 +194,15 @@ class KVCache(Cache):
                     cohort.count if half_empty else cohort.capacity,
                     self._positions(cohort.longest, cohort.bound),
                 )
-            if shortest == cohort.longest:  # Faster, because nothing has to be hidden.
-                cohort.at, cohort.mask = shortest - 1, None
-                continue
             at = torch.from_numpy(positions_c).to(self.device, non_blocking=True)
-            cohort.at = torch.arange(cohort.count, device=self.device), at
-            beyond_cs = torch.arange(cohort.longest, device=self.device) > at[:, None]
-            mask_cs = torch.zeros_like(beyond_cs, dtype=self.dtype)
-            mask_cs.masked_fill_(beyond_cs, torch.finfo(self.dtype).min)
-            cohort.mask = mask_cs[:, None, None]
+            hiding = set(self.windows)
+            if shortest == cohort.longest:  # Faster, because only windows hide anything.
+                cohort.at = shortest - 1
+                hiding = {w for w in hiding if w is not None and w < shortest}
+            else:
+                cohort.at = torch.arange(cohort.count, device=self.device), at
+            cohort.masks = dict.fromkeys(self.windows)
+            cohort.hide(at, hiding, self.dtype)
         self.longest = max(cohort.longest for cohort in self.cohorts)
 
     @torch.inference_mode()
@@ -296,11 +318,13 @@ class KVLayer(CacheLayerMixin):
             seen = cohort.extend(self.index, key_states, value_states)
             if not cache.split:
                 return seen
-            return attach(key_states, [(*seen, cohort.mask)]), value_states
+            return attach(
+                key_states, [(*seen, cohort.masks[cache.windows[self.index]])]
+            ), value_states
         counts = [cohort.count for cohort in cache.cohorts]
         states = zip(key_states.split(counts), value_states.split(counts), strict=True)
         parts = [
-            (*cohort.extend(self.index, *new), cohort.mask)
+            (*cohort.extend(self.index, *new), cohort.masks[cache.windows[self.index]])
             for cohort, new in zip(cache.cohorts, states, strict=True)
         ]
         return attach(key_states, parts), value_states

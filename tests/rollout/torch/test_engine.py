@@ -34,6 +34,18 @@ CONFIGS = {
     ),
     "cohere": lambda: hf.CohereConfig(**LLAMA_LIKE, logit_scale=0.5),
 }
+WINDOWS = {
+    "mistral": lambda: hf.MistralConfig(**LLAMA_LIKE, sliding_window=10),
+    "gemma2": lambda: hf.Gemma2Config(
+        **LLAMA_LIKE, attn_logit_softcapping=2.0, final_logit_softcapping=1.5, sliding_window=10
+    ),
+    "gemma3": lambda: hf.Gemma3TextConfig(
+        **LLAMA_LIKE, sliding_window=10, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt_oss": lambda: hf.GptOssConfig(
+        **LLAMA_LIKE, sliding_window=10, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
 GREEDY = Sampling(temperature=0, seed=0, stop_token_ids=frozenset({STOP}))
 SAMPLED = Sampling(temperature=0.8, seed=5, stop_token_ids=frozenset({STOP}))
 
@@ -48,6 +60,22 @@ def model_of(name: str) -> hf.PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim > 1:  # fresh models are nearly uniform: mistakes would not show
                 parameter.mul_(8)
+    return model
+
+
+def windowed(name: str) -> hf.PreTrainedModel:
+    torch.manual_seed(0)
+    implementation = "sdpa" if name in ("mistral", "gemma3") else "eager"
+    model = hf.AutoModelForCausalLM.from_config(WINDOWS[name](), attn_implementation=implementation)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    ids = torch.arange(30)[None]
+    whole = type(model)(type(model.config)(**{**model.config.to_dict(), "sliding_window": 90}))
+    whole.set_attn_implementation(implementation)
+    whole.load_state_dict(model.state_dict())
+    with torch.no_grad():  # otherwise a lost window would not show
+        assert (model(ids).logits - whole(ids).logits)[0, -1].abs().max() > 1e-3
     return model
 
 
@@ -300,11 +328,61 @@ def test_nothing_asked_nothing_done():
     assert list(TorchEngine(model_of("llama"), batch_rows=1).generate([], GREEDY)) == []
 
 
-def test_a_sliding_window_bounds_the_request():
-    config = hf.MistralConfig(**LLAMA_LIKE, sliding_window=16)
-    engine = TorchEngine(hf.MistralForCausalLM(config), batch_rows=1)
-    with pytest.raises(ValueError, match="16 positions"):
-        engine.generate([Request(0, np.zeros(10, np.int32), 10, 7, 7)], GREEDY)
+@pytest.mark.parametrize("name", WINDOWS)
+def test_responses_longer_than_a_sliding_window_equal_a_plain_forward_pass(name):
+    model = windowed(name)
+    requests = requests_of(6)
+    segments = run(TorchEngine(model, batch_rows=4), requests, SAMPLED)
+    assert max(len(segment) for segment in segments.values()) > 10
+    for request in requests:
+        segment = segments[request.trajectory_id]
+        ids = np.concatenate([request.token_ids, segment.token_ids])
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids)[None].long()).logits[0] / SAMPLED.temperature
+        plain = logits.log_softmax(-1)[len(request.token_ids) - 1 : -1]
+        plain = plain.gather(1, torch.from_numpy(segment.token_ids)[:, None].long())[:, 0]
+        assert np.abs(segment.logprobs - plain.numpy()).max() < 2e-5
+
+
+def test_a_model_whose_positions_turn_with_the_longest_row_is_refused():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+    config = hf.Phi3Config(
+        **{**LLAMA_LIKE, "pad_token_id": 0},
+        original_max_position_embeddings=24,
+        rope_parameters={**rope, "rope_theta": 1e4, "original_max_position_embeddings": 24},
+    )
+    torch.manual_seed(0)
+    model = hf.Phi3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    with pytest.raises(ValueError, match=r"Phi3ForCausalLM.*original contexts.*24"):
+        TorchEngine(model, batch_rows=2)
+
+
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32}
+UNFIT = {
+    "bloom": (lambda: hf.BloomConfig(**SMALL, n_layer=2, n_head=4), "ALiBi"),
+    "falcon": (
+        lambda: hf.FalconConfig(**SMALL, num_hidden_layers=2, num_attention_heads=4, alibi=True),
+        "ALiBi",
+    ),
+    "llama4": (
+        lambda: hf.Llama4TextConfig(
+            **LLAMA_LIKE, intermediate_size_mlp=64, num_local_experts=2, attention_chunk_size=8
+        ),
+        "Llama4ForCausalLM",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_unfit_models_are_refused_with_the_reason_and_what_to_use(name):
+    config, reason = UNFIT[name]
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(config())
+    with pytest.raises(ValueError, match=f"embedded engine cannot run.*{reason}.*Use such a model"):
+        TorchEngine(model, batch_rows=2)
 
 
 def test_models_with_another_state_are_refused():

@@ -64,7 +64,7 @@ class Checked:
             if self.cache.split:
                 parts = update[0].cohorts
             else:
-                parts = [(*update, self.cache.cohorts[0].mask)]
+                parts = [(*update, self.cache.cohorts[0].masks[None])]
             row = 0
             for seen_keys, seen_values, mask in parts:
                 assert seen_keys.isfinite().all() and seen_values.isfinite().all()
