@@ -391,7 +391,11 @@ class TestAnswersThatBreakACheck:
         ("source", "value"),
         [
             ("assert [i for i in range(f(2))] == [0, 1, 2 * 1]", "10**12"),
-            ("import re\nassert re.fullmatch(r'(a+)+b', f(2))", "'a' * 40"),
+            pytest.param(
+                "import re\nassert re.fullmatch(r'(a+)+b', f(2))",
+                "'a' * 40",
+                marks=pytest.mark.nightly,
+            ),
             ("assert 'x' * f(2) == 'xx' * 1", "10**15"),
         ],
     )
