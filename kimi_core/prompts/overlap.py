@@ -1,6 +1,8 @@
 """Where training data and held-out prompts overlap, so that an evaluation would measure memory."""
 
+import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from kimi_core.prompts.load import TextExample
@@ -20,14 +22,16 @@ def overlaps(
         held_out: the prompts of the evaluation.
         examples: the (prompt, response) pairs of SFT.
     """
-    held = {normalized(prompt.text): normalized(prompt.answer) for prompt in held_out}
+    held: dict[str, set[str]] = defaultdict(set)
+    for one in held_out:
+        held[normalized(one.text)].add(normalized(one.answer))
     trained = {normalized(prompt.text) for prompt in train}
     twice = sum(normalized(prompt.text) in trained for prompt in held_out)
     asked = answered = 0
     for prompt, response in examples:
         text = normalized(prompt if isinstance(prompt, str) else question(prompt))
         asked += text in held
-        answered += bool(held.get(text)) and held[text] in normalized(response)
+        answered += any(_has(normalized(response), answer) for answer in held.get(text, ()))
     found = []
     if twice:
         found.append(f"{twice} of {len(held_out)} held-out prompts are also training prompts")
@@ -36,6 +40,11 @@ def overlaps(
             f"{asked} SFT examples have a held-out prompt, {answered} of them with its answer"
         )
     return found
+
+
+def _has(text: str, answer: str) -> bool:
+    """Whether the answer stands in the text, and not as a part of a longer word or number."""
+    return bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
 
 
 def normalized(text: str) -> str:

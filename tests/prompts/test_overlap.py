@@ -28,8 +28,9 @@ def test_prompts_that_differ_in_case_or_space_are_the_same():
 
 def test_examples_with_held_out_prompts_and_answers_are_counted():
     asked = ({"role": "system", "content": "Hi"}, {"role": "user", "content": "3*4="})
-    examples = [("3*4=", "it is 12"), ("3*4=", "13"), (asked, "12"), ("5*4=", "20")]
-    assert overlaps([], prompts("3*4="), examples) == [
+    examples = [("3*4=", "it is 12"), ("3*4=", "it is 122"), (asked, "12"), ("5*4=", "20")]
+    twins = [*prompts("3*4="), Prompt(1, "3*4=", "another answer")]
+    assert overlaps([], twins, examples) == [
         "3 SFT examples have a held-out prompt, 2 of them with its answer"
     ]
 
