@@ -77,7 +77,7 @@ def train(arguments: Sequence[str]) -> int:
         help="continue runs/NAME from its last token, or start it if there is no such run",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)  # Options may stand between settings.
 
     def run(config: Config) -> None:
         from kimi_core.run.dry_run import describe
@@ -92,7 +92,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def sft(arguments: Sequence[str]) -> int:
-    given = config_parser("sft", SFT).parse_args(arguments)
+    given = config_parser("sft", SFT).parse_intermixed_args(arguments)
 
     def run(config: Config) -> None:
         from kimi_core.run.run import fine_tune_alone
@@ -111,7 +111,7 @@ def evaluate(arguments: Sequence[str]) -> int:
         help="score these instead of a model's (humaneval)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
-    given = parser.parse_intermixed_args(arguments)  # Options may stand between settings.
+    given = parser.parse_intermixed_args(arguments)
 
     def run(config: Config) -> None:
         if given.task == "held-out":

@@ -34,6 +34,19 @@ def test_two_configs_are_one_too_many(capsys):
     assert "One config at a time, not 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "think --dry-run iterations=7",
+        "--dry-run think iterations=7",
+        "think iterations=7 --dry-run",
+    ],
+)
+def test_options_and_settings_come_in_any_order(words, capsys):
+    assert cli.main(["train", *words.split()]) == 0
+    assert "iterations = 7" in capsys.readouterr().out
+
+
 def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.find_config("think") == cli.find_config("think.toml") == cli.CONFIGS / "think.toml"

@@ -21,6 +21,7 @@ _ANSWER = re.compile(
 )
 _FINAL = re.compile(r"(?i)final answer is")
 _FORMULA = {r"\[": r"\]", "$$": "$$", r"\(": r"\)"}
+_SAYS = re.compile(r"\w\s+(?:is|are)\s|\w['’]s\s")
 _PROSE = re.compile(r"[^\W\d_]{2,}[^\w{\\]+[^\W\d_]{2,}|\b(?:is|are)\s|['’]s\s|\w\s?:\s")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[(])")
 _HOPE = re.compile(r"\s*I hope it is correct\.?\s*")
@@ -89,7 +90,7 @@ def _boxed(text: str, yield_to_final: bool) -> str | None:
     while first and _joins(text[boxes[first - 1][2] + 1 : boxes[first][0]]):
         first -= 1
     contents = [text[start:end].strip() for _, start, end in boxes[first:]]
-    if len(contents) == 1 and "\\" not in contents[0] and _PROSE.search(contents[0]):
+    if len(contents) == 1 and "\\" not in contents[0] and _SAYS.search(contents[0]):
         return _from_sentence(contents[0])
     return ", ".join(dict.fromkeys(content for content in contents if content))
 
