@@ -23,7 +23,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Ratios
 from kimi_core.sandbox import Limits, Pool, Status, bubblewrap
 from kimi_core.sandbox.syscalls import become_subreaper
 
@@ -159,7 +158,7 @@ def cpu_ms(pool: Pool, tiny: str, tmp_path_factory: pytest.TempPathFactory) -> d
     )
 
 
-def test_cpu_of_a_cold_python(cpu_ms: dict[str, float], ratios: Ratios) -> None:
+def test_cpu_of_a_cold_python(cpu_ms: dict[str, float], ratios) -> None:
     """As the command `python3 -c pass`, and as source, which a Python in the sandbox is handed."""
     peer, spent = cpu_ms["bare python"], cpu_ms["command python"]
     for form in ("source", "command"):
@@ -172,7 +171,7 @@ def test_cpu_of_a_cold_python(cpu_ms: dict[str, float], ratios: Ratios) -> None:
         ratios.record("cold start of Python, command", peer, cpu / spent, detail=detail)
 
 
-def test_starts_a_second_and_core(cpu_ms: dict[str, float], ratios: Ratios) -> None:
+def test_starts_a_second_and_core(cpu_ms: dict[str, float], ratios) -> None:
     starts = 1e3 / cpu_ms["command tiny"]
     detail = f"{starts:.0f} a second and core, {cpu_ms['command tiny']:.1f} CPU ms"
     ratios.record("starts of a tiny C program", "36 a second and core", starts / 36, 1.0, detail)
@@ -184,7 +183,7 @@ def test_starts_a_second_and_core(cpu_ms: dict[str, float], ratios: Ratios) -> N
         ratios.record("starts of a tiny C program", peer, ratio, detail=detail)
 
 
-def test_latency_of_a_waiting_python(ratios: Ratios) -> None:
+def test_latency_of_a_waiting_python(ratios) -> None:
     """Of `pass` in a sandbox that waits, less that of a bare `python3 -c pass`, in pairs."""
     command = [bubblewrap.find_python(), "-c", "pass"]
     bare_ms, ours_ms = [], []
@@ -205,7 +204,7 @@ def test_latency_of_a_waiting_python(ratios: Ratios) -> None:
     ratios.record("a waiting Python", "bare + 5 ms", (bare_median + 5) / median, 1.0, detail)
 
 
-def test_concurrent_requests(ratios: Ratios) -> None:
+def test_concurrent_requests(ratios) -> None:
     """64 at a time on as many slots as CPUs: queueing costs latency, and never a time-out."""
     limits = Limits(wall_s=5)
     with Pool(allow_weak=True) as pool, ThreadPoolExecutor(64) as threads:
