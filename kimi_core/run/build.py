@@ -132,8 +132,6 @@ def sft_examples(config: Config, train_prompts: list[Prompt]) -> list[TextExampl
         ValueError: the data is unknown, missing or malformed.
     """
     pairs: list[TextExample]
-    if config.sft.data == "none" or not config.sft.steps:
-        return []
     if config.sft.data in ("multiply", "multiply_lengths"):
         shares = multiply.MIXED if config.sft.data == "multiply" else multiply.LENGTHS
         pairs = list(multiply.examples(train_prompts, shares, seed=config.seed))

@@ -86,11 +86,12 @@ def fine_tune(parts: Parts, config: Config, console: Console) -> None:
         ValueError: the data is unknown, missing or malformed.
         TrainingDiverged: a loss is not finite.
     """
-    pairs = sft_examples(config, parts.train_prompts)
+    is_on = config.sft.data != "none" and config.sft.steps > 0
+    pairs = sft_examples(config, parts.train_prompts) if is_on else []
     held_out = parts.evaluator.prompts
     for sentence in overlaps(parts.train_prompts, held_out, pairs):
         console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
-    if config.sft.data == "none" or not config.sft.steps:
+    if not is_on:
         return
     examples = [
         parts.codec.encode_example(in_chat(prompt, config.prompts), response)

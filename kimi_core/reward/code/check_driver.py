@@ -36,7 +36,7 @@ from typing import Any, TextIO
 
 PLAIN: Any = (bool, int, float, str)
 
-CONTROL_FLOW = ("StopIteration", "StopAsyncIteration", "GeneratorExit")
+CONTROL_FLOW = ("StopIteration", "StopAsyncIteration")
 """Exceptions that end a loop of the test code instead of its test."""
 
 TOLERANT = "try: pass\nexcept Exception:\n    if not __recording__(): raise"

@@ -148,7 +148,7 @@ def _quantity(text: str) -> Quantity | None:
         value *= Fraction(10) ** int((part["exponent"] or "0").strip("{} "))
     else:
         return None
-    unit = _unit(part["rest"])
+    unit = unit_name(part["rest"])
     if unit is None:
         return None
     unit = unit or _CURRENCIES.get((part["currency"] or "").removeprefix("\\"), "")
@@ -161,7 +161,7 @@ def _quantity(text: str) -> Quantity | None:
     )
 
 
-def _unit(text: str) -> str | None:
+def unit_name(text: str) -> str | None:
     """The unit after a number, ``""`` without one; None if something else follows."""
     text = _UNIT_TEXT.sub(r"\1", text).strip().lower().replace(" per ", "/")
     if text in ("", "%", r"\%", "percent"):

@@ -20,7 +20,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Basic, I, MatrixBase, S
 from sympy.logic.boolalg import BooleanAtom
 
-from kimi_core.reward.math.answers import agree
+from kimi_core.reward.math.answers import agree, unit_name
 
 DIGITS = 1e-6
 """Largest relative difference of two numbers that count as equal."""
@@ -32,7 +32,6 @@ _FUNCTION = re.compile(
 )
 _ROOT = re.compile(r"(?<![\\a-zA-Z])sqrt ?\(([^()]*)\)")
 _EXP = re.compile(r"(?<![\\a-zA-Z])exp ?\(([^()]*)\)")
-_SIMPLE_NAME = re.compile(r"[A-Za-z](?:_\{?\w+\}?|')?")
 _OPERATION = re.compile(
     r"[-+*/^]|\\(?:cdot|times|div|pm|mp|frac|sqrt|le|ge|ne|lt|gt|in)(?![a-zA-Z])|[<>]"
 )
@@ -74,13 +73,9 @@ def _pieces(text: str) -> list[str]:
         words = " ".join((match[1] + re.sub(r"[\s{}]", "", match[2] or "")).lower().split())
         if not words.strip(" ,."):
             continue
-        pieces += [text[at : match.start()], _unit_name(words)]
+        pieces += [text[at : match.start()], unit_name(words) or words]
         at = match.end()
     return [*pieces, text[at:]]
-
-
-def _unit_name(words: str) -> str:
-    return words if len(words) < 4 else words.removesuffix("s")
 
 
 def _without_unit(pieces: list[str]) -> str | None:

@@ -4,7 +4,8 @@ Everything here takes time linear in the text, whatever the text.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 Place = Literal["boxed", "hashes", "answer", "last_line"]
@@ -58,23 +59,23 @@ def extract(text: str, places: Sequence[Place]) -> str | None:
     thoughts = [match.end() for match in _THOUGHTS_END.finditer(text)]
     if thoughts and text[thoughts[-1] :].strip():
         text = text[thoughts[-1] :]
+    find: dict[Place, Callable[[str], str | None]] = {
+        "boxed": partial(_boxed, yield_to_final="answer" in places),
+        "hashes": _hashes,
+        "answer": _after_answer,
+        "last_line": _last_line,
+    }
     for place in places:
-        if place == "boxed":
-            found = _boxed(text, "answer" in places)
-        else:
-            found = {"hashes": _hashes, "answer": _after_answer, "last_line": _last_line}[place](
-                text
-            )
+        found = find[place](text)
         if found is not None and found.strip():
             return found.strip()
     return None
 
 
-def _boxed(text: str, yield_to_final: bool) -> str | None:
+def _boxed(text: str, *, yield_to_final: bool) -> str | None:
     opened: list[tuple[int, int] | None] = []  # Where a box and its content start; None: a brace.
-    boxes: list[
-        tuple[int, int, int]
-    ] = []  # Start of each closed box, start and end of its content.
+    # Start of each closed box, start and end of its content.
+    boxes: list[tuple[int, int, int]] = []
     for token in _BOX.finditer(text):
         if token[0] == "}":
             begun = opened.pop() if opened else None
@@ -189,9 +190,9 @@ def _without_formulas(sentence: str) -> str:
 def _last_formula(text: str) -> str | None:
     """What stands between the last pair of dollars, ``\\(`` and ``\\)``, or ``\\[`` and ``\\]``."""
     for left, right in ((r"\(", r"\)"), (r"\[", r"\]")):
-        before, opened, rest = text.rpartition(left)
+        _, opened, rest = text.rpartition(left)
         inside, closed, _ = rest.partition(right)
-        if opened and closed and inside.strip() and before is not None:
+        if opened and closed and inside.strip():
             return inside
     parts = re.split(r"(?<!\\)\$", text)
     inside_parts = [part for part in parts[1::2] if part.strip()]

@@ -21,6 +21,7 @@ import signal
 import sys
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 
@@ -83,7 +84,7 @@ class Fork:
         theirs.close()
         self.is_alive = True
 
-    def ask(self, request: dict[str, object], connection: Connection) -> bool | str:
+    def ask(self, request: dict[str, Any], connection: Connection) -> bool | str:
         """The verdict on one request, or why there is none.
 
         Raises:
@@ -92,7 +93,7 @@ class Fork:
         said = None
         try:
             self._pipe.send_bytes(json.dumps(request).encode())
-            ready = wait([self._pipe, connection], timeout=float(str(request["wall_s"])))
+            ready = wait([self._pipe, connection], timeout=request["wall_s"])
             if self._pipe in ready:
                 said = json.loads(self._pipe.recv_bytes())
         except (EOFError, BrokenPipeError, ConnectionResetError):

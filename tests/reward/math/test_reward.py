@@ -98,7 +98,7 @@ def test_no_answer_is_a_wrong_one(reward, response):
     ],
     ids=lambda answer: answer[:24],
 )
-def test_a_bomb_has_no_verdict_and_hurts_nobody(hasty, answer):
+def test_a_bomb_is_never_right_and_hurts_nobody(hasty, answer):
     """Not even its worker: the fork that took it is gone, and the next answer is judged."""
     hasty(prompt("a+b"), r"\boxed{b+a}")
     before = [worker._process.pid for worker in hasty._idle]
