@@ -42,7 +42,12 @@ some tests count them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests that start sandboxes to one worker."""
+    """Give the tests that start sandboxes to one worker, and skip those of a GPU without one."""
+    import torch  # Not before OMP_NUM_THREADS is set.
+
+    has_gpu = torch.cuda.is_available()
     for item in items:
+        if not has_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if any(part in item.path.as_posix() for part in SHARES_THE_HOST):
             item.add_marker(pytest.mark.xdist_group("sandboxes"))

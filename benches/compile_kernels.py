@@ -4,7 +4,8 @@
     python benches/compile_kernels.py --write      # keep it in benches/baselines/
 
 Each kernel is compiled ahead of time as plain as can be and with everything switched on (bias, cap,
-odd depth). ``tests/kernels/test_triton.py`` compares with what is kept and allows no spills.
+odd depth). ``tests/kernels/test_triton.py`` compares with what is kept and allows spills
+of ``SPILLED`` bytes at most.
 """
 
 import argparse
@@ -32,6 +33,9 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 """Bytes of shared memory that one program may have."""
 
+SPILLED = 8
+"""Bytes that a thread may spill: the fastest settings on an H100 spill as many."""
+
 KEPT = Path(__file__).parent / "baselines" / f"triton-{triton.__version__}.json"
 
 FLOAT, INT = "fp32", "i32"
@@ -42,20 +46,26 @@ ANY_DTYPE = ("hidden_ptr", "weight_ptr", "bias_ptr", "tile_ptr")
 def cases(target: str) -> Iterator[tuple[str, Any, str, dict, dict]]:
     """Name, kernel, dtype of the matrices, constants and options of everything that ships."""
     for dtype in ("bf16", "fp16", "fp32"):
-        launch = kernels.LAUNCH_FLOAT32 if dtype == "fp32" else kernels.LAUNCH[target]
-        block_m, block_n, block_k, warps, stages = launch
-        blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
-        options = {"num_warps": warps, "num_stages": stages}
-        plain = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "KEEP": True, "EVEN_K": True}
+        general = kernels.LAUNCH_FLOAT32 if dtype == "fp32" else kernels.LAUNCH[target]
+        plain = general if dtype == "fp32" else kernels.LAUNCH_PLAIN.get(target, general)
+        switches = {"HAS_BIAS": False, "HAS_SOFTCAP": False, "KEEP": True, "EVEN_K": True}
         if dtype != "fp16":
-            yield f"logits {dtype}", kernels.logits_kernel, dtype, plain | blocks, options
-        full = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "KEEP": True, "EVEN_K": False}
-        yield f"logits {dtype}, all on", kernels.logits_kernel, dtype, full | blocks, options
+            yield f"logits {dtype}", kernels.logits_kernel, dtype, *_settings(switches, plain)
+        switches = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "KEEP": True, "EVEN_K": False}
+        settings = _settings(switches, general)
+        yield f"logits {dtype}, all on", kernels.logits_kernel, dtype, *settings
+    block_n = general[1]
     constants = {"HAS_SOFTCAP": True, "BLOCK_N": block_n, "BLOCK": kernels.GRADIENT_BLOCK}
     options = {"num_warps": kernels.GRADIENT_WARPS}
     yield "gradient bf16, all on", kernels.gradient_kernel, "bf16", constants, options
     options = {"num_warps": kernels.SUM_WARPS}
     yield "sums", kernels.segment_sum_kernel, "fp32", {"BLOCK": kernels.SUM_BLOCK}, options
+
+
+def _settings(switches: dict, launch: kernels.Launch) -> tuple[dict, dict]:
+    block_m, block_n, block_k, warps, stages = launch
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    return switches | blocks, {"num_warps": warps, "num_stages": stages}
 
 
 def resources(target: str) -> dict[str, dict[str, int]]:

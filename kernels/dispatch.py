@@ -19,7 +19,7 @@ def tiles_for(head: Head, rows: int) -> Tiles:
     if dtype != torch.float64 and device.type == "cuda" and has_triton():
         from kimi_core.kernels.triton_tiles import TritonTiles, launch_for
 
-        return TritonTiles(head, rows, launch_for(head.weight))
+        return TritonTiles(head, rows, launch_for(head))
     return Tiles(head, rows)
 
 

@@ -6,7 +6,8 @@ inputs' dtype, not the logits. Relative to the block's largest score, 16 bits ho
 the later GEMMs can use it (e of a nearly certain token is exactly 1), and ``gradient_kernel`` needs
 no second exponential. The vendor's library computes the other two GEMMs.
 
-No GPU has run this yet. The tests interpret the kernels on a CPU and compile them.
+The tests interpret the kernels on a CPU, compile them for every target, and run them where there
+is a GPU. They have run on an H100 (docs/log.md), on no other GPU.
 """
 
 import torch
@@ -25,14 +26,33 @@ LAUNCH: dict[str, Launch] = {
     "sm_100": (128, 128, 64, 8, 4),
     "gfx942": (128, 128, 64, 8, 2),
 }
-"""Settings for 16-bit inputs. They were chosen without timing: large tiles that spill no registers
-and fit in shared memory (``benches/compile_kernels.py``)."""
+"""Settings for 16-bit inputs: large tiles that spill no registers and fit in shared memory
+(``benches/compile_kernels.py``). Only those of sm_90 have been timed."""
+
+LAUNCH_PLAIN: dict[str, Launch] = {"sm_90": (128, 256, 64, 8, 3)}
+"""Settings for 16-bit inputs without bias and soft cap whose D is a multiple of BLOCK_K. They were
+the fastest on an H100 (``benches/tune_kernels.py``): 95 % of the vendor's product."""
 
 LAUNCH_FLOAT32: Launch = (128, 128, 32, 8, 2)
 """Settings for float32 inputs, which every target multiplies without TF32."""
 
 GRADIENT_BLOCK, GRADIENT_WARPS = 1024, 4
 SUM_BLOCK, SUM_WARPS = 1024, 4
+
+
+@triton.jit
+def tanh(y):  # type: ignore[no-untyped-def]
+    """To 2 units in the last place of float32, also near 0; not every target has a tanh.
+
+    The polynomial is that of Cephes' ``tanhf``. From the exponential alone, small results would
+    have an absolute error of 6e-8, which a soft cap multiplies.
+    """
+    z = y * y
+    series = -5.70498872745e-3 * z + 2.06390887954e-2
+    series = series * z - 5.37397155531e-2
+    series = series * z + 1.33314422036e-1
+    series = series * z - 3.33332819422e-1
+    return tl.where(tl.abs(y) < 0.625, series * z * y + y, 1.0 - 2.0 / (1.0 + tl.exp(2.0 * y)))
 
 
 @triton.jit
@@ -90,8 +110,7 @@ def logits_kernel(  # type: ignore[no-untyped-def]
         bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
         scores += bias.to(tl.float32)[None, :]
     if HAS_SOFTCAP:
-        # tanh from the exponential, because not every target has a tanh.
-        scores = softcap * (1.0 - 2.0 / (1.0 + tl.exp(2.0 / softcap * scores)))
+        scores = softcap * tanh(scores / softcap)
     # Masked after the cap, which would turn minus infinity into a finite score.
     scores = tl.where(columns[None, :] < N, scores, float("-inf"))
 
@@ -104,13 +123,13 @@ def logits_kernel(  # type: ignore[no-untyped-def]
     top = tl.max(scores, axis=1)
     # A bias can set a whole block to minus infinity, and minus infinity minus itself is NaN.
     shift = tl.where(top == float("-inf"), 0.0, top)
-    x = (scores - shift[:, None]) / temperature
+    # At -1e4 e is 0, and 0 times minus infinity would be NaN.
+    x = tl.maximum((scores - shift[:, None]) / temperature, -1e4)
     e = tl.exp(x)
     partial = block_n.to(tl.int64) * M + rows
     tl.store(top_ptr + partial, top, mask=rows < M)
     tl.store(total_ptr + partial, tl.sum(e, axis=1), mask=rows < M)
-    weighted = tl.sum(tl.where(e > 0, e * x, 0.0), axis=1)
-    tl.store(weighted_ptr + partial, weighted, mask=rows < M)
+    tl.store(weighted_ptr + partial, tl.sum(e * x, axis=1), mask=rows < M)
     if KEEP:
         tile_block = tile_ptr + first_row.to(tl.int64) * N + first_column
         tile_offsets = (rows - first_row)[:, None] * N + (columns - first_column)[None, :]
@@ -266,14 +285,19 @@ class TritonTiles(Tiles):
         return self._logits_cv
 
 
-def launch_for(weight: Tensor) -> Launch:
-    """Settings for this dtype and GPU; for a GPU that is not listed, those of an older one."""
+def launch_for(head: Head) -> Launch:
+    """Settings for this head and its GPU; for a GPU that is not listed, those of an older one."""
+    weight = head.weight
     if weight.dtype == torch.float32:
         return LAUNCH_FLOAT32
     if torch.version.hip:
         return LAUNCH["gfx942"]
     major, _ = torch.cuda.get_device_capability(weight.device)
-    return LAUNCH["sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"]
+    target = "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"
+    plain = LAUNCH_PLAIN.get(target)
+    if plain and head.bias is None and head.softcap is None and weight.shape[1] % plain[2] == 0:
+        return plain
+    return LAUNCH[target]
 
 
 class SegmentSum(torch.autograd.Function):

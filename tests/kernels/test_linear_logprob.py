@@ -75,6 +75,18 @@ def test_error_is_at_most_twice_torchs(dtype, tokens, width, vocab, chunk, optio
         assert_as_good_as_torch(some, ids, above, chunk=chunk, **options)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_on_a_gpu_is_at_most_twice_torchs(dtype, options):
+    """Besides the sizes above, one of many blocks of the kernels in every direction."""
+    for tokens, width, vocab, chunk in [*SIZES.values(), (700, 200, 5003, 300)]:
+        *inputs, ids, above = (value.cuda() for value in problem(tokens, width, vocab))
+        for count in (2, 3):
+            some = [value.to(dtype) for value in inputs[:count]]
+            assert_as_good_as_torch(some, ids, above, chunk=chunk, **options)
+
+
 @pytest.mark.parametrize("shift", [-120.0, 120.0])
 def test_shifted_logits_neither_overflow_nor_vanish(shift):
     # exp(120) is infinite and exp(-120) zero in float32: the maximum has to be taken off first.
@@ -92,13 +104,14 @@ def test_all_logits_negative():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_sums_over_peaked_logits_do_not_drift(seed, dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_sums_over_peaked_logits_do_not_drift(device, seed, dtype):
     """At most 0.05 nats over 32k tokens: ρ of the objective is such a sum."""
     tokens = 2048
     hidden, weight, _, _, _ = problem(tokens, 16, 4096, seed=seed, scale=6.0)
-    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    hidden, weight = hidden.to(device, dtype), weight.to(device, dtype)
     logprobs_tv = torch.log_softmax(hidden.double() @ weight.double().T, dim=-1)
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator(device).manual_seed(seed)
     ids = torch.multinomial(logprobs_tv.exp(), 1, generator=draw)[:, 0]
     true = logprobs_tv.gather(1, ids[:, None])[:, 0]
     assert true.exp().median() > 0.3  # peaked indeed
@@ -208,6 +221,28 @@ def test_weight_gradients_of_many_chunks_are_summed_in_float32():
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     linear_logprob(hidden, weight, torch.zeros(512, dtype=torch.long), chunk=1).sum().backward()
     assert weight.grad[:, 0].tolist() == [256, -256]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [70_000, 20_000])
+def test_offsets_past_32_bits_on_a_gpu(tokens):
+    """More rows than a grid's second dimension allows, and a tile of 2.6e9 numbers."""
+    vocab = 131_072 if tokens == 20_000 else 1000
+    draw = torch.Generator("cuda").manual_seed(0)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    hidden = torch.randn(tokens, 64, generator=draw, **options)
+    weight = torch.randn(vocab, 64, generator=draw, **options)
+    ids = torch.randint(vocab, (tokens,), generator=draw, device="cuda")
+    found = run(linear_logprob, [hidden, weight], ids, hidden.new_ones(tokens), chunk=tokens)
+    last = slice(-500, None)
+    true = run(
+        linear_logprob_ref,
+        [hidden[last].double(), weight.double()],
+        ids[last],
+        found[0][last] * 0 + 1,
+    )
+    torch.testing.assert_close(found[0][last], true[0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found[1][last], true[1], rtol=0.02, atol=0.05)
 
 
 def test_no_tokens():

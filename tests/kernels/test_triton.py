@@ -46,7 +46,7 @@ def test_what_ships_compiles_without_spills(compile_kernels, target, tmp_path, m
     or to Triton: `python benches/compile_kernels.py --write`."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     found = compile_kernels.resources(target)
-    assert {name: usage["spilled"] for name, usage in found.items()} == dict.fromkeys(found, 0)
+    assert max(usage["spilled"] for usage in found.values()) <= compile_kernels.SPILLED
     assert max(u["shared"] for u in found.values()) <= compile_kernels.SHARED_LIMIT[target]
     assert found == json.loads(compile_kernels.KEPT.read_text())[target]
 
