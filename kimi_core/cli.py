@@ -46,6 +46,14 @@ EVALUATE = """Accuracy of a model, greedy and sampled, on held-out prompts or on
 Prints one JSON line: the numbers of an evaluation line of metrics.jsonl or, for HumanEval (whose
 default config is `humaneval`), the counts of verdicts and pass@1."""
 
+CHECK = """Check programming problems and their reference solutions before a run.
+
+    kimi check prompts.source=problems.jsonl
+    kimi check humaneval
+
+Every reference solution (`answer`) must pass its tests, and an empty program must not. Prints a
+JSON line for each problem that cannot be trained on, then the counts."""
+
 REWARD = """Train the two reward models of section 2.3.5 and compare them.
 
     kimi reward                                     # a small model from scratch, both kinds
@@ -130,6 +138,26 @@ def evaluate(arguments: Sequence[str]) -> int:
     return with_config(given.arguments, run, default=default)
 
 
+def check(arguments: Sequence[str]) -> int:
+    given = config_parser("check", CHECK).parse_intermixed_args(arguments)
+
+    def run(config: Config) -> None:
+        from kimi_core.prompts.load import load_prompts
+        from kimi_core.reward.code.check_problems import OUTCOMES, check_problems
+        from kimi_core.reward.code.reward import code_reward
+
+        prompts, workers = load_prompts(config.prompts), config.reward.workers
+        with closing(code_reward(config.reward.sandbox)) as reward:
+            counts = check_problems(prompts, reward, workers=workers, say=print)
+        print(json.dumps(counts))
+        if unsound := sum(counts[outcome] for outcome in OUTCOMES[2:]):
+            raise ValueError(
+                f"{unsound} of {len(prompts)} problems cannot be trained on as they are"
+            )
+
+    return with_config(given.arguments, run, default="code")
+
+
 def reward(arguments: Sequence[str]) -> int:
     given = reward_parser().parse_args(arguments)
 
@@ -158,6 +186,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model by reinforcement learning"),
     "sft": (sft, "supervised fine-tuning alone"),
     "evaluate": (evaluate, "accuracy of a model on held-out prompts or HumanEval"),
+    "check": (check, "check programming problems and their reference solutions"),
     "reward": (reward, "train and compare two reward models"),
     "sandbox": (sandbox, "run programs in a sandbox, serve it, or check this machine"),
     "buffer": (buffer, "print what a rollout buffer's file holds"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from kimi_core.config import PromptsConfig
 from kimi_core.plugins import load_function
+from kimi_core.prompts.code_datasets import as_problem
 from kimi_core.prompts.messages import chat_prompts, check_messages, question
 from kimi_core.tasks import addition, humaneval, maximum, multiply, programs
 from kimi_core.types import Message, Prompt
@@ -94,7 +95,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts from a JSONL file, numbered from 0: ``prompt`` and ``answer``, both strings.
 
     ``messages`` may stand in place of ``prompt``: a list of objects with ``role`` and ``content``.
-    ``difficulty`` is optional; other keys become tags, as text.
+    ``difficulty`` is optional, and so is ``answer`` where there are ``tests``; other keys become
+    tags, as text. Lines of published datasets of programs are read as they are, see
+    ``code_datasets``.
 
     Raises:
         ValueError: the file is missing or empty, or a line is bad; the message says what was found.
@@ -128,7 +131,10 @@ def load_examples(path: str | Path) -> list[TextExample]:
 
 
 def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, record) for each line that is not blank; each key has a non-empty string."""
+    """Yield (where, record) for each line that is not blank; each key has a non-empty string.
+
+    With ``tests``, the answer may be missing or empty.
+    """
     if not path.is_file():
         raise ValueError(f"No file {path}; give a JSONL file whose lines hold {' and '.join(keys)}")
     try:
@@ -148,8 +154,13 @@ def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict
             raise ValueError(f"{where}: {error} in {line[:80]!r}; expected {example}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: found {line[:80]!r}; expected an object, {example}")
+        if "answer" in keys:
+            record = _problem_in(record, where)
         _take_messages(record, keys)
         for key in keys:
+            if key == "answer" and "tests" in record and not record.get(key):
+                record[key] = ""
+                continue
             if key == "prompt" and isinstance(record.get(key), list):
                 record[key] = check_messages(record[key], where)
                 continue
@@ -161,6 +172,20 @@ def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict
                     f'{where}: "{key}" is {json.dumps(record[key])}; allowed is a non-empty string'
                 )
         yield where, record
+
+
+def _problem_in(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The record, or what it says in the keys of this project if a dataset has others."""
+    if "tests" in record:
+        return record
+    try:
+        return as_problem(record) or record
+    except (ValueError, TypeError, LookupError, SyntaxError) as error:
+        keys = ", ".join(record)
+        raise ValueError(
+            f"{where}: the keys ({keys}) are those of a dataset of programs, but {error!r} came up "
+            "while reading it; mend the line, or write it as docs/code_rewards.md says"
+        ) from None
 
 
 def _take_messages(record: dict[str, Any], keys: tuple[str, ...]) -> None:

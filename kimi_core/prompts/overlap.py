@@ -44,7 +44,7 @@ def overlaps(
 
 def _has(text: str, answer: str) -> bool:
     """Whether the answer stands in the text, and not as a part of a longer word or number."""
-    return bool(re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
+    return bool(answer and re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text))
 
 
 def normalized(text: str) -> str:

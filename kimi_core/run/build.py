@@ -20,7 +20,7 @@ from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.load import TextExample, load_examples, load_prompts, split
 from kimi_core.reward.base import RewardFunction
 from kimi_core.reward.groups import GroupScorer
-from kimi_core.reward.load import close_reward, load_reward
+from kimi_core.reward.load import close_reward, load_reward, try_reward
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.rollout.torch.engine import TorchEngine
@@ -64,6 +64,7 @@ def build(config: Config) -> Parts:
     everything = load_prompts(config.prompts)
     train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
     reward = load_reward(config.reward)
+    try_reward(reward, [*held_out, *train_prompts])
     model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
     limit_threads(model)
     freeze_below(model, config.trainer.trainable_layers)

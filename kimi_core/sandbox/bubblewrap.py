@@ -1,6 +1,7 @@
 """The command line of bubblewrap for one sandbox, and what the sandbox sees of the host."""
 
 import functools
+import importlib.util
 import os
 import shutil
 import stat
@@ -11,6 +12,8 @@ from kimi_core.sandbox.program import MB, SandboxUnavailable
 
 FOLDER = "/box"
 """The work folder: a program finds its files here and may write."""
+PACKAGES = "/opt/packages"
+"""Where numpy is found, if the Python that runs the programs has this interpreter's version."""
 TMPFS_BYTES = 64 * MB
 """Size of the work folder, of /tmp and of /dev/shm, each."""
 ENVIRONMENT = {
@@ -18,6 +21,7 @@ ENVIRONMENT = {
     "HOME": FOLDER,
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",  # Sets of strings have the same order each time.
+    "OPENBLAS_NUM_THREADS": "1",  # numpy would make a thread for each core of the host.
 }
 
 
@@ -74,7 +78,21 @@ def _binds(python: str) -> list[str]:
     if not python.startswith("/usr/"):
         prefix = str(Path(python).parent.parent)
         args += ["--ro-bind", prefix, prefix]
+    for folder in _numpy(python):
+        args += ["--ro-bind", str(folder), f"{PACKAGES}/{folder.name}"]
     return args
+
+
+def _numpy(python: str) -> list[Path]:
+    """The folders of numpy, which programs and checks may import, if ``python`` can load it."""
+    found = importlib.util.find_spec("numpy")
+    version = "python{}.{}".format(*sys.version_info)
+    if os.path.basename(os.path.realpath(python)) != version or found is None or not found.origin:
+        return []
+    package = Path(found.origin).parent
+    if os.geteuid() == 0 and not _open_to_all(package):
+        return []
+    return [one for one in (package, package.with_name("numpy.libs")) if one.is_dir()]
 
 
 def command(*, own_network: bool, files: list[tuple[int, str]], fds: dict[str, int]) -> list[str]:

@@ -47,6 +47,7 @@ class Limits:
     """
 
     wall_s: float = 10.0
+    """Without the time that the program could have run but no core was free."""
     cpu_s: float = 5.0
     """CPU time of all processes together; without a cgroup, of each."""
     memory_bytes: int = 512 * MB

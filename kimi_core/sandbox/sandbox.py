@@ -134,6 +134,7 @@ class Sandbox:
             resource.RLIMIT_CPU: math.ceil(limits.cpu_s),
             resource.RLIMIT_CORE: 1,  # Unlike 0, it also stops handlers behind a pipe.
             resource.RLIMIT_MSGQUEUE: 0,
+            resource.RLIMIT_SIGPENDING: 256,
             resource.RLIMIT_MEMLOCK: MB,
         }
         if self._identity.cgroup is None:
@@ -159,6 +160,16 @@ class Sandbox:
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 found += _children(pid)
         return found
+
+    def waited_for_a_core_s(self) -> float:
+        """Seconds that a thread was ready to run while other work had the cores; the longest."""
+        longest = 0
+        for pid in self.tree():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                for task in os.listdir(f"/proc/{pid}/task"):
+                    with open(f"/proc/{pid}/task/{task}/schedstat", "rb") as file:
+                        longest = max(longest, int(file.read().split()[1]))
+        return longest / 1e9
 
     def kill(self) -> None:
         """End init, and with it every process of its namespace."""

@@ -16,6 +16,8 @@ TICK_S = 0.05
 DRAIN = 16
 """A program is killed when it has written its limit of output this many times."""
 DRAIN_S = 10.0
+LONGEST_WAIT = 20
+"""A program that still waits for a core after this many times its limit has no verdict."""
 MAX_FILES = 20_000
 """Files that a program may make without a cgroup; each takes kernel memory."""
 _EXEC_FAILED = b"bwrap: execvp"
@@ -103,7 +105,7 @@ def _until_end(
     poll.register(sandbox.stdin, select.POLLOUT)
     for output in outputs:
         poll.register(output.fd, select.POLLIN)
-    now = time.monotonic()
+    now = started = time.monotonic()
     end, tick = now + limits.wall_s, now + TICK_S
     while True:
         ready = {fd for fd, _ in poll.poll(1e3 * max(0.0, min(end, tick) - now))}
@@ -123,7 +125,12 @@ def _until_end(
             return None
         now = time.monotonic()
         if now >= end:
-            return Status.TIME, f"wall-clock time of {limits.wall_s:g} s"
+            # The limit is for programs that wait for something else than a core.
+            end = started + limits.wall_s + sandbox.waited_for_a_core_s()
+            if now >= started + LONGEST_WAIT * limits.wall_s:
+                return Status.INFRA, f"no core was free for most of {now - started:.0f} s"
+            if now >= end:
+                return Status.TIME, f"wall-clock time of {limits.wall_s:g} s"
         if any(output.total > DRAIN * output.limit for output in outputs):
             return Status.OUTPUT, ""
         if now >= tick:

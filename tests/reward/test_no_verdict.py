@@ -215,6 +215,8 @@ HERE = Path(__file__).parent
 
 class Judge:
     def __call__(self, prompt, text):
+        if not text:  # The trial before the run.
+            return 0.0
         with (HERE / "calls").open("a") as calls:
             calls.write(f"{prompt.id} {text}\\n")
         first = hashlib.sha256(f"{prompt.id} {text}".encode()).digest()[0]

@@ -196,7 +196,7 @@ def test_a_reward_function_that_fails_stops_the_run_and_loses_nothing(run, wrong
 
 
 def test_tokens_stay_in_the_buffer_when_the_reward_fails(run):
-    Path("reward.py").write_text(REWARD.replace("WRONG", "1 / 0").replace("CALLS", "0"))
+    Path("reward.py").write_text(REWARD.replace("WRONG", "1 / 0").replace("CALLS", "1"))
     loop = build(load_config("tiny.toml", ["reward.function=reward.py:judge"])).loop
     with pytest.raises(RewardError, match="ZeroDivisionError"):
         loop.iterate()

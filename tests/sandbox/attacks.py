@@ -76,7 +76,8 @@ for path in ("/etc/passwd", "/etc/shadow", "/root", "/home", "/var/log", "/run",
 for path in ("/proc/self/environ", "/proc/1/environ"):
     if b"KIMI" in open(path, "rb").read():
         escaped(path)
-if set(os.environ) - {"PATH", "HOME", "LANG", "PWD", "PYTHONHASHSEED", "LC_CTYPE"}:
+known = {"PATH", "HOME", "LANG", "PWD", "PYTHONHASHSEED", "LC_CTYPE", "OPENBLAS_NUM_THREADS"}
+if set(os.environ) - known:
     escaped(os.environ)
 """,
     ),

@@ -4,7 +4,8 @@ import pytest
 
 from kimi_core.prompts.load import load_prompts
 from kimi_core.reward.code.literals import literal_cases
-from kimi_core.reward.code.problem import extract_program, problem_of
+from kimi_core.reward.code.problem import problem_of
+from kimi_core.reward.code.program import extract_program
 from kimi_core.run.build import alphabet
 from kimi_core.run.config_file import load_config
 from kimi_core.tasks import programs

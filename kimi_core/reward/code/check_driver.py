@@ -7,9 +7,9 @@ A check is split in two, and no sandbox ever holds both halves:
 * ``judge`` runs the test code. The values from the other sandbox answer its calls of the function
   under test. It knows the expected values, but holds no line of the response.
 
-Only plain data goes from one to the other: None, bool, int, float, complex, str, bytes, list,
-tuple, set, frozenset and dict. So the response cannot make an object whose ``__eq__`` agrees with
-everything.
+Only plain data goes from one to the other: values of builtin types, and of the few types of the
+standard library and of numpy in ``coded_other``. So the response cannot make an object whose
+``__eq__`` agrees with everything. An iterator is written out, up to ``ITEMS`` items.
 
 The judge finds the calls by running the test code. When it has no answer for a call, it continues
 with a placeholder and lets failing asserts pass, to find as many further calls as it can. Then it
@@ -17,7 +17,7 @@ asks for their answers. One round suffices unless calls depend on answers.
 
 The input is one JSON object on standard input:
 
-    {"mode": "candidate", "program", "entry_point", "calls"}               → an answer a line
+    {"mode": "candidate", "program", "entry_point", "calls", "prelude"}    → an answer a line
     {"mode": "judge", "setup", "check", "entry_point", "calls", "answers"} → {"verdict", "calls",
                                                                               "fault"}
 
@@ -36,6 +36,12 @@ from typing import Any, TextIO
 
 PLAIN: Any = (bool, int, float, str)
 
+BIG = 1 << 10_000
+"""Larger integers are written in base 16, because Python limits decimal digits to 4,300."""
+
+ITEMS = 10_000
+"""Items of an iterator that are handed on; an iterator without end would take for ever."""
+
 CONTROL_FLOW = ("StopIteration", "StopAsyncIteration")
 """Exceptions that end a loop of the test code instead of its test."""
 
@@ -49,11 +55,12 @@ def encode(value: Any) -> Any:
     Raises:
         TypeError: the value is not plain data, or contains something that is not.
     """
-    if value is None:
-        return None
-    for kind in PLAIN:
-        if isinstance(value, kind):
-            return kind(value)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value) if abs(value) < BIG else {"int": hex(value)}
+    if isinstance(value, (float, str)):
+        return float(value) if isinstance(value, float) else str(value)
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, (bytes, bytearray)):
@@ -63,6 +70,38 @@ def encode(value: Any) -> Any:
             return {kind.__name__: [encode(one) for one in value]}
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(one)] for key, one in value.items()]}
+    return coded_other(value)
+
+
+def coded_other(value: Any) -> Any:
+    """``encode`` for what functions return less often."""
+    import collections
+    import datetime
+    import decimal
+    import fractions
+    from itertools import islice
+
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, collections.deque):
+        return {"deque": [[encode(one) for one in value], value.maxlen]}
+    for name in ("keys", "values", "items"):
+        if isinstance(value, type(getattr({}, name)())):
+            return {name: [encode(one) for one in value]}
+    if isinstance(value, decimal.Decimal):
+        return {"Decimal": str(value)}
+    if isinstance(value, fractions.Fraction):
+        return {"Fraction": [encode(value.numerator), encode(value.denominator)]}
+    for kind in (datetime.datetime, datetime.date, datetime.time):
+        if isinstance(value, kind):
+            return {kind.__name__: value.isoformat()}
+    if isinstance(value, datetime.timedelta):
+        return {"timedelta": [value.days, value.seconds, value.microseconds]}
+    if type(value).__module__ == "numpy":
+        if hasattr(value, "dtype") and value.dtype.kind in "biufcUS":
+            return {"numpy": [value.dtype.str, encode(value.tolist())]}
+    elif isinstance(value, collections.abc.Iterator):
+        return {"iterator": [encode(one) for one in islice(value, ITEMS)]}
     raise TypeError(f"{type(value).__name__} is not plain data")
 
 
@@ -73,14 +112,45 @@ def decode(coded: Any) -> Any:
     if not isinstance(coded, dict) or len(coded) != 1:
         raise ValueError(f"{coded!r:.80} encodes nothing")
     ((kind, inner),) = coded.items()
+    if kind == "int":
+        return int(inner, 16)
     if kind == "complex":
         return complex(*inner)
     if kind == "bytes":
         return bytes.fromhex(inner)
     if kind == "dict":
         return {decode(key): decode(one) for key, one in inner}
-    made: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind]
-    return made(decode(one) for one in inner)
+    made: Any = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}.get(kind)
+    return made(decode(one) for one in inner) if made else decoded_other(kind, inner)
+
+
+def decoded_other(kind: str, inner: Any) -> Any:
+    """``decode`` for what ``coded_other`` wrote. Raises KeyError for any other kind."""
+    import collections
+    import datetime
+    import decimal
+    import fractions
+
+    if kind == "deque":
+        return collections.deque(map(decode, inner[0]), inner[1])
+    if kind == "numpy":
+        import numpy
+
+        dtype, values = numpy.dtype(inner[0]), decode(inner[1])
+        return numpy.array(values, dtype) if isinstance(values, list) else dtype.type(values)
+    if kind in ("datetime", "date", "time"):
+        return getattr(datetime, kind).fromisoformat(inner)
+    makers: dict[str, Any] = {
+        "range": lambda: range(*inner),
+        "keys": lambda: dict.fromkeys(map(decode, inner)).keys(),
+        "values": lambda: dict(enumerate(map(decode, inner))).values(),
+        "items": lambda: dict(map(decode, inner)).items(),
+        "Decimal": lambda: decimal.Decimal(inner),
+        "Fraction": lambda: fractions.Fraction(*map(decode, inner)),
+        "timedelta": lambda: datetime.timedelta(*inner),
+        "iterator": lambda: (decode(one) for one in inner),
+    }
+    return makers[kind]()
 
 
 def answer(function: Callable[..., Any], call: dict[str, Any]) -> str:
@@ -95,10 +165,20 @@ def answer(function: Callable[..., Any], call: dict[str, Any]) -> str:
 def run_candidate(given: dict[str, Any], out: TextIO) -> None:
     """Run the program, then make the calls, with a line of output for each."""
     space: dict[str, Any] = {"__name__": "solution"}
+    exec(given["prelude"], space)
     exec(compile(given["program"], "program.py", "exec"), space)
-    function = space[given["entry_point"]]
+    function = find(space, given["entry_point"])
     for call in given["calls"]:
         print(answer(function, call), file=out, flush=True)
+
+
+def find(space: dict[str, Any], name: str) -> Callable[..., Any]:
+    """The function, otherwise the method of ``class Solution``, called on a fresh instance."""
+    solution = space.get("Solution")
+    if name not in space and isinstance(solution, type) and hasattr(solution, name):
+        return lambda *args, **kwargs: getattr(solution(), name)(*args, **kwargs)
+    function: Callable[..., Any] = space[name]
+    return function
 
 
 class Unknown:
@@ -154,7 +234,7 @@ def read_answer(line: str) -> Any:
         if "value" in found:
             return decode(found["value"])
         kind, message = found["raised"], found["message"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise RuntimeError(f"unreadable answer: {line!r:.80}") from error
     made = getattr(builtins, str(kind), None)
     if isinstance(made, type) and issubclass(made, Exception) and kind not in CONTROL_FLOW:
@@ -163,16 +243,27 @@ def read_answer(line: str) -> Any:
 
 
 def tolerant(source: str) -> Any:
-    """The test code with each assert wrapped in ``TOLERANT``, compiled."""
+    """The test code with each assert wrapped in ``TOLERANT``, compiled.
+
+    An assert is the statement, or a call as ``self.assertEqual(…)`` or ``np.testing.assert_equal``.
+    """
     import ast  # Here, because the other half starts sooner without it.
+
+    def wrap(node: ast.stmt) -> ast.stmt:
+        wrapped = ast.parse(TOLERANT).body[0]
+        assert isinstance(wrapped, ast.Try)
+        wrapped.body = [node]
+        return wrapped
 
     class Wrap(ast.NodeTransformer):
         def visit_Assert(self, node: ast.Assert) -> ast.stmt:
-            wrapped = ast.parse(TOLERANT).body[0]
-            assert isinstance(wrapped, ast.Try)
             node.msg = None  # Some messages make calls, too.
-            wrapped.body = [node]
-            return wrapped
+            return wrap(node)
+
+        def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+            called = getattr(node.value, "func", None)
+            is_assert = isinstance(called, ast.Attribute) and called.attr.startswith("assert")
+            return wrap(node) if is_assert else node
 
     return compile(ast.fix_missing_locations(Wrap().visit(ast.parse(source))), "check.py", "exec")
 
@@ -183,7 +274,10 @@ def run_judge(given: dict[str, Any], out: TextIO) -> None:
 
     random.seed(0)  # A test that draws its cases draws the same ones in every round.
     judge = Judge(given["calls"], given["answers"])
-    space: dict[str, Any] = {"__name__": "check", "__recording__": lambda: judge.recording}
+    # The test code is the main program, as `unittest.main()` expects it.
+    sys.modules["__main__"] = module = type(sys)("__main__")
+    space = module.__dict__
+    space["__recording__"] = lambda: judge.recording
     exec(compile(given["setup"], "setup.py", "exec"), space)
     space[given["entry_point"]] = space["candidate"] = judge
     code = tolerant(given["check"])
@@ -192,6 +286,8 @@ def run_judge(given: dict[str, Any], out: TextIO) -> None:
         exec(code, space)
         if "check" in space:
             space["check"](judge)
+    except SystemExit as ended:  # `unittest.main()` ends so, as many scripts do.
+        fault = f"exit status {ended.code}" if ended.code else ""
     except Exception as error:  # noqa: BLE001 - whatever the answers made of the test code
         fault = f"{type(error).__name__}: {error}"[:300]
     fault = fault or judge.stopped_early()
@@ -202,6 +298,7 @@ def run_judge(given: dict[str, Any], out: TextIO) -> None:
 
 
 if __name__ == "__main__":
+    sys.set_int_max_str_digits(0)
     received = json.load(sys.stdin)
     # Output of the code under test goes to standard error, so that it is no answer.
     with os.fdopen(os.dup(1), "w") as own_output:

@@ -6,16 +6,20 @@ source, so one sandbox suffices: the answers are compared here, as plain data.
 
 import ast
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from kimi_core.reward.code.check_driver import encode
-from kimi_core.reward.code.problem import CheckTest
+from kimi_core.reward.code.check_driver import decode, encode
+from kimi_core.reward.code.problem import CallTest, CheckTest
 
 Case = tuple[dict[str, Any], Any]
 """A call as ``check_driver`` takes it, and its expected value."""
 
 SCALARS = (bool, int, float, str)
+
+NUMBERS = {"int", "complex", "Decimal", "Fraction"}
+"""Coded values that may equal a number, and cost no more to read than their length."""
 
 
 @lru_cache(maxsize=65536)
@@ -85,23 +89,70 @@ def _is_comparable(expected: object) -> bool:
     return expected is None or isinstance(expected, SCALARS)
 
 
+def call_of(test: CallTest) -> dict[str, Any]:
+    """The call of a test, as ``check_driver`` takes it."""
+    return {"args": [encode(one) for one in json.loads(test.args)], "kwargs": {"dict": []}}
+
+
 def gives(answer: str, expected: Any) -> bool:
     """Whether an answer, a line that a program wrote, is ``expected``.
 
     Compared as by ``==``: 1 equals 1.0 and True, and a list does not equal a tuple.
     """
+    return _matches(_equals, answer, expected)
+
+
+def gives_json(answer: str, expected: Any) -> bool:
+    """Whether an answer is ``expected`` once both are JSON: tuples are lists, keys are texts."""
+    return _matches(_equals_json, answer, expected)
+
+
+def _matches(equals: Callable[[Any, Any], bool], answer: str, expected: Any) -> bool:
+    """The answer is hostile: anything may be in it, and nothing may be raised."""
     try:
-        found = json.loads(answer)
-    except (ValueError, RecursionError):
+        return equals(json.loads(answer)["value"], expected)
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return False
-    return isinstance(found, dict) and "value" in found and _equals(found["value"], expected)
 
 
 def _equals(coded: Any, expected: Any) -> bool:
     if isinstance(expected, list | tuple):
-        kind = "list" if isinstance(expected, list) else "tuple"
-        inner = coded.get(kind) if isinstance(coded, dict) and len(coded) == 1 else None
-        if not isinstance(inner, list) or len(inner) != len(expected):
+        inner = _inner(coded, ("list",) if isinstance(expected, list) else ("tuple",))
+        if inner is None or len(inner) != len(expected):
             return False
         return all(_equals(one, other) for one, other in zip(inner, expected, strict=True))
+    return _equals_scalar(coded, expected)
+
+
+def _equals_json(coded: Any, expected: Any) -> bool:
+    if isinstance(expected, list):
+        inner = _inner(coded, ("list", "tuple"))
+        if inner is None or len(inner) != len(expected):
+            return False
+        return all(_equals_json(one, other) for one, other in zip(inner, expected, strict=True))
+    if isinstance(expected, dict):
+        pairs = _inner(coded, ("dict",))
+        if pairs is None or len(pairs) != len(expected):
+            return False
+        keys = [key if isinstance(key, str) else json.dumps(key) for key, _ in pairs]
+        return all(
+            key in expected and _equals_json(one, expected[key])
+            for key, (_, one) in zip(keys, pairs, strict=True)
+        )
+    return _equals_scalar(coded, expected)
+
+
+def _inner(coded: Any, kinds: tuple[str, ...]) -> list[Any] | None:
+    if not isinstance(coded, dict) or len(coded) != 1:
+        return None
+    ((kind, inner),) = coded.items()
+    return inner if kind in kinds and isinstance(inner, list) else None
+
+
+def _equals_scalar(coded: Any, expected: Any) -> bool:
+    if isinstance(coded, dict) and coded.keys() <= NUMBERS:
+        # Plain integers in JSON have at most 4,300 digits; a fraction of longer ones takes long.
+        if not all(isinstance(one, int) for one in coded.get("Fraction", ())):
+            return False
+        return bool(decode(coded) == expected)
     return (coded is None or isinstance(coded, SCALARS)) and bool(coded == expected)

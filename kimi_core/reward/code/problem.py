@@ -1,4 +1,4 @@
-"""The problem that a prompt carries, and the program in a response.
+"""The problem that a prompt carries.
 
 A prompt carries its problem in its tags, so a line of a JSONL file is enough::
 
@@ -6,13 +6,15 @@ A prompt carries its problem in its tags, so a line of a JSONL file is enough::
      "tests": [{"stdin": "1 2\n", "stdout": "3\n"}]}
     {"prompt": "def triple(x):\n", "answer": "    return 3 * x", "prefix": "def triple(x):\n",
      "tests": [{"check": "assert triple(2) == 6", "entry_point": "triple"}]}
+    {"prompt": "class Solution:\n    def triple(self, x): ...",
+     "tests": [{"entry_point": "triple", "args": [2], "result": 6}]}
 
-``answer`` is a reference solution. Nothing here reads it.
+``answer``, a reference solution, may be left out. ``kimi_core/prompts/code_datasets.py`` makes such
+lines of the datasets that others publish.
 """
 
 import json
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any, Literal
 
 from kimi_core.types import Prompt
@@ -20,14 +22,10 @@ from kimi_core.types import Prompt
 Language = Literal["python", "c++"]
 
 FENCES: dict[str, frozenset[str]] = {
-    "python": frozenset({"python", "python3", "py"}),
+    "python": frozenset({"python", "py", "pypy"}),
     "c++": frozenset({"c++", "cpp", "cc", "cxx"}),
 }
-"""What may follow the three backticks of a block in each language."""
-
-ENDS_A_COMPLETION = ("class ", "class:", "def ", "#", "if ", "print(", "print ", "```")
-"""A line that begins like this ends the continuation of a function: the stop sequences of the Codex
-paper (Chen et al. 2021, section 2.1), and a fence."""
+"""Names of each language, without a number (``python3``): in problems and behind fences."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,12 @@ class IoTest:
 
     stdin: str
     stdout: str
+    tolerance: float = 0.0
+    """How far a printed number may lie from the expected one, see ``output.same_output``."""
+    checker: str = ""
+    """Python source that judges the output in place of the comparison. It is run with three
+    arguments, the files of input, expected output and output. It accepts if it exits with 0 and the
+    last word that it prints is no number, or one above 0."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,20 @@ class CheckTest:
     setup: str = ""
 
 
-Test = IoTest | CheckTest
+@dataclass(frozen=True)
+class CallTest:
+    """One call of a function, or of a method of ``class Solution``, and its result; all as JSON."""
+
+    entry_point: str
+    args: str
+    """A list."""
+    result: str
+    """Compared as JSON: a tuple is a list, and numbers are compared as by ``==``."""
+    wrapped: bool = False
+    """Whether the result may stand in a list of one, as APPS writes some of its results."""
+
+
+Test = IoTest | CheckTest | CallTest
 
 
 @dataclass(frozen=True)
@@ -84,69 +101,46 @@ def problem_of(prompt: Prompt) -> Problem:
         raise ValueError(f'{where}: "tests" is not JSON: {error}') from None
     if not isinstance(listed, list) or not listed:
         raise ValueError(f'{where}: "tests" is {listed!r:.80}; allowed is a non-empty list')
-    language = prompt.tags.get("language", "python")
-    if language not in FENCES:
-        raise ValueError(f'{where}: "language" is {language!r}; allowed are {", ".join(FENCES)}')
+    language = language_of(prompt.tags.get("language", "python"), where)
     tests = tuple(_read_test(one, where) for one in listed)
-    if language != "python" and any(isinstance(one, CheckTest) for one in tests):
-        raise ValueError(f'{where}: a "check" calls a Python function; {language} takes "stdin"')
-    return Problem(tests, language, prompt.tags.get("prefix", ""))  # type: ignore[arg-type]
+    if language != "python" and any(not isinstance(one, IoTest) for one in tests):
+        raise ValueError(f'{where}: only "stdin" tests a program in {language}; a test has another')
+    return Problem(tests, language, prompt.tags.get("prefix", ""))
+
+
+def language_of(name: str, where: str) -> Language:
+    """``python`` or ``c++`` from any of its names.
+
+    Raises:
+        ValueError: it is another language.
+    """
+    for language, names in FENCES.items():
+        if name.lower().rstrip("0123456789. ") in names:
+            return language  # type: ignore[return-value]
+    allowed = ", ".join(sorted({*FENCES["python"], *FENCES["c++"]}))
+    raise ValueError(f'{where}: "language" is {name!r}; allowed are {allowed}')
 
 
 def _read_test(found: Any, where: str) -> Test:
-    if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
-        if found.keys() == {"stdin", "stdout"}:
-            return IoTest(**found)
-        if {"check", "entry_point"} <= found.keys() <= {"check", "entry_point", "setup"}:
-            return CheckTest(**found)
+    if isinstance(found, dict) and {"entry_point", "args", "result"} <= found.keys():
+        if isinstance(found["args"], list) and isinstance(found["entry_point"], str):
+            args, result = json.dumps(found["args"]), json.dumps(found["result"])
+            return CallTest(found["entry_point"], args, result, bool(found.get("wrapped")))
+    elif isinstance(found, dict):
+        texts = {key: value for key, value in found.items() if key != "tolerance"}
+        if all(isinstance(value, str) for value in texts.values()):
+            if {"stdin", "stdout"} <= found.keys() <= {"stdin", "stdout", "tolerance", "checker"}:
+                return IoTest(**texts, tolerance=_tolerance(found.get("tolerance", 0.0), where))
+            if {"check", "entry_point"} <= found.keys() <= {"check", "entry_point", "setup"}:
+                return CheckTest(**found)
     raise ValueError(
-        f'{where}: {json.dumps(found)[:80]} is no test; allowed are {{"stdin", "stdout"}} and '
-        '{"check", "entry_point"} with or without "setup", all of them strings'
+        f'{where}: {json.dumps(found)[:80]} is no test; allowed are {{"stdin", "stdout"}} with or '
+        'without "tolerance" and "checker", {"check", "entry_point"} with or without "setup", and '
+        '{"entry_point", "args", "result"} with a list of arguments; all others are strings'
     )
 
 
-def extract_program(problem: Problem, response: str) -> str:
-    """The program that a response stands for.
-
-    Its last fenced block in the language; failing that, the last block without a language; failing
-    that, the whole response. A block that is never closed goes to the end.
-
-    Where the problem has a ``prefix``, that comes first. A response that goes on with it, as it
-    has no block or begins with an indented line, is cut where it turns to something else
-    (``ENDS_A_COMPLETION``).
-
-    >>> extract_program(Problem(()), "Let me see.\\n```python\\nprint(1)\\n```\\nDone.")
-    'print(1)\\n'
-    >>> extract_program(Problem((), prefix="def f(x):\\n"), "    return x\\n\\ndef g(): pass")
-    'def f(x):\\n    return x\\n\\n'
-    """
-    blocks = _fenced_blocks(response)
-    named = [text for language, text in blocks if language in FENCES[problem.language]]
-    plain = [text for language, text in blocks if not language]
-    found = named or plain
-    if not problem.prefix:
-        return found[-1] if found else response
-    if found and not response.lstrip("\r\n").startswith((" ", "\t")):
-        return f"{problem.prefix}\n{found[-1]}"
-    first, *rest = response.splitlines(keepends=True) or [""]
-    others = takewhile(lambda line: not line.startswith(ENDS_A_COMPLETION), rest)
-    return problem.prefix + first + "".join(others)
-
-
-def _fenced_blocks(text: str) -> list[tuple[str, str]]:
-    """(language in lower case, contents) of each block between lines of three backticks."""
-    blocks: list[tuple[str, str]] = []
-    inside: list[str] | None = None
-    language = ""
-    for line in text.splitlines(keepends=True):
-        if not line.lstrip().startswith("```"):
-            if inside is not None:
-                inside.append(line)
-        elif inside is None:
-            inside, language = [], line.strip().strip("`").strip().lower()
-        else:
-            blocks.append((language, "".join(inside)))
-            inside = None
-    if inside is not None:
-        blocks.append((language, "".join(inside)))
-    return blocks
+def _tolerance(value: Any, where: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1:
+        return float(value)
+    raise ValueError(f'{where}: "tolerance" is {value!r}; allowed is a number from 0 to below 1')

@@ -24,8 +24,10 @@ from typing import Any
 from kimi_core.config import SandboxConfig
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.code import check_driver
-from kimi_core.reward.code.literals import gives, literal_cases
-from kimi_core.reward.code.problem import CheckTest, IoTest, Problem, extract_program, problem_of
+from kimi_core.reward.code.literals import call_of, gives, gives_json, literal_cases
+from kimi_core.reward.code.output import same_output
+from kimi_core.reward.code.problem import CallTest, CheckTest, IoTest, Problem, problem_of
+from kimi_core.reward.code.program import extract_program
 from kimi_core.reward.code.runner import (
     Executable,
     Run,
@@ -42,8 +44,27 @@ DRIVER = Path(check_driver.__file__).read_text()
 ANSWER_BYTES = 1 << 20
 """Limit on all answers to one check together, and on the calls that one check makes."""
 
-ROUNDS = 8
+ROUNDS = 64
 """Most times that a check runs whose calls depend on the answers."""
+
+PRELUDE = """
+from typing import *
+import bisect, collections, copy, functools, heapq, itertools, math, operator, random, re, string
+import sys
+from bisect import bisect_left, bisect_right, insort
+from collections import Counter, OrderedDict, defaultdict, deque
+from functools import cache, lru_cache, reduce
+from heapq import heapify, heappop, heappush
+from itertools import accumulate, combinations, permutations, product
+from math import ceil, comb, floor, gcd, inf, isqrt, log, sqrt
+"""
+"""What the sites that ask for ``class Solution`` import before a solution."""
+
+JUDGE_CHECKER = """
+import runpy, sys
+sys.argv = ["checker.py", "input", "expected", "output"]
+runpy.run_path("checker.py", run_name="__main__")
+"""
 
 
 @dataclass(frozen=True)
@@ -115,6 +136,8 @@ class CodeReward:
         for index, test in enumerate(problem.tests):
             if isinstance(test, IoTest):
                 verdict = self._compare_output(built, test)
+            elif isinstance(test, CallTest):
+                verdict = self._call(program, test)
             else:
                 verdict = self._carry_out(program, test)
             if not verdict.passed:
@@ -128,9 +151,50 @@ class CodeReward:
         done = self._runner.execute(program, stdin=test.stdin.encode(), limits=limits)
         if done.status is not Status.OK:
             return CodeVerdict(done.status, detail=last_words(done))
-        if same_output(done.stdout, expected):
+        if test.checker:
+            passed = self._checker_accepts(test, done.stdout)
+        else:
+            passed = same_output(done.stdout, expected, test.tolerance)
+        if passed:
             return CodeVerdict(Status.OK)
         return CodeVerdict(Status.WRONG, detail=f"printed {done.stdout[:80]!r}")
+
+    def _checker_accepts(self, test: IoTest, output: bytes) -> bool:
+        """Run the problem's checker on an output, in a sandbox without the response.
+
+        An output that ends the checker otherwise than by an exit status is wrong.
+
+        Raises:
+            InfrastructureError: the checker cannot be run even on the expected output.
+        """
+        done = self._check_output(test, output)
+        if done.status in (Status.OK, Status.RUNTIME):
+            return done.status is Status.OK and accepted_by(done.stdout)
+        healthy = self._check_output(test, test.stdout.encode())
+        if healthy.status in (Status.OK, Status.RUNTIME):
+            return False
+        raise InfrastructureError(f"A checker ended with {healthy.status}: {last_words(healthy)}")
+
+    def _check_output(self, test: IoTest, output: bytes) -> Result:
+        files = {
+            "checker.py": test.checker.encode(),
+            "input": test.stdin.encode(),
+            "expected": test.stdout.encode(),
+            "output": output,
+        }
+        return self._runner.run(JUDGE_CHECKER, files=files, limits=self._limits)
+
+    def _call(self, program: str, test: CallTest) -> CodeVerdict:
+        answers = self._answers(program, test, [call_of(test)])
+        if isinstance(answers, CodeVerdict):
+            return answers
+        expected = json.loads(test.result)
+        allowed = [expected]
+        if test.wrapped and isinstance(expected, list) and len(expected) == 1:
+            allowed += expected
+        if any(gives_json(answers[0], one) for one in allowed):
+            return CodeVerdict(Status.OK)
+        return CodeVerdict(Status.WRONG, detail=f"{expected!r:.80} expected")
 
     def _carry_out(self, program: str, test: CheckTest) -> CodeVerdict:
         """Make the check's calls, then judge the answers.
@@ -164,9 +228,12 @@ class CodeReward:
             "rounds there is no verdict"
         )
 
-    def _answers(self, program: str, test: CheckTest, calls: list[Any]) -> list[str] | CodeVerdict:
+    def _answers(
+        self, program: str, test: CheckTest | CallTest, calls: list[Any]
+    ) -> list[str] | CodeVerdict:
         """A line of JSON for each call, or the verdict on a program that failed before."""
         given = {"program": program, "entry_point": test.entry_point, "calls": calls}
+        given["prelude"] = PRELUDE if isinstance(test, CallTest) else ""
         limits = replace(self._limits, output_bytes=ANSWER_BYTES)
         done = self._runner.run(DRIVER, stdin=_message("candidate", given), limits=limits)
         if done.status is not Status.OK:
@@ -219,19 +286,18 @@ class CodeReward:
         return report
 
 
-def same_output(found: bytes, expected: bytes) -> bool:
-    """Whether two outputs are equal, apart from white space at line ends and blank lines at the
-    end.
+def accepted_by(printed: bytes) -> bool:
+    """Whether a checker that exited with 0 accepts: the last word that it printed is no number, or
+    one above 0.
 
-    >>> same_output(b"1 2 \\r\\n3\\n\\n", b"1 2\\n3"), same_output(b"1  2", b"1 2")
-    (True, False)
+    >>> accepted_by(b"1\\n"), accepted_by(b"0"), accepted_by(b"ok 3 lines"), accepted_by(b"")
+    (True, False, True, True)
     """
-    return normalized(found) == normalized(expected)
-
-
-def normalized(output: bytes) -> bytes:
-    """An output without white space at line ends and without blank lines at its end."""
-    return b"\n".join(line.rstrip() for line in output.split(b"\n")).rstrip(b"\n")
+    words = printed.split()
+    try:
+        return not words or float(words[-1]) > 0
+    except ValueError:
+        return True
 
 
 def _message(mode: str, given: dict[str, Any]) -> bytes:

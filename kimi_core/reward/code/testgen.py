@@ -32,8 +32,8 @@ from typing import Any, TextIO
 
 from kimi_core.config import SandboxConfig
 from kimi_core.reward.base import InfrastructureError
+from kimi_core.reward.code.output import normalized
 from kimi_core.reward.code.problem import FENCES, Language
-from kimi_core.reward.code.reward import normalized
 from kimi_core.reward.code.runner import Executable, Runner, last_words, limits_of, open_sandbox
 from kimi_core.sandbox import Limits, Result, Status
 

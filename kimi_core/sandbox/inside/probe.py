@@ -69,7 +69,7 @@ def read_only_root() -> str:
 
 
 def empty_environment() -> str:
-    known = {"PATH", "HOME", "LANG", "PWD", "PYTHONHASHSEED", "LC_CTYPE"}
+    known = {"PATH", "HOME", "LANG", "PWD", "PYTHONHASHSEED", "LC_CTYPE", "OPENBLAS_NUM_THREADS"}
     extra = sorted(set(os.environ) - known)
     return f"{', '.join(extra)} are passed on" if extra else ""
 

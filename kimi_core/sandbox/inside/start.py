@@ -70,7 +70,8 @@ def _show(kind, error, trace) -> None:  # type: ignore[no-untyped-def]
 def _add_site() -> None:
     version = f"{sys.base_prefix}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
     debian = version.replace("/usr/", "/usr/local/", 1) + "/dist-packages"
-    sys.path += [f"{version}/site-packages", debian, "/usr/lib/python3/dist-packages"]
+    packages = ["/opt/packages"]  # Bound there by bubblewrap.py: numpy.
+    sys.path += [f"{version}/site-packages", debian, "/usr/lib/python3/dist-packages", *packages]
     builtins.exit = builtins.quit = _quit  # type: ignore[assignment]
 
 
@@ -81,6 +82,7 @@ def _quit(code=None) -> None:  # type: ignore[no-untyped-def]
 
 def _become() -> None:
     _add_site()
+    sys.set_int_max_str_digits(0)  # Solutions print numbers of any length.
     posix.write(1, b"\n")  # Ready.
     name, source = _receive()
     sys.argv[:] = [name]

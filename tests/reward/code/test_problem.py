@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_core.prompts.load import read_prompts
-from kimi_core.reward.code.problem import CheckTest, IoTest, Problem, extract_program, problem_of
+from kimi_core.reward.code.problem import CheckTest, IoTest, Problem, problem_of
+from kimi_core.reward.code.program import extract_program
 from kimi_core.types import Prompt
 
 PYTHON, CPP = Problem(()), Problem((), language="c++")
@@ -23,7 +24,7 @@ class TestExtraction:
             ("```py\n1\n```\n```\noutput\n```", "1\n"),
             ("```\n1\n```\n```cpp\n2\n```", "1\n"),
             ("```python\n1\n```\n```python3\n2", "2\n".rstrip()),
-            ("  ```python\n  1\n  ```", "  1\n"),
+            ("  ```python\n  1\n  ```", "1\n"),
             ("```cpp\nint main;\n```", "```cpp\nint main;\n```"),
             ("a ```python b", "a ```python b"),
         ],
@@ -84,12 +85,12 @@ class TestProblem:
             ({"tests": "{}"}, "non-empty list"),
             ({"tests": "[1]"}, "1 is no test"),
             ({"tests": '[{"stdin": "1"}]'}, "is no test; allowed are"),
-            ({"tests": '[{"stdin": "1", "stdout": 2}]'}, "all of them strings"),
+            ({"tests": '[{"stdin": "1", "stdout": 2}]'}, "all others are strings"),
             ({"tests": '[{"check": "assert f()"}]'}, "is no test"),
             ({"tests": '[{"stdin": "", "stdout": "", "more": ""}]'}, "is no test"),
-            ({"tests": '[{"stdin": "", "stdout": ""}]', "language": "rust"}, "allowed are python"),
+            ({"tests": '[{"stdin": "", "stdout": ""}]', "language": "rust"}, "allowed are c++, cc"),
             ({"tests": '[{"check": "assert f()", "entry_point": "f"}]', "language": "c++"},
-             "calls a Python function"),
+             'only "stdin" tests a program in c++'),
         ],
     )  # fmt: skip
     def test_a_malformed_one_is_named(self, tags, complaint):
