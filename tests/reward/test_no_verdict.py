@@ -215,8 +215,6 @@ HERE = Path(__file__).parent
 
 class Judge:
     def __call__(self, prompt, text):
-        if not text:  # The trial before the run.
-            return 0.0
         with (HERE / "calls").open("a") as calls:
             calls.write(f"{prompt.id} {text}\\n")
         first = hashlib.sha256(f"{prompt.id} {text}".encode()).digest()[0]
@@ -328,7 +326,8 @@ def test_an_outage_stops_the_run_and_a_resumed_one_judges_the_same_responses(
     cut = given_config("name=cut", *overrides, "iterations=3")
     with pytest.raises(RewardOutage, match=r"12 of 12 verdicts .* the judge is away.*--resume"):
         run(cut, resume=True)
-    judged = sorted((tmp_path / "calls").read_text().splitlines())
+    _trial, *lines = (tmp_path / "calls").read_text().splitlines()
+    judged = sorted(lines)
     with RolloutBuffer.open(tmp_path / "cut" / "buffer.bin", readonly=True) as buffer:
         left = {key: buffer.read(key).token_ids.tolist() for key in buffer.finished()}
     assert len(left) == len(judged) == 12
@@ -336,7 +335,7 @@ def test_an_outage_stops_the_run_and_a_resumed_one_judges_the_same_responses(
     (tmp_path / "away").write_text("60")
     (tmp_path / "calls").unlink()
     folder = run(cut, resume=True)
-    calls = (tmp_path / "calls").read_text().splitlines()
+    _trial, *calls = (tmp_path / "calls").read_text().splitlines()
     assert sorted(calls[:12]) == judged
     for name, tensor in load_file(straight / "checkpoint" / "model.safetensors").items():
         other = load_file(folder / "checkpoint" / "model.safetensors")[name]
