@@ -177,12 +177,42 @@ class MathConfig(Section):
     """CPU seconds that a comparison may take. After that there is no verdict."""
 
 
+class JudgeConfig(Section):
+    url: str = ""
+    """Address of an OpenAI-compatible server, such as `http://10.0.0.7:8000/v1`."""
+    model: str = ""
+    """The judge, by the name that the server gives it."""
+    key_variable: str = "KIMI_JUDGE_KEY"
+    """Environment variable that holds the server's key, if it wants one."""
+    template: str = ""
+    """Text file with `{question}`, `{reference}` and `{response}`; empty: the built-in one."""
+    max_tokens: int = Field(1024, ge=1)
+    """Length limit of the judge's text, in tokens."""
+    timeout_s: float = Field(120.0, gt=0)
+    """Seconds for one request."""
+    retries: int = Field(4, ge=0)
+    """Repetitions of a request that failed on the way, with 429 or with 5xx."""
+
+
+class WeightedFunction(Section):
+    function: str
+    """As `reward.function`."""
+    weight: float = 1.0
+    """What its result is multiplied by."""
+    name: str = ""
+    """Under which metrics show it; empty: the function's name."""
+
+
 class RewardConfig(Section):
     function: str = "match"
     """`match` (the answer as text after the last `#`, or the whole response), `math` (equivalence
     of final answers), `code` (1 if the program in the response passes the prompt's tests,
-    docs/code_rewards.md), or `file.py:function`, called as `function(prompt, response_text)` and
-    returning a number."""
+    docs/code_rewards.md), `judge` (a model behind a server), or `file.py:function`, called as
+    `function(prompt, response_text)` and returning a number or a `Score`."""
+    functions: list[WeightedFunction] = []
+    """Several functions, whose weighted sum is the reward. `function` is then not used."""
+    judge: JudgeConfig = JudgeConfig()
+    """Settings of `judge`."""
     math: MathConfig = MathConfig()
     """Settings of `math`."""
     sandbox: SandboxConfig = SandboxConfig()

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import Config
-from kimi_core.metrics import IterationMetrics
+from kimi_core.metrics import IterationMetrics, mean_parts
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.rollout.engine import Engine
@@ -252,6 +252,7 @@ class Loop:
             entropy=trained.entropy if trained else nothing,
             zero_advantage_share=_mean([group.advantages == 0 for group in groups]),
             infrastructure_errors=len(self.latest.unjudged),
+            reward_parts=mean_parts([score.parts for group in groups for score in group.scores]),
             **seconds,
         )
 

@@ -6,8 +6,8 @@ here and ``null`` in the files.
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,8 @@ class IterationMetrics:
     """Responses without a verdict: neither trained nor counted as wrong."""
     logprob_gap_over_limit_share: float = math.nan
     """Share of this iteration's tokens whose |Δ log-prob| exceeds the limit, in [0, 1]."""
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    """Mean over the trained responses of each part that the reward functions report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ class EvaluationMetrics:
     """Seconds of wall-clock time."""
     infrastructure_errors: int = 0
     """Responses, greedy and sampled, without a verdict; they are in neither accuracy."""
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    """Mean over the sampled responses of each part that the reward functions report."""
 
 
 KINDS: dict[str, type] = {"iteration": IterationMetrics, "evaluation": EvaluationMetrics}
@@ -146,6 +150,13 @@ def to_record(metrics: IterationMetrics | EvaluationMetrics) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in vars(metrics).items()
     }
+
+
+def mean_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each part over the responses that have it."""
+    names = dict.fromkeys(name for one in parts for name in one)
+    found = {name: [one[name] for one in parts if name in one] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 def plain(metrics: Any) -> Any:

@@ -52,6 +52,22 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Score:
+    """What a reward function may return in place of a number.
+
+    >>> Score(0.8, {"correct": 1.0, "format": 0.0}, note="no box").value
+    0.8
+    """
+
+    value: float
+    """The reward."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """What it is made of, for metrics and trajectories."""
+    note: str = ""
+    """Why, for the trajectories: a judge's reasoning, say."""
+
+
+@dataclass(frozen=True)
 class Segment:
     """Tokens that an engine added to one response; the engine's output and the buffer's input.
 
@@ -142,6 +158,8 @@ class Group:
     """Rewards minus the baseline (section 2.3.2: the mean reward of the group)."""
     ended_rewards: np.ndarray
     """Rewards of every response of the group that has ended so far, also in earlier iterations."""
+    scores: tuple[Score, ...] = ()
+    """What the reward function returned, one a trajectory."""
 
     @property
     def rewards(self) -> np.ndarray:

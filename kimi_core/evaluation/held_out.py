@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kimi_core.config import RolloutConfig
-from kimi_core.metrics import EvaluationMetrics
-from kimi_core.reward.base import RewardFunction
+from kimi_core.metrics import EvaluationMetrics, mean_parts
+from kimi_core.reward.combined import Reward
 from kimi_core.reward.judging import judge_all
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import sampling_for
 from kimi_core.rollout.texts import complete
-from kimi_core.types import Prompt, Sampling, StopStrings
+from kimi_core.types import Prompt, Sampling, Score, StopStrings
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Evaluator:
     prompts: Sequence[Prompt]
     encode: Callable[[Prompt], np.ndarray]
     response_text: Callable[[np.ndarray], str]
-    reward: RewardFunction
+    reward: Reward
     rollout: RolloutConfig
     stop_token_ids: frozenset[int]
     stop_strings: StopStrings | None = None
@@ -58,6 +58,7 @@ class Evaluator:
             seed=seed,
             wall_s=time.perf_counter() - started,
             infrastructure_errors=greedy.count(None) + sampled.count(None),
+            reward_parts=mean_parts([one.parts for one in sampled if one is not None]),
         )
 
     def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
@@ -68,8 +69,8 @@ class Evaluator:
 
     def _answer(
         self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> tuple[list[float | None], list[int]]:
-        """Correctness (None: no verdict) and length of one response to each prompt."""
+    ) -> tuple[list[Score | None], list[int]]:
+        """Score (None: no verdict) and length of one response to each prompt."""
         answers = complete(
             self.engine,
             [self.encode(prompt) for prompt in prompts],
@@ -77,15 +78,15 @@ class Evaluator:
             max_tokens=self.rollout.max_response_tokens,
         )
         texts = [self.response_text(answer.token_ids) for answer in answers]
-        correctness = judge_all(
+        scores = judge_all(
             self.reward,
             list(zip(prompts, texts, strict=True)),
             workers=self.workers,
             outage_from=self.rollout.samples_per_prompt,
         )
-        return correctness, [len(answer) for answer in answers]
+        return scores, [len(answer) for answer in answers]
 
 
-def _mean(correctness: Sequence[float | None]) -> float:
-    judged = [one for one in correctness if one is not None]
+def _mean(scores: Sequence[Score | None]) -> float:
+    judged = [one.value for one in scores if one is not None]
     return float(np.mean(judged)) if judged else float("nan")

@@ -52,7 +52,7 @@ def evaluate(
     sampled = time.perf_counter()
     pairs = list(zip(prompts, responses, strict=True))
     scores = judge_all(reward, pairs, workers=config.reward.workers, outage_from=2)
-    scored = [score for score in scores if score is not None]
+    scored = [score.value for score in scores if score is not None]
     return {
         "task": "humaneval",
         "solutions": solutions or config.model.name,

@@ -5,16 +5,16 @@ still open. The scorer therefore remembers what it needs of those that ended bef
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from kimi_core.config import Config
-from kimi_core.reward.base import RewardFunction
+from kimi_core.reward.combined import Reward
 from kimi_core.reward.judging import judge_all
 from kimi_core.reward.length import length_rewards
-from kimi_core.types import Group, Prompt, Trajectory
+from kimi_core.types import Group, Prompt, Score, Trajectory
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Ended:
     correctness: float
     length: int
     repeated: bool
+    parts: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 class GroupScorer:
@@ -41,7 +43,7 @@ class GroupScorer:
     """
 
     def __init__(
-        self, config: Config, reward: RewardFunction, response_text: Callable[[np.ndarray], str]
+        self, config: Config, reward: Reward, response_text: Callable[[np.ndarray], str]
     ) -> None:
         self._config = config
         self._reward = reward
@@ -67,16 +69,18 @@ class GroupScorer:
             outage_from=self._config.rollout.samples_per_prompt,
         )
         unjudged = []
-        for (_, one), correctness in zip(new, verdicts, strict=True):
-            if correctness is None:
+        for (_, one), score in zip(new, verdicts, strict=True):
+            if score is None:
                 unjudged.append(one.trajectory_id)
                 continue
             self._ended.setdefault(one.group_id, []).append(
                 Ended(
                     trajectory_id=one.trajectory_id,
-                    correctness=correctness,
+                    correctness=score.value,
                     length=one.response_length,
                     repeated=one.end_reason == "repeat",
+                    parts=dict(score.parts),
+                    note=score.note,
                 )
             )
         return unjudged
@@ -134,6 +138,7 @@ class GroupScorer:
             penalties=penalties[rows],
             advantages=rewards[rows] - level,
             ended_rewards=rewards,
+            scores=tuple(Score(ended[i].correctness, ended[i].parts, ended[i].note) for i in rows),
         )
 
     def state(self) -> dict[str, Any]:

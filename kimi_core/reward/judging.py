@@ -1,32 +1,44 @@
 """Verdicts on many responses at once."""
 
+import asyncio
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from kimi_core.reward.base import (
     InfrastructureError,
     LimitReached,
+    RewardError,
     RewardFunction,
     RewardOutage,
+    checked,
+    name_of,
+    named_errors,
     score,
 )
-from kimi_core.types import Prompt
+from kimi_core.reward.combined import CombinedReward, Reward
+from kimi_core.types import Prompt, Score
 
 log = logging.getLogger(__name__)
 
+Response = tuple[Prompt, str]
+Verdict = Score | InfrastructureError
+
 
 def judge_all(
-    function: RewardFunction,
-    responses: Sequence[tuple[Prompt, str]],
+    function: Reward,
+    responses: Sequence[Response],
     *,
     workers: int,
     outage_from: int,
-) -> list[float | None]:
+) -> list[Score | None]:
     """Score responses, in order; None stands for a verdict that could not be reached.
 
     Args:
-        workers: threads that call ``function``. With 1 it is called in this thread.
+        workers: threads that call ``function``, or calls of an ``async`` one at the same time. With
+            1 it is called in this thread.
         outage_from: fewer failures than this are never an outage, so that a single response that
             nobody can judge does not stop a run.
 
@@ -35,19 +47,10 @@ def judge_all(
         RewardOutage: more than half of the verdicts, and at least ``outage_from``, failed for a
             reason other than a limit that the response reached.
     """
-
-    def verdict(response: tuple[Prompt, str]) -> float | InfrastructureError:
-        try:
-            return score(function, *response)
-        except InfrastructureError as error:
-            log.warning("No verdict on a response to prompt %d: %s", response[0].id, error)
-            return error
-
-    if workers == 1:
-        verdicts = [verdict(response) for response in responses]
-    else:
-        with ThreadPoolExecutor(workers, thread_name_prefix="reward") as threads:
-            verdicts = list(threads.map(verdict, responses))
+    verdicts = verdicts_on(function, responses, workers)
+    for (prompt, _), one in zip(responses, verdicts, strict=True):
+        if isinstance(one, InfrastructureError):
+            log.warning("No verdict on a response to prompt %d: %s", prompt.id, one)
     missing = [one for one in verdicts if isinstance(one, InfrastructureError)]
     failures = [one for one in missing if not isinstance(one, LimitReached)]
     if len(failures) >= outage_from and 2 * len(failures) > len(verdicts):
@@ -57,3 +60,84 @@ def judge_all(
             "judges these responses a second time"
         ) from failures[-1]
     return [None if isinstance(one, InfrastructureError) else one for one in verdicts]
+
+
+def verdicts_on(function: Reward, responses: Sequence[Response], workers: int) -> list[Verdict]:
+    """A score, or the reason why there is none, for each response. Raises RewardError."""
+    if not responses:
+        return []
+    if isinstance(function, CombinedReward):
+        columns = [verdicts_on(part.function, responses, workers) for part in function.parts]
+        return [function.combine(row) for row in zip(*columns, strict=True)]
+    if _takes_batch(function):
+        return _batch(function, responses)
+    if _is_async(function):
+        return asyncio.run(_together(function, responses, workers))
+
+    def verdict(response: Response) -> Verdict:
+        try:
+            return score(function, *response)
+        except InfrastructureError as error:
+            return error
+
+    if workers == 1:
+        return [verdict(response) for response in responses]
+    with ThreadPoolExecutor(workers, thread_name_prefix="reward") as threads:
+        return list(threads.map(verdict, responses))
+
+
+async def _together(
+    function: Callable[[Prompt, str], Awaitable[Any]], responses: Sequence[Response], workers: int
+) -> list[Verdict]:
+    """Await all calls, ``workers`` at the same time."""
+    free = asyncio.Semaphore(workers)
+
+    async def verdict(prompt: Prompt, text: str) -> Verdict:
+        async with free:
+            try:
+                with named_errors(function, prompt, text):
+                    value = await function(prompt, text)
+                return checked(function, value, prompt)
+            except InfrastructureError as error:
+                return error
+
+    return list(await asyncio.gather(*(verdict(*response) for response in responses)))
+
+
+def _batch(function: RewardFunction, responses: Sequence[Response]) -> list[Verdict]:
+    """One call for all. An entry of None is a response without a verdict."""
+    prompts, texts = [prompt for prompt, _ in responses], [text for _, text in responses]
+    try:
+        with named_errors(function, prompts[0], texts[0]):
+            found: Any = function(prompts, texts)  # type: ignore[arg-type]
+            if inspect.isawaitable(found):
+                found = asyncio.run(_value_of(found))
+            found = list(found)
+    except InfrastructureError as error:
+        return [error] * len(responses)
+    if len(found) != len(responses):
+        raise RewardError(
+            f"Reward function {name_of(function)} returned {len(found)} results for "
+            f"{len(responses)} responses; return one each, None where there is no verdict"
+        )
+    none = InfrastructureError(f"{name_of(function)} returned None")
+    return [
+        none if value is None else checked(function, value, prompt)
+        for value, prompt in zip(found, prompts, strict=True)
+    ]
+
+
+async def _value_of(found: Awaitable[Any]) -> Any:
+    return await found
+
+
+def _takes_batch(function: RewardFunction) -> bool:
+    try:
+        return next(iter(inspect.signature(function).parameters), "") == "prompts"
+    except (ValueError, TypeError):  # Builtins have no signature.
+        return False
+
+
+def _is_async(function: RewardFunction) -> bool:
+    called = function if inspect.isroutine(function) else type(function).__call__
+    return inspect.iscoroutinefunction(called)

@@ -1,39 +1,66 @@
 """From names to reward functions."""
 
+import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from kimi_core.config import RewardConfig
 from kimi_core.plugins import load_function
-from kimi_core.reward.base import InfrastructureError, RewardFunction, score
+from kimi_core.reward.base import InfrastructureError, RewardFunction
 from kimi_core.reward.code.problem import problem_of
 from kimi_core.reward.code.reward import CodeReward, code_reward
+from kimi_core.reward.combined import CombinedReward, Part, Reward
+from kimi_core.reward.judging import verdicts_on
 from kimi_core.reward.math.reward import MathReward
 from kimi_core.types import Prompt
 
+log = logging.getLogger(__name__)
 
-def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> RewardFunction:
-    """The function that ``config.function`` names.
+
+def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> Reward:
+    """The function that ``config.function`` names, or the sum of ``config.functions``.
 
     Raises:
-        ValueError: the name is unknown, a ``file.py:function`` cannot be loaded, or programs cannot
-            be run safely here.
+        ValueError: a name is unknown or given twice, a ``file.py:function`` cannot be loaded,
+            programs cannot be run safely here, or a judge has no address.
     """
-    if config.function == "match":
-        return match
-    if config.function == "math":
-        return MathReward(config.math)
-    if config.function == "code":
-        return code_reward(config.sandbox)
-    if ".py:" in config.function:
-        return load_function(config.function, base_folder)
-    raise ValueError(
-        f"reward.function = {config.function!r}; allowed are match, math, code and file.py:function"
+    if not config.functions:
+        return _load(config.function, config, base_folder)
+    names = [one.name or one.function.rpartition(":")[2] for one in config.functions]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"reward.functions: {', '.join(twice)} is there twice; give each a `name` of its own"
+        )
+    return CombinedReward(
+        [
+            Part(name, one.weight, _load(one.function, config, base_folder))
+            for name, one in zip(names, config.functions, strict=True)
+        ]
     )
 
 
-def try_reward(function: RewardFunction, prompts: Sequence[Prompt]) -> None:
+def _load(name: str, config: RewardConfig, base_folder: str | Path) -> RewardFunction:
+    if name == "match":
+        return match
+    if name == "math":
+        return MathReward(config.math)
+    if name == "code":
+        return code_reward(config.sandbox)
+    if name == "judge":
+        try:
+            from kimi_core.reward.judges.http import HttpJudge  # Nothing else needs httpx2.
+        except ImportError as error:
+            raise ValueError(f"{error}: pip install 'kimi-core[judge]'") from None
+        return HttpJudge(config.judge)
+    if ".py:" in name:
+        return load_function(name, base_folder)
+    raise ValueError(
+        f"reward.function = {name!r}; allowed are match, math, code, judge and file.py:function"
+    )
+
+
+def try_reward(function: Reward, prompts: Sequence[Prompt]) -> None:
     """Read the tests of all prompts and judge an empty response to the first, before a run.
 
     So a broken problem, a wrong signature or a package that is missing costs no training.
@@ -42,11 +69,15 @@ def try_reward(function: RewardFunction, prompts: Sequence[Prompt]) -> None:
         ValueError: a prompt's tests are malformed.
         RewardError: the function raised, or returned something else than a finite number.
     """
-    if isinstance(function, CodeReward):
+    functions: list[Any] = [function]
+    if isinstance(function, CombinedReward):
+        functions = [part.function for part in function.parts]
+    if any(isinstance(one, CodeReward) for one in functions):
         for prompt in prompts:
             problem_of(prompt)
-    with suppress(InfrastructureError):  # A judge that is away now may be back later.
-        score(function, prompts[0], "")
+    (found,) = verdicts_on(function, [(prompts[0], "")], workers=1)
+    if isinstance(found, InfrastructureError):  # A judge that is away now may be back later.
+        log.warning("The reward function has no verdict on a trial response: %s", found)
 
 
 def match(prompt: Prompt, response: str) -> float:
@@ -58,7 +89,7 @@ def match(prompt: Prompt, response: str) -> float:
     return float(response.rpartition("#")[2].strip() == prompt.answer.strip())
 
 
-def close_reward(function: RewardFunction) -> None:
+def close_reward(function: Reward) -> None:
     """Call the function's ``close()``, if it has one."""
     close = getattr(function, "close", None)
     if close is not None:

@@ -18,7 +18,7 @@ from kimi_core.models.load import load_model
 from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.load import TextExample, load_examples, load_prompts, split
-from kimi_core.reward.base import RewardFunction
+from kimi_core.reward.combined import Reward
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
 from kimi_core.rollout.engine import Engine
@@ -41,7 +41,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     codec: Codec
     train_prompts: list[Prompt]
-    reward: RewardFunction
+    reward: Reward
     publisher: Publisher
     evaluator: Evaluator
     loop: Loop

@@ -135,7 +135,10 @@ class TensorBoard:
 
     def take(self, kind: str, metrics: Metrics) -> None:
         for name, value in to_record(metrics).items():
-            if name != "iteration" and value is not None:
+            if isinstance(value, dict):
+                for part, number in value.items():
+                    self._writer.add_scalar(f"{kind}/{name}/{part}", number, metrics.iteration)
+            elif name != "iteration" and value is not None:
                 self._writer.add_scalar(f"{kind}/{name}", value, metrics.iteration)
         self._writer.flush()
 

@@ -44,6 +44,10 @@ class TrajectoryRecord:
     """(policy version, number of tokens) of each stretch of the response, in order."""
     correctness: float | None = None
     """The reward function's result; None: no verdict could be reached."""
+    reward_parts: dict[str, float] = field(default_factory=dict)
+    """What the reward functions say that it is made of."""
+    note: str = ""
+    """Why, if the reward function says so: a judge's reasoning, say."""
     length_reward: float | None = None
     penalty: float | None = None
     reward: float | None = None
@@ -96,6 +100,8 @@ def records_of(
             record = replace(
                 describe(one),
                 correctness=float(group.correctness[row]),
+                reward_parts=dict(group.scores[row].parts) if group.scores else {},
+                note=group.scores[row].note if group.scores else "",
                 length_reward=float(group.length_rewards[row]),
                 penalty=float(group.penalties[row]),
                 reward=float(group.rewards[row]),

@@ -6,7 +6,7 @@ import pytest
 from kimi_core.config import RewardConfig
 from kimi_core.reward.base import InfrastructureError, RewardError, score
 from kimi_core.reward.load import load_reward, match
-from kimi_core.types import Prompt
+from kimi_core.types import Prompt, Score
 
 PROMPT = Prompt(id=7, text="3*214=", answer="642")
 
@@ -41,19 +41,19 @@ def test_built_in_is_found_by_name():
 def test_users_function_is_loaded_relative_to_the_folder(tmp_path):
     (tmp_path / "mine.py").write_text("def half(prompt, response):\n    return len(response) / 2\n")
     function = load_reward(RewardConfig(function="mine.py:half"), base_folder=tmp_path)
-    assert score(function, PROMPT, "abc") == 1.5
+    assert score(function, PROMPT, "abc") == Score(1.5)
 
 
 def test_unknown_name_says_what_is_allowed():
     with pytest.raises(
-        ValueError, match=r"'matches'; allowed are match, math, code and file\.py:function"
+        ValueError, match=r"'matches'; allowed are match, math, code, judge and file\.py:function"
     ):
         load_reward(RewardConfig(function="matches"))
 
 
 @pytest.mark.parametrize("value", [1, -0.5, True, np.float32(2), np.int64(3)], ids=repr)
 def test_finite_numbers_are_scores(value):
-    result = score(lambda prompt, response: value, PROMPT, "642")
+    result = score(lambda prompt, response: value, PROMPT, "642").value
     assert type(result) is float
     assert result == value
 

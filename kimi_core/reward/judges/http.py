@@ -1,0 +1,168 @@
+"""A judge behind an OpenAI-compatible server, as ``vllm serve`` is one.
+
+It is asked as ``judge.JudgeReward`` asks: the response is escaped, the verdict counts at the end of
+a text that the judge ended itself, and a second request asks for the JSON alone. Requests have a
+time limit and are repeated; after that there is no verdict, and never a 0.
+"""
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from kimi_core.config import JudgeConfig
+from kimi_core.reward.base import InfrastructureError, LimitReached
+from kimi_core.reward.judges.judge import REPAIR, REPAIR_TOKENS, TEMPLATE, escape, read_verdict
+from kimi_core.types import Prompt, Score
+
+FIRST_PAUSE_S = 0.5
+"""Pause before the first repetition, seconds; doubled before each further one."""
+
+LONGEST_PAUSE_S = 60.0
+"""A server may ask for a longer pause than ours, up to this."""
+
+BREAKS = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]")
+"""Special tokens that do not begin with ``<``; the server's tokenizer may read them from text."""
+
+BUSY = {408, 409, 425, 429}
+TOO_LONG = {400, 413, 422}
+"""What servers answer to a request that exceeds the model's context."""
+
+
+class HttpJudge:
+    """A reward function: 1 if the judge finds the response right, else 0. Thread-safe.
+
+    Args:
+        config: ``reward.judge``.
+        sleep: waits before a repetition; for tests.
+
+    Raises:
+        ValueError: there is no address or no template, or the template lacks a field.
+    """
+
+    __name__ = "judge"
+
+    def __init__(self, config: JudgeConfig, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        if not config.url or not config.model:
+            raise ValueError(
+                "reward.function = 'judge' needs reward.judge.url, such as "
+                "http://10.0.0.7:8000/v1, and reward.judge.model, the name that the server gives"
+            )
+        self._config = config
+        self._sleep = sleep
+        self._template = _template(config.template)
+        key = os.environ.get(config.key_variable)
+        self._http = httpx2.Client(
+            base_url=config.url.rstrip("/"),
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=config.timeout_s,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+
+    def __call__(self, prompt: Prompt, response: str) -> Score:
+        """The verdict, with the judge's reasoning as its note.
+
+        Raises:
+            LimitReached: the server refuses the request, as it does if it is too long.
+            InfrastructureError: the server cannot be reached, or gives no readable verdict.
+            ValueError: the server refuses the key, or does not know the model.
+        """
+        fields = {"question": prompt.text, "reference": prompt.answer, "response": response}
+        safe = {name: escape(text, BREAKS) for name, text in fields.items()}
+        asked = [{"role": "user", "content": self._template.format(**safe)}]
+        reasoning, text, stopped = self._complete(asked, self._config.max_tokens)
+        verdict = read_verdict(text) if stopped else None
+        if verdict is None:
+            asked += [{"role": "assistant", "content": text or "…"}]
+            asked += [{"role": "user", "content": f"{REPAIR.strip()} true}} or false}}"}]
+            _, repair, _ = self._complete(asked, REPAIR_TOKENS)
+            found = re.match(r'\s*(?:```\w*\s*)?(?:\{\s*"correct"\s*:\s*)?(true|false)\b', repair)
+            if found is None:
+                said = f"{text[-80:]!r}, then {repair[:80]!r}"
+                raise InfrastructureError(f"The judge gave no verdict in JSON: {said}")
+            verdict, text = found[1] == "true", f"{text}\n{repair}"
+        return Score(float(verdict), note="\n".join(filter(None, (reasoning, text))))
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _complete(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int
+    ) -> tuple[str, str, bool]:
+        """Reasoning that the server sets apart, the text, and whether the judge ended it itself."""
+        body = {
+            "model": self._config.model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        answer = self._post(body)
+        try:
+            choice = answer["choices"][0]
+            message = choice["message"]
+            text = message.get("content") or ""
+            reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+            return str(reasoning), str(text), choice.get("finish_reason") == "stop"
+        except (LookupError, TypeError, AttributeError):
+            raise InfrastructureError(
+                f"The judge at {self._config.url} answered {answer!r:.120}, not a chat completion"
+            ) from None
+
+    def _post(self, body: Mapping[str, Any]) -> Any:
+        """The server's answer, after at most ``retries`` repetitions."""
+        url = f"{self._config.url.rstrip('/')}/chat/completions"
+        pause, trouble = FIRST_PAUSE_S, ""
+        for attempt in range(self._config.retries + 1):
+            if attempt:
+                self._sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            try:
+                answer = self._http.post("/chat/completions", json=dict(body))
+            except httpx2.HTTPError as error:
+                trouble = f"{type(error).__name__}: {error}"
+                continue
+            if answer.is_success:
+                try:
+                    return answer.json()
+                except ValueError:
+                    trouble = f"no JSON: {answer.text[:80]!r}"
+                    continue
+            trouble = f"{answer.status_code}: {answer.text[:120]!r}"
+            if answer.status_code in TOO_LONG:
+                raise LimitReached(f"The judge at {url} refused a request: {trouble}")
+            if answer.status_code not in BUSY and answer.status_code < 500:
+                raise ValueError(
+                    f"The judge at {url} answered {trouble}: check reward.judge.url and "
+                    f"reward.judge.model, and the key in ${self._config.key_variable}"
+                )
+            pause = max(pause, min(_asked_for_s(answer), LONGEST_PAUSE_S))
+        raise InfrastructureError(
+            f"The judge at {url} gave no answer in {self._config.retries + 1} requests of at most "
+            f"{self._config.timeout_s:g} s each, the last: {trouble}"
+        )
+
+
+def _template(path: str) -> str:
+    if not path:
+        return TEMPLATE
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+        template.format(question="", reference="", response="")
+    except (OSError, UnicodeDecodeError, LookupError, ValueError) as error:
+        raise ValueError(
+            f"reward.judge.template = {path!r}: {error}; allowed is a text file with {{question}}, "
+            "{reference} and {response}, and {{ }} for braces"
+        ) from None
+    return template
+
+
+def _asked_for_s(answer: httpx2.Response) -> float:
+    """The pause that the server asks for, in seconds; 0 if it asks for none."""
+    try:
+        return max(0.0, float(answer.headers.get("Retry-After", 0)))
+    except ValueError:  # A date.
+        return 0.0
