@@ -250,6 +250,16 @@ def with_config(
         return _fail(str(error), 2)
     except (RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, OSError) as error:
         return _fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(
+            f"out of memory: {' '.join(str(error).split())[:200] or 'MemoryError'}. Lower "
+            "trainer.tokens_per_micro_batch, trainer.head_chunk or rollout.batch_rows, or set "
+            "trainer.activation_checkpointing=true; --resume takes all of them, and `kimi train "
+            "--dry-run` names the memory of a run",
+            1,
+        )
     except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
         print(
             "interrupted: --resume continues from the last state, if one was saved",
@@ -257,6 +267,12 @@ def with_config(
         )
         return 130
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the CPU or of a GPU ran out, however torch says it."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
 
 
 def find_config(name: str) -> Path:

@@ -102,7 +102,7 @@ class SftConfig(Section):
     """Optimizer steps; 0 skips the phase."""
     batch_size: int = Field(48, ge=1)
     """Examples per step, packed end to end."""
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0, le=1)
     """Peak learning rate. It is reached after 5 % of the steps, and a cosine then lowers it to a
     tenth."""
 
@@ -225,6 +225,8 @@ class RewardConfig(Section):
     """Subtracted from the reward of a response that was stopped for repeating itself."""
     workers: int = Field(1, ge=1)
     """Threads that judge responses. With more than one, a function of yours must be thread-safe."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """Seconds that one call of a function may take. After that its response has no verdict."""
 
     @model_validator(mode="after")
     def _a_right_answer_stays_worth_more(self) -> "RewardConfig":
@@ -256,7 +258,7 @@ class TrainerConfig(Section):
     """τ > 0: strength of the pull towards the policy that sampled (section 2.3.2)."""
     ablation: AblationConfig = AblationConfig()
     """Choices that the report makes for you, with what they can be compared with."""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, le=1)
     """Learning rate of AdamW; constant."""
     updates_per_iteration: int = Field(2, ge=1)
     """Optimizer steps per iteration, each on its share of the responses."""

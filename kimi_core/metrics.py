@@ -102,7 +102,22 @@ class EvaluationMetrics:
     """Mean over the sampled responses of each part that the reward functions report."""
 
 
-KINDS: dict[str, type] = {"iteration": IterationMetrics, "evaluation": EvaluationMetrics}
+@dataclass(frozen=True, kw_only=True)
+class SettingChange:
+    """A setting that a resumed run has changed."""
+
+    iteration: int
+    """Iterations done with the setting as it was before."""
+    setting: str
+    before: Any
+    now: Any
+
+
+KINDS: dict[str, type] = {
+    "iteration": IterationMetrics,
+    "evaluation": EvaluationMetrics,
+    "change": SettingChange,
+}
 """``kind`` of a line of ``metrics.jsonl`` → what the line holds."""
 
 
@@ -118,9 +133,10 @@ def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[Evaluat
     evaluations: list[EvaluationMetrics] = []
     for _, record in read_lines(Path(path)):
         values = {name: math.nan if value is None else value for name, value in record.items()}
-        if values.pop("kind") == "iteration":
+        kind = values.pop("kind")
+        if kind == "iteration":
             iterations.append(IterationMetrics(**_known(IterationMetrics, values)))
-        else:
+        elif kind == "evaluation":
             evaluations.append(EvaluationMetrics(**_known(EvaluationMetrics, values)))
     return iterations, evaluations
 

@@ -1,5 +1,6 @@
 """Accuracy on held-out prompts, greedy and sampled, with the engine and reward of training."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ class Evaluator:
     stop_strings: StopStrings | None = None
     workers: int = 1
     """Threads that call ``reward``."""
+    timeout_s: float = math.inf
+    """Seconds that a call of ``reward`` may take."""
 
     def evaluate(self, *, iteration: int, seed: int, limit: int | None = None) -> EvaluationMetrics:
         """One greedy and one sampled response to each of the first ``limit`` prompts.
@@ -83,6 +86,7 @@ class Evaluator:
             list(zip(prompts, texts, strict=True)),
             workers=self.workers,
             outage_from=self.rollout.samples_per_prompt,
+            timeout_s=self.timeout_s,
         )
         return scores, [len(answer) for answer in answers]
 

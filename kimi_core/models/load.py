@@ -7,6 +7,7 @@ and on its device.
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +40,19 @@ def load_model(config: ModelConfig, *, alphabet: str = "", seed: int = 0) -> Mod
     if config.name == "scratch":
         return scratch_model(config, alphabet, seed)
     return load_pretrained(config.name, dtype=config.dtype, device=config.device)
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Raise ValueError if a parameter is not finite; the message names it."""
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        # The sum is cheap, and NaN or infinite if one of the weights is; it may also overflow.
+        if not values.sum(dtype=torch.float32).isfinite() and not values.isfinite().all():
+            count = int((~values.isfinite()).sum())
+            raise ValueError(
+                f"The weights of the model are not finite: {name} has {count} of {values.numel()} "
+                "that are NaN or infinite; take another checkpoint"
+            )
 
 
 def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> ModelAndTokenizer:

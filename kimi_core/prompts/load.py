@@ -49,7 +49,12 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
     if source.endswith(".jsonl"):
         return read_prompts(Path(base_folder) / source)
     if ".py:" in source:
-        return _check_prompts(load_function(source, base_folder)(), source)
+        function = load_function(source, base_folder)
+        try:
+            found = function()
+        except Exception as error:  # The user's code may raise anything.
+            raise ValueError(f"{source} raised {type(error).__name__}: {error}") from error
+        return _check_prompts(found, source)
     raise ValueError(
         f"prompts.source = {source!r}; allowed are multiply, addition, maximum, programs, "
         "humaneval, a file that ends in .jsonl, or file.py:function"

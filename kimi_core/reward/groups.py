@@ -67,6 +67,7 @@ class GroupScorer:
             [(prompt, self._response_text(one.response_ids)) for prompt, one in new],
             workers=self._config.reward.workers,
             outage_from=self._config.rollout.samples_per_prompt,
+            timeout_s=self._config.reward.timeout_s,
         )
         unjudged = []
         for (_, one), score in zip(new, verdicts, strict=True):

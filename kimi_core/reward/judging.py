@@ -3,8 +3,8 @@
 import asyncio
 import inspect
 import logging
+import math
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kimi_core.reward.base import (
@@ -19,6 +19,7 @@ from kimi_core.reward.base import (
     score,
 )
 from kimi_core.reward.combined import CombinedReward, Reward
+from kimi_core.reward.threads import call_all
 from kimi_core.types import Prompt, Score
 
 log = logging.getLogger(__name__)
@@ -33,12 +34,13 @@ def judge_all(
     *,
     workers: int,
     outage_from: int,
+    timeout_s: float = math.inf,
 ) -> list[Score | None]:
     """Score responses, in order; None stands for a verdict that could not be reached.
 
     Args:
-        workers: threads that call ``function``, or calls of an ``async`` one at the same time. With
-            1 it is called in this thread.
+        workers: threads that call ``function``, or calls of an ``async`` one at the same time.
+        timeout_s: seconds that a call may take; after that its response has no verdict.
         outage_from: fewer failures than this are never an outage, so that a single response that
             nobody can judge does not stop a run.
 
@@ -47,7 +49,7 @@ def judge_all(
         RewardOutage: more than half of the verdicts, and at least ``outage_from``, failed for a
             reason other than a limit that the response reached.
     """
-    verdicts = verdicts_on(function, responses, workers)
+    verdicts = verdicts_on(function, responses, workers, timeout_s)
     for (prompt, _), one in zip(responses, verdicts, strict=True):
         if isinstance(one, InfrastructureError):
             log.warning("No verdict on a response to prompt %d: %s", prompt.id, one)
@@ -62,17 +64,21 @@ def judge_all(
     return [None if isinstance(one, InfrastructureError) else one for one in verdicts]
 
 
-def verdicts_on(function: Reward, responses: Sequence[Response], workers: int) -> list[Verdict]:
+def verdicts_on(
+    function: Reward, responses: Sequence[Response], workers: int, timeout_s: float = math.inf
+) -> list[Verdict]:
     """A score, or the reason why there is none, for each response. Raises RewardError."""
     if not responses:
         return []
     if isinstance(function, CombinedReward):
-        columns = [verdicts_on(part.function, responses, workers) for part in function.parts]
+        columns = [
+            verdicts_on(part.function, responses, workers, timeout_s) for part in function.parts
+        ]
         return [function.combine(row) for row in zip(*columns, strict=True)]
     if _takes_batch(function):
-        return _batch(function, responses)
+        return _batch(function, responses, timeout_s)
     if _is_async(function):
-        return asyncio.run(_together(function, responses, workers))
+        return asyncio.run(_together(function, responses, workers, timeout_s))
 
     def verdict(response: Response) -> Verdict:
         try:
@@ -80,14 +86,15 @@ def verdicts_on(function: Reward, responses: Sequence[Response], workers: int) -
         except InfrastructureError as error:
             return error
 
-    if workers == 1:
-        return [verdict(response) for response in responses]
-    with ThreadPoolExecutor(workers, thread_name_prefix="reward") as threads:
-        return list(threads.map(verdict, responses))
+    what = f"the reward function {name_of(function)}"
+    return call_all(verdict, responses, workers=workers, timeout_s=timeout_s, what=what)
 
 
 async def _together(
-    function: Callable[[Prompt, str], Awaitable[Any]], responses: Sequence[Response], workers: int
+    function: Callable[[Prompt, str], Awaitable[Any]],
+    responses: Sequence[Response],
+    workers: int,
+    timeout_s: float,
 ) -> list[Verdict]:
     """Await all calls, ``workers`` at the same time."""
     free = asyncio.Semaphore(workers)
@@ -96,25 +103,37 @@ async def _together(
         async with free:
             try:
                 with named_errors(function, prompt, text):
-                    value = await function(prompt, text)
+                    async with asyncio.timeout(None if timeout_s == math.inf else timeout_s):
+                        value = await function(prompt, text)
                 return checked(function, value, prompt)
             except InfrastructureError as error:
                 return error
+            except RewardError as error:
+                if isinstance(error.__cause__, TimeoutError):
+                    return InfrastructureError(str(error))
+                raise
 
     return list(await asyncio.gather(*(verdict(*response) for response in responses)))
 
 
-def _batch(function: RewardFunction, responses: Sequence[Response]) -> list[Verdict]:
+def _batch(
+    function: RewardFunction, responses: Sequence[Response], timeout_s: float
+) -> list[Verdict]:
     """One call for all. An entry of None is a response without a verdict."""
     prompts, texts = [prompt for prompt, _ in responses], [text for _, text in responses]
-    try:
-        with named_errors(function, prompts[0], texts[0]):
-            found: Any = function(prompts, texts)  # type: ignore[arg-type]
-            if inspect.isawaitable(found):
-                found = asyncio.run(_value_of(found))
-            found = list(found)
-    except InfrastructureError as error:
-        return [error] * len(responses)
+
+    def call(_: None) -> list[Any] | InfrastructureError:
+        try:
+            with named_errors(function, prompts[0], texts[0]):
+                value: Any = function(prompts, texts)  # type: ignore[arg-type]
+                return list(asyncio.run(_value_of(value)) if inspect.isawaitable(value) else value)
+        except InfrastructureError as error:
+            return error
+
+    what = f"the reward function {name_of(function)}"
+    (found,) = call_all(call, [None], workers=1, timeout_s=timeout_s, what=what)
+    if isinstance(found, InfrastructureError):
+        return [found] * len(responses)
     if len(found) != len(responses):
         raise RewardError(
             f"Reward function {name_of(function)} returned {len(found)} results for "

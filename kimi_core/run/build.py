@@ -14,7 +14,7 @@ from kimi_core.config import Config, RolloutConfig
 from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import load_model
+from kimi_core.models.load import check_weights, load_model
 from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.load import TextExample, load_examples, load_prompts, split
@@ -66,6 +66,7 @@ def build(config: Config) -> Parts:
     reward = load_reward(config.reward)
     try_reward(reward, [*held_out, *train_prompts])
     model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
+    check_weights(model)
     limit_threads(model)
     freeze_below(model, config.trainer.trainable_layers)
     codec = Codec(tokenizer, config.rollout.stop, model)
@@ -102,6 +103,7 @@ def build(config: Config) -> Parts:
         stop_token_ids=codec.stop_token_ids,
         stop_strings=codec.stop_strings,
         workers=config.reward.workers,
+        timeout_s=config.reward.timeout_s,
     )
     return Parts(
         model, tokenizer, codec, train_prompts, reward, publisher, evaluator, loop, new_buffer

@@ -10,8 +10,9 @@
       checkpoint/     the policy in Hugging Face format
 
 A state is written under a name that ends in ``.tmp``, forced to disk, and only then renamed, so a
-folder without ``.tmp`` in its name is whole. The previous state is removed after the new one is
-complete. At every instant at least one whole state exists. ``docs/metrics.md`` has the other files.
+folder without ``.tmp`` in its name is whole. The newest two states are kept. Each holds checksums
+of its files; if the newest is damaged, the one before is used. ``docs/metrics.md`` has the other
+files.
 """
 
 import fcntl
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kimi_core.config import Config, Section
+from kimi_core.run.checksums import damage_in, write_checksums
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import (
     OUT_OF_ROOM,
@@ -48,6 +50,25 @@ MAY_CHANGE_ON_RESUME = (
 )
 """Keys and sections that do not change what an iteration computes."""
 
+MAY_CHANGE_WITH_A_LINE = (
+    "trainer.learning_rate",
+    "trainer.grad_clip",
+    "trainer.tokens_per_micro_batch",
+    "trainer.head_chunk",
+    "trainer.activation_checkpointing",
+    "trainer.logprob_gap_limit",
+    "rollout.batch_rows",
+    "rollout.vllm",
+    "reward.workers",
+    "reward.timeout_s",
+    "reward.sandbox",
+    "reward.judge",
+    "model.device",
+)
+"""Keys and sections that our own errors advise to change. A line of metrics.jsonl says so."""
+
+KEPT_STATES = 2
+
 TRACES = ("checkpoint", "summary.json", "metrics.jsonl")
 """Other files that a run leaves; a folder with any of them is not used for a new run."""
 
@@ -61,6 +82,8 @@ class SavedState:
     folder: Path
     """Holds the files that the writers wrote."""
     state: dict[str, Any]
+    remark: str = ""
+    """Which newer state is damaged and was passed over."""
 
 
 class RunFolder:
@@ -76,6 +99,8 @@ class RunFolder:
         self.states = self.path / "states"
         self.checkpoint = self.path / "checkpoint"
         self.buffer = self.path / "buffer.bin"
+        self.changed: dict[str, list[Any]] = {}
+        """Settings that differ from the saved ones in a way that a line of metrics.jsonl tells."""
         self.states.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _take_lock(self.path)
         finish_swap(self.checkpoint)
@@ -109,17 +134,17 @@ class RunFolder:
     def resume(cls, path: str | Path, config: Config) -> "RunFolder":
         """Open the run at ``path`` to continue it from the state that ``load_state`` gives.
 
-        Settings in ``MAY_CHANGE_ON_RESUME`` may differ from the saved ones; the new ones are saved.
+        Settings in ``MAY_CHANGE_ON_RESUME`` and ``MAY_CHANGE_WITH_A_LINE`` may differ from the
+        saved ones; the new ones are saved. If config.toml is lost, a state has the settings, too.
 
         Raises:
             ValueError: there is no run or no state, another process runs in this folder, or
                 another setting differs; each is named with its saved and its given value.
         """
-        saved = Path(path) / "config.toml"
-        if not saved.is_file():
+        if not (Path(path) / "states").is_dir():
             raise ValueError(
-                f"No run to resume in {path}: it has no config.toml; start one without --resume, "
-                "or give the name=... of a run that exists"
+                f"No run to resume in {path}: it has no states; start one without --resume, or "
+                "give the name=... of a run that exists"
             )
         with ExitStack() as on_error:
             run = on_error.enter_context(cls(path))
@@ -128,10 +153,19 @@ class RunFolder:
                     f"No state to resume from in {path}: the run stopped before its first one was "
                     "saved; start it again without --resume"
                 )
-            _check_same_settings(run.path, load_config(saved), config)
-            write_atomically(saved, dump_toml(config))
+            run.changed = _changed(run.path, run._saved_config(), config)
+            write_atomically(run.path / "config.toml", dump_toml(config))
             on_error.pop_all()
         return run
+
+    def _saved_config(self) -> Config:
+        saved = self.path / "config.toml"
+        try:
+            return load_config(saved)
+        except ValueError:  # It is missing or damaged.
+            record = json.loads((self._whole_state()[1] / "state.json").read_text())
+            write_atomically(saved, record["config"])
+            return load_config(saved)
 
     def latest_state(self) -> tuple[int, Path] | None:
         """The newest whole state as ``(iteration, folder)``; None where none was saved."""
@@ -167,24 +201,28 @@ class RunFolder:
             partial.mkdir()
             for write in writers:
                 write(partial)
-            record = {"iteration": iteration, "fingerprint": fingerprint, "state": dict(state)}
+            settings = self.path / "config.toml"
+            record = {
+                "iteration": iteration,
+                "fingerprint": fingerprint,
+                "config": settings.read_text() if settings.is_file() else "",
+                "state": dict(state),
+            }
             (partial / "state.json").write_text(json.dumps(record, indent=1))
+            write_checksums(partial)
             sync_tree(partial)
             swap(partial, final)
-        for _, older in _whole_states(self.states)[:-1]:
+        for _, older in _whole_states(self.states)[:-KEPT_STATES]:
             discard(older)
         return final
 
     def load_state(self, fingerprint: str = "") -> SavedState:
-        """Read the newest state back.
+        """Read the newest state back whose files are as they were written.
 
         Raises:
             ValueError: there is none, or it is of a model with another fingerprint.
         """
-        found = self.latest_state()
-        if found is None:
-            raise ValueError(f"No state in {self.states}: start the run without --resume")
-        iteration, folder = found
+        iteration, folder, remark = self._whole_state()
         record = json.loads((folder / "state.json").read_text())
         if record["fingerprint"] != fingerprint:
             raise ValueError(
@@ -192,7 +230,23 @@ class RunFolder:
                 f"continued with {fingerprint!r}: resume with the same model, or start a run with "
                 "another name=..."
             )
-        return SavedState(iteration, folder, record["state"])
+        return SavedState(iteration, folder, record["state"], remark)
+
+    def _whole_state(self) -> tuple[int, Path, str]:
+        """Iteration and folder of the newest state without damage; what is damaged, in words."""
+        damaged: list[str] = []
+        for iteration, folder in reversed(_whole_states(self.states)):
+            damage = damage_in(folder)
+            if not damage:
+                remark = f"{'; '.join(damaged)}: continuing from the state of {iteration}"
+                return iteration, folder, remark if damaged else ""
+            damaged.append(damage)
+        if not damaged:
+            raise ValueError(f"No state in {self.states}: start the run without --resume")
+        raise ValueError(
+            f"No state to resume from in {self.path}: {'; '.join(damaged)}. Put the files back "
+            "from a copy, or start a run with another name=..."
+        )
 
     def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
@@ -254,23 +308,34 @@ class RunFolder:
 def holds_state(path: str | Path) -> bool:
     """Whether there is a run at ``path`` that ``RunFolder.resume`` could go on with."""
     path = Path(path)
-    has_folder = (path / "config.toml").is_file() and (path / "states").is_dir()
-    return has_folder and bool(_whole_states(path / "states"))
+    return (path / "states").is_dir() and bool(_whole_states(path / "states"))
 
 
-def _check_same_settings(path: Path, saved: Config, given: Config) -> None:
+def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
+    """Key → [saved, given] of the settings in ``MAY_CHANGE_WITH_A_LINE`` that differ.
+
+    Raises:
+        ValueError: a setting differs that may not.
+    """
     before, now = _flatten(saved), _flatten(given)
-    different = [
-        f"  {key}: saved {before[key]!r}, given {now[key]!r}"
-        for key in before
-        if before[key] != now[key] and key.partition(".")[0] not in MAY_CHANGE_ON_RESUME
-    ]
-    if different:
+    differ = {key: [before[key], now[key]] for key in before if before[key] != now[key]}
+    refused = {
+        key: pair
+        for key, pair in differ.items()
+        if not _among(key, MAY_CHANGE_ON_RESUME) and not _among(key, MAY_CHANGE_WITH_A_LINE)
+    }
+    if refused:
+        lines = [f"  {key}: saved {a!r}, given {b!r}" for key, (a, b) in refused.items()]
         raise ValueError(
-            f"Cannot resume {path} with other settings:\n" + "\n".join(different) + "\n"
+            f"Cannot resume {path} with other settings:\n" + "\n".join(lines) + "\n"
             f"Give the saved values, or start a run with another name=...; only "
-            f"{', '.join(MAY_CHANGE_ON_RESUME)} may change"
+            f"{', '.join(MAY_CHANGE_ON_RESUME + MAY_CHANGE_WITH_A_LINE)} may change"
         )
+    return {key: pair for key, pair in differ.items() if _among(key, MAY_CHANGE_WITH_A_LINE)}
+
+
+def _among(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _flatten(section: Section, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,10 @@ Each of the three sinks takes every record as it comes.
 import json
 import math
 from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 from rich.console import Console
@@ -44,6 +47,8 @@ class Report:
         folder: the run folder; it exists. Lines of iterations after ``start_iteration`` are cut.
         total_iterations: what progress and remaining time count towards.
         start_iteration: iterations done in the state that the run continues from.
+        sft_s: wall-clock seconds of SFT; part of the summary's wall time.
+        changed: settings that a resumed run has changed, key → [before, now].
         console: where progress goes; standard output unless given.
     """
 
@@ -53,6 +58,8 @@ class Report:
         *,
         total_iterations: int,
         start_iteration: int = 0,
+        sft_s: float = 0.0,
+        changed: Mapping[str, list[Any]] = MappingProxyType({}),
         console: Console | None = None,
     ) -> None:
         self.folder = Path(folder)
@@ -60,12 +67,16 @@ class Report:
         path = self.folder / "metrics.jsonl"
         _cut_after(path, start_iteration)
         self.iterations, self.evaluations = read_metrics(path)
+        self._sft_s = sft_s
         self._sinks: list[Sink] = [
             JsonLines(path),
-            TensorBoard(self.folder / "tensorboard", start_iteration),
+            TensorBoard(self.folder / "tensorboard", self.iterations, self.evaluations),
             ProgressLines(self.console, start_iteration, total_iterations),
         ]
         self._closed = False
+        for key, (before, now) in changed.items():
+            line = {"kind": "change", "iteration": start_iteration, "setting": key}
+            append_line(path, json.dumps(line | {"before": before, "now": now}) + "\n")
 
     def iteration(self, metrics: IterationMetrics) -> None:
         """Report an iteration.
@@ -81,18 +92,14 @@ class Report:
         self.evaluations.append(plain(metrics))
         self._tell("evaluation", self.evaluations[-1])
 
-    def close(self, *, sft_s: float = 0.0) -> None:
-        """Write ``summary.json`` and ``curves.png``, print the table before → after; once.
-
-        Args:
-            sft_s: wall-clock seconds of SFT; part of the summary's wall time.
-        """
+    def close(self) -> None:
+        """Write ``summary.json`` and ``curves.png``, print the table before → after; once."""
         if self._closed:
             return
         self._closed = True
         for sink in self._sinks:
             sink.close()
-        summary = summarize(self.iterations, self.evaluations, sft_s=sft_s)
+        summary = summarize(self.iterations, self.evaluations, sft_s=self._sft_s)
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         from kimi_core.run.curves import draw_curves  # Loads matplotlib, which only the end needs.
 
@@ -103,8 +110,10 @@ class Report:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close. A full disk at the end of a run that failed must not hide why it failed."""
+        with suppress(OSError) if kind else nullcontext():
+            self.close()
 
     def _tell(self, kind: str, metrics: Metrics) -> None:
         for sink in self._sinks:
@@ -128,19 +137,34 @@ class JsonLines:
 class TensorBoard:
     """Every number of every record, as ``iteration/NAME`` and ``evaluation/NAME``."""
 
-    def __init__(self, folder: Path, start_iteration: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        iterations: Sequence[IterationMetrics],
+        evaluations: Sequence[EvaluationMetrics],
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # Slow to load.
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_iteration + 1)
+        # Made again from metrics.jsonl: a killed run may have lost points, or have some too many.
+        for old in folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = SummaryWriter(str(folder))
+        for kind, records in (("iteration", iterations), ("evaluation", evaluations)):
+            for record in records:
+                self._add(kind, record)
+        self._writer.flush()
 
     def take(self, kind: str, metrics: Metrics) -> None:
+        self._add(kind, metrics)
+        self._writer.flush()
+
+    def _add(self, kind: str, metrics: Metrics) -> None:
         for name, value in to_record(metrics).items():
             if isinstance(value, dict):
                 for part, number in value.items():
                     self._writer.add_scalar(f"{kind}/{name}/{part}", number, metrics.iteration)
             elif name != "iteration" and value is not None:
                 self._writer.add_scalar(f"{kind}/{name}", value, metrics.iteration)
-        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()

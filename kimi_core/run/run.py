@@ -69,12 +69,11 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             folder.path,
             total_iterations=config.iterations,
             start_iteration=parts.loop.iteration,
+            sft_s=sft_s,
+            changed=folder.changed,
             console=console,
         ) as report:
-            try:
-                _reinforce(parts, config, folder, report, sft_s)
-            finally:
-                report.close(sft_s=sft_s)
+            _reinforce(parts, config, folder, report, sft_s)
         folder.save_checkpoint(parts.model, parts.tokenizer)
     return folder.path
 
@@ -136,8 +135,7 @@ def _reinforce(
 ) -> None:
     loop, limit = parts.loop, config.evaluation.prompts
     files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
-    if not any(evaluation.iteration == loop.iteration for evaluation in report.evaluations):
-        evaluate(parts, config, report, limit=None if loop.iteration == 0 else limit)
+    _catch_up(parts, config, report, files)
     with _stop_on_interrupt() as stop:
         while not (stop.is_set() or _is_done(loop, config)):
             metrics = loop.iterate()
@@ -152,6 +150,19 @@ def _reinforce(
             if last or loop.iteration % config.evaluation.every == 0:
                 evaluate(parts, config, report, limit=None if last else limit)
                 files.write_samples(loop.iteration, records)
+
+
+def _catch_up(parts: Parts, config: Config, report: Report, files: TrajectoryFiles) -> None:
+    """The evaluation that is due before the first iteration, or was due when the run was killed."""
+    done = parts.loop.iteration
+    if any(evaluation.iteration == done for evaluation in report.evaluations):
+        return
+    last = done > 0 and _is_done(parts.loop, config)
+    if last or done % config.evaluation.every == 0:
+        limit = None if last or done == 0 else config.evaluation.prompts
+        evaluate(parts, config, report, limit=limit)
+        if records := files.read(done):
+            files.write_samples(done, records)
 
 
 def _is_done(loop: Loop, config: Config) -> bool:

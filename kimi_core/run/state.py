@@ -24,14 +24,18 @@ In the first two cases the run continues from the live file.
 
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.loop import Loop
 from kimi_core.run.folder import RunFolder
 
 SNAPSHOT = "buffer.bin"
+PROMPTS = "prompts.npy"
 
 
 def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
@@ -42,7 +46,11 @@ def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
 
     Raises: OSError as ``RunFolder.save_state``.
     """
-    writers = [loop.trainer.save, lambda partial: loop.buffer.snapshot(partial / SNAPSHOT)]
+    writers = [
+        loop.trainer.save,
+        lambda partial: loop.buffer.snapshot(partial / SNAPSHOT),
+        lambda partial: np.save(partial / PROMPTS, _prompt_sums(loop)),
+    ]
     state = loop.state() | {"sft_s": sft_s}
     folder.save_state(loop.iteration, writers, state, fingerprint=loop.trainer.fingerprint())
 
@@ -53,13 +61,38 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     Returns the seconds that SFT took, and a line that says which buffer the run continues with.
 
     Raises:
-        ValueError: there is no state, or it belongs to another model.
+        ValueError: there is no state, or it belongs to another model or to other prompts.
     """
     saved = folder.load_state(loop.trainer.fingerprint())
+    _check_prompts(loop, saved.folder / PROMPTS)
     loop.trainer.load(saved.folder)
     buffer, remark = resume(folder.buffer, saved.folder / SNAPSHOT, saved.iteration)
     loop.load_state(saved.state, buffer)
-    return float(saved.state["sft_s"]), remark
+    return float(saved.state["sft_s"]), f"{saved.remark}\n{remark}".strip()
+
+
+def _prompt_sums(loop: Loop) -> np.ndarray:
+    """A checksum of each training prompt, uint32 ``[n]``, in the order of the curriculum."""
+    texts = (f"{p.id}\0{p.text}\0{p.answer}" for p in loop.prompts.values())
+    return np.fromiter((zlib.crc32(text.encode(errors="replace")) for text in texts), np.uint32)
+
+
+def _check_prompts(loop: Loop, path: Path) -> None:
+    before, now = np.load(path), _prompt_sums(loop)
+    if np.array_equal(before, now):
+        return
+    both = min(len(before), len(now))
+    changed = np.flatnonzero(before[:both] != now[:both])
+    first = list(loop.prompts.values())[int(changed[0])] if len(changed) else None
+    said = f"{len(before)} training prompts then, {len(now)} now"
+    if first is not None:
+        said += f", {len(changed)} of the first {both} differ, such as prompt {first.id}"
+        said += f" ({first.text!r:.60})"
+    raise ValueError(
+        f"The prompts have changed since {path.parent} was saved: {said}. The run's success rates "
+        "belong to the old ones. Put the prompts back, or start a run with another name=... and "
+        "model.name set to this run's checkpoint"
+    )
 
 
 def start(path: Path, new_buffer: Callable[[Path], RolloutBuffer]) -> RolloutBuffer:

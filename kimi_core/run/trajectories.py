@@ -142,6 +142,11 @@ class TrajectoryFiles:
         self._trajectories.mkdir(exist_ok=True)
         write_atomically(self._trajectories / f"{iteration:06d}.jsonl", "".join(lines))
 
+    def read(self, iteration: int) -> list[TrajectoryRecord]:
+        """The records of an iteration; empty where none were written."""
+        path = self._trajectories / f"{iteration:06d}.jsonl"
+        return list(read_trajectories(path)) if path.is_file() else []
+
     def write_samples(self, iteration: int, records: Sequence[TrajectoryRecord]) -> None:
         """Write the first records to ``samples/000010.txt`` for a person to read."""
         self._samples.mkdir(exist_ok=True)

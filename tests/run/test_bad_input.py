@@ -9,41 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tiny_runs import TINY, make_folder
 
 import kimi_core
 from kimi_core import cli
-from kimi_core.models.load import load_model
 from kimi_core.reward.base import RewardError
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
 from kimi_core.run.dry_run import describe
 from kimi_core.run.run import train
-from kimi_core.tasks import multiply
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = """
-iterations = 2
-
-[model.scratch]
-layers = 1
-width = 16
-heads = 2
-context = 32
-
-[model]
-device = "cpu"
-
-[prompts]
-held_out = 4
-
-[rollout]
-prompts_per_iteration = 2
-samples_per_prompt = 2
-max_response_tokens = 8
-
-[evaluation]
-prompts = 2
-"""
 
 
 @pytest.fixture
@@ -121,14 +97,6 @@ def test_a_prompt_longer_than_the_context_is_named(run, tmp_path):
     folder = make_folder(tmp_path / "model")
     outcome = run(f"model.name={folder}", "prompts.source=p.jsonl", "prompts.held_out=1")
     assert_refused(outcome, "Prompt 1 has 42 tokens", "that is 50, and the model's context is 32")
-
-
-def make_folder(path: Path, width: int = 16, seed: int = 0) -> Path:
-    given = load_config("tiny.toml", [f"model.scratch.width={width}"])
-    model, tokenizer = load_model(given.model, alphabet=multiply.ALPHABET, seed=seed)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return path
 
 
 def test_a_model_folder_without_weights(run, tmp_path):

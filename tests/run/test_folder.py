@@ -82,7 +82,7 @@ def names(folder: Path) -> list[str]:
         ),
         trainer=st.fixed_dictionaries(
             {
-                "learning_rate": st.floats(1e-300, 1e300),
+                "learning_rate": st.floats(1e-300, 1),
                 "activation_checkpointing": st.booleans(),
                 "max_staleness": st.none() | st.integers(0),
             }
@@ -191,13 +191,13 @@ def test_a_state_comes_back_as_it_was_given(tmp_path: Path) -> None:
     assert (saved.folder / "x.bin").read_bytes() == b"x" * 9
 
 
-def test_only_the_newest_state_stays(tmp_path: Path) -> None:
+def test_the_newest_two_states_stay(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, Config()) as run:
         assert run.latest_state() is None
         for iteration in (0, 1, 9, 10):
             save(run, iteration)
         assert run.latest_state() == (10, tmp_path / "states" / "000010")
-        assert names(run.states) == ["000010"]
+        assert names(run.states) == ["000009", "000010"]
 
 
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
@@ -214,7 +214,8 @@ def test_the_state_being_replaced_counts_until_the_new_one_stands(tmp_path: Path
         old.rename(old.with_suffix(".old"))  # Killed between the two renames.
         assert run.load_state().state == {"i": 5}
         save(run, 6)
-        assert names(run.states) == ["000006"]
+        save(run, 7)
+        assert names(run.states) == ["000006", "000007"]
 
 
 def test_half_a_state_is_never_chosen(tmp_path: Path) -> None:
@@ -224,7 +225,75 @@ def test_half_a_state_is_never_chosen(tmp_path: Path) -> None:
         (run.states / "000006.tmp" / "state.json").write_bytes((whole / "state.json").read_bytes())
         assert run.latest_state() == (5, whole)
         save(run, 6)
-        assert names(run.states) == ["000006"]
+        assert names(run.states) == ["000005", "000006"]
+
+
+DAMAGES = {
+    "a bit of a file": lambda state: flip(state / "buffer.bin"),
+    "a digit of state.json": lambda state: flip(state / "state.json"),
+    "state.json cut": lambda state: cut(state / "state.json", 0.5),
+    "state.json empty": lambda state: cut(state / "state.json", 0),
+    "a file cut": lambda state: cut(state / "buffer.bin", 0.9),
+    "a file missing": lambda state: (state / "buffer.bin").unlink(),
+    "checksums empty": lambda state: cut(state / "checksums.json", 0),
+    "checksums missing": lambda state: (state / "checksums.json").unlink(),
+    "checksums of another kind": lambda state: (state / "checksums.json").write_text("[1]"),
+}
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_state_is_found_and_the_one_before_is_used(tmp_path: Path, damage) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 5)
+        damage(save(run, 6))
+    with RunFolder.resume(tmp_path, Config()) as run:
+        saved = run.load_state()
+        assert (saved.iteration, saved.state) == (5, {"i": 5})
+        assert "000006" in saved.remark and "continuing from the state of 5" in saved.remark
+        save(run, 6)  # It replaces the damaged one.
+        assert run.load_state().iteration == 6 and not run.load_state().remark
+        damage(run.states / "000005")
+        damage(run.states / "000006")
+        with pytest.raises(ValueError, match=r"000006.*000005.*Put the files back"):
+            run.load_state()
+
+
+@pytest.mark.parametrize("lost", [lambda path: path.unlink(), lambda path: path.write_text("[[")])
+def test_settings_that_are_lost_are_in_the_state(tmp_path: Path, lost) -> None:
+    config = Config(seed=3)
+    with RunFolder.create(tmp_path, config) as run:
+        save(run, 5)
+    lost(tmp_path / "config.toml")
+    with pytest.raises(ValueError, match="seed: saved 3, given 4"):
+        RunFolder.resume(tmp_path, Config(seed=4))
+    lost(tmp_path / "config.toml")
+    with RunFolder.resume(tmp_path, config) as run:
+        assert run.load_state().iteration == 5
+    assert load_config(tmp_path / "config.toml") == config
+
+
+def test_settings_that_errors_advise_to_change_may_change(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 1)
+    other = Config(trainer={"learning_rate": 1e-5}, reward={"workers": 8, "judge": {"url": "x"}})
+    with RunFolder.resume(tmp_path, other) as run:
+        assert run.changed == {
+            "trainer.learning_rate": [1e-4, 1e-5],
+            "reward.workers": [1, 8],
+            "reward.judge.url": ["", "x"],
+        }
+    with RunFolder.resume(tmp_path, other) as run:
+        assert not run.changed
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
@@ -271,7 +340,7 @@ def test_a_killed_save_loop_always_leaves_a_whole_state(tmp_path: Path) -> None:
             expected = i.to_bytes(8, "little") * 10_000
             assert (saved.folder / "buffer.bin").read_bytes() == expected
             save(run, i + 1)
-            assert names(run.states) == [f"{i + 1:06d}"]
+            assert names(run.states) == [f"{i:06d}", f"{i + 1:06d}"]
 
 
 NO_ROOM = """

@@ -162,9 +162,9 @@ def test_on_a_terminal_the_line_is_replaced(tmp_path: Path) -> None:
 def test_summary_adds_up_over_all_lines(tmp_path: Path) -> None:
     run(tmp_path, range(1, 4))
     output = io.StringIO()
-    metrics = writer(tmp_path, output, start_iteration=3)
+    metrics = writer(tmp_path, output, start_iteration=3, sft_s=10.0)
     metrics.evaluation(replace(EVALUATION, iteration=3, accuracy_greedy=0.9))
-    metrics.close(sft_s=10.0)
+    metrics.close()
     metrics.close()  # Once is enough, as leaving `with` after an explicit close does.
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["iterations"] == 3
