@@ -71,10 +71,13 @@ def build(config: Config) -> Parts:
     freeze_below(model, config.trainer.trainable_layers)
     codec = Codec(tokenizer, config.rollout.stop, model)
     encoded = {prompt.id: codec.encode_prompt(prompt) for prompt in everything}
-    _check_context(model, encoded, config)
-    engine, publisher = _engine(model, config.rollout)
+    longest = _check_context(model, encoded, config)
+    engine, publisher = _engine(model, config.rollout, longest)
     policy = Policy(
-        model, temperature=config.rollout.temperature, head_chunk=config.trainer.head_chunk
+        model,
+        temperature=config.rollout.temperature,
+        head_chunk=config.trainer.head_chunk,
+        longest=longest,
     )
     tokens, trajectories = buffer_size(list(encoded.values()), config.rollout)
     new_buffer = partial(
@@ -110,10 +113,13 @@ def build(config: Config) -> Parts:
     )
 
 
-def _engine(model: PreTrainedModel, rollout: RolloutConfig) -> tuple[Engine, Publisher]:
+def _engine(
+    model: PreTrainedModel, rollout: RolloutConfig, longest: int
+) -> tuple[Engine, Publisher]:
     """The engine, and the publisher that takes the trainer's weights to it."""
     if rollout.engine == "torch":
-        return TorchEngine(module_to_read(model), batch_rows=rollout.batch_rows), InPlace()
+        read = module_to_read(model)
+        return TorchEngine(read, batch_rows=rollout.batch_rows, longest=longest), InPlace()
     size = rollout.vllm.args.get("tensor_parallel_size", 1)
     publisher = ArenaPublisher(model.config, model.dtype, tp_size=size)
     # vLLM is neither loaded nor started before the first response is asked for.
@@ -165,7 +171,12 @@ def alphabet(config: Config) -> str:
     return multiply.ALPHABET
 
 
-def _check_context(model: PreTrainedModel, encoded: dict[int, np.ndarray], config: Config) -> None:
+def _check_context(model: PreTrainedModel, encoded: dict[int, np.ndarray], config: Config) -> int:
+    """Tokens of the longest prompt with the longest response.
+
+    Raises:
+        ValueError: they do not fit into the model's context.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(encoded, key=lambda key: len(encoded[key]))
     needed = len(encoded[longest]) + config.rollout.max_response_tokens
@@ -175,3 +186,4 @@ def _check_context(model: PreTrainedModel, encoded: dict[int, np.ndarray], confi
             f"rollout.max_response_tokens = {config.rollout.max_response_tokens} that is {needed}, "
             f"and the model's context is {context}: shorten the prompt or lower the limit"
         )
+    return needed

@@ -61,6 +61,7 @@ def micro_batches(
     *,
     max_tokens: int,
     share_prompts: bool = False,
+    pack: bool = True,
     device: torch.device | str = "cpu",
 ) -> Iterator[MicroBatch]:
     """Lay ``sequences`` of ``batch`` into micro-batches of at most ``max_tokens`` tokens.
@@ -74,6 +75,7 @@ def micro_batches(
         sequences: indices into the batch; sequences without a wanted token are left out.
         max_tokens: most rows times columns.
         share_prompts: lay a prompt once for all its responses, if that halves their tokens.
+        pack: lay several sequences into a row; otherwise each has a row, padded at its end.
         device: where the tensors go.
     """
     starts = batch.cu_seqlens[:-1]
@@ -86,7 +88,11 @@ def micro_batches(
     blocks.sort(key=lambda block: (-block.length, block.sequences))
     while blocks:
         width = blocks[0].length
-        rows, blocks = _fill_rows(blocks, width, max(1, max_tokens // width))
+        most = max(1, max_tokens // width)
+        if pack:
+            rows, blocks = _fill_rows(blocks, width, most)
+        else:
+            rows, blocks = [[block] for block in blocks[:most]], blocks[most:]
         yield _lay_out(batch, wanted, rows, width, device)
 
 

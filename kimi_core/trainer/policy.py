@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from kimi_core.kernels import Head, OmdLoss, linear_logprob, omd_loss
+from kimi_core.models.switches import length_to_check
 from kimi_core.trainer.objectives import Responses
-from kimi_core.trainer.packing import MicroBatch
-from kimi_core.types import Normalize
+from kimi_core.trainer.packing import MicroBatch, micro_batches
+from kimi_core.types import Batch, Normalize
 
 
 class Policy(nn.Module):
@@ -28,13 +30,22 @@ class Policy(nn.Module):
         model: any ``AutoModelForCausalLM``.
         temperature: the temperature that the tokens were sampled with.
         head_chunk: rows of logits that exist at once.
+        longest: tokens of the longest sequence of the run, if it is known; the check crosses the
+            windows and original contexts that such sequences cross.
 
     Raises:
-        ValueError: the model is sharded already, or its logits are not made from its last hidden
-            state in a known way.
+        ValueError: the model is sharded already, its logits are not made from its last hidden state
+            in a known way, or its log-probs depend on what else is in a batch.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float, head_chunk: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float,
+        head_chunk: int,
+        longest: int | None = None,
+    ) -> None:
         super().__init__()
         if any(isinstance(module, FSDPModule) for module in model.modules()):
             raise ValueError(
@@ -53,6 +64,8 @@ class Policy(nn.Module):
             getattr(text, "logits_scaling", None) or 1.0
         )
         self._check_head()
+        self.packs = self._rows_may_be_packed(length_to_check(model, longest))
+        """Whether sequences may share a row. Some models do not tell them apart by positions."""
 
     def forward(
         self,
@@ -129,7 +142,8 @@ class Policy(nn.Module):
 
         Not with sliding windows, because the layers then need different masks.
         """
-        return getattr(self.model.config.get_text_config(), "sliding_window", None) is None
+        text = self.model.config.get_text_config()
+        return self.packs and getattr(text, "sliding_window", None) is None
 
     def _mask(self, micro: MicroBatch) -> Tensor | None:
         """Additive ``[r, 1, l, l]``, as eager and SDPA attention take it, or None."""
@@ -141,14 +155,68 @@ class Policy(nn.Module):
         return mask_rll[:, None]
 
     @torch.no_grad()
+    def _rows_may_be_packed(self, length: int) -> bool:
+        """Compare log-probs of sequences in micro-batches with those of each sequence alone.
+
+        Raises:
+            ValueError: they differ even if each sequence has a row.
+        """
+        lengths = [length, max(3, length // 2), 5, 3]
+        vocabulary = self._head.weight.shape[0]
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(min(3, vocabulary - 1), vocabulary, sum(lengths)).astype(np.int32)
+        edges = np.cumsum([0, *lengths]).astype(np.int32)
+        blank = np.zeros(len(tokens), np.float32)
+        batch = Batch(tokens, blank, blank.astype(np.uint8), blank.astype(np.int32), edges)
+        wanted = np.ones(len(tokens), bool)
+        wanted[edges[:-1]] = False
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            alone = self._logprobs_in(batch, wanted, max_tokens=1, pack=False)
+            for pack in (True, False):
+                found = self._logprobs_in(batch, wanted, max_tokens=sum(lengths), pack=pack)
+                gap = np.abs(found - alone)[wanted]
+                if self._head.weight.dtype in (torch.float32, torch.float64):
+                    same = gap.max() <= 3e-5 * (1 + np.abs(alone[wanted]).max())
+                else:
+                    same = gap.mean() <= 0.05
+                if same:
+                    return pack
+        finally:
+            self.model.train(was_training)
+        raise ValueError(
+            f"Cannot train {type(self.model).__name__}: its log-probs of a sequence change by up "
+            f"to {gap.max():.3g} nats with what else is in the batch; take a causal model (Llama, "
+            "Qwen, Mistral, GPT-2, Gemma and the like)"
+        )
+
+    def _logprobs_in(
+        self, batch: Batch, wanted: np.ndarray, *, max_tokens: int, pack: bool
+    ) -> np.ndarray:
+        """Log-probs of the wanted tokens, float64 ``[T]``, computed in micro-batches."""
+        found = np.zeros(len(wanted))
+        rows = {"max_tokens": max_tokens, "pack": pack, "device": self._head.weight.device}
+        for micro in micro_batches(batch, wanted, range(len(batch)), **rows):
+            found[micro.source_t.cpu().numpy()] = self.logprobs(micro).double().cpu().numpy()
+        return found
+
+    @torch.no_grad()
     def _check_head(self) -> None:
         device = self._head.weight.device
         ids = torch.arange(min(8, self._head.weight.shape[0]), device=device)[None]
         was_training = self.model.training
         self.model.eval()
         theirs = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        body = self.model.base_model(input_ids=ids, use_cache=False)
         self.model.train(was_training)
+        if not hasattr(body, "last_hidden_state"):
+            raise ValueError(
+                f"Cannot train {type(self.model).__name__}: its body gives "
+                f"{type(body).__name__} without a last hidden state; take the class of its text "
+                "model alone"
+            )
+        hidden = body.last_hidden_state[0]
         ours = self._head(hidden).float() * self._scale
         if self._softcap is not None:
             ours = self._softcap * torch.tanh(ours / self._softcap)

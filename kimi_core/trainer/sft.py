@@ -102,9 +102,8 @@ def _accumulate(policy: Policy, weights: MasterWeights, batch: Batch, max_tokens
     counted = batch.mask > 0
     total = 0.0
     device = policy.model.device
-    for micro in micro_batches(
-        batch, counted, range(len(batch)), max_tokens=max_tokens, device=device
-    ):
+    rows = {"max_tokens": max_tokens, "pack": policy.packs, "device": device}
+    for micro in micro_batches(batch, counted, range(len(batch)), **rows):
         loss = -policy.logprobs(micro).sum() / int(counted.sum())
         loss.backward()
         weights.add_gradients()

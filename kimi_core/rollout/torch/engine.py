@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from inspect import signature
 from itertools import groupby, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kimi_core.models.switches import length_to_check, switches
 from kimi_core.rollout.engine import check_newer, check_request
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.rollout.torch import attention
@@ -50,12 +52,21 @@ class TorchEngine:
             batch decoded through the cache has the logits of a plain forward pass.
         batch_rows: sequences decoded together at most.
         policy_version: the version written on every segment.
+        longest: tokens of the longest sequence of the run, if it is known; the check crosses the
+            windows and original contexts that such sequences cross.
 
     Raises:
         ValueError: the model keeps a state other than keys and values, or the check fails.
     """
 
-    def __init__(self, model: PreTrainedModel, *, batch_rows: int, policy_version: int = 0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_rows: int,
+        policy_version: int = 0,
+        longest: int | None = None,
+    ):
         if batch_rows < 1:
             raise ValueError(f"batch_rows = {batch_rows}: at least 1 row is needed")
         self.model = model
@@ -65,12 +76,15 @@ class TorchEngine:
         self.windows, self.max_positions = _attention_layers(model)
         self.embedding = model.get_input_embeddings()
         self.plain_head = True
+        # transformers renames the argument; models from before 5.24 have the old name alone.
+        takes = signature(model.base_model.forward).parameters
+        self.cache_argument = "cache" if "cache" in takes else "past_key_values"
         self.split = (
             model.config._attn_implementation == "sdpa" and model._supports_attention_backend
         )
         self.position_bytes = WORTH_A_COHORT  # Until it is known.
         with self._lent():
-            self._check_model()
+            self._check_model(length_to_check(model, longest))
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         """Extend every request by at most its budget; yield segments as they are complete.
@@ -213,13 +227,10 @@ class TorchEngine:
         last_b: torch.Tensor | None,
     ) -> torch.Tensor:
         """Logits ``[b, V]`` at position ``last_b`` of each row; None: at the only position."""
-        inputs = dict(
-            input_ids=ids_bs,
-            position_ids=positions_bs,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=True,
+        inputs: dict[str, Any] = dict(
+            input_ids=ids_bs, position_ids=positions_bs, attention_mask=mask, use_cache=True
         )
+        inputs[self.cache_argument] = cache
         rows = range(len(ids_bs))
         if self.plain_head:
             hidden_bsd = self.model.base_model(**inputs).last_hidden_state
@@ -258,22 +269,22 @@ class TorchEngine:
         return torch.from_numpy(array).to(self.embedding.weight.device, non_blocking=True)
 
     @torch.inference_mode()
-    def _check_model(self) -> None:
-        """Decode two rows of different lengths with the cache and compare without it.
-
-        The longer row is longer than every window and every original context of the config.
-        """
-        switches = _switches(self.model, self.windows)
-        length = max([12, *(switch + 4 for switch in switches)])
-        length = min(length, self.max_positions or length)
+    def _check_model(self, length: int) -> None:
+        """Decode two rows, of ``length`` tokens and half as many, with the cache and without."""
         tokens = np.random.default_rng(0).integers(self.embedding.num_embeddings, size=length)
         contexts = [tokens, tokens[: length // 2]]
         last = {"logits_to_keep": 1}
         if "logits_to_keep" not in signature(self.model.forward).parameters:
             last = {}
-        expected = [
-            self.model(input_ids=self._tensor(c)[None], **last).logits[0, -1] for c in contexts
-        ]
+        try:
+            expected = [
+                self.model(input_ids=self._tensor(c)[None], **last).logits[0, -1] for c in contexts
+            ]
+        except (AttributeError, AssertionError, IndexError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"The embedded engine cannot run {type(self.model).__name__}: a forward pass of "
+                f"{length} tokens ended with {type(error).__name__}: {error}"
+            ) from error
         expected_bv = torch.stack(expected).float()
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
         # A model that ignores our attention gives wrong logits with two cohorts.
@@ -284,7 +295,14 @@ class TorchEngine:
                 logits_bv, cache = self._decode_last(contexts)
             except torch.OutOfMemoryError:
                 raise
-            except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            except (
+                AttributeError,
+                AssertionError,
+                IndexError,
+                TypeError,
+                ValueError,
+                RuntimeError,
+            ) as error:
                 reason = f"{type(error).__name__}: {error}"
                 continue
             error_max = (logits_bv.float() - expected_bv).abs().max()
@@ -294,7 +312,7 @@ class TorchEngine:
         raise ValueError(
             f"The embedded engine cannot run {type(self.model).__name__}: decoding with its cache "
             f"differs from a plain forward pass ({reason}; rows of {length} and {length // 2} "
-            f"tokens; windows and original contexts of the config: {sorted(switches) or 'none'}"
+            f"tokens; windows and original contexts: {sorted(switches(self.model)) or 'none'}"
             f"{'; it has ALiBi' if _has_alibi(self.model) else ''}). It needs a causal model whose "
             "only state is the keys and values of all positions or of a sliding window, and that "
             "takes position_ids and a 4D mask. Use such a model (Llama, Qwen, Mistral, GPT-2, "
@@ -364,19 +382,6 @@ def _attention_layers(model: PreTrainedModel) -> tuple[list[int | None], int | N
         )
     windows = [layer.get_max_length() if layer.is_sliding else None for layer in layers]
     return windows, getattr(config, "max_position_embeddings", None)
-
-
-def _switches(model: PreTrainedModel, windows: list[int | None]) -> set[int]:
-    """Lengths within the context after which the model computes something else."""
-    config = model.config.get_text_config(decoder=True)
-    found = {window for window in windows if window is not None}
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    # Some configs keep the settings of each type of layer apart.
-    for settings in (vars(config), rope, *rope.values()):
-        if isinstance(settings, dict):
-            found.add(settings.get("original_max_position_embeddings") or 0)
-    context = getattr(config, "max_position_embeddings", None)
-    return {switch for switch in found if switch and (context is None or switch < context)}
 
 
 def _has_alibi(model: PreTrainedModel) -> bool:
