@@ -27,6 +27,7 @@ def length_to_check(model: PreTrainedModel, longest: int | None) -> int:
     Args:
         longest: tokens of the longest sequence of a run; None: not known.
     """
-    length = max([12, *(switch + 4 for switch in switches(model))])
+    crossed = [switch for switch in switches(model) if longest is None or switch < longest]
+    length = max([12, *(switch + 4 for switch in crossed)])
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return min(length, context or length, max(12, longest or length))
+    return min(length, context or length)

@@ -161,7 +161,10 @@ class Policy(nn.Module):
         Raises:
             ValueError: they differ even if each sequence has a row.
         """
-        lengths = [length, max(3, length // 2), 5, 3]
+        # The longest fills a row. The next crosses as much, and shares its row with the others.
+        text = self.model.config.get_text_config()
+        longest = min(length + 8, getattr(text, "max_position_embeddings", None) or length + 8)
+        lengths = [longest, longest - 8, 5, 3]
         vocabulary = self._head.weight.shape[0]
         rng = np.random.default_rng(0)
         tokens = rng.integers(min(3, vocabulary - 1), vocabulary, sum(lengths)).astype(np.int32)

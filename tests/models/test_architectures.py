@@ -50,8 +50,8 @@ def test_the_check_crosses_what_a_run_crosses_and_no_more():
     )
     model = LlamaForCausalLM(config)
     assert length_to_check(model, None) == 504
-    assert length_to_check(model, 100) == 100
-    assert length_to_check(model, 5000) == 504
+    assert length_to_check(model, 100) == 12
+    assert length_to_check(model, 501) == length_to_check(model, 5000) == 504
     assert length_to_check(LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)), 9) == 12
 
 
