@@ -9,13 +9,18 @@ from kimi_core.prompts.load import TextExample
 from kimi_core.prompts.messages import question
 from kimi_core.types import Prompt
 
+QUOTED_WORDS = 8
+"""A held-out prompt of at least so many words is looked for inside longer texts, too. A shorter one
+stands in other texts by chance."""
+
 
 def overlaps(
     train: Sequence[Prompt], held_out: Sequence[Prompt], examples: Iterable[TextExample]
 ) -> list[str]:
     """A sentence for each kind of overlap, with its count; empty if there is none.
 
-    Texts are compared in any case and with any white space (see ``normalized``).
+    Texts are compared in any case, with any white space, and without punctuation at the ends of
+    words (see ``normalized``).
 
     Args:
         train: the prompts that RL trains on.
@@ -25,21 +30,47 @@ def overlaps(
     held: dict[str, set[str]] = defaultdict(set)
     for one in held_out:
         held[normalized(one.text)].add(normalized(one.answer))
+    quotes = Quotes(held)
     trained = {normalized(prompt.text) for prompt in train}
     twice = sum(normalized(prompt.text) in trained for prompt in held_out)
+    quoting = sum(bool(quotes.inside(text)) for text in trained - held.keys())
     asked = answered = 0
     for prompt, response in examples:
         text = normalized(prompt if isinstance(prompt, str) else question(prompt))
-        asked += text in held
-        answered += any(_has(normalized(response), answer) for answer in held.get(text, ()))
-    found = []
+        response = normalized(response)
+        found = {text} & held.keys() | quotes.inside(text) | quotes.inside(response)
+        asked += bool(found)
+        answered += any(_has(response, answer) for one in found for answer in held[one])
+    said = []
     if twice:
-        found.append(f"{twice} of {len(held_out)} held-out prompts are also training prompts")
+        said.append(f"{twice} of {len(held_out)} held-out prompts are also training prompts")
+    if quoting:
+        said.append(f"{quoting} training prompts contain a held-out prompt")
     if asked:
-        found.append(
+        said.append(
             f"{asked} SFT examples have a held-out prompt, {answered} of them with its answer"
         )
-    return found
+    return said
+
+
+class Quotes:
+    """Finds texts inside longer ones, in time that grows with the longer ones alone."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._by_start: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for text in texts:
+            words = text.split()
+            if len(words) >= QUOTED_WORDS:
+                self._by_start[tuple(words[:QUOTED_WORDS])].append(text)
+
+    def inside(self, text: str) -> set[str]:
+        """Those of the texts that stand in a longer one. All are ``normalized``."""
+        if not self._by_start:
+            return set()
+        words = text.split()
+        starts = range(len(words) - QUOTED_WORDS + 1)
+        candidates = (self._by_start.get(tuple(words[i : i + QUOTED_WORDS]), ()) for i in starts)
+        return {one for some in candidates for one in some if one in text}
 
 
 def _has(text: str, answer: str) -> bool:
@@ -48,9 +79,13 @@ def _has(text: str, answer: str) -> bool:
 
 
 def normalized(text: str) -> str:
-    """``text`` without differences of case, white space and Unicode form.
+    """``text`` without differences of case, white space, Unicode form and punctuation around words.
 
-    >>> normalized("What  is\\n３+4?") == normalized("what is 3+4?")
+    >>> normalized("What  is\\n３+4 ?") == normalized("“What is 3+4.”")
     True
     """
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    words = unicodedata.normalize("NFKC", text).casefold().split()
+    return " ".join(filter(None, (word.strip(PUNCTUATION) for word in words)))
+
+
+PUNCTUATION = ".,;:!?\"'`“”‘’«»()[]{}*_"

@@ -21,6 +21,7 @@ from rich.console import Console
 from kimi_core.config import Config
 from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics
+from kimi_core.prompts.load import TextExample
 from kimi_core.prompts.messages import in_chat
 from kimi_core.prompts.overlap import overlaps
 from kimi_core.run import state
@@ -58,6 +59,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         if resume:
             sft_s, remark = state.restore(parts.loop, folder)
             console.print(remark, highlight=False, soft_wrap=True)
+            say_overlaps(parts, config, console)
         else:
             parts.loop.buffer = state.start(folder.buffer, parts.new_buffer)
             started = perf_counter()
@@ -85,12 +87,8 @@ def fine_tune(parts: Parts, config: Config, console: Console) -> None:
         ValueError: the data is unknown, missing or malformed.
         TrainingDiverged: a loss is not finite.
     """
-    is_on = config.sft.data != "none" and config.sft.steps > 0
-    pairs = sft_examples(config, parts.train_prompts) if is_on else []
-    held_out = parts.evaluator.prompts
-    for sentence in overlaps(parts.train_prompts, held_out, pairs):
-        console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
-    if not is_on:
+    pairs = say_overlaps(parts, config, console)
+    if not pairs:
         return
     examples = [
         parts.codec.encode_example(in_chat(prompt, config.prompts), response)
@@ -103,6 +101,15 @@ def fine_tune(parts: Parts, config: Config, console: Console) -> None:
             console.print(f"sft {step}/{config.sft.steps}  loss {loss:.3f}", highlight=False)
 
     train_sft(parts.model, examples, config.sft, config.trainer, seed=config.seed, report=report)
+
+
+def say_overlaps(parts: Parts, config: Config, console: Console) -> list[TextExample]:
+    """Say where the data overlap; return the examples of SFT, none if it is off."""
+    is_on = config.sft.data != "none" and config.sft.steps > 0
+    pairs = sft_examples(config, parts.train_prompts) if is_on else []
+    for sentence in overlaps(parts.train_prompts, parts.evaluator.prompts, pairs):
+        console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
+    return pairs
 
 
 def fine_tune_alone(config: Config) -> Path:

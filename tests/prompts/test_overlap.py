@@ -35,6 +35,30 @@ def test_examples_with_held_out_prompts_and_answers_are_counted():
     ]
 
 
+LONG = "A train leaves the station at nine and arrives at noon: how long does it take?"
+
+
+def test_punctuation_around_words_makes_no_difference():
+    train, held_out = prompts("“What is 3+4?”"), prompts("what is 3+4")
+    assert overlaps(train, held_out, []) == ["1 of 1 held-out prompts are also training prompts"]
+    assert overlaps(prompts("what is 3-4"), held_out, []) == []
+
+
+def test_long_prompts_are_found_inside_longer_texts():
+    quoted = f"Example. {LONG.upper()} Three hours. Now you."
+    assert overlaps(prompts(quoted), prompts(LONG), []) == [
+        "1 training prompts contain a held-out prompt"
+    ]
+    examples = [("Solve.", f"{LONG} It takes 12."), (quoted, "?"), (LONG[:-20], "12")]
+    assert overlaps([], prompts(LONG), examples) == [
+        "2 SFT examples have a held-out prompt, 1 of them with its answer"
+    ]
+
+
+def test_short_prompts_stand_in_other_texts_by_chance():
+    assert overlaps([], prompts("three times four"), [("three times four is", "12")]) == []
+
+
 def test_a_run_says_it_before_anything_is_trained(tmp_path):
     _, held_out = split(multiply.prompts(), 6, 0)
     pairs = tmp_path / "sft.jsonl"
@@ -51,3 +75,6 @@ def test_a_run_says_it_before_anything_is_trained(tmp_path):
     said = printed.getvalue()
     assert f"{len(held_out)} SFT examples have a held-out prompt, {len(held_out)} of them" in said
     assert said.index("held-out prompt") < said.index("sft 1/1")
+    again = StringIO()
+    train(load_config(None, overrides), resume=True, console=Console(file=again, width=200))
+    assert "SFT examples have a held-out prompt" in again.getvalue()
