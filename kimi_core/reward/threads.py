@@ -74,7 +74,7 @@ def call_all(
             if index not in results and now - start > timeout_s:
                 results[index] = InfrastructureError(f"{what} did not return in {timeout_s:g} s")
                 begin()
-            elif index not in results | dict.fromkeys(named) and now - start > SAY_AFTER_S:
+            elif index not in results and index not in named and now - start > SAY_AFTER_S:
                 named.add(index)
                 log.warning("Waiting for %s, which has taken %.0f s", what, now - start)
     ordered = [results[index] for index in range(len(given))]

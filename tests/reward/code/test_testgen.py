@@ -17,7 +17,7 @@ from kimi_core.reward.code import testgen
 from kimi_core.reward.code.reward import CodeReward
 from kimi_core.reward.code.runner import Runner
 from kimi_core.reward.code.testgen import ProblemSource, decide, main, make_tests, read_sources
-from kimi_core.sandbox import Limits, Pool, SandboxUnavailable, Status
+from kimi_core.sandbox import Limits, Status
 
 GOOD = "n = int(input())\nprint(sum(map(int, input().split())))"
 ALSO_GOOD = "input()\ntotal = 0\nfor x in input().split(): total += int(x)\nprint(total, end='')"
@@ -116,18 +116,10 @@ class TestDecision:
 
 
 class TestGeneration:
-    @pytest.fixture(params=["plain", "sandbox"])
-    def runner(self, request):
+    @pytest.fixture
+    def runner(self, run):
         pytest.importorskip("cyaron", reason="needs pip install 'kimi-core[testgen]'")
-        if request.param == "plain":
-            yield Runner(plain_run)
-            return
-        try:
-            pool = Pool(2)
-        except SandboxUnavailable as error:
-            pytest.skip(f"no sandbox on this machine: {error}")
-        with pool:
-            yield Runner(pool.run)
+        return Runner(run)
 
     def test_good_submissions(self, runner, monkeypatch):
         few(monkeypatch, 5)
