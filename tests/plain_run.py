@@ -4,6 +4,7 @@ So the rules of the reward and the service are tested on machines without bubble
 beside this one test them in the sandbox where there is one.
 """
 
+import errno
 import subprocess
 import sys
 import tempfile
@@ -32,15 +33,7 @@ def plain_run(
             Path(folder, "main.py").write_text(program)
             argv = [sys.executable, "-I", "main.py"]
         try:
-            done = subprocess.run(
-                argv,
-                input=stdin,
-                cwd=folder,
-                env={"PATH": "/usr/bin:/bin"},
-                capture_output=True,
-                timeout=limits.wall_s,
-                check=False,
-            )
+            done = _run(argv, stdin, folder, limits.wall_s)
         except subprocess.TimeoutExpired:
             return result(Status.TIME, exit_code=None)
     status = Status.RUNTIME if done.returncode else Status.OK
@@ -48,6 +41,24 @@ def plain_run(
         status = Status.OUTPUT
     kept = done.stdout[: limits.output_bytes]
     return result(status, kept, done.stderr, exit_code=done.returncode)
+
+
+def _run(argv: Sequence[str], stdin: bytes, folder: str, wall_s: float):
+    while True:
+        try:
+            return subprocess.run(
+                argv,
+                input=stdin,
+                cwd=folder,
+                env={"PATH": "/usr/bin:/bin"},
+                capture_output=True,
+                timeout=wall_s,
+                check=False,
+            )
+        except OSError as error:
+            # A fork of another thread may still hold the file open for writing.
+            if error.errno != errno.ETXTBSY:
+                raise
 
 
 def result(
