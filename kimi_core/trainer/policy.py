@@ -178,7 +178,9 @@ class Policy(nn.Module):
         try:
             alone = self._logprobs_in(batch, wanted, max_tokens=1, pack=False)
             for pack in (True, False):
-                found = self._logprobs_in(batch, wanted, max_tokens=sum(lengths), pack=pack)
+                # All in one micro-batch: a rope may follow the longest sequence of a batch.
+                together = len(lengths) * longest
+                found = self._logprobs_in(batch, wanted, max_tokens=together, pack=pack)
                 gap = np.abs(found - alone)[wanted]
                 if self._head.weight.dtype in (torch.float32, torch.float64):
                     same = gap.max() <= 3e-5 * (1 + np.abs(alone[wanted]).max())

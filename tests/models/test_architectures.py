@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sweep_architectures import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, build, sweep, trainer_error
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from kimi_core.models.switches import length_to_check
 from kimi_core.trainer.policy import Policy
@@ -71,3 +71,27 @@ def test_a_model_that_sees_padding_is_refused():
     model.model.norm = Leaky(model.model.norm)
     with pytest.raises(ValueError, match="what else is in the batch"):
         Policy(model, temperature=1.0, head_chunk=64)
+
+
+def test_a_rope_that_follows_the_longest_sequence_of_a_batch_is_refused():
+    longrope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        original_max_position_embeddings=24,
+        rope_parameters={"rope_theta": 1e4, "original_max_position_embeddings": 24, **longrope},
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() > 1 else 1)
+    with pytest.raises(ValueError, match="what else is in the batch"):
+        Policy(model, temperature=1.0, head_chunk=64)
+    assert Policy(model, temperature=1.0, head_chunk=64, longest=20).packs
