@@ -2,8 +2,10 @@
 
 Every test runs in a fresh sandbox, and the verdict is reached outside of it:
 
-* A test with standard input gives the program its input, and the output is compared here. The
-  expected output never enters the sandbox.
+* A test with standard input gives the program its input. The output is compared here, or judged by
+  the problem's checker in a sandbox without the program. The expected output never enters the
+  program's sandbox.
+* A call is made in a sandbox, and its result is compared here.
 * A check (asserts about a function) is split. The program answers calls in one sandbox, and the
   answers, plain data, are judged elsewhere: here, if the asserts compare them with literals
   (``literals``), otherwise by the asserts in a second sandbox, without the program
