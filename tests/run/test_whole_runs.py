@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -229,7 +230,11 @@ class TestFunctionsThatNeverReturn:
         )
         command = [sys.executable, "-m", "kimi_core.cli", "train", "tiny.toml", "sft.steps=2"]
         settings = ["reward.function=reward.py:f", f"reward.workers={workers}"]
-        with subprocess.Popen([*command, *settings], stderr=subprocess.PIPE) as process:
+        # A shell without job control lets its background jobs ignore SIGINT, and children inherit.
+        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(
+            [*command, *settings], stderr=subprocess.PIPE, preexec_fn=default
+        ) as process:
             try:
                 deadline = time.monotonic() + 120
                 while not Path("waits").exists():
