@@ -232,7 +232,7 @@ class Loop:
                 [[t.response_length for t in group.trajectories] for group in groups]
             ),
             tokens_sampled=rollout.tokens,
-            tokens_per_s=rollout.tokens / max(seconds["rollout_s"], 1e-9),
+            tokens_per_s=rollout.tokens_drawn / max(seconds["rollout_s"], 1e-9),
             decode_steps=rollout.decode_steps,
             trajectories_finished=rollout.finished_now,
             trajectories_unfinished=rollout.unfinished,

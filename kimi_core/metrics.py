@@ -113,10 +113,21 @@ class SettingChange:
     now: Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """A run goes on from a state."""
+
+    iteration: int
+    """Iterations done in that state."""
+    lost_s: float
+    """Seconds of iterations and evaluations after that state, which run a second time."""
+
+
 KINDS: dict[str, type] = {
     "iteration": IterationMetrics,
     "evaluation": EvaluationMetrics,
     "change": SettingChange,
+    "resume": Resumption,
 }
 """``kind`` of a line of ``metrics.jsonl`` → what the line holds."""
 
@@ -146,12 +157,18 @@ def summarize(
     evaluations: Sequence[EvaluationMetrics],
     *,
     sft_s: float = 0.0,
+    lost_s: float = 0.0,
 ) -> dict[str, Any]:
-    """The content of ``summary.json``; an evaluation is None if there was none."""
+    """The content of ``summary.json``; an evaluation is None if there was none.
+
+    Args:
+        sft_s: seconds of SFT.
+        lost_s: seconds of what ran a second time after a resume.
+    """
     spans_s = [m.wall_s for m in iterations] + [e.wall_s for e in evaluations]
     return {
         "iterations": iterations[-1].iteration if iterations else 0,
-        "wall_s": sft_s + sum(span for span in spans_s if math.isfinite(span)),
+        "wall_s": sft_s + lost_s + sum(span for span in spans_s if math.isfinite(span)),
         "tokens_sampled": sum(m.tokens_sampled for m in iterations),
         "samples_trained": sum(m.samples_trained for m in iterations),
         "infrastructure_errors": sum(m.infrastructure_errors for m in iterations),

@@ -43,6 +43,8 @@ class Rollout:
     """Tokens sampled in this phase."""
     decode_steps: int
     """Decode steps of this process."""
+    tokens_drawn: int
+    """Those of them that this process has sampled, and not one before a resume."""
 
     @property
     def unfinished(self) -> int:
@@ -95,7 +97,8 @@ def roll_out(
         for segment in segments:
             added.setdefault(segment.trajectory_id, []).append(segment)
     after = [_extended(one, added.get(one.trajectory_id, ())) for one in before]
-    return _report(after, version, engine.decode_steps - steps_before)
+    drawn = sum(len(segment) for segments in added.values() for segment in segments)
+    return _report(after, version, engine.decode_steps - steps_before, drawn)
 
 
 def _append(buffer: RolloutBuffer, segments: Sequence[Segment]) -> None:
@@ -128,7 +131,9 @@ def _extended(one: Trajectory, segments: Sequence[Segment]) -> Trajectory:
     )
 
 
-def _report(after: Sequence[Trajectory], version: int, decode_steps: int) -> Rollout:
+def _report(
+    after: Sequence[Trajectory], version: int, decode_steps: int, tokens_drawn: int
+) -> Rollout:
     open_lengths: dict[int, list[int]] = {}
     sampled = [int(np.count_nonzero(one.policy_versions == version)) for one in after]
     for one in after:
@@ -142,6 +147,7 @@ def _report(after: Sequence[Trajectory], version: int, decode_steps: int) -> Rol
         repeat_stops=reasons.count("repeat"),
         tokens=sum(sampled),
         decode_steps=decode_steps,
+        tokens_drawn=tokens_drawn,
     )
 
 

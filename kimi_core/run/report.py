@@ -65,7 +65,10 @@ class Report:
         self.folder = Path(folder)
         self.console = console or Console()
         path = self.folder / "metrics.jsonl"
-        _cut_after(path, start_iteration)
+        resumed = path.exists()
+        cut_s = _cut_after(path, start_iteration)
+        earlier = [record for _, record in read_lines(path) if record["kind"] == "resume"]
+        self._lost_s = cut_s + sum(record["lost_s"] for record in earlier)
         self.iterations, self.evaluations = read_metrics(path)
         self._sft_s = sft_s
         self._sinks: list[Sink] = [
@@ -74,9 +77,12 @@ class Report:
             ProgressLines(self.console, start_iteration, total_iterations),
         ]
         self._closed = False
+        here = {"iteration": start_iteration}
+        lines = [{"kind": "resume", **here, "lost_s": cut_s}] if resumed else []
         for key, (before, now) in changed.items():
-            line = {"kind": "change", "iteration": start_iteration, "setting": key}
-            append_line(path, json.dumps(line | {"before": before, "now": now}) + "\n")
+            lines.append({"kind": "change", **here, "setting": key, "before": before, "now": now})
+        for line in lines:
+            append_line(path, json.dumps(line) + "\n")
 
     def iteration(self, metrics: IterationMetrics) -> None:
         """Report an iteration.
@@ -99,7 +105,9 @@ class Report:
         self._closed = True
         for sink in self._sinks:
             sink.close()
-        summary = summarize(self.iterations, self.evaluations, sft_s=self._sft_s)
+        summary = summarize(
+            self.iterations, self.evaluations, sft_s=self._sft_s, lost_s=self._lost_s
+        )
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         from kimi_core.run.curves import draw_curves  # Loads matplotlib, which only the end needs.
 
@@ -264,8 +272,14 @@ def _before_after(
     return table
 
 
-def _cut_after(path: Path, iteration: int) -> None:
-    """Drop lines that came after the state of ``iteration``, and a torn last line."""
+def _cut_after(path: Path, iteration: int) -> float:
+    """Drop lines that came after the state of ``iteration``, and a torn last line.
+
+    Returns the wall-clock seconds of what the dropped lines report.
+    """
+    lines = read_lines(path)
+    kept = [line for line, record in lines if record["iteration"] <= iteration]
     if path.exists():
-        kept = [line for line, record in read_lines(path) if record["iteration"] <= iteration]
         write_atomically(path, b"".join(line + b"\n" for line in kept))
+    cut = [record for _, record in lines if record["iteration"] > iteration]
+    return sum(record.get("wall_s") or 0.0 for record in cut)

@@ -2,6 +2,7 @@
 damage on the disk, functions that never return, full disks, and weights that are not finite."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,22 @@ class TestOtherPrompts:
             run(self.config(given, tmp_path, "iterations=2"), resume=True)
         Path("p.jsonl").write_text("\n".join(LINES))
         run(self.config(given, tmp_path, "iterations=2"), resume=True)
+
+
+class TestWhatIsReported:
+    def test_time_of_iterations_that_run_again_counts(self, given):
+        run(given("iterations=3", "save_every=9"))
+        spent = sum(line.wall_s for line in read_metrics(FOLDER / "metrics.jsonl")[0][1:])
+        for state in (FOLDER / "states").iterdir():
+            if state.name == "000003":  # As if the run had been killed before it was saved.
+                shutil.rmtree(state)
+        run(given("iterations=3", "save_every=9"), resume=True)
+        lines = [json.loads(line) for line in (FOLDER / "metrics.jsonl").open()]
+        (resumed,) = [line for line in lines if line["kind"] == "resume"]
+        assert resumed["iteration"] == 0 and resumed["lost_s"] > spent
+        summary = json.loads((FOLDER / "summary.json").read_text())
+        counted = sum(line.get("wall_s") or 0 for line in lines)
+        assert summary["wall_s"] > counted + resumed["lost_s"]  # And SFT.
 
 
 class TestOtherSettings:
