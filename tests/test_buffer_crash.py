@@ -56,7 +56,8 @@ BEGUN, APPENDED, EVICTING, FLUSHED, SNAPPED = range(5)
 class Acknowledgements:
     """A log outside the buffer of what the writer was told is done, one record for each call."""
 
-    RECORD = struct.Struct("qqq")
+    RECORD = struct.Struct("qqq8x")
+    """32 bytes, so that none crosses a page: a kill may cut a write between two pages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
