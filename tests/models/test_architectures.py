@@ -95,3 +95,10 @@ def test_a_rope_that_follows_the_longest_sequence_of_a_batch_is_refused():
     with pytest.raises(ValueError, match="what else is in the batch"):
         Policy(model, temperature=1.0, head_chunk=64)
     assert Policy(model, temperature=1.0, head_chunk=64, longest=20).packs
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "opt"])
+def test_the_check_is_right_in_16_bits_too(name):
+    """Rounding alone is no fault, and sequences that see each other are found."""
+    policy = Policy(build(name).bfloat16(), temperature=1.0, head_chunk=64)
+    assert policy.packs is (name == "llama")
