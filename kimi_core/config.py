@@ -224,7 +224,7 @@ class RewardConfig(Section):
     repeat_penalty: float = Field(0.0, ge=0)
     """Subtracted from the reward of a response that was stopped for repeating itself."""
     workers: int = Field(1, ge=1)
-    """Threads that judge responses. With more than one, a function of yours must be thread-safe."""
+    """Responses judged at the same time. A function of yours runs in as many processes."""
     timeout_s: float = Field(1800.0, gt=0)
     """Seconds that one call of a function may take. After that its response has no verdict."""
 

@@ -1,9 +1,11 @@
 """What a reward function is, and the three ways in which it can fail."""
 
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from kimi_core.types import Prompt, Score
@@ -64,8 +66,14 @@ def named_errors(function: RewardFunction, prompt: Prompt, response: str) -> Ite
     except Exception as error:
         raise RewardError(
             f"Reward function {name_of(function)} raised {type(error).__name__} on prompt "
-            f"{prompt.id} (response {response!r:.80}): {error}"
+            f"{prompt.id} (response {response!r:.80}): {error}{place_of(error)}"
         ) from error
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised, in brackets: the file's name and the line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
 
 
 def checked(function: RewardFunction, value: Any, prompt: Prompt) -> Score:

@@ -1,31 +1,19 @@
 """Verdicts on many responses at once."""
 
-import asyncio
-import inspect
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import cast
 
-from kimi_core.reward.base import (
-    InfrastructureError,
-    LimitReached,
-    RewardError,
-    RewardFunction,
-    RewardOutage,
-    checked,
-    name_of,
-    named_errors,
-    score,
-)
+from kimi_core.reward.base import InfrastructureError, LimitReached, RewardOutage, name_of
+from kimi_core.reward.calls import Response, Verdict, call_async, call_batch, call_one, way_of
 from kimi_core.reward.combined import CombinedReward, Reward
 from kimi_core.reward.threads import call_all
-from kimi_core.types import Prompt, Score
+from kimi_core.reward.user_function import UserFunction
+from kimi_core.types import Score
 
 log = logging.getLogger(__name__)
-
-Response = tuple[Prompt, str]
-Verdict = Score | InfrastructureError
 
 
 def judge_all(
@@ -75,88 +63,30 @@ def verdicts_on(
             verdicts_on(part.function, responses, workers, timeout_s) for part in function.parts
         ]
         return [function.combine(row) for row in zip(*columns, strict=True)]
-    if _takes_batch(function):
-        return _batch(function, responses, timeout_s)
-    if _is_async(function):
-        return asyncio.run(_together(function, responses, workers, timeout_s))
-
-    def verdict(response: Response) -> Verdict:
-        try:
-            return score(function, *response)
-        except InfrastructureError as error:
-            return error
-
+    if isinstance(function, UserFunction):
+        return _in_processes(function, responses, workers, timeout_s)
+    way = way_of(function)
+    if way == "async":
+        return call_async(function, responses, workers, timeout_s)
     what = f"the reward function {name_of(function)}"
-    return call_all(verdict, responses, workers=workers, timeout_s=timeout_s, what=what)
-
-
-async def _together(
-    function: Callable[[Prompt, str], Awaitable[Any]],
-    responses: Sequence[Response],
-    workers: int,
-    timeout_s: float,
-) -> list[Verdict]:
-    """Await all calls, ``workers`` at the same time."""
-    free = asyncio.Semaphore(workers)
-
-    async def verdict(prompt: Prompt, text: str) -> Verdict:
-        async with free:
-            try:
-                with named_errors(function, prompt, text):
-                    async with asyncio.timeout(None if timeout_s == math.inf else timeout_s):
-                        value = await function(prompt, text)
-                return checked(function, value, prompt)
-            except InfrastructureError as error:
-                return error
-            except RewardError as error:
-                if isinstance(error.__cause__, TimeoutError):
-                    return InfrastructureError(str(error))
-                raise
-
-    return list(await asyncio.gather(*(verdict(*response) for response in responses)))
-
-
-def _batch(
-    function: RewardFunction, responses: Sequence[Response], timeout_s: float
-) -> list[Verdict]:
-    """One call for all. An entry of None is a response without a verdict."""
-    prompts, texts = [prompt for prompt, _ in responses], [text for _, text in responses]
-
-    def call(_: None) -> list[Any] | InfrastructureError:
-        try:
-            with named_errors(function, prompts[0], texts[0]):
-                value: Any = function(prompts, texts)  # type: ignore[arg-type]
-                return list(asyncio.run(_value_of(value)) if inspect.isawaitable(value) else value)
-        except InfrastructureError as error:
-            return error
-
-    what = f"the reward function {name_of(function)}"
-    (found,) = call_all(call, [None], workers=1, timeout_s=timeout_s, what=what)
-    if isinstance(found, InfrastructureError):
-        return [found] * len(responses)
-    if len(found) != len(responses):
-        raise RewardError(
-            f"Reward function {name_of(function)} returned {len(found)} results for "
-            f"{len(responses)} responses; return one each, None where there is no verdict"
+    if way == "batch":
+        (found,) = call_all(
+            partial(call_batch, function), [responses], workers=1, timeout_s=timeout_s, what=what
         )
-    none = InfrastructureError(f"{name_of(function)} returned None")
-    return [
-        none if value is None else checked(function, value, prompt)
-        for value, prompt in zip(found, prompts, strict=True)
-    ]
+        return [found] * len(responses) if isinstance(found, InfrastructureError) else found
+    return call_all(
+        partial(call_one, function), responses, workers=workers, timeout_s=timeout_s, what=what
+    )
 
 
-async def _value_of(found: Awaitable[Any]) -> Any:
-    return await found
+def _in_processes(
+    function: UserFunction, responses: Sequence[Response], workers: int, timeout_s: float
+) -> list[Verdict]:
+    def verdicts(given: Sequence[Response]) -> list[Verdict]:
+        return function.verdicts(given, workers, timeout_s)
 
-
-def _takes_batch(function: RewardFunction) -> bool:
-    try:
-        return next(iter(inspect.signature(function).parameters), "") == "prompts"
-    except (ValueError, TypeError):  # Builtins have no signature.
-        return False
-
-
-def _is_async(function: RewardFunction) -> bool:
-    called = function if inspect.isroutine(function) else type(function).__call__
-    return inspect.iscoroutinefunction(called)
+    calls = [[one] for one in responses] if function.way == "one" else [responses]
+    what = f"the reward function {name_of(function)}"
+    # The processes keep the time, so that none is left behind that still runs.
+    found = call_all(verdicts, calls, workers=workers, timeout_s=math.inf, what=what)
+    return [verdict for one in found for verdict in cast(list[Verdict], one)]

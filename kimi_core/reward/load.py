@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from kimi_core.config import RewardConfig
-from kimi_core.plugins import load_function
 from kimi_core.reward.base import InfrastructureError, RewardFunction
 from kimi_core.reward.code.problem import problem_of
 from kimi_core.reward.code.reward import CodeReward, code_reward
 from kimi_core.reward.combined import CombinedReward, Part, Reward
 from kimi_core.reward.judging import verdicts_on
 from kimi_core.reward.math.reward import MathReward
+from kimi_core.reward.user_function import UserFunction
 from kimi_core.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def _load(name: str, config: RewardConfig, base_folder: str | Path) -> RewardFun
             raise ValueError(f"{error}: pip install 'kimi-core[judge]'") from None
         return HttpJudge(config.judge)
     if ".py:" in name:
-        return load_function(name, base_folder)
+        return UserFunction(name, base_folder)
     raise ValueError(
         f"reward.function = {name!r}; allowed are match, math, code, judge and file.py:function"
     )

@@ -11,8 +11,8 @@
 
 A state is written under a name that ends in ``.tmp``, forced to disk, and only then renamed, so a
 folder without ``.tmp`` in its name is whole. The newest two states are kept. Each holds checksums
-of its files; if the newest is damaged, the one before is used. ``docs/metrics.md`` has the other
-files.
+of its files; if the newest is damaged, the one before is used, and the damaged one is renamed to
+``000012.damaged``. ``docs/metrics.md`` has the other files.
 """
 
 import fcntl
@@ -35,6 +35,7 @@ from kimi_core.run.files import (
     finish_swap,
     os_errors,
     swap,
+    sync,
     sync_tree,
     write_atomically,
 )
@@ -101,6 +102,8 @@ class RunFolder:
         self.buffer = self.path / "buffer.bin"
         self.changed: dict[str, list[Any]] = {}
         """Settings that differ from the saved ones in a way that a line of metrics.jsonl tells."""
+        self.cut_off_s = _cut_off_s(self.path)
+        """Seconds that an iteration ran that was not reported, because the run was killed."""
         self.states.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _take_lock(self.path)
         finish_swap(self.checkpoint)
@@ -163,7 +166,8 @@ class RunFolder:
         try:
             return load_config(saved)
         except ValueError:  # It is missing or damaged.
-            record = json.loads((self._whole_state()[1] / "state.json").read_text())
+            whole, _ = self._examined()
+            record = json.loads((whole[1] / "state.json").read_text())
             write_atomically(saved, record["config"])
             return load_config(saved)
 
@@ -212,17 +216,23 @@ class RunFolder:
             write_checksums(partial)
             sync_tree(partial)
             swap(partial, final)
-        for _, older in _whole_states(self.states)[:-KEPT_STATES]:
-            discard(older)
+        kept = sorted({iteration for iteration, _ in _whole_states(self.states)})[-KEPT_STATES:]
+        for older in list(self.states.iterdir()):
+            if _iteration_of(older) < kept[0]:
+                discard(older)
         return final
 
     def load_state(self, fingerprint: str = "") -> SavedState:
         """Read the newest state back whose files are as they were written.
 
+        Newer ones, which are damaged, are renamed: they must not count among the states that
+        ``save_state`` keeps.
+
         Raises:
-            ValueError: there is none, or it is of a model with another fingerprint.
+            ValueError: there is none, or it is of a model with another fingerprint. Nothing is
+                renamed then.
         """
-        iteration, folder, remark = self._whole_state()
+        (iteration, folder), damaged = self._examined()
         record = json.loads((folder / "state.json").read_text())
         if record["fingerprint"] != fingerprint:
             raise ValueError(
@@ -230,22 +240,27 @@ class RunFolder:
                 f"continued with {fingerprint!r}: resume with the same model, or start a run with "
                 "another name=..."
             )
-        return SavedState(iteration, folder, record["state"], remark)
+        for newer in damaged:
+            set_aside = newer.with_suffix(".damaged")
+            discard(set_aside)
+            newer.rename(set_aside)
+        sync(self.states)
+        remark = f"{'; '.join(damaged.values())}: continuing from the state of {iteration}"
+        return SavedState(iteration, folder, record["state"], remark if damaged else "")
 
-    def _whole_state(self) -> tuple[int, Path, str]:
-        """Iteration and folder of the newest state without damage; what is damaged, in words."""
-        damaged: list[str] = []
+    def _examined(self) -> tuple[tuple[int, Path], dict[Path, str]]:
+        """The newest state without damage, as ``(iteration, folder)``; the damage in newer ones."""
+        damaged: dict[Path, str] = {}
         for iteration, folder in reversed(_whole_states(self.states)):
             damage = damage_in(folder)
             if not damage:
-                remark = f"{'; '.join(damaged)}: continuing from the state of {iteration}"
-                return iteration, folder, remark if damaged else ""
-            damaged.append(damage)
+                return (iteration, folder), damaged
+            damaged[folder] = damage
         if not damaged:
             raise ValueError(f"No state in {self.states}: start the run without --resume")
         raise ValueError(
-            f"No state to resume from in {self.path}: {'; '.join(damaged)}. Put the files back "
-            "from a copy, or start a run with another name=..."
+            f"No state to resume from in {self.path}: {'; '.join(damaged.values())}. Put the files "
+            "back from a copy, or start a run with another name=..."
         )
 
     def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
@@ -311,6 +326,15 @@ def holds_state(path: str | Path) -> bool:
     return (path / "states").is_dir() and bool(_whole_states(path / "states"))
 
 
+def _cut_off_s(path: Path) -> float:
+    """Time from the last line of metrics.jsonl to the last tokens, both as the disk knows it."""
+    times = [path / "metrics.jsonl", path / "buffer.bin"]
+    if not all(file.exists() for file in times):
+        return 0.0
+    reported, sampled = (file.stat().st_mtime for file in times)
+    return max(0.0, sampled - reported)
+
+
 def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
     """Key → [saved, given] of the settings in ``MAY_CHANGE_WITH_A_LINE`` that differ.
 
@@ -361,6 +385,12 @@ def _take_lock(path: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
+
+
+def _iteration_of(folder: Path) -> float:
+    """Iterations done when it was saved; infinite for what is no state."""
+    name = re.fullmatch(r"(\d{6,})(\.old|\.damaged)?", folder.name)
+    return int(name[1]) if name else float("inf")
 
 
 def _whole_states(states: Path) -> list[tuple[int, Path]]:

@@ -48,6 +48,7 @@ class Report:
         total_iterations: what progress and remaining time count towards.
         start_iteration: iterations done in the state that the run continues from.
         sft_s: wall-clock seconds of SFT; part of the summary's wall time.
+        cut_off_s: wall-clock seconds of an iteration that was cut off, and runs again.
         changed: settings that a resumed run has changed, key → [before, now].
         console: where progress goes; standard output unless given.
     """
@@ -59,6 +60,7 @@ class Report:
         total_iterations: int,
         start_iteration: int = 0,
         sft_s: float = 0.0,
+        cut_off_s: float = 0.0,
         changed: Mapping[str, list[Any]] = MappingProxyType({}),
         console: Console | None = None,
     ) -> None:
@@ -66,7 +68,7 @@ class Report:
         self.console = console or Console()
         path = self.folder / "metrics.jsonl"
         resumed = path.exists()
-        cut_s = _cut_after(path, start_iteration)
+        cut_s = _cut_after(path, start_iteration) + cut_off_s
         earlier = [record for _, record in read_lines(path) if record["kind"] == "resume"]
         self._lost_s = cut_s + sum(record["lost_s"] for record in earlier)
         self.iterations, self.evaluations = read_metrics(path)

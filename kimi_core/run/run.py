@@ -72,6 +72,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             total_iterations=config.iterations,
             start_iteration=parts.loop.iteration,
             sft_s=sft_s,
+            cut_off_s=folder.cut_off_s,
             changed=folder.changed,
             console=console,
         ) as report:

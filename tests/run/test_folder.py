@@ -268,6 +268,32 @@ def test_a_damaged_state_is_found_and_the_one_before_is_used(tmp_path: Path, dam
             run.load_state()
 
 
+def test_a_damaged_state_is_not_one_of_the_two_kept(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 5)
+        flip(save(run, 10) / "state.json")
+    with RunFolder.resume(tmp_path, Config()) as run:
+        assert run.load_state().iteration == 5
+        assert run.latest_state() == (5, run.states / "000005")
+        save(run, 6)
+        assert names(run.states) == ["000005", "000006", "000010.damaged"]
+        flip(run.states / "000006" / "buffer.bin")
+    with RunFolder.resume(tmp_path, Config()) as run:
+        assert run.load_state().iteration == 5
+        assert names(run.states) == ["000005", "000006.damaged", "000010.damaged"]
+        for iteration in range(6, 13):
+            save(run, iteration)
+        assert names(run.states) == ["000011", "000012"]
+
+
+def test_nothing_is_renamed_where_no_state_is_whole(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        flip(save(run, 5) / "state.json")
+    with pytest.raises(ValueError, match="No state to resume from"):
+        RunFolder.resume(tmp_path, Config()).load_state()
+    assert names(tmp_path / "states") == ["000005"]
+
+
 @pytest.mark.parametrize("lost", [lambda path: path.unlink(), lambda path: path.write_text("[[")])
 def test_settings_that_are_lost_are_in_the_state(tmp_path: Path, lost) -> None:
     config = Config(seed=3)

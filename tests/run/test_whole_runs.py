@@ -2,6 +2,7 @@
 damage on the disk, functions that never return, full disks, and weights that are not finite."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -130,6 +131,17 @@ class TestWhatIsReported:
         summary = json.loads((FOLDER / "summary.json").read_text())
         counted = sum(line.get("wall_s") or 0 for line in lines)
         assert summary["wall_s"] > counted + resumed["lost_s"]  # And SFT.
+
+    def test_time_of_an_iteration_that_was_cut_off_counts(self, given):
+        run(given("iterations=1"))
+        reported = (FOLDER / "metrics.jsonl").stat().st_mtime
+        os.utime(FOLDER / "buffer.bin", (0, reported + 7))  # Tokens came for 7 s; then the kill.
+        run(given("iterations=2"), resume=True)
+        lines = [json.loads(line) for line in (FOLDER / "metrics.jsonl").open()]
+        (resumed,) = [line for line in lines if line["kind"] == "resume"]
+        assert resumed["lost_s"] == pytest.approx(7, abs=1e-3)
+        counted = sum(line.get("wall_s") or 0 for line in lines)
+        assert json.loads((FOLDER / "summary.json").read_text())["wall_s"] > counted + 7
 
 
 class TestOtherSettings:

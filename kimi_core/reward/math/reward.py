@@ -8,28 +8,17 @@ memory. Without a verdict it is tried once more in a fresh process, and then rai
 """
 
 import json
-import socket
-import subprocess
-import sys
-import threading
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 
 from kimi_core.config import MathConfig
 from kimi_core.reward.base import InfrastructureError, LimitReached
 from kimi_core.reward.math.answers import agree, clean, is_restated
 from kimi_core.reward.math.extract import extract
+from kimi_core.reward.workers import START_S, Silent, Workers
 from kimi_core.types import Prompt
-
-START_S = 120.0
-"""Seconds that a worker may take to start. It imports sympy, which takes one CPU second, and much
-more by the clock on a busy machine."""
 
 WALL_S_PER_CPU_S = 10.0
 """A request gets its CPU time even with a tenth of a core. After that it is given up."""
-
-END_S = 10.0
-"""Seconds that a worker may take to end; then it is killed."""
 
 MEMORY_MB = 1024
 """Address space of a comparison. One that uses more than half of it gets no verdict."""
@@ -62,8 +51,7 @@ class MathReward:
                 "reward.function = 'math' needs math-verify: pip install 'kimi-core[math]'"
             )
         self._config = config
-        self._idle: list[_Worker] = []
-        self._lock = threading.Lock()
+        self._workers = Workers(WORKER, [str(MEMORY_MB)])
 
     def __call__(self, prompt: Prompt, response: str) -> float:
         """Judge a response.
@@ -99,74 +87,15 @@ class MathReward:
 
     def close(self) -> None:
         """End the workers; another call starts new ones."""
-        with self._lock:
-            workers, self._idle = self._idle, []
-        for worker in workers:
-            worker.close()
+        self._workers.close()
 
     def _ask(self, reference: str, answer: str) -> bool | str:
-        """The verdict, or a key of REASONS. A worker that did not answer is replaced."""
-        with self._lock:
-            worker = self._idle.pop() if self._idle else None
-        worker = worker or _Worker()
-        try:
-            said = worker.ask(reference, answer, self._config.cpu_s)
-        except _Silent:
-            worker.close()
-            return "no answer"
-        except BaseException:  # Ctrl-C: the answer would otherwise go to the next question.
-            worker.close()
-            raise
-        with self._lock:
-            self._idle.append(worker)
-        return said
-
-
-class _Silent(RuntimeError):
-    """A worker has died, or not answered in time."""
-
-
-class _Worker:
-    """A worker process; it answers one question at a time."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                # -P: in the repository's root, -m would import the uncompiled folder there.
-                [sys.executable, "-P", "-m", WORKER, str(theirs.fileno()), str(MEMORY_MB)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # Ctrl-C is meant for us; the comparison finishes.
-            )
-        self._connection = Connection(ours.detach())
-        self._is_ready = False
-
-    def ask(self, reference: str, answer: str, cpu_s: int) -> bool | str:
-        """The worker's answer. Raises _Silent."""
+        """The verdict, or a key of REASONS."""
+        cpu_s = self._config.cpu_s
         wall_s = WALL_S_PER_CPU_S * cpu_s
         request = {"reference": reference, "answer": answer, "cpu_s": cpu_s, "wall_s": wall_s}
         try:
-            if not self._is_ready:
-                self._receive(START_S)
-                self._is_ready = True
-            self._connection.send_bytes(json.dumps(request).encode())
-            return self._receive(wall_s + START_S)
-        except (EOFError, OSError) as error:
-            raise _Silent from error
-
-    def close(self) -> None:
-        """End the process, which first ends its fork."""
-        self._connection.close()
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _receive(self, deadline_s: float) -> bool | str:
-        if not self._connection.poll(deadline_s):
-            raise _Silent
-        said: bool | str = json.loads(self._connection.recv_bytes())
+            said: bool | str = self._workers.ask(json.dumps(request).encode(), wall_s + START_S)
+        except Silent:
+            return "no answer"
         return said

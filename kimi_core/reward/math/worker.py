@@ -12,6 +12,7 @@ LaTeX parser of math-verify is used.
 """
 
 import ctypes
+import faulthandler
 import gc
 import json
 import logging
@@ -23,7 +24,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from kimi_core.reward.workers import PR_SET_PDEATHSIG
 
 REQUESTS = 1000
 """Most comparisons of one fork."""
@@ -122,6 +123,7 @@ class Fork:
 def _serve(pipe: Connection, memory_mb: int, worker: int) -> None:
     """The work of a fork: ``[verdict, whether it goes on]`` for each request. Never returns."""
     try:
+        faulthandler.disable()  # A stack that overflows is nothing to report.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != worker:
             return  # The worker died before the line above.

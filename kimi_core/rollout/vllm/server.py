@@ -201,12 +201,18 @@ class VLLMServer:
             for process in self._processes:
                 process.kill()
         self.llm.shutdown(timeout=0.0 if kill else END_S)
-        tasks = asyncio.all_tasks(self.loop)
+        self.loop.run_until_complete(self._finish())
+        self.loop.close()
+
+    async def _finish(self) -> None:
+        # vLLM has asked the loop to close its sockets. One that stays open would block the end of
+        # this process for ever: ZeroMQ waits there for messages to a core that may be dead.
+        await asyncio.sleep(0)
+        tasks = asyncio.all_tasks(self.loop) - {asyncio.current_task()}
         for task in tasks:
             task.cancel()
         if tasks:
-            self.loop.run_until_complete(asyncio.wait(tasks, timeout=END_S))
-        self.loop.close()
+            await asyncio.wait(tasks, timeout=END_S)
 
     @property
     def _processes(self) -> list[Any]:

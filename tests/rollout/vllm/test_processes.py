@@ -125,6 +125,16 @@ def test_an_engine_that_died_between_calls_starts_with_the_newest_weights(engine
     assert served(engine)["version"] == engine.policy_version
 
 
+def test_no_socket_of_an_engine_that_died_stays_open(engine):
+    """At the end of the process ZeroMQ would wait for ever for such a socket."""
+    gathered(engine.generate(requests_of(1), GREEDY))
+    resources = engine.server.llm.engine_core.resources
+    os.kill(processes_of(engine)[0], signal.SIGKILL)
+    gathered(engine.generate(requests_of(1), GREEDY))
+    assert resources is not engine.server.llm.engine_core.resources
+    assert resources.input_socket.closed and resources.output_socket.closed
+
+
 def test_a_wait_has_a_deadline_and_says_what_for(engine):
     gathered(engine.generate(requests_of(2), GREEDY))
     patience, engine.server.timeout_s = engine.server.timeout_s, 0.3
