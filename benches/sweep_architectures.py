@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.trainer.packing import micro_batches
+from kimi_core.trainer.packing import Layout, micro_batches
 from kimi_core.trainer.policy import Policy
 from kimi_core.types import Batch, Request, Sampling
 
@@ -56,7 +56,7 @@ class Outcome:
     name: str
     engine: float = float("nan")
     trainer: float = float("nan")
-    packs: bool = True
+    layout: str = ""
     refused: str = ""
     unbuilt: str = ""
 
@@ -117,8 +117,8 @@ def engine_error(model: PreTrainedModel) -> float:
     )
 
 
-def trainer_error(model: PreTrainedModel) -> tuple[float, bool]:
-    """The largest error, and whether sequences share rows."""
+def trainer_error(model: PreTrainedModel) -> tuple[float, Layout]:
+    """The largest error, and how sequences are laid out."""
     policy = Policy(model, temperature=1.0, head_chunk=64)
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, VOCABULARY, 9).astype(np.int32)] * 3
@@ -141,12 +141,12 @@ def trainer_error(model: PreTrainedModel) -> tuple[float, bool]:
             range(len(sequences)),
             max_tokens=80,
             share_prompts=shared,
-            pack=policy.packs,
+            layout=policy.layout,
         ):
             with torch.no_grad():
                 found = policy.logprobs(micro).double().numpy()
             worst = max(worst, float(np.abs(found - truth[micro.source_t.numpy()]).max()))
-    return worst, policy.packs
+    return worst, policy.layout
 
 
 def sweep(names: Sequence[str]) -> list[Outcome]:
@@ -175,7 +175,7 @@ def main() -> None:
     built = [one for one in outcomes if not one.unbuilt]
     for one in built:
         errors = "| |" if one.refused else f"{one.engine:.1e} | {one.trainer:.1e} |"
-        remark = one.refused[:90] or ("" if one.packs else "alone")
+        remark = one.refused[:90] or one.layout
         print(f"| {one.name} | {errors} {remark}{'' if one.right else ' WRONG'} |")
     for one in outcomes:
         if one.unbuilt:

@@ -52,7 +52,7 @@ def test_the_two_commands_come_first_and_are_what_the_check_runs():
     assert commands()[:2] == [TRAIN, TEST]
     check = (ROOT / ".ci/run").read_text()
     assert "'.[test]'" in check and "python python/train.py" in check
-    assert re.search(r"^section \S+ pytest$", check, re.MULTILINE)
+    assert re.search(r"^section \S+ limited \d+ pytest$", check, re.MULTILINE)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {"test", "smollm2"} <= set(project["optional-dependencies"])
 

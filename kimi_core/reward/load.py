@@ -30,7 +30,7 @@ def load_reward(config: RewardConfig, *, base_folder: str | Path = ".") -> Rewar
     names = [one.name or one.function.rpartition(":")[2] for one in config.functions]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
-            f"reward.functions: {', '.join(twice)} is there twice; give each a `name` of its own"
+            f"reward.functions: {', '.join(twice)} is there twice; give each its own `name`"
         )
     return CombinedReward(
         [

@@ -1,4 +1,4 @@
-"""A user's reward function, which runs in processes of its own.
+"""A user's reward function, which runs in processes apart from the run.
 
 It reads text that a model wrote, and may hang on it in a call that no thread can interrupt: a
 regular expression is enough. A process can be ended.

@@ -102,8 +102,6 @@ class RunFolder:
         self.buffer = self.path / "buffer.bin"
         self.changed: dict[str, list[Any]] = {}
         """Settings that differ from the saved ones in a way that a line of metrics.jsonl tells."""
-        self.cut_off_s = _cut_off_s(self.path)
-        """Seconds that an iteration ran that was not reported, because the run was killed."""
         self.states.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _take_lock(self.path)
         finish_swap(self.checkpoint)
@@ -324,15 +322,6 @@ def holds_state(path: str | Path) -> bool:
     """Whether there is a run at ``path`` that ``RunFolder.resume`` could go on with."""
     path = Path(path)
     return (path / "states").is_dir() and bool(_whole_states(path / "states"))
-
-
-def _cut_off_s(path: Path) -> float:
-    """Time from the last line of metrics.jsonl to the last tokens, both as the disk knows it."""
-    times = [path / "metrics.jsonl", path / "buffer.bin"]
-    if not all(file.exists() for file in times):
-        return 0.0
-    reported, sampled = (file.stat().st_mtime for file in times)
-    return max(0.0, sampled - reported)
 
 
 def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:

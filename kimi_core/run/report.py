@@ -274,6 +274,18 @@ def _before_after(
     return table
 
 
+def cut_off_s(folder: Path) -> float:
+    """Seconds of an iteration that a kill cut off, until the last token that it stored.
+
+    From the last line of metrics.jsonl to the last change of the buffer, as the disk knows them.
+    """
+    times = [folder / "metrics.jsonl", folder / "buffer.bin"]
+    if not all(file.exists() for file in times):
+        return 0.0
+    reported, sampled = (file.stat().st_mtime for file in times)
+    return max(0.0, sampled - reported)
+
+
 def _cut_after(path: Path, iteration: int) -> float:
     """Drop lines that came after the state of ``iteration``, and a torn last line.
 

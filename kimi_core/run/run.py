@@ -27,7 +27,7 @@ from kimi_core.prompts.overlap import overlaps
 from kimi_core.run import state
 from kimi_core.run.build import Parts, build, sft_examples
 from kimi_core.run.folder import RunFolder, holds_state
-from kimi_core.run.report import Report
+from kimi_core.run.report import Report, cut_off_s
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
 from kimi_core.trainer.sft import train_sft
 
@@ -56,6 +56,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         RunFolder.resume(path, config) if resume else RunFolder.create(path, config) as folder,
         closing(parts),
     ):
+        cut_off = cut_off_s(folder.path)  # Before the buffer changes.
         if resume:
             sft_s, remark = state.restore(parts.loop, folder)
             console.print(remark, highlight=False, soft_wrap=True)
@@ -72,7 +73,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             total_iterations=config.iterations,
             start_iteration=parts.loop.iteration,
             sft_s=sft_s,
-            cut_off_s=folder.cut_off_s,
+            cut_off_s=cut_off,
             changed=folder.changed,
             console=console,
         ) as report:

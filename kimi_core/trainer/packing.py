@@ -1,23 +1,33 @@
-"""From packed trajectories to the rectangles that a Hugging Face model takes.
+"""From packed trajectories to what a Hugging Face model takes.
 
-Sequences are sorted by length and laid into rows, longest first, each into the first row with room
-(first-fit decreasing). Short sequences fill the space that long ones leave, and little is padding.
-Position ids that start at 0 separate the sequences of a row; transformers builds the block-diagonal
-mask from them.
+There are three layouts:
 
-Responses may share their prompt. If prompts are long and responses short, a block holds the prompt
-once and the responses after it as branches. Each branch sees the prompt and itself.
+* ``end_to_end``: the sequences of a micro-batch follow each other in one row without padding, and
+  attention is told where each begins (``models.packed_attention``). Responses may share their
+  prompt: the row holds it once.
+* ``rows``: for models that cannot be told. Sequences are sorted by length and laid into rows,
+  longest first, each into the first row with room (first-fit decreasing). Position ids that start
+  at 0 separate the sequences of a row; transformers builds a mask of l × l from them.
+* ``alone``: for models that do not tell sequences apart by positions. Each has a row, and no mask.
+
+In ``rows``, too, responses may share a prompt, if prompts are long and responses short. A block
+holds the prompt once and the responses after it as branches; a mask lets each branch see the prompt
+and itself.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kimi_core.models.packed_attention import Packing, Piece
 from kimi_core.types import Batch
+
+Layout = Literal["end_to_end", "rows", "alone"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,9 @@ class MicroBatch:
     ids_t: Tensor
     """The wanted tokens, int64."""
     visible_rll: Tensor | None
-    """Which columns each column attends to, bool; None: the positions suffice."""
+    """Which columns each column attends to, bool; None: the positions or ``packing`` suffice."""
+    packing: Packing | None
+    """Which columns make up each sequence, in the layout ``end_to_end``; None in the others."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class _Block:
 
 
 SHARE_LIMIT = 4096
-"""Longest block with a shared prompt, in tokens; its mask grows with the square."""
+"""Longest block with a shared prompt, in tokens, in ``rows``: its mask grows with the square."""
 
 
 def micro_batches(
@@ -60,8 +72,8 @@ def micro_batches(
     sequences: Sequence[int] | np.ndarray,
     *,
     max_tokens: int,
+    layout: Layout,
     share_prompts: bool = False,
-    pack: bool = True,
     device: torch.device | str = "cpu",
 ) -> Iterator[MicroBatch]:
     """Lay ``sequences`` of ``batch`` into micro-batches of at most ``max_tokens`` tokens.
@@ -69,13 +81,14 @@ def micro_batches(
     Padding counts. A longer sequence (or block) gets a separate micro-batch.
 
     Args:
-        batch: packed trajectories. wanted: tokens whose log-prob is wanted, bool ``[T]``; never the
-        first of a sequence, because
-            no token predicts it.
+        batch: packed trajectories.
+        wanted: tokens whose log-prob is wanted, bool ``[T]``; never the first of a sequence,
+            because no token predicts it.
         sequences: indices into the batch; sequences without a wanted token are left out.
         max_tokens: most rows times columns.
-        share_prompts: lay a prompt once for all its responses, if that halves their tokens.
-        pack: lay several sequences into a row; otherwise each has a row, padded at its end.
+        layout: what the model takes (``Policy.layout``).
+        share_prompts: lay a prompt once for all its responses; in ``rows`` only if that halves
+            their tokens. Not for ``alone``.
         device: where the tensors go.
     """
     starts = batch.cu_seqlens[:-1]
@@ -83,20 +96,27 @@ def micro_batches(
     counts = np.add.reduceat(wanted, starts) if len(batch) else np.empty(0)
     kept = [int(index) for index in sequences if counts[index]]
     blocks = [_Block([index], 0, int(lengths[index])) for index in kept]
-    if share_prompts:
-        blocks = _shared(batch, wanted, kept)
+    if share_prompts and layout == "end_to_end":
+        blocks = _shared(batch, wanted, kept, limit=max_tokens, gain=1)
+    elif share_prompts:
+        blocks = _shared(batch, wanted, kept, limit=SHARE_LIMIT, gain=2)
     blocks.sort(key=lambda block: (-block.length, block.sequences))
     while blocks:
         width = blocks[0].length
         most = max(1, max_tokens // width)
-        if pack:
+        if layout == "end_to_end":
+            row, blocks = _take(blocks, max_tokens)
+            rows, width = [row], sum(block.length for block in row)
+        elif layout == "rows":
             rows, blocks = _fill_rows(blocks, width, most)
         else:
             rows, blocks = [[block] for block in blocks[:most]], blocks[most:]
-        yield _lay_out(batch, wanted, rows, width, device)
+        yield _lay_out(batch, wanted, rows, width, layout, device)
 
 
-def _shared(batch: Batch, wanted: np.ndarray, sequences: list[int]) -> list[_Block]:
+def _shared(
+    batch: Batch, wanted: np.ndarray, sequences: list[int], *, limit: int, gain: int
+) -> list[_Block]:
     """A block for each prompt that is worth sharing, and one for each other sequence."""
     siblings: dict[bytes, list[int]] = defaultdict(list)
     for index in sequences:
@@ -108,11 +128,18 @@ def _shared(batch: Batch, wanted: np.ndarray, sequences: list[int]) -> list[_Blo
         prompt = len(prompt_ids) // batch.token_ids.itemsize
         apart = int(batch.lengths[members].sum())
         together = apart - (len(members) - 1) * prompt
-        if 2 * together <= apart and together <= SHARE_LIMIT:
+        if len(members) > 1 and gain * together <= apart and together <= limit:
             blocks.append(_Block(members, prompt, together))
         else:
             blocks.extend(_Block([one], 0, int(batch.lengths[one])) for one in members)
     return blocks
+
+
+def _take(blocks: list[_Block], max_tokens: int) -> tuple[list[_Block], list[_Block]]:
+    """The first blocks that have at most ``max_tokens`` together, at least one; and the rest."""
+    ends = np.cumsum([block.length for block in blocks])
+    count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
+    return blocks[:count], blocks[count:]
 
 
 def _fill_rows(
@@ -140,6 +167,7 @@ def _lay_out(
     wanted: np.ndarray,
     rows: list[list[_Block]],
     width: int,
+    layout: Layout,
     device: torch.device | str,
 ) -> MicroBatch:
     ids_rl = np.zeros((len(rows), width), np.int64)
@@ -169,8 +197,11 @@ def _lay_out(
                 one = np.ones_like(offsets)
                 parts.append((row * one, before, start + offsets, index * one))
                 column = stop
-        positions_rl[row, column:] = np.arange(width - column)
-    shared = any(len(block.sequences) > 1 for blocks in rows for block in blocks)
+        # In a row of one sequence nobody attends to what follows, and no mask has to hide it.
+        first = column if layout == "alone" else 0
+        positions_rl[row, column:] = first + np.arange(width - column)
+    told = layout == "end_to_end"
+    shared = not told and any(len(block.sequences) > 1 for blocks in rows for block in blocks)
     row_t, column_t, source_t, sequence_t = (
         torch.from_numpy(np.concatenate(column)).to(device) for column in zip(*parts, strict=True)
     )
@@ -183,7 +214,22 @@ def _lay_out(
         sequence_t=sequence_t,
         ids_t=torch.from_numpy(batch.token_ids.astype(np.int64)).to(device)[source_t],
         visible_rll=_visible(block_rl, branch_rl).to(device) if shared else None,
+        packing=Packing.of(list(_pieces(rows[0], batch)), device) if told else None,
     )
+
+
+def _pieces(blocks: list[_Block], batch: Batch) -> Iterator[Piece]:
+    """The sequences of a row that holds ``blocks`` end to end."""
+    column = 0
+    for block in blocks:
+        prompt, column = (column, column + block.prompt), column + block.prompt
+        for branch, index in enumerate(block.sequences):
+            own = (column, column + int(batch.lengths[index]) - block.prompt)
+            if branch == 0:
+                yield Piece(((prompt[0], own[1]),))
+            else:
+                yield Piece((prompt, own), skip=block.prompt)
+            column = own[1]
 
 
 def _visible(block_rl: np.ndarray, branch_rl: np.ndarray) -> Tensor:

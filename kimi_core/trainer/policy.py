@@ -1,5 +1,6 @@
 """A Hugging Face causal LM as the trainer sees it: tokens in, log-probs or a loss out."""
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,18 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from kimi_core.kernels import Head, OmdLoss, linear_logprob, omd_loss
+from kimi_core.models.packed_attention import use_packed_attention
 from kimi_core.models.switches import length_to_check
 from kimi_core.trainer.objectives import Responses
-from kimi_core.trainer.packing import MicroBatch, micro_batches
+from kimi_core.trainer.packing import Layout, MicroBatch, micro_batches
 from kimi_core.types import Batch, Normalize
+
+log = logging.getLogger(__name__)
+
+MASKED = (
+    "%s cannot be told where the sequences of a row begin, so training makes masks of l × l for "
+    "rows of l tokens: long ones take much memory"
+)
 
 
 class Policy(nn.Module):
@@ -64,8 +73,8 @@ class Policy(nn.Module):
             getattr(text, "logits_scaling", None) or 1.0
         )
         self._check_head()
-        self.packs = self._rows_may_be_packed(length_to_check(model, longest))
-        """Whether sequences may share a row. Some models do not tell them apart by positions."""
+        self.layout = self._layout_of(length_to_check(model, longest))
+        """How micro-batches are laid out for this model."""
 
     def forward(
         self,
@@ -129,6 +138,7 @@ class Policy(nn.Module):
             attention_mask=self._mask(micro),
             position_ids=micro.positions_rl,
             use_cache=False,
+            **({} if micro.packing is None else {"packing": micro.packing}),
         ).last_hidden_state
         return hidden_rld[micro.row_t, micro.column_t]
 
@@ -140,23 +150,28 @@ class Policy(nn.Module):
     def shares_prompts(self) -> bool:
         """Whether responses may share their prompt.
 
-        Not with sliding windows, because the layers then need different masks.
+        With masks not if there are sliding windows, because the layers then need different ones.
         """
         text = self.model.config.get_text_config()
-        return self.packs and getattr(text, "sliding_window", None) is None
+        if self.layout == "rows":
+            return getattr(text, "sliding_window", None) is None
+        return self.layout == "end_to_end"
 
     def _mask(self, micro: MicroBatch) -> Tensor | None:
         """Additive ``[r, 1, l, l]``, as eager and SDPA attention take it, or None."""
+        dtype = self._head.weight.dtype
+        if micro.packing is not None:
+            # transformers makes no mask where it is given one of four dimensions.
+            return torch.zeros(1, 1, 1, 1, dtype=dtype, device=micro.ids_rl.device)
         if micro.visible_rll is None:
             return None
-        dtype = self._head.weight.dtype
         mask_rll = torch.zeros_like(micro.visible_rll, dtype=dtype)
         mask_rll.masked_fill_(~micro.visible_rll, torch.finfo(dtype).min)
         return mask_rll[:, None]
 
     @torch.no_grad()
-    def _rows_may_be_packed(self, length: int) -> bool:
-        """Compare log-probs of sequences in micro-batches with those of each sequence alone.
+    def _layout_of(self, length: int) -> Layout:
+        """The best layout in which sequences have the log-probs that each has alone.
 
         Raises:
             ValueError: they differ even if each sequence has a row.
@@ -175,12 +190,18 @@ class Policy(nn.Module):
         wanted[edges[:-1]] = False
         was_training = self.model.training
         self.model.eval()
+        # All in one micro-batch: a rope may follow the longest sequence of a batch.
+        together = len(lengths) * longest
         try:
-            alone = self._logprobs_in(batch, wanted, max_tokens=1, pack=False)
-            for pack in (True, False):
-                # All in one micro-batch: a rope may follow the longest sequence of a batch.
-                together = len(lengths) * longest
-                found = self._logprobs_in(batch, wanted, max_tokens=together, pack=pack)
+            alone = self._logprobs_in(batch, wanted, max_tokens=1, layout="alone")
+            for layout in self._layouts():
+                try:
+                    found = self._logprobs_in(batch, wanted, max_tokens=together, layout=layout)
+                except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+                    if layout != "end_to_end":
+                        raise
+                    log.debug("%s cannot be told where sequences begin: %s", text, error)
+                    continue
                 gap = np.abs(found - alone)
                 if self._head.weight.dtype in (torch.float32, torch.float64):
                     same = gap.max() <= 3e-5 * (1 + np.abs(alone).max())
@@ -189,7 +210,9 @@ class Policy(nn.Module):
                     gap_n = np.add.reduceat(gap, edges[:-1]) / (np.array(lengths) - 1)
                     same = gap_n.max() <= 0.02 * (1 + np.abs(alone[wanted]).mean())
                 if same:
-                    return pack
+                    if layout == "rows":
+                        log.warning(MASKED, type(self.model).__name__)
+                    return layout
         finally:
             self.model.train(was_training)
         raise ValueError(
@@ -198,13 +221,19 @@ class Policy(nn.Module):
             "Qwen, Mistral, GPT-2, Gemma and the like)"
         )
 
+    def _layouts(self) -> list[Layout]:
+        told: list[Layout] = ["end_to_end"] if use_packed_attention(self.model) else []
+        return [*told, "rows", "alone"]
+
     def _logprobs_in(
-        self, batch: Batch, wanted: np.ndarray, *, max_tokens: int, pack: bool
+        self, batch: Batch, wanted: np.ndarray, *, max_tokens: int, layout: Layout
     ) -> np.ndarray:
         """Log-probs of the wanted tokens, float64 ``[T]``, computed in micro-batches."""
         found = np.zeros(len(wanted))
-        rows = {"max_tokens": max_tokens, "pack": pack, "device": self._head.weight.device}
-        for micro in micro_batches(batch, wanted, range(len(batch)), **rows):
+        device = self._head.weight.device
+        for micro in micro_batches(
+            batch, wanted, range(len(batch)), max_tokens=max_tokens, layout=layout, device=device
+        ):
             found[micro.source_t.cpu().numpy()] = self.logprobs(micro).double().cpu().numpy()
         return found
 

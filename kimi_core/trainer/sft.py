@@ -102,7 +102,7 @@ def _accumulate(policy: Policy, weights: MasterWeights, batch: Batch, max_tokens
     counted = batch.mask > 0
     total = 0.0
     device = policy.model.device
-    rows = {"max_tokens": max_tokens, "pack": policy.packs, "device": device}
+    rows = {"max_tokens": max_tokens, "layout": policy.layout, "device": device}
     for micro in micro_batches(batch, counted, range(len(batch)), **rows):
         loss = -policy.logprobs(micro).sum() / int(counted.sum())
         loss.backward()

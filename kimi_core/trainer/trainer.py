@@ -277,7 +277,7 @@ class Trainer:
             which,
             max_tokens=self._config.tokens_per_micro_batch,
             share_prompts=self.policy.shares_prompts,
-            pack=self.policy.packs,
+            layout=self.policy.layout,
             device=self._device,
         )
 

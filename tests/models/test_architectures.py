@@ -9,7 +9,7 @@ from kimi_core.models.switches import length_to_check
 from kimi_core.trainer.policy import Policy
 
 WINDOWS = ("mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3", "phi3", "cohere2", "olmo3")
-ALONE = ("gpt_oss", "opt", "biogpt", "mpt")
+ALONE = ("gpt_oss", "biogpt", "mpt")
 
 
 @pytest.mark.parametrize("name", WINDOWS)
@@ -22,8 +22,13 @@ def test_windows_and_original_contexts(name):
 
 @pytest.mark.parametrize("name", ALONE)
 def test_models_that_cannot_tell_packed_sequences_apart_get_a_row_each(name):
-    error, packs = trainer_error(build(name))
-    assert error <= 2e-5 and not packs
+    error, layout = trainer_error(build(name))
+    assert error <= 2e-5 and layout == "alone"
+
+
+def test_one_that_positions_do_not_help_can_be_told_where_sequences_begin():
+    error, layout = trainer_error(build("opt"))
+    assert error <= 2e-5 and layout == "end_to_end"
 
 
 @pytest.mark.parametrize("name", ["bert", "llama4_text", "mamba", "bloom", "xlm"])
@@ -94,11 +99,11 @@ def test_a_rope_that_follows_the_longest_sequence_of_a_batch_is_refused():
             parameter.mul_(8 if parameter.dim() > 1 else 1)
     with pytest.raises(ValueError, match="what else is in the batch"):
         Policy(model, temperature=1.0, head_chunk=64)
-    assert Policy(model, temperature=1.0, head_chunk=64, longest=20).packs
+    assert Policy(model, temperature=1.0, head_chunk=64, longest=20).layout != "alone"
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_oss", "opt"])
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "biogpt"])
 def test_the_check_is_right_in_16_bits_too(name):
     """Rounding alone is no fault, and sequences that see each other are found."""
     policy = Policy(build(name).bfloat16(), temperature=1.0, head_chunk=64)
-    assert policy.packs is (name == "llama")
+    assert (policy.layout == "alone") is (name != "llama")

@@ -10,6 +10,7 @@ import pytest
 
 import kimi_core
 from kimi_core.config import RewardConfig
+from kimi_core.reward import user_function
 from kimi_core.reward.base import InfrastructureError, LimitReached, RewardError
 from kimi_core.reward.judging import judge_all, verdicts_on
 from kimi_core.reward.load import close_reward, load_reward
@@ -73,7 +74,8 @@ def judged(function, n: int = 4, workers: int = 2, timeout_s: float = 1.0):
 
 @pytest.mark.parametrize("work", HANGS.values(), ids=HANGS)
 @pytest.mark.parametrize("text", [ONE, ASYNC, BATCH], ids=["one", "async", "batch"])
-def test_a_call_that_hangs_is_given_up_and_its_process_ended(load, text, work):
+def test_a_call_that_hangs_is_given_up_and_its_process_ended(load, monkeypatch, text, work):
+    monkeypatch.setattr(user_function, "GRACE_S", 0.5)
     function = load(text.replace("WORK", work))
     found = judged(function)
     assert [one.value for one in (found[0], *found[2:])] == [0, 2, 3]

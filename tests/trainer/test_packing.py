@@ -61,13 +61,14 @@ def batches(draw):
     return batch, chosen[: draw(st.integers(0, len(batch)))]
 
 
-@given(batches(), st.integers(1, 40))
-@settings(max_examples=150, deadline=None)
-def test_every_wanted_token_stands_once_in_its_place(drawn, max_tokens):
+@pytest.mark.parametrize("layout", ["rows", "alone", "end_to_end"])
+@given(drawn=batches(), max_tokens=st.integers(1, 40))
+@settings(max_examples=100, deadline=None)
+def test_every_wanted_token_stands_once_in_its_place(layout, drawn, max_tokens):
     batch, chosen = drawn
     wanted = batch.mask > 0
     sources = []
-    for micro in micro_batches(batch, wanted, chosen, max_tokens=max_tokens):
+    for micro in micro_batches(batch, wanted, chosen, max_tokens=max_tokens, layout=layout):
         rows, columns = micro.ids_rl.shape
         ids, positions = micro.ids_rl.numpy(), micro.positions_rl.numpy()
         assert rows * columns <= max_tokens or rows == 1
@@ -84,10 +85,12 @@ def test_every_wanted_token_stands_once_in_its_place(drawn, max_tokens):
             start, end = batch.cu_seqlens[index : index + 2]
             assert ids[row, piece].tolist() == batch.token_ids[start:end].tolist()
             assert positions[row, piece].tolist() == list(range(end - start))
-        # Padding belongs to no sequence: its positions start again at 0.
+        assert layout != "end_to_end" or (rows == 1 and (ids > 0).all())
+        # Padding belongs to no sequence: its positions start again at 0, unless it has no mask.
         for row in range(rows):
             padding = np.flatnonzero(ids[row] == 0)
-            assert positions[row, padding].tolist() == list(range(len(padding)))
+            first = columns - len(padding) if layout == "alone" else 0
+            assert positions[row, padding].tolist() == list(range(first, first + len(padding)))
         row_t, column_t, source_t, sequence_t = (
             index.numpy()
             for index in (micro.row_t, micro.column_t, micro.source_t, micro.sequence_t)
@@ -109,20 +112,20 @@ def test_every_wanted_token_stands_once_in_its_place(drawn, max_tokens):
 
 def test_sequences_that_want_nothing_are_left_out():
     batch = pack([(np.arange(4), [0, 0, 1, 1]), (np.arange(9), [0] * 9), (np.arange(3), [0, 0, 1])])
-    (micro,) = micro_batches(batch, batch.mask > 0, range(3), max_tokens=100)
+    (micro,) = micro_batches(batch, batch.mask > 0, range(3), max_tokens=100, layout="rows")
     assert micro.ids_rl.shape == (2, 4)
     assert sorted(set(micro.sequence_t.tolist())) == [0, 2]
 
 
 def test_nothing_wanted_gives_no_micro_batch():
     batch = pack([(np.arange(4), [0, 0, 0, 0])])
-    assert list(micro_batches(batch, batch.mask > 0, [0], max_tokens=100)) == []
-    assert list(micro_batches(batch, batch.mask == 0, [], max_tokens=100)) == []
+    assert list(micro_batches(batch, batch.mask > 0, [0], max_tokens=100, layout="rows")) == []
+    assert list(micro_batches(batch, batch.mask == 0, [], max_tokens=100, layout="rows")) == []
 
 
 def test_short_sequences_fill_the_rows_of_long_ones():
     batch = random_batch([10, 6, 4, 7, 3])
-    (micro,) = micro_batches(batch, batch.mask > 0, range(5), max_tokens=30)
+    (micro,) = micro_batches(batch, batch.mask > 0, range(5), max_tokens=30, layout="rows")
     assert micro.ids_rl.shape == (3, 10)  # 10, 7 + 3 and 6 + 4: not one token of padding
 
 
@@ -141,7 +144,9 @@ def model(request):
 def test_packing_changes_no_logprob(model, max_tokens):
     batch = random_batch([13, 2, 9, 30, 5, 5, 17, 3, 8])
     packed = np.full(len(batch.token_ids), np.nan, np.float32)
-    for micro in micro_batches(batch, batch.mask > 0, range(len(batch)), max_tokens=max_tokens):
+    for micro in micro_batches(
+        batch, batch.mask > 0, range(len(batch)), max_tokens=max_tokens, layout="rows"
+    ):
         logits = model(
             input_ids=micro.ids_rl, position_ids=micro.positions_rl, use_cache=False
         ).logits
@@ -171,8 +176,9 @@ def siblings(prompts, responses, *, seed=0) -> Batch:
     return pack(sequences)
 
 
+@pytest.mark.parametrize("layout", ["rows", "end_to_end"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
-def test_a_shared_prompt_changes_no_logprob(name):
+def test_a_shared_prompt_changes_no_logprob(name, layout):
     torch.manual_seed(0)
     model = hf.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
     # Two prompts that gain by sharing, one whose responses are too long to, and a single one.
@@ -183,7 +189,12 @@ def test_a_shared_prompt_changes_no_logprob(name):
         found = np.full(len(batch.token_ids), np.nan)
         used = 0
         for micro in micro_batches(
-            batch, batch.mask > 0, range(len(batch)), max_tokens=60, share_prompts=share
+            batch,
+            batch.mask > 0,
+            range(len(batch)),
+            max_tokens=60,
+            layout=layout,
+            share_prompts=share,
         ):
             used += micro.ids_rl.numel()
             found[micro.source_t.numpy()] = policy.logprobs(micro).detach().numpy()

@@ -81,11 +81,14 @@ def log_softmax_of_logits(model, batch, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logprobs_and_gradients_are_the_models_own(name, temperature):
+@pytest.mark.parametrize("layout", ["rows", "alone", "end_to_end"])
+def test_logprobs_and_gradients_are_the_models_own(name, temperature, layout):
     model = tiny(name)
     batch = batch_of([7, 4, 11])
     policy = Policy(model, temperature=temperature, head_chunk=4)
-    (micro,) = micro_batches(batch, batch.mask > 0, range(3), max_tokens=100)
+    if layout == "end_to_end" and policy.layout != layout:
+        pytest.skip(f"{name} keeps the masked path")
+    (micro,) = micro_batches(batch, batch.mask > 0, range(3), max_tokens=100, layout=layout)
     ours = policy.logprobs(micro)[micro.source_t.argsort()]
     theirs = log_softmax_of_logits(model, batch, temperature)
     assert ours.dtype == torch.float32
@@ -104,7 +107,7 @@ def test_logprobs_and_gradients_are_the_models_own(name, temperature):
 def test_the_token_before_predicts_the_wanted_one():
     batch = batch_of([5])
     policy = Policy(tiny("llama"), temperature=1.0, head_chunk=4)
-    (micro,) = micro_batches(batch, np.arange(5) == 3, [0], max_tokens=100)
+    (micro,) = micro_batches(batch, np.arange(5) == 3, [0], max_tokens=100, layout="rows")
     assert micro.ids_t.tolist() == [batch.token_ids[3]]
     (own,) = policy.logprobs(micro).tolist()
     assert own == pytest.approx(

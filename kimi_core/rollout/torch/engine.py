@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from kimi_core.models import packed_attention
 from kimi_core.models.switches import length_to_check, switches
 from kimi_core.rollout.engine import check_newer, check_request
 from kimi_core.rollout.sampling import draw, uniforms
@@ -80,7 +81,8 @@ class TorchEngine:
         takes = signature(model.base_model.forward).parameters
         self.cache_argument = "cache" if "cache" in takes else "past_key_values"
         self.split = (
-            model.config._attn_implementation == "sdpa" and model._supports_attention_backend
+            model.config._attn_implementation in ("sdpa", packed_attention.NAME)
+            and model._supports_attention_backend
         )
         self.position_bytes = WORTH_A_COHORT  # Until it is known.
         with self._lent():

@@ -1,0 +1,183 @@
+"""Causal attention of sequences that lie end to end in one row, without a mask of the row.
+
+transformers calls ``attend`` under the name ``NAME``. The ``Packing`` of the row comes as a keyword
+through the model's own keyword arguments. A call without one goes to SDPA, as any plain forward
+does.
+
+Sequences of similar length are computed together: their columns are gathered into ``[n, h, l, d]``,
+and one causal call computes all n. What is gathered is as long as the row, or up to ``SLACK`` times
+as long, so memory grows with the number of tokens. Siblings may share their prompt: their columns
+then name the prompt's columns, each sibling's own after them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "kimi_packed"
+
+SLACK = 1.25
+"""Most columns that a group of sequences is padded to, over those that it has."""
+
+BRIEF = 64
+"""Sequences up to this many columns are computed together however their lengths differ."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one sequence attends to, and where its outputs go."""
+
+    spans: tuple[tuple[int, int], ...]
+    """Columns [from, to) of the row that make up the sequence, in its order."""
+    skip: int = 0
+    """Leading columns whose outputs another sequence computes: a shared prompt."""
+
+    def __len__(self) -> int:
+        return sum(end - start for start, end in self.spans)
+
+
+@dataclass(frozen=True)
+class Group:
+    """n sequences that one call computes, padded to l columns."""
+
+    columns_nl: Tensor
+    """Columns of the row, int64; a short sequence repeats its last one."""
+    outputs_t: Tensor | None
+    """Which of the n · l outputs are used, int64, in the order of the row; None: all."""
+    start: int | None
+    """Where the columns begin if they are all adjacent; then nothing is gathered."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The sequences of a row. Their outputs, group after group, fill the row in order."""
+
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], device: torch.device | str = "cpu") -> "Packing":
+        """Group neighbours of similar length."""
+        return cls(tuple(_group(some, device) for some in _neighbours(pieces)))
+
+
+def use_packed_attention(model: PreTrainedModel) -> bool:
+    """Have a model that computes attention by SDPA take packings; False if it cannot."""
+    if model.config._attn_implementation == NAME:
+        return True
+    if model.config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+        return False
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls.
+
+    Args:
+        query: ``[1, heads, columns, head_dim]`` with a packing.
+        attention_mask: not looked at with a packing.
+
+    Returns the output, ``[1, columns, heads, head_dim]``, and no weights.
+
+    Raises:
+        NotImplementedError: the layer adds something to its scores, or is not causal.
+    """
+    if packing is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    added = [name for name in ("position_bias", "softcap", "s_aux") if kwargs.get(name) is not None]
+    if added or not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise NotImplementedError(f"{type(module).__name__}: {', '.join(added) or 'not causal'}")
+    outputs = []
+    for group in packing.groups:
+        q, k, v = (_gathered(x, group) for x in (query, key, value))
+        out_tnd = _causal(q, k, v, scaling, sliding_window).transpose(1, 2).flatten(0, 1)
+        outputs.append(out_tnd if group.outputs_t is None else out_tnd[group.outputs_t])
+    return torch.cat(outputs)[None], None
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
+    """Attention of ``[n, h, l, d]``, each query to the last ``window`` keys up to its own."""
+    gqa = q.shape[1] != k.shape[1]
+    length = q.shape[2]
+    if window is None or length <= window:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    parts = []
+    for start in range(0, length, window):
+        end, first = min(start + window, length), max(0, start - window + 1)
+        rows = torch.arange(start, end, device=q.device)[:, None]
+        columns = torch.arange(first, end, device=q.device)
+        seen = (columns <= rows) & (columns > rows - window)
+        part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end])
+        parts.append(
+            scaled_dot_product_attention(*part, attn_mask=seen, scale=scale, enable_gqa=gqa)
+        )
+    return torch.cat(parts, 2)
+
+
+def _gathered(x: Tensor, group: Group) -> Tensor:
+    """``[1, h, columns, d]`` to ``[n, h, l, d]``."""
+    n, length = group.columns_nl.shape
+    if group.start is None:
+        taken = x[0].index_select(1, group.columns_nl.flatten())
+    else:
+        taken = x[0, :, group.start : group.start + n * length]
+    return taken.unflatten(1, (n, length)).transpose(0, 1)
+
+
+def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    some: list[Piece] = []
+    columns = longest = 0
+    for piece in pieces:
+        longest_with = max(longest, len(piece))
+        padded = longest_with * (len(some) + 1)
+        if some and longest_with > BRIEF and padded > SLACK * (columns + len(piece)):
+            yield some
+            some, columns, longest_with = [], 0, len(piece)
+        some.append(piece)
+        columns, longest = columns + len(piece), longest_with
+    yield some
+
+
+def _group(pieces: Sequence[Piece], device: torch.device | str) -> Group:
+    rows = [torch.cat([torch.arange(*span) for span in piece.spans]) for piece in pieces]
+    columns_nl = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    n, length = columns_nl.shape
+    place_l = torch.arange(length)
+    lengths_n1 = torch.tensor([[len(piece)] for piece in pieces])
+    skips_n1 = torch.tensor([[piece.skip] for piece in pieces])
+    columns_nl = torch.where(place_l < lengths_n1, columns_nl, columns_nl.gather(1, lengths_n1 - 1))
+    used_nl = (place_l >= skips_n1) & (place_l < lengths_n1)
+    start = int(columns_nl[0, 0])
+    adjacent = torch.equal(columns_nl.flatten(), torch.arange(start, start + n * length))
+    outputs_t = None if bool(used_nl.all()) else used_nl.flatten().nonzero()[:, 0].to(device)
+    return Group(columns_nl.to(device), outputs_t, start if adjacent else None)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
