@@ -55,6 +55,71 @@ def test_frequencies_follow_the_tempered_softmax():
     np.testing.assert_allclose(logprobs, expected[tokens], atol=1e-6)
 
 
+VOCABULARIES = [1024, 1063, 49_152]
+"""Those that are handled in blocks; the last block of the second is not full."""
+
+
+def logits_of(n: int, vocabulary: int, scale: float) -> torch.Tensor:
+    return torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(0)) * scale
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 3.0, 30.0])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_blocks_draw_what_a_plain_sum_draws(vocabulary, scale):
+    n = 64
+    logits = logits_of(n, vocabulary, scale)
+    uniform = torch.from_numpy(uniforms(1, np.arange(n), np.arange(n)))
+    plain, blocks = (
+        f(logits, uniform) for f in (sampling._from_cumulative, sampling._from_cumulative_by_blocks)
+    )
+    # A number nearer to the edge of a token than the rounding may give its neighbour.
+    assert (plain[0] != blocks[0]).sum() <= (1 if vocabulary > 2000 else 0)
+    same = plain[0] == blocks[0]
+    np.testing.assert_allclose(blocks[1][same], plain[1][same], rtol=0, atol=3e-7)
+    for ours, theirs in zip(
+        sampling._most_likely_by_blocks(logits), sampling._most_likely(logits), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_frequencies_of_blocks_follow_the_softmax(vocabulary):
+    n = 20_000
+    logits = logits_of(1, vocabulary, 1.0) * 4
+    tokens = np.concatenate(
+        [
+            draw(
+                logits.expand(1000, -1),
+                1.0,
+                uniforms(2, np.arange(i, i + 1000), np.zeros(1000, int)),
+            )[0]
+            for i in range(0, n, 1000)
+        ]
+    )
+    p = logits[0].double().softmax(-1).numpy()
+    often = p > 20 / n
+    expected, found = p[often] * n, np.bincount(tokens, minlength=vocabulary)[often]
+    chi2 = ((found - expected) ** 2 / expected).sum()
+    assert chi2 < often.sum() + 5 * np.sqrt(2 * often.sum())
+
+
+@pytest.mark.parametrize("u", [0.0, 0.25, 0.5, 1 - 2.0**-52])
+@pytest.mark.parametrize("alive", [[0], [63, 64], [1000, 1062], [5, 500, 1062]])
+def test_blocks_never_give_a_token_of_probability_zero(u, alive):
+    logits = torch.full((1, 1063), -torch.inf)
+    logits[0, alive] = torch.linspace(-1, 1, len(alive))
+    tokens, logprobs = draw(logits, 1.0, np.full(1, u))
+    assert tokens[0] in alive and np.isfinite(logprobs).all()
+    tokens, logprobs = draw(logits, 0, None)
+    assert tokens[0] == alive[-1] and np.isfinite(logprobs).all()
+
+
+def test_the_first_of_equals_is_the_most_likely():
+    logits = torch.zeros(1, 1063)
+    logits[0, [70, 90, 1062]] = 1.0
+    assert draw(logits, 0, None)[0].tolist() == [70]
+
+
 @pytest.mark.parametrize("u", [0.0, 1 - 2.0**-52])
 def test_never_a_token_of_probability_zero(u):
     # Zero-probability tokens at both edges and in the middle, where the cumulative sum is flat.
@@ -85,7 +150,7 @@ def test_rows_in_blocks_give_the_same(monkeypatch):
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
     u = uniforms(0, np.arange(7), np.arange(7))
     whole = draw(logits, 1.0, u)
-    monkeypatch.setattr(sampling, "MAX_ELEMENTS", 30)  # 2 rows a block, the last one short
+    monkeypatch.setattr(sampling, "MAX_ELEMENTS", {"cpu": 30})  # 2 rows a block, the last one short
     for given, expected in zip(draw(logits, 1.0, u), whole, strict=True):
         np.testing.assert_array_equal(given, expected)
 
