@@ -6,8 +6,11 @@ import torch
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 """The increment of splitmix64 (Steele, Lea and Flood, 2014)."""
 
-MAX_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 22}
-"""Logits handled at the same time. On a CPU they stay in its cache from one pass to the next."""
+MAX_ELEMENTS = 1 << 22
+"""Logits handled at the same time; sums in float64 take memory."""
+
+CACHED_ELEMENTS = 1 << 20
+"""The same on a CPU, where they stay in the cache from one pass to the next."""
 
 LARGE = 1024
 """Vocabularies from here on are handled in two levels: blocks, and the tokens of one block."""
@@ -65,7 +68,8 @@ def draw(
     Returns:
         Tokens int64 ``[n]`` and their log-probs float32 ``[n]`` in nats, never −inf.
     """
-    most, large = MAX_ELEMENTS[logits_nv.device.type], logits_nv.shape[1] >= LARGE
+    most = CACHED_ELEMENTS if logits_nv.device.type == "cpu" else MAX_ELEMENTS
+    large = logits_nv.shape[1] >= LARGE
     parts_nv = logits_nv.split(max(1, most // logits_nv.shape[1]))
     if temperature == 0:
         most_likely = _most_likely_by_blocks if large else _most_likely

@@ -90,11 +90,14 @@ class Trainer:
         if config.activation_checkpointing:
             # Frozen lower layers feed activations that need no gradient. Only the non-reentrant
             # kind carries gradients to the parameters above them.
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+            model = policy.model
+            # Its name before transformers 5.24 is deprecated.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
             # transformers then asks for a gradient of the embeddings' output, which only the
             # reentrant kind needs: it would send the backward pass through every frozen layer.
-            policy.model.disable_input_require_grads()
-            _remove_dropout(policy.model)
+            model.disable_input_require_grads()
+            _remove_dropout(model)
 
     @property
     def _device(self) -> torch.device:

@@ -150,7 +150,7 @@ def test_rows_in_blocks_give_the_same(monkeypatch):
     logits = torch.randn(7, 11, generator=torch.Generator().manual_seed(0))
     u = uniforms(0, np.arange(7), np.arange(7))
     whole = draw(logits, 1.0, u)
-    monkeypatch.setattr(sampling, "MAX_ELEMENTS", {"cpu": 30})  # 2 rows a block, the last one short
+    monkeypatch.setattr(sampling, "CACHED_ELEMENTS", 30)  # 2 rows a block, the last one short
     for given, expected in zip(draw(logits, 1.0, u), whole, strict=True):
         np.testing.assert_array_equal(given, expected)
 
