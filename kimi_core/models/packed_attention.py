@@ -32,7 +32,7 @@ BRIEF = 64
 
 @dataclass(frozen=True)
 class Piece:
-    """What one sequence attends to, and where its outputs go."""
+    """One sequence: what it attends to, and which outputs are its own."""
 
     spans: tuple[tuple[int, int], ...]
     """Columns [from, to) of the row that make up the sequence, in its order."""
@@ -42,6 +42,10 @@ class Piece:
     def __len__(self) -> int:
         return sum(end - start for start, end in self.spans)
 
+    def columns(self) -> Tensor:
+        """int64."""
+        return torch.cat([torch.arange(*span) for span in self.spans])
+
 
 @dataclass(frozen=True)
 class Group:
@@ -50,21 +54,28 @@ class Group:
     columns_nl: Tensor
     """Columns of the row, int64; a short sequence repeats its last one."""
     outputs_t: Tensor | None
-    """Which of the n · l outputs are used, int64, in the order of the row; None: all."""
+    """Which of the n · l outputs are used, int64; None: all."""
     start: int | None
     """Where the columns begin if they are all adjacent; then nothing is gathered."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The sequences of a row. Their outputs, group after group, fill the row in order."""
+    """The sequences of a row, in groups of similar length."""
 
     groups: tuple[Group, ...]
+    order_t: Tensor | None
+    """Where each column of the row stands among the outputs of all groups; None: in its place."""
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], device: torch.device | str = "cpu") -> "Packing":
-        """Group neighbours of similar length."""
-        return cls(tuple(_group(some, device) for some in _neighbours(pieces)))
+        """Group ``pieces``, which together have an output for each column of the row."""
+        pieces = sorted(pieces, key=len, reverse=True)
+        columns_t = torch.cat([piece.columns()[piece.skip :] for piece in pieces])
+        order_t = None
+        if not torch.equal(columns_t, torch.arange(len(columns_t))):
+            order_t = columns_t.argsort().to(device)
+        return cls(tuple(_group(some, device) for some in _neighbours(pieces)), order_t)
 
 
 def use_packed_attention(model: PreTrainedModel) -> bool:
@@ -116,9 +127,12 @@ def attend(
     outputs = []
     for group in packing.groups:
         q, k, v = (_gathered(x, group) for x in (query, key, value))
-        out_tnd = _causal(q, k, v, scaling, sliding_window).transpose(1, 2).flatten(0, 1)
-        outputs.append(out_tnd if group.outputs_t is None else out_tnd[group.outputs_t])
-    return torch.cat(outputs)[None], None
+        out = _causal(q, k, v, scaling, sliding_window).transpose(1, 2).flatten(0, 1)
+        outputs.append(out if group.outputs_t is None else out.index_select(0, group.outputs_t))
+    out_tnd = torch.cat(outputs)
+    return (out_tnd if packing.order_t is None else out_tnd.index_select(0, packing.order_t))[
+        None
+    ], None
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
@@ -151,22 +165,23 @@ def _gathered(x: Tensor, group: Group) -> Tensor:
 
 
 def _neighbours(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Cut ``pieces``, longest first, into groups that are padded little."""
     some: list[Piece] = []
-    columns = longest = 0
+    columns = 0
     for piece in pieces:
-        longest_with = max(longest, len(piece))
-        padded = longest_with * (len(some) + 1)
-        if some and longest_with > BRIEF and padded > SLACK * (columns + len(piece)):
+        longest = len(some[0]) if some else 0
+        padded = longest * (len(some) + 1)
+        if longest > BRIEF and padded > SLACK * (columns + len(piece)):
             yield some
-            some, columns, longest_with = [], 0, len(piece)
+            some, columns = [], 0
         some.append(piece)
-        columns, longest = columns + len(piece), longest_with
+        columns += len(piece)
     yield some
 
 
 def _group(pieces: Sequence[Piece], device: torch.device | str) -> Group:
-    rows = [torch.cat([torch.arange(*span) for span in piece.spans]) for piece in pieces]
-    columns_nl = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    columns = [piece.columns() for piece in pieces]
+    columns_nl = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True)
     n, length = columns_nl.shape
     place_l = torch.arange(length)
     lengths_n1 = torch.tensor([[len(piece)] for piece in pieces])

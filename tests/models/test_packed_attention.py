@@ -70,7 +70,8 @@ def test_outputs_and_gradients_are_those_of_the_mask(row, window, scale, apart):
     )
     packing = Packing.of(pieces)
     if apart:  # Every sequence by itself.
-        packing = Packing(tuple(group for one in pieces for group in Packing.of([one]).groups))
+        alone = [group for one in pieces for group in Packing.of([one]).groups]
+        packing = Packing(tuple(alone), None)
     outputs = []
     for compute in (
         lambda *x: attend(
@@ -97,6 +98,16 @@ def test_groups_are_padded_little(lengths):
         used = n * longest if group.outputs_t is None else len(group.outputs_t)
         assert n * longest <= max(SLACK * used, n * BRIEF)
         assert (group.start is None) == (used < n * longest)
+
+
+def test_siblings_of_all_lengths_are_few_calls():
+    rng, pieces, column = np.random.default_rng(0), [], 0
+    for _ in range(8):
+        trunk, column = (column, column + 60), column + 60
+        for sibling in range(8):
+            own = (column, column := column + int(rng.integers(1, 200)))
+            pieces.append(Piece((trunk, own), skip=60 if sibling else 0))
+    assert len(pieces) == 64 and len(Packing.of(pieces).groups) <= 6
 
 
 def tiny(kind: str, **settings) -> hf.PreTrainedModel:
