@@ -129,7 +129,7 @@ def attend(
         q, k, v = (_gathered(x, group) for x in (query, key, value))
         out = _causal(q, k, v, scaling, sliding_window).transpose(1, 2).flatten(0, 1)
         outputs.append(out if group.outputs_t is None else out.index_select(0, group.outputs_t))
-    out_tnd = torch.cat(outputs)
+    out_tnd = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     return (out_tnd if packing.order_t is None else out_tnd.index_select(0, packing.order_t))[
         None
     ], None

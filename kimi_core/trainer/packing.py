@@ -74,6 +74,7 @@ def micro_batches(
     max_tokens: int,
     layout: Layout,
     share_prompts: bool = False,
+    masks_up_to: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[MicroBatch]:
     """Lay ``sequences`` of ``batch`` into micro-batches of at most ``max_tokens`` tokens.
@@ -89,12 +90,16 @@ def micro_batches(
         layout: what the model takes (``Policy.layout``).
         share_prompts: lay a prompt once for all its responses; in ``rows`` only if that halves
             their tokens. Not for ``alone``.
+        masks_up_to: if no sequence is longer, ``end_to_end`` becomes ``rows``
+            (``Policy.masks_up_to``).
         device: where the tensors go.
     """
     starts = batch.cu_seqlens[:-1]
     lengths = batch.lengths
     counts = np.add.reduceat(wanted, starts) if len(batch) else np.empty(0)
     kept = [int(index) for index in sequences if counts[index]]
+    if layout == "end_to_end" and max(lengths[kept], default=0) <= masks_up_to:
+        layout = "rows"
     blocks = [_Block([index], 0, int(lengths[index])) for index in kept]
     if share_prompts and layout == "end_to_end":
         blocks = _shared(batch, wanted, kept, limit=max_tokens, gain=1)

@@ -18,6 +18,10 @@ from kimi_core.types import Batch, Normalize
 
 log = logging.getLogger(__name__)
 
+CHEAP_MASKS = 512
+"""On a CPU, masks of rows up to this length cost less than to gather their sequences:
+``benches/bench_attention.py``."""
+
 MASKED = (
     "%s cannot be told where the sequences of a row begin, so training makes masks of l × l for "
     "rows of l tokens: long ones take much memory"
@@ -73,8 +77,14 @@ class Policy(nn.Module):
             getattr(text, "logits_scaling", None) or 1.0
         )
         self._check_head()
-        self.layout = self._layout_of(length_to_check(model, longest))
+        self.layout, *others = self._layouts_of(length_to_check(model, longest))
         """How micro-batches are laid out for this model."""
+        on_cpu, windows = model.device.type == "cpu", getattr(text, "sliding_window", None)
+        short = on_cpu and windows is None and "rows" in others
+        self.masks_up_to = CHEAP_MASKS if short else 0
+        """Sequences up to this many tokens are laid into ``rows`` all the same: it is cheaper."""
+        if self.layout == "rows":
+            log.warning(MASKED, type(model).__name__)
 
     def forward(
         self,
@@ -170,8 +180,10 @@ class Policy(nn.Module):
         return mask_rll[:, None]
 
     @torch.no_grad()
-    def _layout_of(self, length: int) -> Layout:
-        """The best layout in which sequences have the log-probs that each has alone.
+    def _layouts_of(self, length: int) -> list[Layout]:
+        """The layouts in which sequences have the log-probs that each has alone, best first.
+
+        Without a mask and with one; a row for each sequence is tried only if neither is right.
 
         Raises:
             ValueError: they differ even if each sequence has a row.
@@ -192,9 +204,12 @@ class Policy(nn.Module):
         self.model.eval()
         # All in one micro-batch: a rope may follow the longest sequence of a batch.
         together = len(lengths) * longest
+        right: list[Layout] = []
         try:
             alone = self._logprobs_in(batch, wanted, max_tokens=1, layout="alone")
             for layout in self._layouts():
+                if right and layout == "alone":
+                    break
                 try:
                     found = self._logprobs_in(batch, wanted, max_tokens=together, layout=layout)
                 except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -210,11 +225,11 @@ class Policy(nn.Module):
                     gap_n = np.add.reduceat(gap, edges[:-1]) / (np.array(lengths) - 1)
                     same = gap_n.max() <= 0.02 * (1 + np.abs(alone[wanted]).mean())
                 if same:
-                    if layout == "rows":
-                        log.warning(MASKED, type(self.model).__name__)
-                    return layout
+                    right.append(layout)
         finally:
             self.model.train(was_training)
+        if right:
+            return right
         raise ValueError(
             f"Cannot train {type(self.model).__name__}: its log-probs of a sequence change by up "
             f"to {gap.max():.3g} nats with what else is in the batch; take a causal model (Llama, "

@@ -102,8 +102,15 @@ def _accumulate(policy: Policy, weights: MasterWeights, batch: Batch, max_tokens
     counted = batch.mask > 0
     total = 0.0
     device = policy.model.device
-    rows = {"max_tokens": max_tokens, "layout": policy.layout, "device": device}
-    for micro in micro_batches(batch, counted, range(len(batch)), **rows):
+    for micro in micro_batches(
+        batch,
+        counted,
+        range(len(batch)),
+        max_tokens=max_tokens,
+        layout=policy.layout,
+        masks_up_to=policy.masks_up_to,
+        device=device,
+    ):
         loss = -policy.logprobs(micro).sum() / int(counted.sum())
         loss.backward()
         weights.add_gradients()

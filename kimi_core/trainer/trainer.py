@@ -281,6 +281,7 @@ class Trainer:
             max_tokens=self._config.tokens_per_micro_batch,
             share_prompts=self.policy.shares_prompts,
             layout=self.policy.layout,
+            masks_up_to=self.policy.masks_up_to,
             device=self._device,
         )
 

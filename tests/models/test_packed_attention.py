@@ -201,3 +201,23 @@ def test_what_sdpa_cannot_add_is_an_error(added):
     q = torch.randn(1, 1, 3, 4)
     with pytest.raises(NotImplementedError, match=next(iter(added))):
         attend(torch.nn.Identity(), q, q, q, None, packing, **added)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "up_to"),
+    [("llama", {}, 512), ("mistral", {"sliding_window": 64}, 0)],
+)
+def test_short_sequences_keep_their_masks_on_a_cpu(kind, settings, up_to):
+    policy = Policy(tiny(kind, **settings), temperature=1.0, head_chunk=64)
+    assert (policy.layout, policy.masks_up_to) == ("end_to_end", up_to)
+    for longest in (512, 513):
+        batch = batch_of([longest, 20, 30])
+        (micro,) = micro_batches(
+            batch,
+            batch.mask > 0,
+            range(3),
+            max_tokens=2000,
+            layout=policy.layout,
+            masks_up_to=policy.masks_up_to,
+        )
+        assert (micro.packing is None) == (longest <= up_to)
