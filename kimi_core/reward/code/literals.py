@@ -6,6 +6,7 @@ source, so one sandbox suffices: the answers are compared here, as plain data.
 
 import ast
 import json
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,10 @@ from kimi_core.reward.code.problem import CallTest, CheckTest
 
 Case = tuple[dict[str, Any], Any]
 """A call as ``check_driver`` takes it, and its expected value."""
+
+_PARSER = threading.Lock()
+"""Threads take turns: CPython 3.11 counts the depth of a conversion for all of them together, and
+once ended one in a SystemError."""
 
 SCALARS = (bool, int, float, str)
 
@@ -33,7 +38,8 @@ def literal_cases(test: CheckTest) -> tuple[Case, ...] | None:
     (({'args': [1], 'kwargs': {'dict': [['n', {'list': [2]}]]}}, (3,)),)
     """
     try:
-        statements: list[ast.stmt] = ast.parse(test.check).body
+        with _PARSER:
+            statements: list[ast.stmt] = ast.parse(test.check).body
     except SyntaxError:
         return None
     functions = [one for one in statements if isinstance(one, ast.FunctionDef)]

@@ -1,14 +1,17 @@
 """Programs, checks and outputs by the kinds of their faults: each verdict is that of plain Python,
 or of the judges that the problems come from."""
 
+import ast
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from kimi_core.reward.code.literals import literal_cases
 from kimi_core.reward.code.output import same_output
-from kimi_core.reward.code.problem import CallTest, IoTest, Problem, problem_of
+from kimi_core.reward.code.problem import CallTest, CheckTest, IoTest, Problem, problem_of
 from kimi_core.reward.code.program import extract_program
 from kimi_core.reward.code.reward import CodeReward
 from kimi_core.sandbox import Limits, Pool, SandboxUnavailable, Status
@@ -313,3 +316,21 @@ class TestSandbox:
         program = "import numpy as np\ndef f(x): return np.arange(x) / 2"
         assert reward.judge(check(source), program).passed
         assert not reward.judge(check(source), "def f(x): return [0, 1, 2]").passed
+
+
+def test_threads_take_turns_at_the_parser(monkeypatch):
+    """CPython 3.11 raises SystemError if the conversions of two threads meet."""
+    inside, most, parse = [], [], ast.parse
+
+    def watched(source):
+        inside.append(source)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.remove(source)
+        return parse(source)
+
+    monkeypatch.setattr(ast, "parse", watched)
+    tests = [CheckTest(f"assert f({i}, 'turns') == {i}", "f") for i in range(16)]
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(literal_cases, tests))
+    assert len(most) == 16 and set(most) == {1}
