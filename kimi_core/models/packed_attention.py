@@ -130,9 +130,9 @@ def attend(
         out = _causal(q, k, v, scaling, sliding_window).transpose(1, 2).flatten(0, 1)
         outputs.append(out if group.outputs_t is None else out.index_select(0, group.outputs_t))
     out_tnd = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-    return (out_tnd if packing.order_t is None else out_tnd.index_select(0, packing.order_t))[
-        None
-    ], None
+    if packing.order_t is not None:
+        out_tnd = out_tnd.index_select(0, packing.order_t)
+    return out_tnd[None], None
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:

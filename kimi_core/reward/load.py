@@ -54,7 +54,7 @@ def _load(name: str, config: RewardConfig, base_folder: str | Path) -> RewardFun
             raise ValueError(f"{error}: pip install 'kimi-core[judge]'") from None
         return HttpJudge(config.judge)
     if ".py:" in name:
-        return UserFunction(name, base_folder)
+        return UserFunction(name, base_folder, start_s=config.timeout_s)
     raise ValueError(
         f"reward.function = {name!r}; allowed are match, math, code, judge and file.py:function"
     )

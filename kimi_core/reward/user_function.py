@@ -29,15 +29,15 @@ class UserFunction:
     There are as many processes as threads that call it at the same time. Each imports the file.
     """
 
-    def __init__(self, spec: str, base_folder: str | Path = ".") -> None:
-        """Import the file in a first process.
+    def __init__(self, spec: str, base_folder: str | Path = ".", *, start_s: float) -> None:
+        """Import the file in a first process, for at most ``start_s``: it may load a model.
 
         Raises:
             ValueError: the file, or the function in it, cannot be loaded.
         """
         self.__name__ = spec.rpartition(":")[2]
         arguments = [spec, str(Path(base_folder).resolve()), json.dumps(sys.path)]
-        self._workers = Workers(WORKER, arguments)
+        self._workers = Workers(WORKER, arguments, start_s=start_s)
         try:
             greeting = self._workers.greeting()
         except Silent as error:

@@ -36,12 +36,15 @@ class Workers:
 
     A worker is ``python -m MODULE SOCKET_FD ARGUMENTS…``. It sends one message when it is ready,
     and then a reply to each message. It ends when the connection ends. Each starts when it is first
-    needed.
+    needed, and has ``start_s`` seconds to be ready.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str] = ()) -> None:
+    def __init__(
+        self, module: str, arguments: Sequence[str] = (), *, start_s: float = START_S
+    ) -> None:
         self._module = module
         self._arguments = list(arguments)
+        self._start_s = start_s
         self._idle: list[_Worker] = []
         self._busy: set[_Worker] = set()
         self._lock = threading.Lock()
@@ -85,7 +88,7 @@ class Workers:
     def _take(self) -> "_Worker":
         with self._lock:
             worker = self._idle.pop() if self._idle else None
-        worker = worker or _Worker(self._module, self._arguments)
+        worker = worker or _Worker(self._module, self._arguments, self._start_s)
         with self._lock:
             self._busy.add(worker)
         return worker
@@ -105,7 +108,8 @@ class Workers:
 class _Worker:
     """A worker process; it answers one question at a time."""
 
-    def __init__(self, module: str, arguments: Sequence[str]) -> None:
+    def __init__(self, module: str, arguments: Sequence[str], start_s: float) -> None:
+        self._start_s = start_s
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -121,7 +125,7 @@ class _Worker:
     def ready(self) -> Any:
         """Wait until it has started. Raises Silent."""
         if self._greeting is None:
-            self._greeting = self._receive(START_S)
+            self._greeting = self._receive(self._start_s)
         return self._greeting
 
     def ask(self, message: bytes, deadline_s: float) -> Any:

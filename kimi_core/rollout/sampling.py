@@ -92,7 +92,7 @@ def _tempered(logits_nv: torch.Tensor, temperature: float) -> torch.Tensor:
     return logits_nv if temperature == 1 else logits_nv / temperature
 
 
-# All sum in float64. torch's fp32 log_softmax is off by 2e-5 on peaked logits, always in the same
+# Both sum in float64. torch's fp32 log_softmax is off by 2e-5 on peaked logits, always in the same
 # direction, which adds up over the thousands of tokens of a response.
 
 

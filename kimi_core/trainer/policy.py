@@ -77,11 +77,11 @@ class Policy(nn.Module):
             getattr(text, "logits_scaling", None) or 1.0
         )
         self._check_head()
-        self.layout, *others = self._layouts_of(length_to_check(model, longest))
+        # One mask serves all layers only without windows.
+        short = model.device.type == "cpu" and getattr(text, "sliding_window", None) is None
+        self.layout, *others = self._layouts_of(length_to_check(model, longest), masks_too=short)
         """How micro-batches are laid out for this model."""
-        on_cpu, windows = model.device.type == "cpu", getattr(text, "sliding_window", None)
-        short = on_cpu and windows is None and "rows" in others
-        self.masks_up_to = CHEAP_MASKS if short else 0
+        self.masks_up_to = CHEAP_MASKS if "rows" in others else 0
         """Sequences up to this many tokens are laid into ``rows`` all the same: it is cheaper."""
         if self.layout == "rows":
             log.warning(MASKED, type(model).__name__)
@@ -180,10 +180,12 @@ class Policy(nn.Module):
         return mask_rll[:, None]
 
     @torch.no_grad()
-    def _layouts_of(self, length: int) -> list[Layout]:
-        """The layouts in which sequences have the log-probs that each has alone, best first.
+    def _layouts_of(self, length: int, *, masks_too: bool) -> list[Layout]:
+        """The best layout in which sequences have the log-probs that each has alone.
 
-        Without a mask and with one; a row for each sequence is tried only if neither is right.
+        Args:
+            masks_too: if that is ``end_to_end``, try ``rows`` as well, and return both if it is
+                right.
 
         Raises:
             ValueError: they differ even if each sequence has a row.
@@ -208,14 +210,14 @@ class Policy(nn.Module):
         try:
             alone = self._logprobs_in(batch, wanted, max_tokens=1, layout="alone")
             for layout in self._layouts():
-                if right and layout == "alone":
+                if right and not (masks_too and layout == "rows"):
                     break
                 try:
                     found = self._logprobs_in(batch, wanted, max_tokens=together, layout=layout)
                 except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                    if layout != "end_to_end":
+                    if layout != "end_to_end" and not right:
                         raise
-                    log.debug("%s cannot be told where sequences begin: %s", text, error)
+                    log.debug("%s, layout %s: %s", type(self.model).__name__, layout, error)
                     continue
                 gap = np.abs(found - alone)
                 if self._head.weight.dtype in (torch.float32, torch.float64):

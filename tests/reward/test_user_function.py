@@ -235,3 +235,9 @@ def test_a_killed_run_leaves_no_process_that_hangs(tmp_path):
     while any(is_alive(int(pid)) for pid in (supervisor, *children)):
         assert time.monotonic() < end, "a process lives on"
         time.sleep(0.05)
+
+
+def test_an_import_has_the_deadline_of_a_call(tmp_path):
+    (tmp_path / "mine.py").write_text("import time\ntime.sleep(600)\n")
+    with pytest.raises(ValueError, match=r"mine.py:f: importing the file did not return in 0.5 s"):
+        load_reward(RewardConfig(function="mine.py:f", timeout_s=0.5), base_folder=tmp_path)
