@@ -261,7 +261,7 @@ class TrainerConfig(Section):
     learning_rate: float = Field(1e-4, gt=0, le=1)
     """Learning rate of AdamW; constant."""
     updates_per_iteration: int = Field(2, ge=1)
-    """Optimizer steps per iteration, each on its share of the responses."""
+    """Optimizer steps per iteration, each on its share of the groups."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     grad_clip: float = Field(1.0, gt=0)

@@ -22,6 +22,7 @@ from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.objectives import Responses, load_objective, omd
 from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.shares import deal
 from kimi_core.types import Batch, TrainingBatch
 from kimi_core.weights.publish import Publisher
 
@@ -106,13 +107,13 @@ class Trainer:
     def train(
         self, batch: TrainingBatch, *, policy_version: int, seed: tuple[int, ...]
     ) -> TrainingMetrics:
-        """Take ``updates_per_iteration`` steps, each on its share of the responses.
+        """Take ``updates_per_iteration`` steps, each on its share of the groups.
 
         Args:
             batch: at least one response.
             policy_version: the version of the present weights, which sampled this iteration's
                 tokens.
-            seed: decides which update each response belongs to.
+            seed: decides which update each group belongs to.
 
         Raises:
             TrainingDiverged: a loss or gradient is not finite; that update is not taken.
@@ -129,11 +130,10 @@ class Trainer:
         if self._config.max_staleness is not None:
             counted = counted & (ages <= self._config.max_staleness)
         reference, met = tokens.logprobs, np.full(len(tokens.token_ids), np.nan, np.float32)
-        order = np.random.default_rng(seed).permutation(len(batch))
-        shares = np.array_split(order, self._config.updates_per_iteration)
+        shares = deal(batch.group_ids, self._config.updates_per_iteration, seed)
         losses, norms, gap = [], [], (0.0, 0.0, 0.0)
         recomputed = False
-        for number, share in enumerate(share for share in shares if len(share)):
+        for number, share in enumerate(shares):
             loss = self._accumulate(batch, counted, reference, share, met)
             if number == 0:
                 fresh = (ages == 0) & counted
