@@ -270,13 +270,14 @@ class TrainerConfig(Section):
     """Most versions that a token's weights may lie back; older tokens stay out of the loss. Unset:
     all tokens count."""
     tokens_per_micro_batch: int = Field(16384, ge=1)
-    """Tokens in one forward and backward pass, padding included."""
+    """Tokens in one forward and backward pass, padding included; fewer if `memory_gb` is less."""
     head_chunk: int = Field(1024, ge=1)
     """Rows of logits that exist at once."""
     trainable_layers: int | None = Field(None, ge=1)
     """Number of top layers to train, with the final norm. Unset: everything is trained."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    memory_gb: float | None = Field(None, gt=0)
+    """What the activations of a training pass may take, in 10⁹ bytes. To fit, layers compute their
+    activations twice, and micro-batches get smaller. Unset: half of the device's memory."""
     logprob_gap_limit: float = Field(0.05, gt=0)
     """Largest mean |Δ log-prob| between engine and trainer on fresh tokens, in nats. Above it the
     trainer recomputes the reference; three iterations in a row stop the run."""

@@ -1,11 +1,13 @@
 """``--dry-run``: the settings of a run and the memory that it would take."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,13 +30,14 @@ from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
 from kimi_core.run.build import alphabet
 from kimi_core.run.config_file import dump_toml
+from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
 from kimi_core.trainer.master_weights import SIXTEEN_BITS
 from kimi_core.types import Prompt
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes by part, without activations, which depend on the architecture."""
+    """Estimated bytes by part."""
 
     weights: int
     master_weights: int
@@ -50,6 +53,8 @@ class Memory:
     """For vLLM the configured size; 0 if vLLM decides itself, on a GPU."""
     logits: int
     """``head_chunk`` rows over the vocabulary, float32; their gradient replaces them."""
+    activations: int
+    """Of the largest training pass; ``trainer/activations.py`` has the formula."""
     buffer: int
     """The buffer is a file, so it takes the same space on the disk."""
 
@@ -74,7 +79,7 @@ def describe(config: Config) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     lines = [
-        f"# {total:,} parameters, {trained:,} of them trained. Memory in MB, without activations:",
+        f"# {total:,} parameters, {trained:,} of them trained. Memory in MB:",
         *(f"#   {part.replace('_', ' '):<18}{size / 1e6:>12.1f}" for part, size in parts.items()),
     ]
     return "\n".join([dump_toml(config), *lines, ""])
@@ -112,6 +117,7 @@ def estimate(
         optimizer_moments=2 * trained,
         arena=arena,
         kv_cache=kv_cache,
+        activations=_activations(config, model, longest),
         logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
         buffer=RolloutBuffer.file_bytes(tokens, trajectories),
     )
@@ -124,6 +130,32 @@ def _rows(config: Config) -> int:
     open_iterations = -(-rollout.max_response_tokens // (rollout.token_budget or 1 << 62))
     open_at_once = rollout.prompts_per_iteration * rollout.samples_per_prompt * open_iterations
     return min(rollout.batch_rows, open_at_once)
+
+
+def _activations(config: Config, model: PreTrainedModel, longest: int) -> int:
+    """Of a micro-batch that is full, or as full as an iteration's longest responses make it."""
+    budget = Recompute.budget_of(config.trainer.memory_gb, device_of(config.model.device))
+    footprint = _footprint(model)
+    responses = config.rollout.prompts_per_iteration * config.rollout.samples_per_prompt
+    update = longest * -(-responses // config.trainer.updates_per_iteration)
+    most = min(config.trainer.tokens_per_micro_batch, footprint.most_tokens(budget), update)
+    tokens = max(longest, most)
+    plan = footprint.plan(tokens, budget) or footprint.least(tokens)
+    return footprint.bytes(tokens, plan)
+
+
+def _footprint(model: PreTrainedModel) -> Footprint:
+    """What a training pass keeps, measured on the top layer without the model's weights."""
+    trained = len(trained_layers(model))
+    model = copy.deepcopy(model)
+    decoder = model.get_decoder()
+    if isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        decoder.layers = decoder.layers[-1:]
+    # Values do not matter. What no layer writes takes no memory.
+    model = model.to_empty(device="cpu")
+    one = measure(model, lambda ids: model.base_model(input_ids=ids, use_cache=False))
+    # The loss takes the hidden states of the tokens, and returns their gradient.
+    return replace(one, layers=trained, rest=one.rest + 2 * one.stream)
 
 
 def _kv_bytes(model: PreTrainedModel) -> int:

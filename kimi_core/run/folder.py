@@ -56,7 +56,7 @@ MAY_CHANGE_WITH_A_LINE = (
     "trainer.grad_clip",
     "trainer.tokens_per_micro_batch",
     "trainer.head_chunk",
-    "trainer.activation_checkpointing",
+    "trainer.memory_gb",
     "trainer.logprob_gap_limit",
     "rollout.batch_rows",
     "rollout.vllm",

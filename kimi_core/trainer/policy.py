@@ -1,6 +1,7 @@
 """A Hugging Face causal LM as the trainer sees it: tokens in, log-probs or a loss out."""
 
 import logging
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,19 @@ class Policy(nn.Module):
         Raises: as ``forward``.
         """
         return self(micro, responses, tau=tau, normalize=normalize)
+
+    def probe(self, ids_1l: Tensor) -> None:
+        """One forward pass of one sequence, int64 ``[1, l]``: for what it makes autograd save."""
+        ids = ids_1l[0].cpu().numpy().astype(np.int32)
+        blank = np.zeros(len(ids), np.float32)
+        edges = np.array([0, len(ids)], np.int32)
+        batch = Batch(ids, blank, blank.astype(np.uint8), blank.astype(np.int32), edges)
+        wanted = np.arange(len(ids)) > 0
+        (micro,) = micro_batches(
+            batch, wanted, [0], max_tokens=len(ids), layout=self.layout, device=ids_1l.device
+        )
+        with suppress(FloatingPointError):  # The update that follows tells of a NaN.
+            self.logprobs(micro)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that require a gradient by their names in the model, in the model's order."""

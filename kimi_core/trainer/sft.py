@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kimi_core.config import SftConfig, TrainerConfig
+from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.packing import micro_batches
 from kimi_core.trainer.policy import Policy
@@ -35,7 +36,8 @@ def train_sft(
         model: any causal LM; its parameters that require a gradient are trained.
         examples: at least one; prompt and response have at least one token each.
         config: steps, batch size and learning rate.
-        trainer: ``tokens_per_micro_batch``, ``head_chunk``, ``grad_clip`` and ``weight_decay``.
+        trainer: ``tokens_per_micro_batch``, ``memory_gb``, ``head_chunk``, ``grad_clip`` and
+            ``weight_decay``.
         seed: decides the order of the examples.
         report: called with the number of each step, starting at 1, and its mean loss in nats per
             token.
@@ -48,6 +50,9 @@ def train_sft(
         raise ValueError("SFT needs at least one example; the file or source gave none")
     policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk)
     weights = MasterWeights(policy.trainable())
+    recompute = Recompute(model, trainer.memory_gb)
+    fitting = max(1, recompute.footprint(policy.probe).most_tokens(recompute.budget))
+    max_tokens = min(trainer.tokens_per_micro_batch, fitting)
     optimizer = weights.adamw(config.learning_rate, trainer.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, config.steps)
@@ -60,7 +65,7 @@ def train_sft(
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         batch = pack_examples([examples[index] for index in chosen])
         try:
-            loss = _accumulate(policy, weights, batch, trainer.tokens_per_micro_batch)
+            loss = _accumulate(policy, weights, recompute, batch, max_tokens)
         except FloatingPointError:  # A log-prob is NaN, so the loss is NaN too.
             loss = math.nan
         norm = weights.clip_gradients(trainer.grad_clip)
@@ -97,7 +102,9 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
     )
 
 
-def _accumulate(policy: Policy, weights: MasterWeights, batch: Batch, max_tokens: int) -> float:
+def _accumulate(
+    policy: Policy, weights: MasterWeights, recompute: Recompute, batch: Batch, max_tokens: int
+) -> float:
     """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean."""
     counted = batch.mask > 0
     total = 0.0
@@ -111,6 +118,7 @@ def _accumulate(policy: Policy, weights: MasterWeights, batch: Batch, max_tokens
         masks_up_to=policy.masks_up_to,
         device=device,
     ):
+        recompute.fit(micro.ids_rl.numel())
         loss = -policy.logprobs(micro).sum() / int(counted.sum())
         loss.backward()
         weights.add_gradients()

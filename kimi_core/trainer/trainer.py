@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from kimi_core.config import TrainerConfig
+from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.objectives import Responses, load_objective, omd
 from kimi_core.trainer.packing import MicroBatch, micro_batches
@@ -69,8 +70,7 @@ class Trainer:
     """Updates a policy in place, saves it, and publishes its weights.
 
     Args:
-        policy: in eval mode; its parameters that require a gradient are trained. Activation
-            checkpointing sets the model's dropout probabilities to zero for good.
+        policy: in eval mode; its parameters that require a gradient are trained.
         config: the objective and its settings.
         publisher: takes the weights to the engine.
 
@@ -88,17 +88,7 @@ class Trainer:
         """The version published last."""
         self.gaps_over_limit = 0
         """Consecutive iterations whose gap exceeded its limit; part of a run's state."""
-        if config.activation_checkpointing:
-            # Frozen lower layers feed activations that need no gradient. Only the non-reentrant
-            # kind carries gradients to the parameters above them.
-            model = policy.model
-            # Its name before transformers 5.24 is deprecated.
-            enable = getattr(model, "activation_checkpointing_enable", None)
-            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-            # transformers then asks for a gradient of the embeddings' output, which only the
-            # reentrant kind needs: it would send the backward pass through every frozen layer.
-            model.disable_input_require_grads()
-            _remove_dropout(model)
+        self._recompute = Recompute(policy.model, config.memory_gb)
 
     @property
     def _device(self) -> torch.device:
@@ -255,14 +245,11 @@ class Trainer:
         """
         total = 0.0
         for micro in self._micro_batches(batch.tokens, counted, share):
-            # transformers checkpoints activations in training mode only, without a warning.
-            self.policy.model.train(self._config.activation_checkpointing)
+            self._recompute.fit(micro.ids_rl.numel())
             try:
                 mean, logprobs_t, count = self._loss(micro, batch, reference)
             except FloatingPointError as error:
                 raise self._diverged(str(error)) from error
-            finally:
-                self.policy.model.eval()
             loss = mean * (count / len(share))
             loss.backward()
             assert self._weights is not None
@@ -274,11 +261,13 @@ class Trainer:
     def _micro_batches(
         self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray
     ) -> Iterator[MicroBatch]:
+        footprint = self._recompute.footprint(self.policy.probe)
+        fitting = max(1, footprint.most_tokens(self._recompute.budget))
         return micro_batches(
             batch,
             wanted,
             which,
-            max_tokens=self._config.tokens_per_micro_batch,
+            max_tokens=min(self._config.tokens_per_micro_batch, fitting),
             share_prompts=self.policy.shares_prompts,
             layout=self.policy.layout,
             masks_up_to=self.policy.masks_up_to,
@@ -363,19 +352,6 @@ class Trainer:
             f"{self._config.learning_rate}) or look at the rewards and log-probs in "
             "this iteration's file in trajectories/"
         )
-
-
-def _remove_dropout(model: nn.Module) -> None:
-    """Make training mode compute what eval mode computes.
-
-    With dropout or jitter, trainer and engine would disagree on the log-probs.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(module, name, 0.0)
 
 
 def _gap(

@@ -147,3 +147,20 @@ def test_vllms_arguments_are_printed_as_they_would_be_read():
     given = config("rollout.engine=vllm", 'rollout.vllm.args={a = 1, "b.c" = [true, "d"], e = {}}')
     printed = tomllib.loads(describe(given))
     assert printed["rollout"]["vllm"]["args"] == {"a": 1, "b.c": [True, "d"], "e": {}}
+
+
+def test_activations_are_those_of_the_largest_pass_and_fit_the_budget():
+    parts = build(config())
+
+    def activations(*overrides: str) -> int:
+        return estimate(config(*overrides), parts.model, parts.tokenizer, PROMPTS).activations
+
+    whole = activations()
+    assert activations("trainer.tokens_per_micro_batch=1") == pytest.approx(whole / 3, rel=0.01)
+    budget = whole / 1e9 / 2
+    assert activations(f"trainer.memory_gb={budget}") <= whole / 2
+    trainer = parts.loop.trainer
+    footprint = trainer._recompute.footprint(trainer.policy.probe)
+    longest = max(len(parts.loop.encode(prompt)) for prompt in PROMPTS) + 70
+    per_token = footprint.bytes(1000, footprint.plan(1000, 1 << 50)) / 1000
+    assert whole == pytest.approx(3 * longest * per_token, rel=0.1)

@@ -83,7 +83,7 @@ def names(folder: Path) -> list[str]:
         trainer=st.fixed_dictionaries(
             {
                 "learning_rate": st.floats(1e-300, 1),
-                "activation_checkpointing": st.booleans(),
+                "memory_gb": st.sampled_from([None, 0.5, 8.0]),
                 "max_staleness": st.none() | st.integers(0),
             }
         ),

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from kimi_core.config import TrainerConfig
 from kimi_core.models.placement import freeze_below
 from kimi_core.trainer import objectives
+from kimi_core.trainer.activations import Plan
 from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.trainer import (
@@ -253,12 +254,22 @@ def test_gradients_are_clipped_and_reported_unclipped(steps):
     assert metrics.grad_norm > 1
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_frozen_layers_stay_as_they_are(checkpointing):
+def little_memory(model, data) -> float:
+    """``memory_gb`` that ``data`` fits in one pass, if everything is recomputed."""
+    trainer = trainer_of(model)
+    footprint = trainer._recompute.footprint(trainer.policy.probe)
+    tokens = len(data.tokens.token_ids)
+    return 1.01 * footprint.bytes(tokens, Plan(footprint.layers, False)) / 1e9
+
+
+@pytest.mark.parametrize("little", [False, True])
+def test_frozen_layers_stay_as_they_are(little):
     model = llama(tie_word_embeddings=True)
     freeze_below(model, 1)
     before = weights_of(model)
-    train(trainer_of(model, activation_checkpointing=checkpointing), data_of(model))
+    data = data_of(model)
+    memory_gb = little_memory(model, data) if little else None
+    train(trainer_of(model, memory_gb=memory_gb), data)
     for name, value in model.named_parameters():
         trained = name.startswith(("model.layers.1.", "model.norm."))
         assert torch.equal(value, before[name]) != trained, name
@@ -274,12 +285,16 @@ WITH_DROPOUT = {
 
 
 @pytest.mark.parametrize("make", WITH_DROPOUT.values(), ids=WITH_DROPOUT)
-def test_activation_checkpointing_recomputes_and_changes_no_gradient(make, steps):
+def test_recomputing_changes_no_gradient(make, steps):
     calls = []
-    for checkpointing in (False, True):
+    for little in (False, True):
         model = make()
-        trainer = trainer_of(model, activation_checkpointing=checkpointing)
         data = data_of(model)
+        memory_gb = little_memory(model, data) if little else None
+        trainer = trainer_of(model, memory_gb=memory_gb)
+        train(trainer, data_of(model, seed=1))  # measures the footprint
+        trainer.policy.model.load_state_dict(make().state_dict())
+        steps.clear()
         decoder = model.get_decoder()
         layer = decoder.layers[0] if hasattr(decoder, "layers") else decoder.h[0]
         count = []
@@ -293,11 +308,13 @@ def test_activation_checkpointing_recomputes_and_changes_no_gradient(make, steps
     assert_close_gradients(steps[1], steps[0])
 
 
-def test_activation_checkpointing_does_not_recompute_frozen_layers():
+def test_frozen_layers_are_not_recomputed():
     model = llama()
     freeze_below(model, 1)
     calls = {0: 0, 1: 0}
-    trainer, data = trainer_of(model, activation_checkpointing=True), data_of(model)
+    data = data_of(model)
+    trainer = trainer_of(model, memory_gb=little_memory(model, data))
+    train(trainer, data_of(model, seed=1))  # measures the footprint
     for number, layer in enumerate(model.model.layers):
 
         def count(*_, number=number):
