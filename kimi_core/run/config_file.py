@@ -21,7 +21,8 @@ MOVED = {
 """Keys of earlier versions → where they are now."""
 
 DROPPED = {
-    "trainer.activation_checkpointing": "layers recompute what does not fit trainer.memory_gb",
+    "trainer.activation_checkpointing": "layers are recomputed if trainer.memory_gb, by default "
+    "half of the memory, is too little",
     "rollout.vllm.start_timeout_s": "vLLM has 600 s to start",
     "curriculum.prior_weight": "the prior weighs 2 samples",
     "reward.math.memory_mb": "a comparison may use 1024 MB",

@@ -87,8 +87,14 @@ class Footprint:
         return next((plan for plan in plans if self.bytes(tokens, plan) <= budget), None)
 
     def least(self, tokens: int) -> Plan:
-        """The plan that takes the least memory; chunks take more if there are few tokens."""
-        plans = (Plan(self.layers, False), Plan(self.layers, self.layers * self.mlp > 0))
+        """The plan that takes the least memory.
+
+        To recompute one layer saves nothing, because it is there whole while its gradient is
+        computed. Chunks take more if there are few tokens.
+        """
+        plans = [Plan(0, False), Plan(self.layers, False)]
+        if self.mlp and self.layers:
+            plans.append(Plan(self.layers, True))
         return min(plans, key=lambda plan: self.bytes(tokens, plan))
 
     def most_tokens(self, budget: int) -> int:
@@ -139,8 +145,8 @@ class Recompute:
     def fit(self, tokens: int) -> Plan:
         """Prepare the next pass, which has ``tokens`` tokens, and return what it will recompute.
 
-        If nothing fits, everything is recomputed, and a warning says what is needed. ``footprint``
-        must have been called.
+        If nothing fits, the pass takes as little as it can, and a warning says how much.
+        ``footprint`` must have been called.
         """
         footprint = self._footprint
         assert footprint is not None
@@ -149,8 +155,8 @@ class Recompute:
             plan = footprint.least(tokens)
             if not self._warned:
                 log.warning(
-                    "A training pass of %d tokens needs about %.1f GB for activations, although all"
-                    " of its layers are recomputed; %.1f GB are allowed (trainer.memory_gb)",
+                    "A training pass of %d tokens needs about %.3g GB for activations, whatever is "
+                    "recomputed; trainer.memory_gb allows %.3g GB",
                     tokens,
                     footprint.bytes(tokens, plan) / 1e9,
                     self.budget / 1e9,
