@@ -10,6 +10,14 @@ from kimi_core.types import Prompt
 PRIOR_WEIGHT = 2.0
 """Samples' worth of the run's overall success rate in each prompt's own rate."""
 
+MANY = 50_000
+"""Prompts from which on a draw does not look at all of them."""
+
+PROPOSALS = 20
+"""Times that as many rows are proposed as are wanted, before the rest is drawn from all rows."""
+
+Rows = np.ndarray | slice | int
+
 
 class Curriculum:
     """Draws prompts and keeps the success rate of each.
@@ -27,54 +35,110 @@ class Curriculum:
         )
         self._successes = np.zeros(len(prompts))
         self._attempts = np.zeros(len(prompts))
+        self._total = np.zeros(2)
+        """Attempts and successes of all prompts."""
 
     def success_rates(self) -> np.ndarray:
         """Estimated success rate of every prompt, float64 ``[n]`` in [0, 1]."""
-        overall = (self._successes.sum() + 1) / (self._attempts.sum() + 2)
-        return (self._successes + PRIOR_WEIGHT * overall) / (self._attempts + PRIOR_WEIGHT)
+        return self._rates(slice(None))
 
     def success_rate(self, prompt_id: int) -> float:
         """Estimated success rate of one prompt."""
-        return float(self.success_rates()[self._row[prompt_id]])
+        return float(self._rates(self._row[prompt_id]))
 
     def weights(self, iteration: int) -> np.ndarray:
-        """Unnormalised probability of each prompt in this iteration, float64 ``[n]``.
+        """Unnormalised probability of each prompt in this iteration, float64 ``[n]`` in [0, 1].
 
         Raises:
             ValueError: the hard phase has begun and no prompt is hard enough.
         """
-        rates = self.success_rates()
-        weights = np.ones(len(rates))
-        if self._config.prioritized:
-            weights = np.maximum(1 - rates, self._config.floor)
-        if self._config.hard_after is not None and iteration >= self._config.hard_after:
-            difficulty = np.where(np.isnan(self._measured), 1 - rates, self._measured)
-            weights = weights * (difficulty >= self._config.hard_difficulty)
-            if not weights.any():
-                raise ValueError(
-                    f"No prompt is {self._config.hard_difficulty} hard at iteration {iteration} "
-                    f"(the hardest is {difficulty.max():.2f}): lower curriculum.hard_difficulty"
-                )
+        weights = self._weights(slice(None), iteration)
+        if not weights.any():
+            hardest = self._difficulty(slice(None)).max()
+            raise ValueError(
+                f"No prompt is {self._config.hard_difficulty} hard at iteration {iteration} "
+                f"(the hardest is {hardest:.2f}): lower curriculum.hard_difficulty"
+            )
         return weights
 
     def draw(self, count: int, *, iteration: int, rng: np.random.Generator) -> list[Prompt]:
-        """Draw ``count`` different prompts, or fewer if fewer have any weight."""
-        weights = self.weights(iteration)
-        count = min(count, int(np.count_nonzero(weights)))
-        rows = rng.choice(len(weights), count, replace=False, p=weights / weights.sum())
+        """Draw ``count`` different prompts, or fewer if fewer have any weight.
+
+        Raises: as ``weights``.
+        """
+        rows = self._draw_from_many(count, iteration, rng) if len(self._row) >= MANY else []
+        if len(rows) < count:
+            weights = self.weights(iteration)
+            weights[rows] = 0.0
+            more = min(count - len(rows), int(np.count_nonzero(weights)))
+            if more:
+                chances = weights / weights.sum()
+                rows += rng.choice(len(weights), more, replace=False, p=chances).tolist()
         return [self._prompts[row] for row in rows]
 
     def record(self, prompt_id: int, correctness: float) -> None:
         """Count one finished response; correctness is clipped to [0, 1]."""
         row = self._row[prompt_id]
+        success = min(max(correctness, 0.0), 1.0)
         self._attempts[row] += 1
-        self._successes[row] += min(max(correctness, 0.0), 1.0)
+        self._successes[row] += success
+        self._total += (1.0, success)
 
     def state(self) -> dict[str, np.ndarray]:
-        """What a resumed run needs: attempts and successes, float64 ``[n]``."""
-        return {"attempts": self._attempts.copy(), "successes": self._successes.copy()}
+        """What a resumed run needs.
+
+        ``rows``, int64 ``[m]``, are those of the prompts that were tried; ``attempts`` and
+        ``successes``, float64 ``[m]``, are theirs; ``total``, float64 ``[2]``, is of all prompts.
+        """
+        rows = np.flatnonzero(self._attempts)
+        return {
+            "rows": rows,
+            "attempts": self._attempts[rows],
+            "successes": self._successes[rows],
+            "total": self._total.copy(),
+        }
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take over what :meth:`state` gave."""
-        self._attempts[:] = state["attempts"]
-        self._successes[:] = state["successes"]
+        """Take over what :meth:`state` gave, or an earlier version's, which had all rows."""
+        rows = state["rows"].astype(np.int64) if "rows" in state else slice(None)
+        for counts, saved in ((self._attempts, "attempts"), (self._successes, "successes")):
+            counts[:] = 0
+            counts[rows] = state[saved]
+        # A running sum of fractions has other last bits than the sum of the rows.
+        sums = np.array([self._attempts.sum(), self._successes.sum()])
+        self._total = state["total"].copy() if "total" in state else sums
+
+    def _rates(self, rows: Rows) -> np.ndarray:
+        attempts, successes = self._total
+        overall = (successes + 1) / (attempts + 2)
+        own = self._successes[rows] + PRIOR_WEIGHT * overall
+        return own / (self._attempts[rows] + PRIOR_WEIGHT)
+
+    def _difficulty(self, rows: Rows) -> np.ndarray:
+        measured = self._measured[rows]
+        return np.where(np.isnan(measured), 1 - self._rates(rows), measured)
+
+    def _weights(self, rows: Rows, iteration: int) -> np.ndarray:
+        rates = self._rates(rows)
+        weights = np.ones(len(rates))
+        if self._config.prioritized:
+            weights = np.maximum(1 - rates, self._config.floor)
+        if self._config.hard_after is not None and iteration >= self._config.hard_after:
+            weights = weights * (self._difficulty(rows) >= self._config.hard_difficulty)
+        return weights
+
+    def _draw_from_many(self, count: int, iteration: int, rng: np.random.Generator) -> list[int]:
+        """Draw up to ``count`` rows without looking at all of them, by rejection.
+
+        A row is proposed at random and accepted with its weight as the probability; a row that was
+        drawn is passed over. So each draw is from the remaining rows by their weights. If weights
+        are small, some draws are left to do.
+        """
+        rows: dict[int, None] = {}
+        for _ in range(PROPOSALS):
+            proposed = rng.integers(len(self._row), size=count)
+            accepted = rng.random(count) < self._weights(proposed, iteration)
+            rows |= dict.fromkeys(proposed[accepted].tolist())
+            if len(rows) >= count:
+                return list(rows)[:count]
+        return list(rows)

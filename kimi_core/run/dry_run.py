@@ -82,7 +82,20 @@ def describe(config: Config) -> str:
         f"# {total:,} parameters, {trained:,} of them trained. Memory in MB:",
         *(f"#   {part.replace('_', ' '):<18}{size / 1e6:>12.1f}" for part, size in parts.items()),
     ]
-    return "\n".join([dump_toml(config), *lines, ""])
+    return "\n".join([dump_toml(config), *lines, *_price(config), ""])
+
+
+def _price(config: Config) -> list[str]:
+    """What partial rollouts cost: each time a response goes on, its context is computed again."""
+    longest, budget = config.rollout.max_response_tokens, config.rollout.token_budget
+    if budget is None or budget >= longest:
+        return []
+    iterations = -(-longest // budget)
+    again = sum(budget * number for number in range(1, iterations)) / longest
+    return [
+        f"# Partial rollouts: a response of {longest:,} tokens takes {iterations} iterations and "
+        f"computes {again:.2f} tokens again for each that it samples, and its prompt each time."
+    ]
 
 
 def estimate(

@@ -117,3 +117,52 @@ def test_prompts_are_drawn_in_proportion_to_their_failures():
     assert np.all(np.abs(counts / draws - chance) < 4 * error)
     assert counts[0] > 2 * counts[7]
     assert counts[7] > 0  # solved, but seen again thanks to the floor
+
+
+def many(monkeypatch) -> None:
+    """Draw as from many prompts."""
+    monkeypatch.setattr("kimi_core.prompts.curriculum.MANY", 1)
+
+
+@pytest.mark.parametrize("hard_after", [None, 0])
+def test_draws_from_many_prompts_have_the_same_distribution(monkeypatch, hard_after):
+    config = CurriculumConfig(floor=0.05, hard_after=hard_after, hard_difficulty=0.4)
+    history = [(row, float(n < row)) for row in range(8) for n in range(8)]
+    rng = np.random.default_rng(0)
+    shares = []
+    for patch in (lambda _: None, many):
+        patch(monkeypatch)
+        made = curriculum(config, history)
+        drawn = [made.draw(3, iteration=0, rng=rng) for _ in range(4000)]
+        assert all(len({prompt.id for prompt in some}) == len(some) for some in drawn)
+        ids = [prompt.id for some in drawn for prompt in some]
+        shares.append([ids.count(100 + 3 * row) / 4000 for row in range(8)])
+    # A share of 4,000 draws has a standard deviation of at most 0.008.
+    np.testing.assert_allclose(shares[0], shares[1], atol=0.05)
+
+
+def test_rows_of_little_weight_are_drawn_from_many_too(monkeypatch):
+    many(monkeypatch)
+    difficulties = [0.0] * 500 + [0.9, 0.8]
+    config = CurriculumConfig(hard_after=0, hard_difficulty=0.5)
+    made = curriculum(config, [], difficulties)
+    drawn = made.draw(5, iteration=0, rng=np.random.default_rng(0))
+    assert sorted(prompt.id for prompt in drawn) == [100 + 3 * 500, 100 + 3 * 501]
+    nothing = curriculum(CurriculumConfig(hard_after=0, hard_difficulty=1), [], [0.1] * 9)
+    with pytest.raises(ValueError, match=r"the hardest is 0\.10"):
+        nothing.draw(5, iteration=0, rng=np.random.default_rng(0))
+
+
+def test_a_state_has_only_the_prompts_that_were_tried_and_an_older_one_is_read():
+    history = [(3, 0.1), (5, 0.2), (3, 0.7)]
+    made = curriculum(CurriculumConfig(), history)
+    state = made.state()
+    assert state["rows"].tolist() == [3, 5]
+    assert state["attempts"].tolist() == [2, 1]
+    again = curriculum(CurriculumConfig(), [(0, 1.0)])
+    again.load_state(state)
+    assert again.success_rates().tolist() == made.success_rates().tolist()
+    dense = {"attempts": np.zeros(8), "successes": np.zeros(8)}
+    dense["attempts"][[3, 5]], dense["successes"][[3, 5]] = [2, 1], [0.8, 0.2]
+    again.load_state(dense)
+    np.testing.assert_allclose(again.success_rates(), made.success_rates())

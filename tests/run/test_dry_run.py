@@ -164,3 +164,17 @@ def test_activations_are_those_of_the_largest_pass_and_fit_the_budget():
     longest = max(len(parts.loop.encode(prompt)) for prompt in PROMPTS) + 70
     per_token = footprint.bytes(1000, footprint.plan(1000, 1 << 50)) / 1000
     assert whole == pytest.approx(3 * longest * per_token, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("longest", "budget", "iterations", "again"),
+    [(64, 16, 4, 1.5), (64, 4, 16, 7.5), (70, 30, 3, 90 / 70)],
+)
+def test_the_price_of_partial_rollouts_is_named(longest, budget, iterations, again):
+    text = describe(
+        config(f"rollout.max_response_tokens={longest}", f"rollout.token_budget={budget}")
+    )
+    assert f"takes {iterations} iterations" in text
+    assert f"computes {again:.2f} tokens again" in text
+    whole = describe(config(f"rollout.max_response_tokens={longest}", "rollout.token_budget=none"))
+    assert "Partial rollouts" not in whole
