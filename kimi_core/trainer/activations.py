@@ -175,63 +175,77 @@ class Recompute:
 def measure(model: PreTrainedModel, run: Callable[[Tensor], Any]) -> Footprint:
     """The footprint of ``model``, from one pass of ``PROBE_TOKENS`` tokens.
 
+    Args:
+        run: the pass; it takes token ids, int64 ``[1, PROBE_TOKENS]``, on the model's device.
+
     Raises: what ``run`` raises.
     """
     layers = trained_layers(model)
-    parameters = {_storage(parameter) for parameter in model.parameters()}
-    seen: dict[int, Tensor] = {}
-    saved = {"rest": 0, "layer": 0, "mlp": 0}
-    where = ["rest"]
-    stream, shapes_kept = [0], [False]
-
-    def save(tensor: Tensor) -> Tensor:
-        if (place := _storage(tensor)) not in seen and place not in parameters:
-            # Held until the end, so that no other tensor gets its place.
-            seen[place] = tensor
-            saved[where[-1]] += tensor.untyped_storage().nbytes()
-        return tensor
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
-            where.append(name)
-            if name == "layer":
-                stream[0] = _input(args, kwargs).nbytes
-
-        return hook
-
-    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if where.pop() == "mlp":
-            given = _input(args, kwargs)
-            shapes_kept[0] = isinstance(output, Tensor) and output.shape == given.shape
-
-    handles = []
+    saved = _Saved(model)
+    for layer in layers[:-1]:
+        saved.watch(layer, "others")
     if layers:
-        for name, module in (("layer", layers[-1]), ("mlp", _mlp(layers[-1]))):
-            if isinstance(module, nn.Module):
-                handles += [
-                    module.register_forward_pre_hook(enter(name), with_kwargs=True),
-                    module.register_forward_hook(leave, with_kwargs=True),
-                ]
-        for module in layers[:-1]:
-            handles += [
-                module.register_forward_pre_hook(enter("others"), with_kwargs=True),
-                module.register_forward_hook(leave, with_kwargs=True),
-            ]
-        saved["others"] = 0
+        saved.watch(layers[-1], "layer")
+        if (mlp := _mlp(layers[-1])) is not None:
+            saved.watch(mlp, "mlp")
     ids = torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
     try:
-        with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
+        with torch.enable_grad(), saved_tensors_hooks(saved.save, lambda tensor: tensor):
             run(ids)
     finally:
-        for handle in handles:
-            handle.remove()
+        saved.unwatch()
+    of = {name: count / PROBE_TOKENS for name, count in saved.bytes.items()}
     return Footprint(
         layers=len(layers),
-        layer=(saved["layer"] + saved["mlp"]) / PROBE_TOKENS,
-        mlp=saved["mlp"] / PROBE_TOKENS if shapes_kept[0] else 0.0,
-        stream=stream[0] / PROBE_TOKENS,
-        rest=saved["rest"] / PROBE_TOKENS,
+        layer=of["layer"] + of["mlp"],
+        mlp=of["mlp"] if saved.shape_kept else 0.0,
+        stream=saved.stream / PROBE_TOKENS,
+        rest=of["rest"],
     )
+
+
+class _Saved:
+    """Counts the bytes that autograd saves while certain modules compute."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.bytes = {"rest": 0, "others": 0, "layer": 0, "mlp": 0}
+        self.stream = 0
+        """Bytes of the input of the module ``layer``."""
+        self.shape_kept = False
+        """Whether the output of the module ``mlp`` is one tensor with the shape of its input."""
+        self._where = ["rest"]
+        self._parameters = {_storage(parameter) for parameter in model.parameters()}
+        # Tensors are held until the end, so that no other gets the place of one in memory.
+        self._seen: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self._where.append(name)
+            if name == "layer":
+                self.stream = _input(args, kwargs).nbytes
+
+        def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._where.pop()
+            if name == "mlp":
+                shape = _input(args, kwargs).shape
+                self.shape_kept = isinstance(output, Tensor) and output.shape == shape
+
+        self._handles += [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True),
+        ]
+
+    def unwatch(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def save(self, tensor: Tensor) -> Tensor:
+        place = _storage(tensor)
+        if place not in self._seen and place not in self._parameters:
+            self._seen[place] = tensor
+            self.bytes[self._where[-1]] += tensor.untyped_storage().nbytes()
+        return tensor
 
 
 def trained_layers(model: PreTrainedModel) -> list[nn.Module]:
