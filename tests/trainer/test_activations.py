@@ -82,6 +82,25 @@ def test_recomputing_changes_no_gradient_and_keeps_what_the_plan_says(name, chun
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
+class Shifted(torch.nn.Module):
+    """An MLP that mixes neighbouring tokens."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, hidden_rld):
+        return self.plain(hidden_rld.roll(1, 1))
+
+
+def test_an_mlp_that_mixes_tokens_is_not_cut():
+    model = build("llama")
+    model.model.layers[-1].mlp = Shifted(model.model.layers[-1].mlp)
+    footprint = measure(model, lambda ids: hidden(model, ids * torch.arange(32)))
+    assert footprint.mlp == 0.0
+    assert footprint.least(10**6) == Plan(3, False)
+
+
 def test_without_gradients_nothing_is_computed_twice():
     model = build("llama")
     recompute = Recompute(model, 1e-9)
