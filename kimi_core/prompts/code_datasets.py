@@ -29,7 +29,7 @@ def as_problem(record: Record) -> dict[str, Any] | None:
         ValueError, KeyError, TypeError: the line has the keys of a format and another content.
     """
     for keys, read in FORMATS:
-        if all(key in record for key in keys):
+        if keys <= record.keys():
             return read(record)
     return None
 
@@ -124,16 +124,16 @@ def _humaneval(record: Record) -> dict[str, Any]:
     return _problem(record["prompt"], [test], answer) | {"prefix": record["prompt"]}
 
 
-FORMATS: tuple[tuple[tuple[str, ...], Callable[[Record], dict[str, Any]]], ...] = (
-    (("question_content", "public_test_cases"), _livecodebench),
-    (("question", "input_output"), _apps),
-    (("prompt", "reward_model"), _verl),
-    (("description", "public_tests"), _code_contests),
-    (("verification_info",), _open_r1),
-    (("description", "official_tests"), _codeforces),
-    (("content", "test"), _sandbox_fusion),
-    (("test_list",), _mbpp),
-    (("prompt", "test", "entry_point"), _humaneval),
+FORMATS: tuple[tuple[frozenset[str], Callable[[Record], dict[str, Any]]], ...] = (
+    (frozenset({"question_content", "public_test_cases"}), _livecodebench),
+    (frozenset({"question", "input_output"}), _apps),
+    (frozenset({"prompt", "reward_model"}), _verl),
+    (frozenset({"description", "public_tests"}), _code_contests),
+    (frozenset({"verification_info"}), _open_r1),
+    (frozenset({"description", "official_tests"}), _codeforces),
+    (frozenset({"content", "test"}), _sandbox_fusion),
+    (frozenset({"test_list"}), _mbpp),
+    (frozenset({"prompt", "test", "entry_point"}), _humaneval),
 )
 """The keys that a format is known by: LiveCodeBench, APPS and TACO, verl, code_contests, open-r1
 (two), SandboxFusion, MBPP, HumanEval and its successors."""

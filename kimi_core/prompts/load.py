@@ -142,17 +142,9 @@ def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict
     """
     if not path.is_file():
         raise ValueError(f"No file {path}; give a JSONL file whose lines hold {' and '.join(keys)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    # Not splitlines(): JSON strings may hold U+2028 and the like, which end no line here.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty; its lines should hold {' and '.join(keys)}")
-    for number, line in lines:
+    example = "{" + ", ".join(f'"{key}": "..."' for key in keys) + "}"
+    for number, line in _lines(path, keys):
         where = f"{path}, line {number}"
-        example = "{" + ", ".join(f'"{key}": "..."' for key in keys) + "}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -177,6 +169,22 @@ def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict
                     f'{where}: "{key}" is {json.dumps(record[key])}; allowed is a non-empty string'
                 )
         yield where, record
+
+
+def _lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) for each line that is not blank."""
+    empty = True
+    try:
+        # JSON strings may hold U+2028 and the like, which end no line here.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    empty = False
+                    yield number, line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    if empty:
+        raise ValueError(f"{path} is empty; its lines should hold {' and '.join(keys)}")
 
 
 def _problem_in(record: dict[str, Any], where: str) -> dict[str, Any]:
