@@ -142,6 +142,10 @@ class Recompute:
             self._footprint = measure(self._model, run)
         return self._footprint
 
+    def most_tokens(self, wanted: int, run: Callable[[Tensor], Any]) -> int:
+        """``wanted`` or, if that is too much, the size of the largest micro-batch that fits."""
+        return min(wanted, max(1, self.footprint(run).most_tokens(self.budget)))
+
     def fit(self, tokens: int) -> Plan:
         """Prepare the next pass, which has ``tokens`` tokens, and return what it will recompute.
 

@@ -51,8 +51,7 @@ def train_sft(
     policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk)
     weights = MasterWeights(policy.trainable())
     recompute = Recompute(model, trainer.memory_gb)
-    fitting = max(1, recompute.footprint(policy.probe).most_tokens(recompute.budget))
-    max_tokens = min(trainer.tokens_per_micro_batch, fitting)
+    max_tokens = recompute.most_tokens(trainer.tokens_per_micro_batch, policy.probe)
     optimizer = weights.adamw(config.learning_rate, trainer.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: warmup_cosine(step, config.steps)

@@ -261,13 +261,13 @@ class Trainer:
     def _micro_batches(
         self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray
     ) -> Iterator[MicroBatch]:
-        footprint = self._recompute.footprint(self.policy.probe)
-        fitting = max(1, footprint.most_tokens(self._recompute.budget))
         return micro_batches(
             batch,
             wanted,
             which,
-            max_tokens=min(self._config.tokens_per_micro_batch, fitting),
+            max_tokens=self._recompute.most_tokens(
+                self._config.tokens_per_micro_batch, self.policy.probe
+            ),
             share_prompts=self.policy.shares_prompts,
             layout=self.policy.layout,
             masks_up_to=self.policy.masks_up_to,

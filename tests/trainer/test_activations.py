@@ -174,3 +174,16 @@ def test_what_fits_nowhere_is_said_once(caplog):
 
 def test_the_memory_of_this_machine_is_known():
     assert 1e9 < activations.device_memory(torch.device("cpu")) < 1e14
+
+
+def test_micro_batches_get_smaller_only_if_they_must():
+    model = build("llama")
+
+    def run(ids):
+        hidden(model, ids)
+
+    assert Recompute(model, 1.0).most_tokens(100, run) == 100
+    footprint = measure(model, run)
+    tight = Recompute(model, footprint.bytes(40, footprint.least(40)) / 1e9)
+    assert 35 <= tight.most_tokens(100, run) <= 41
+    assert Recompute(model, 1e-9).most_tokens(100, run) == 1
