@@ -255,8 +255,9 @@ def with_config(
             raise
         return _fail(
             f"out of memory: {' '.join(str(error).split())[:200] or 'MemoryError'}. Lower "
-            "trainer.memory_gb, trainer.head_chunk or rollout.batch_rows; --resume takes all of "
-            "them, and `kimi train --dry-run` names the memory of a run",
+            "trainer.memory_gb, trainer.tokens_per_micro_batch, trainer.head_chunk or "
+            "rollout.batch_rows; --resume takes all of them, and `kimi train --dry-run` names the "
+            "memory of a run",
             1,
         )
     except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
