@@ -33,7 +33,8 @@ def train_sft(
     Examples come in random order, and each comes once before any comes a second time.
 
     Args:
-        model: any causal LM; its parameters that require a gradient are trained.
+        model: any causal LM; its parameters that require a gradient are trained. It is put into
+            eval mode: a layer that is recomputed must not drop other activations.
         examples: at least one; prompt and response have at least one token each.
         config: steps, batch size and learning rate.
         trainer: ``tokens_per_micro_batch``, ``memory_gb``, ``head_chunk``, ``grad_clip`` and
@@ -48,7 +49,7 @@ def train_sft(
     """
     if not examples:
         raise ValueError("SFT needs at least one example; the file or source gave none")
-    policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk)
+    policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk).eval()
     weights = MasterWeights(policy.trainable())
     recompute = Recompute(model, trainer.memory_gb)
     max_tokens = recompute.most_tokens(trainer.tokens_per_micro_batch, policy.probe)

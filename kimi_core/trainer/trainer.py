@@ -70,7 +70,7 @@ class Trainer:
     """Updates a policy in place, saves it, and publishes its weights.
 
     Args:
-        policy: in eval mode; its parameters that require a gradient are trained.
+        policy: its parameters that require a gradient are trained; it is put into eval mode.
         config: the objective and its settings.
         publisher: takes the weights to the engine.
 
@@ -79,7 +79,8 @@ class Trainer:
     """
 
     def __init__(self, policy: Policy, config: TrainerConfig, publisher: Publisher) -> None:
-        self.policy = policy
+        # With dropout, engine and trainer would disagree, and recomputing would drop other values.
+        self.policy = policy.eval()
         self._config = config
         self._publisher = publisher
         self._objective = load_objective(config)

@@ -289,7 +289,7 @@ WITH_DROPOUT = {
 def test_recomputing_changes_no_gradient(make, steps):
     calls, slopes = [], []
     for little in (False, True):
-        model = make()
+        model = make().train()  # Whoever loads a model may leave it in training mode.
         data = data_of(model)
         memory_gb = little_memory(model, data) if little else None
         trainer = trainer_of(model, memory_gb=memory_gb)
