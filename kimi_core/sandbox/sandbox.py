@@ -161,15 +161,15 @@ class Sandbox:
                 found += _children(pid)
         return found
 
-    def waited_for_a_core_s(self) -> float:
-        """Seconds that a thread was ready to run while other work had the cores; the longest."""
-        longest = 0
+    def waits_for_a_core(self) -> dict[int, float]:
+        """Seconds that each living thread was ready to run while other work had the cores."""
+        waits = {}
         for pid in self.tree():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 for task in os.listdir(f"/proc/{pid}/task"):
                     with open(f"/proc/{pid}/task/{task}/schedstat", "rb") as file:
-                        longest = max(longest, int(file.read().split()[1]))
-        return longest / 1e9
+                        waits[int(task)] = int(file.read().split()[1]) / 1e9
+        return waits
 
     def kill(self) -> None:
         """End init, and with it every process of its namespace."""

@@ -48,6 +48,28 @@ class _Output:
         self.kept += data[: self.limit - len(self.kept)]
 
 
+class _Spent:
+    """Wall-clock time of a program, without the time that it could have run but had no core.
+
+    The kernel forgets how long a thread has waited when the thread ends. So the waits are read at
+    each look, and the longest wait since the look before does not count.
+    """
+
+    def __init__(self, limit_s: float, now: float) -> None:
+        self.wall_s = 0.0
+        self._limit_s, self._last = limit_s, now
+        self._waits: dict[int, float] = {}
+        self.next_look = now + min(TICK_S, limit_s)
+
+    def look(self, sandbox: Sandbox, now: float) -> None:
+        waits = sandbox.waits_for_a_core()
+        longest = max((w - self._waits.get(thread, 0.0) for thread, w in waits.items()), default=0)
+        # A wait is told when it ends, so it may be longer than the time since the last look.
+        self.wall_s = max(0.0, self.wall_s + now - self._last - longest)
+        self._waits, self._last = waits, now
+        self.next_look = now + min(TICK_S, max(0.001, self._limit_s - self.wall_s))
+
+
 def supervise(
     sandbox: Sandbox,
     stdin: bytes,
@@ -106,9 +128,9 @@ def _until_end(
     for output in outputs:
         poll.register(output.fd, select.POLLIN)
     now = started = time.monotonic()
-    end, tick = now + limits.wall_s, now + TICK_S
+    spent = _Spent(limits.wall_s, now)
     while True:
-        ready = {fd for fd, _ in poll.poll(1e3 * max(0.0, min(end, tick) - now))}
+        ready = {fd for fd, _ in poll.poll(1e3 * max(0.0, spent.next_look - now))}
         if not ready.isdisjoint(owners):
             raise Abandoned
         for output in outputs:
@@ -124,19 +146,16 @@ def _until_end(
         if sandbox.end in ready:
             return None
         now = time.monotonic()
-        if now >= end:
-            # The limit is for programs that wait for something else than a core.
-            end = started + limits.wall_s + sandbox.waited_for_a_core_s()
-            if now >= started + LONGEST_WAIT * limits.wall_s:
-                return Status.INFRA, f"no core was free for most of {now - started:.0f} s"
-            if now >= end:
-                return Status.TIME, f"wall-clock time of {limits.wall_s:g} s"
         if any(output.total > DRAIN * output.limit for output in outputs):
             return Status.OUTPUT, ""
-        if now >= tick:
-            tick = now + TICK_S
+        if now >= spent.next_look:
             if over := _over(sandbox, limits, cgroup):
                 return over
+            spent.look(sandbox, now)
+            if spent.wall_s >= limits.wall_s:
+                return Status.TIME, f"wall-clock time of {limits.wall_s:g} s"
+            if now >= started + LONGEST_WAIT * limits.wall_s:
+                return Status.INFRA, f"no core was free for most of {now - started:.0f} s"
 
 
 def _feed(fd: int, data: memoryview) -> memoryview:

@@ -297,6 +297,24 @@ class TestSandbox:
             runs = [threads.submit(pool.run, program, limits=limits) for _ in range(8)]
             assert {run.result().status for run in runs} == {Status.OK}
 
+    def test_the_waits_of_ended_processes_stay_uncounted(self, pool):
+        """Three children on one core, 0.4 CPU-seconds each: 0.8 of 1.9 s are waits for the core."""
+        program = """
+import os, time
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+children = []
+for _ in range(3):
+    if not (child := os.fork()):
+        while time.process_time() < 0.4: pass
+        os._exit(0)
+    children.append(child)
+for child in children: os.waitpid(child, 0)
+time.sleep(0.7)
+"""
+        done = pool.run(program, limits=Limits(wall_s=1.6, cpu_s=3))
+        assert (done.status, done.detail) == (Status.OK, "")
+        assert done.wall_s > 1.8
+
     def test_waiting_for_something_else_is(self, pool):
         done = pool.run("import time; time.sleep(60)", limits=Limits(wall_s=0.5))
         assert done.status is Status.TIME and done.wall_s < 10
