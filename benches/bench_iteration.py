@@ -1,8 +1,37 @@
-"""Whole iterations beside TRL's GRPOTrainer and a plain loop, CPU seconds a sample, one thread.
+"""Whole iterations beside TRL's GRPOTrainer and a plain loop, in CPU seconds a sample.
 
-pip install trl==1.16.0                           # needed for the comparison with TRL
-pytest benches/bench_iteration.py -k think        # 3 minutes, 2 more for the SFT start
-pytest benches/bench_iteration.py -k smollm2
+    pip install trl==1.16.0                      # not in '.[bench]': it brings pyarrow and pandas
+    pytest benches/bench_iteration.py -k think   # a minute; 2 more for the SFT start, taken once
+    pytest benches/bench_iteration.py -k smollm2 # 15 CPU minutes
+
+All sides have the same weights and frozen layers (`think`: the SFT start of seed 0, in
+runs/experiments), the same prompts in the same order, and the same number of responses a prompt.
+Length limit, temperature, learning rate, number of updates, clipping of the gradient and reward
+function are the same, too; the reward's time counts. Nobody evaluates, saves or logs. Each side
+trains its copy of the model, in turn with the others, iteration by iteration, in one process and on
+one thread. The first iteration warms up.
+
+*Ours* is ``Loop.iterate`` with the parts of a run; only the buffer's file has no name. A prompt is
+computed once for its responses, and a response that has ended leaves the batch. The log-probs of
+the engine are the reference. Responses are packed into rows, in micro-batches of
+``trainer.tokens_per_micro_batch``, and the log-probs of engine and trainer are compared. Neither
+config has a token budget, so no rollout is partial.
+
+*TRL* generates all responses in one batch, whose rows all run to the longest response. Two updates
+from one batch of responses make it compute the old log-probs in a forward pass more. Micro-batches
+are padded to the longest response of the iteration. Its number of responses in one makes no
+difference: 16 to 128 took the same time for `think`. The loss is its default, of the same cost as
+others, and its optimizer keeps its moments. It computes its metrics although nobody reads them.
+
+*The plain loop* has our loss, and is about what one writes by hand: ``generate``, then padded
+forward and backward passes of as many tokens as ours. It takes the reference from the logits of
+``generate``, and a micro-batch is only as wide as its longest response.
+
+What differs besides: ours ends a response also if it repeats itself, which hardly happens here, and
+at a ``$`` inside a longer token. Sides draw other numbers, so lengths differ a little. The table
+has them, and a ratio per sampled token.
+
+*gemm* is the limit: the matrix products of the iteration that ours did, with prompts computed once.
 """
 
 import time
@@ -61,6 +90,8 @@ class GivenPrompts(Curriculum):
 
 
 class Ours:
+    """The loop of a run, without a folder."""
+
     def __init__(self, task: Task) -> None:
         parts = build(task.config)
         self.loop, self.close = parts.loop, parts.close
@@ -86,7 +117,13 @@ def task_of(config: Config, iterations: int) -> Task:
 
 
 def compare(task: Task, rows: int, folder: Path) -> dict[str, Side]:
-    """Run all sides in turn, iteration by iteration; the first iteration warms up."""
+    """Run all sides in turn, iteration by iteration; the first iteration warms up.
+
+    TRL's trainer cannot be stopped between two iterations, so its callback runs the others there.
+
+    Args:
+        rows: responses in a micro-batch of TRL.
+    """
     ours, plain, gemms = Ours(task), Plain(task), Gemms(task)
     sides = {name: Side() for name in ("ours", "plain loop", "gemm", "TRL")}
 
@@ -129,6 +166,7 @@ def compare(task: Task, rows: int, folder: Path) -> dict[str, Side]:
 
 
 def record(ratios, title: str, sides: dict[str, Side], minimum: float) -> None:
+    """Add a line for each peer, and one per sampled token; ``minimum`` is for TRL, per sample."""
     ours = sides["ours"]
     for peer in ("TRL", "plain loop", "gemm"):
         side = sides[peer]

@@ -150,7 +150,7 @@ class Turns(TrainerCallback):
 
 
 class Trl:
-    """TRL's GRPOTrainer with what is fastest on a CPU: no checkpointed activations, no logging.
+    """TRL's GRPOTrainer with what is fastest on a CPU: activations are kept, nothing is logged.
 
     Args:
         rows: responses in a micro-batch.
@@ -167,6 +167,8 @@ class Trl:
         model, tokenizer, self.codec = task.load()
         self.reward = load_reward(task.config.reward)
         prompts = [prompt for turn in task.turns for prompt in turn]
+        for prompt in prompts:  # TRL tokenizes the text.
+            assert tokenizer(prompt.text)["input_ids"] == self.codec.encode_prompt(prompt).tolist()
         self.prompts = {prompt.id: prompt for prompt in prompts}
         # TRL ends a response with any of these.
         model.generation_config.eos_token_id = sorted(self.codec.stop_token_ids)
