@@ -2,7 +2,7 @@
 
     pip install trl==1.16.0                      # not in '.[bench]': it brings pyarrow and pandas
     pytest benches/bench_iteration.py -k think   # a minute; 2 more for the SFT start, taken once
-    pytest benches/bench_iteration.py -k smollm2 # 15 CPU minutes
+    pytest benches/bench_iteration.py -k smollm2 # 12 CPU minutes
 
 All sides have the same weights and frozen layers (`think`: the SFT start of seed 0, in
 runs/experiments), the same prompts in the same order, and the same number of responses a prompt.
@@ -11,17 +11,17 @@ function are the same, too; the reward's time counts. Nobody evaluates, saves or
 trains its copy of the model, in turn with the others, iteration by iteration, in one process and on
 one thread. The first iteration warms up.
 
-*Ours* is ``Loop.iterate`` with the parts of a run; only the buffer's file has no name. A prompt is
-computed once for its responses, and a response that has ended leaves the batch. The log-probs of
-the engine are the reference. Responses are packed into rows, in micro-batches of
-``trainer.tokens_per_micro_batch``, and the log-probs of engine and trainer are compared. Neither
-config has a token budget, so no rollout is partial.
+*Ours* is ``Loop.iterate`` with the parts of a run; only the buffer's file has no name. The rollout
+computes a prompt once for its responses, and so does training where that halves the tokens: for
+`smollm2`. A response that has ended leaves the batch. The log-probs of the engine are the
+reference, and are compared with the trainer's. Responses are packed into rows, in micro-batches of
+``trainer.tokens_per_micro_batch``. Neither config has a token budget, so no rollout is partial.
 
 *TRL* generates all responses in one batch, whose rows all run to the longest response. Two updates
 from one batch of responses make it compute the old log-probs in a forward pass more. Micro-batches
-are padded to the longest response of the iteration. Its number of responses in one makes no
-difference: 16 to 128 took the same time for `think`. The loss is its default, of the same cost as
-others, and its optimizer keeps its moments. It computes its metrics although nobody reads them.
+are padded to the longest response of the iteration. For `think`, micro-batches of 16 to 128
+responses took the same time. The loss is TRL's default, and the optimizer keeps its moments. TRL
+computes its metrics although nobody reads them.
 
 *The plain loop* has our loss, and is about what one writes by hand: ``generate``, then padded
 forward and backward passes of as many tokens as ours. It takes the reference from the logits of
