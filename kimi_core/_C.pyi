@@ -19,7 +19,7 @@ class RolloutBuffer:
     @staticmethod
     def file_bytes(capacity_tokens: typing.SupportsInt | typing.SupportsIndex, max_trajectories: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex = 256) -> int:
         """
-        Size in bytes of the file of a buffer of these sizes, on disk and in memory.
+        The most bytes that the file of a buffer of these sizes takes, on disk and in memory.
         """
     @staticmethod
     def tokens_taken(tokens: typing.SupportsInt | typing.SupportsIndex, segments: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex = 256) -> int:

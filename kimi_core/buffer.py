@@ -9,7 +9,8 @@ The life of a trajectory:
 4. ``read`` and ``pack`` give its tokens to the reward and to the trainer.
 5. ``evict`` removes it.
 
-The buffer is a file, mapped into memory. An appended segment survives the death of the process once
+The buffer is a file, mapped into memory. It grows as trajectories do; ``append`` reuses the space of
+evicted ones first. An appended segment survives the death of the process once
 ``append`` has returned, and any number of other processes may read the file meanwhile.
 ``docs/buffer_format.md`` describes the format and why it survives. The implementation is in C++
 (``csrc/buffer``).
@@ -42,7 +43,11 @@ class BufferStats:
     tokens: int
     segments: int
     pages: int
+    """The most that the file may have."""
     pages_free: int
+    """Of ``pages``, those that no trajectory takes, in the file or not yet."""
+    pages_allocated: int
+    """In the file now, in use or free."""
     page_tokens: int
     max_trajectories: int
     tokens_by_version: dict[int, int]
@@ -93,7 +98,10 @@ class RolloutBuffer(_C.RolloutBuffer):
         max_trajectories: int,
         page_tokens: int = 256,
     ) -> Self:
-        """Create an empty buffer and open it for writing. All its disk space is allocated now.
+        """Create an empty buffer and open it for writing.
+
+        The file has no page at first. It grows up to ``file_bytes(capacity_tokens, ...)`` as
+        trajectories are appended, and never gets shorter.
 
         Args:
             path: a new file.
@@ -156,6 +164,7 @@ class RolloutBuffer(_C.RolloutBuffer):
             KeyError: there is no such trajectory.
             ValueError: it has ended, the lengths differ, a log-prob is not finite, the lease is not
                 the newest, or the buffer is full. Nothing is appended then.
+            OSError: the file must grow, and the disk is full. Nothing is appended then.
             TypeError: a column does not convert without loss.
         """
         return self._append(
@@ -315,7 +324,10 @@ def describe(buffer: RolloutBuffer) -> Iterator[str]:
         f"  {stats.trajectories} of {stats.max_trajectories} trajectories, {stats.unfinished} "
         f"unfinished; {stats.tokens} tokens in {stats.segments} segments"
     )
-    yield f"  {stats.pages_free} of {stats.pages} pages of {stats.page_tokens} tokens free"
+    yield (
+        f"  {stats.pages_free} of {stats.pages} pages of {stats.page_tokens} tokens free; the file "
+        f"has {stats.pages_allocated} of them so far"
+    )
     newest = max(stats.tokens_by_version, default=0)
     for version, tokens in sorted(stats.tokens_by_version.items(), reverse=True):
         yield f"  policy version {version}, age {newest - version}: {tokens} tokens"

@@ -4,6 +4,7 @@
 #include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -30,11 +31,22 @@ void SyncFolderOf(const std::string& path) {
   if (error) ThrowErrno(error, "force to disk", folder);
 }
 
-// Rewrites a byte of each memory page with its own value, so that no later store waits for a page.
-void TouchEveryPage(std::byte* data, size_t size) {
+// Makes all memory pages writable, so that no later store waits for one or is a SIGBUS. Returns the
+// number of an error, or 0. `data` begins at a memory page.
+int Populate(std::byte* data, size_t size) {
+  constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, which older headers lack.
+  int error = 0;
+  do {
+    error = madvise(data, size, kPopulateWrite) == 0 ? 0 : errno;
+  } while (error == EINTR || error == EAGAIN);
+  // A store would be a SIGBUS: a disk that copies shared blocks on a write has no space for a copy.
+  if (error == EFAULT) return ENOSPC;
+  if (error != EINVAL) return error;
+  // Linux before 5.14: rewrite a byte of each page with its own value.
   for (size_t at = 0; at < size; at += kMemoryPage) {
     __atomic_fetch_or(reinterpret_cast<unsigned char*>(data + at), 0, __ATOMIC_RELAXED);
   }
+  return 0;
 }
 
 }  // namespace
@@ -70,17 +82,55 @@ void MappedFile::LockForWriting() {
 void MappedFile::Map(Mode mode) {
   size_ = SizeNow();
   if (size_ == 0) return;  // An empty file cannot be mapped; the caller checks the size.
-  if (mode == Mode::kWrite) {
-    const int error = posix_fallocate(fd_, 0, static_cast<off_t>(size_));
-    if (error) {
-      ThrowErrno(error, "allocate " + std::to_string(size_) + " bytes of disk space for", path_);
-    }
-  }
   const int access = mode == Mode::kRead ? PROT_READ : PROT_READ | PROT_WRITE;
   void* data = mmap(nullptr, size_, access, MAP_SHARED, fd_, 0);
   if (data == MAP_FAILED) ThrowErrno(errno, "map", path_);
   data_ = static_cast<std::byte*>(data);
-  if (mode == Mode::kWrite) TouchEveryPage(data_, size_);
+  if (mode != Mode::kWrite) return;
+  try {
+    Allocate(0, size_);
+  } catch (...) {
+    munmap(data_, size_);
+    throw;
+  }
+}
+
+// Allocates disk space and memory for bytes [from, to), which may be past the end of the file.
+void MappedFile::Allocate(size_t from, size_t to) {
+  int error = 0;
+  do {
+    error = posix_fallocate(fd_, static_cast<off_t>(from), static_cast<off_t>(to - from));
+  } while (error == EINTR);
+  const size_t page = from / kMemoryPage * kMemoryPage;
+  if (error == 0) error = Populate(data_ + page, to - page);
+  if (error == 0) return;
+  struct statvfs disk;
+  const bool measured = fstatvfs(fd_, &disk) == 0;
+  const std::string free = measured ? std::to_string(disk.f_bavail * disk.f_frsize) : "unknown";
+  ThrowErrno(error,
+             "allocate bytes " + std::to_string(from) + " to " + std::to_string(to) + " (" + free +
+                 " bytes are free on the disk: free some, or use a larger disk) for",
+             path_);
+}
+
+void MappedFile::Reserve(size_t bytes) {
+  if (bytes <= size_) return;
+  void* data = mremap(data_, size_, bytes, MREMAP_MAYMOVE);
+  if (data == MAP_FAILED) {
+    ThrowErrno(errno, "reserve " + std::to_string(bytes) + " bytes of address space for", path_);
+  }
+  data_ = static_cast<std::byte*>(data);
+  size_ = bytes;
+}
+
+void MappedFile::Grow(size_t from, size_t to) {
+  try {
+    Allocate(from, to);
+  } catch (...) {
+    // A part may have been allocated. It goes back to the disk.
+    if (ftruncate(fd_, static_cast<off_t>(from)) != 0) ThrowErrno(errno, "shorten", path_);
+    throw;
+  }
 }
 
 void MappedFile::Protect(size_t offset) {

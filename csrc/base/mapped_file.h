@@ -1,9 +1,12 @@
 // MappedFile maps a whole file into memory and shares it with every process that maps it.
 //
+// The file may grow while it is mapped. Each process reserves addresses for its greatest size;
+// bytes that the file gains appear there in all of them, without a further call.
+//
 // A store is in the kernel's page cache at once. It survives the death of the process by any cause,
 // without a further call. Surviving the death of the machine takes a call of Sync.
 //
-// Synchronisation: none. Sync and the accessors may be called from any thread.
+// Synchronisation: none. SizeNow, Sync and the accessors may be called from any thread.
 #ifndef KIMI_BASE_MAPPED_FILE_H_
 #define KIMI_BASE_MAPPED_FILE_H_
 
@@ -18,9 +21,9 @@ class MappedFile {
 
   // Maps an existing file. kShare allows stores while another process is the writer. kWrite takes
   // the writer's lock, which the kernel releases when the process ends. It also allocates the disk
-  // space and touches every page: no later store meets a full disk (a SIGBUS) or waits for a page.
-  // Throws std::system_error if the operating system refuses a step, and std::invalid_argument if
-  // another writer has the file.
+  // space and populates every page: no later store meets a full disk (a SIGBUS) or waits for a
+  // page. Throws std::system_error if the operating system refuses a step, and
+  // std::invalid_argument if another writer has the file.
   MappedFile(const std::string& path, Mode mode);
   ~MappedFile();
 
@@ -28,8 +31,18 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
 
   std::byte* data() const { return data_; }
-  size_t size() const { return size_; }
+  size_t size() const { return size_; }  // Of the mapping, in bytes.
   const std::string& path() const { return path_; }
+
+  // Extends the mapping to `bytes`, past the end of the file. Touching a byte there is a SIGBUS
+  // until the file has grown so far. Moves data(). Throws std::system_error. REQUIRES: the file is
+  // not empty, and no other thread uses the mapping.
+  void Reserve(size_t bytes);
+
+  // Lengthens the file from `from` to `to` bytes. The new part is allocated and populated as on
+  // opening. Throws std::system_error if the disk is full; the file then ends at `from`.
+  // REQUIRES: the mode is kWrite, nobody uses bytes from `from` on, and to <= size().
+  void Grow(size_t from, size_t to);
 
   // Makes the bytes from `offset` on read-only in this mapping; a store there is a SIGSEGV. Throws
   // std::system_error. REQUIRES: `offset` is a multiple of the memory page.
@@ -45,6 +58,7 @@ class MappedFile {
  private:
   void LockForWriting();
   void Map(Mode mode);
+  void Allocate(size_t from, size_t to);
 
   const std::string path_;
   int fd_ = -1;

@@ -70,7 +70,8 @@ py::dict stats(const PyBuffer& buffer) {
   using py::literals::operator""_a;
   return py::dict("trajectories"_a = stats.trajectories, "unfinished"_a = stats.unfinished,
                   "tokens"_a = stats.tokens, "segments"_a = stats.segments, "pages"_a = stats.pages,
-                  "pages_free"_a = stats.pages_free, "page_tokens"_a = reader->layout().page_tokens,
+                  "pages_free"_a = stats.pages_free, "pages_allocated"_a = stats.pages_allocated,
+                  "page_tokens"_a = reader->layout().page_tokens,
                   "max_trajectories"_a = reader->layout().max_trajectories,
                   "tokens_by_version"_a = stats.tokens_by_version);
 }
@@ -145,10 +146,10 @@ void register_buffer(py::module_& m) {
           [](int64_t capacity_tokens, int64_t max_trajectories, int64_t page_tokens) {
             return Layout(BufferWriter::HeaderOf(
                               SizesOf(capacity_tokens, max_trajectories, page_tokens)))
-                .FileBytes();
+                .MostBytes();
           },
           py::arg("capacity_tokens"), py::arg("max_trajectories"), py::arg("page_tokens") = 256,
-          "Size in bytes of the file of a buffer of these sizes, on disk and in memory.")
+          "The most bytes that the file of a buffer of these sizes takes, on disk and in memory.")
       .def_static(
           "tokens_taken",
           [](uint64_t tokens, uint64_t segments, int64_t page_tokens) {

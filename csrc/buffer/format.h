@@ -3,6 +3,8 @@
 //
 //   header | reserved words | slots, one for each trajectory | pages
 //
+// The file ends behind the pages that were needed so far and grows up to the number in its header.
+//
 // All pages have the same size. A page holds tokens, segment records, or the numbers of other
 // pages. The file does not list its free pages: a page is free if no slot reaches it.
 #ifndef KIMI_BUFFER_FORMAT_H_
@@ -18,8 +20,9 @@
 namespace kimi {
 
 constexpr char kMagic[8] = {'K', 'I', 'M', 'I', 'R', 'O', 'L', 'L'};
-constexpr uint32_t kFormatVersion = 1;
-constexpr size_t kAlignment = 4096;  // Of each part of the file, in bytes.
+constexpr uint32_t kFormatVersion = 2;
+constexpr uint32_t kWholeVersion = 1;  // Files of this version have all their pages from the start.
+constexpr size_t kAlignment = 4096;    // Of each part of the file, in bytes.
 constexpr uint32_t kNoPage = ~uint32_t{0};
 
 // ---- The commit word says how much of a trajectory exists. Storing it acknowledges an append.
@@ -52,7 +55,7 @@ struct Header {
   char magic[8];
   uint32_t version;
   uint32_t page_tokens;
-  uint32_t pages;
+  uint32_t pages;  // The most that the file may grow to.
   uint32_t max_trajectories;
   uint32_t reserved_words;    // Words between header and slots, which nothing uses; 0 in new files.
   uint32_t reserved_setting;  // Not used; 0 in new files.
@@ -120,7 +123,14 @@ struct Layout {
 
   uint64_t SlotsAt() const { return kAlignment + Aligned(reserved_words * sizeof(uint64_t)); }
   uint64_t PagesAt() const { return SlotsAt() + Aligned(max_trajectories * sizeof(Slot)); }
-  uint64_t FileBytes() const { return PagesAt() + pages * PageBytes(); }
+  // The size of a file that ends behind its first `count` pages.
+  uint64_t BytesWith(uint64_t count) const { return PagesAt() + count * PageBytes(); }
+  uint64_t MostBytes() const { return BytesWith(pages); }
+  // The number of whole pages in a file of this size.
+  uint64_t PagesIn(uint64_t bytes) const {
+    const uint64_t whole = bytes < PagesAt() ? 0 : (bytes - PagesAt()) / PageBytes();
+    return whole < pages ? whole : pages;
+  }
 
   uint64_t TokenPages(uint64_t tokens) const { return Ratio(tokens, page_tokens); }
   uint64_t RecordPages(uint64_t segments) const {

@@ -26,13 +26,14 @@ const Header& CheckedHeader(const MappedFile& file) {
                      "reads up to " + std::to_string(kFormatVersion) +
                      ": open it with the kimi_core that wrote it, or a newer one");
   }
-  const uint64_t expected = Layout(header).FileBytes();
+  const Layout layout(header);
+  const uint64_t least = header.version <= kWholeVersion ? layout.MostBytes() : layout.PagesAt();
   if (header.crc != HeaderCrc(header)) {
     Refuse(path, "has a damaged header (its checksum is wrong): restore a snapshot");
   }
-  if (file.size() < expected) {
+  if (file.size() < least) {
     Refuse(path, "is cut off: it has " + std::to_string(file.size()) + " of " +
-                     std::to_string(expected) + " bytes; restore a snapshot");
+                     std::to_string(least) + " bytes; restore a snapshot");
   }
   for (const uint64_t* word : {&header.next_id, &header.mark, &header.max_probe}) {
     if (!Unseal(shared::Load(*word))) {
@@ -49,7 +50,16 @@ NotFound::NotFound(int64_t trajectory_id)
                          ": never begun, or evicted") {}
 
 BufferReader::BufferReader(const std::string& path, MappedFile::Mode mode)
-    : file_(path, mode), layout_(CheckedHeader(file_)) {}
+    : file_(path, mode), layout_(CheckedHeader(file_)) {
+  file_.Reserve(layout_.MostBytes());
+}
+
+bool BufferReader::HasPageNow(uint32_t number) const {
+  if (number >= layout_.pages) return false;
+  const uint64_t pages = layout_.PagesIn(file_.SizeNow());
+  pages_seen_.store(pages, std::memory_order_relaxed);
+  return number < pages;
+}
 
 // Reads the fields of a slot between two looks at its generation.
 std::optional<TrajectoryInfo> BufferReader::Look(uint64_t index) const {
@@ -191,6 +201,7 @@ bool BufferReader::ReadPages(const TrajectoryInfo& info, std::byte* pages,
 BufferStats BufferReader::Stats() const {
   BufferStats stats;
   stats.pages = stats.pages_free = layout_.pages;
+  stats.pages_allocated = layout_.PagesIn(file_.SizeNow());
   std::vector<Record> records;
   for (const TrajectoryInfo& info : Scan()) {
     if (!ReadRecords(info, records)) continue;  // It was evicted meanwhile.

@@ -7,10 +7,14 @@
 // While the writer extends a trajectory, a reader sees the length that was committed when it
 // looked. Tokens below that length never change.
 //
+// The file may grow at any time. A reader has reserved addresses for the greatest size, so it reads
+// new pages where it expects them. It uses no page number past the end of the file.
+//
 // Synchronisation: none needed. Any number of threads and processes may read during writes.
 #ifndef KIMI_BUFFER_READER_H_
 #define KIMI_BUFFER_READER_H_
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -56,6 +60,7 @@ struct BufferStats {
   uint64_t segments = 0;
   uint64_t pages = 0;
   uint64_t pages_free = 0;
+  uint64_t pages_allocated = 0;                   // In the file at present; it grows up to `pages`.
   std::map<int32_t, uint64_t> tokens_by_version;  // Sampled tokens only: versions from 0 on.
 };
 
@@ -107,6 +112,10 @@ class BufferReader {
   std::byte* page(uint32_t number) const {
     return file_.data() + layout_.PagesAt() + number * layout_.PageBytes();
   }
+  // Whether the file has this page. A look at the size of the file is needed only if it has grown.
+  bool HasPage(uint32_t number) const {
+    return number < pages_seen_.load(std::memory_order_relaxed) || HasPageNow(number);
+  }
   // The number of page `ordinal` of a table, or kNoPage if the entry is torn or damaged.
   template <typename Table>
   uint32_t PageAt(const Table& table, uint64_t ordinal) const;
@@ -119,11 +128,14 @@ class BufferReader {
   // Record `index` of a slot, or nothing if its page number is invalid.
   std::optional<Record> RecordAt(const Slot& slot, uint32_t index) const;
 
-  const MappedFile file_;
+  MappedFile file_;
   const Layout layout_;
 
  private:
+  bool HasPageNow(uint32_t number) const;
   [[noreturn]] void ThrowDamaged(const TrajectoryInfo& info, uint64_t from) const;
+
+  mutable std::atomic<uint64_t> pages_seen_ = 0;  // At the last look at the file's size.
 };
 
 template <typename Visit>
@@ -147,10 +159,10 @@ uint32_t BufferReader::PageAt(const Table& table, uint64_t ordinal) const {
     const uint64_t entry = ordinal - Table::kDirectEntries, per_page = layout_.EntriesPerPage();
     if (entry / per_page >= Table::kRootEntries) return kNoPage;
     const uint32_t root = shared::Load(table.roots[entry / per_page]);
-    if (root >= layout_.pages) return kNoPage;
+    if (!HasPage(root)) return kNoPage;
     number = shared::Load(reinterpret_cast<const shared::Half*>(page(root))[entry % per_page]);
   }
-  return number < layout_.pages ? number : kNoPage;
+  return HasPage(number) ? number : kNoPage;
 }
 
 }  // namespace kimi

@@ -21,9 +21,9 @@ void BufferWriter::Recover() {
   std::sort(order.begin(), order.end(), [this](uint64_t a, uint64_t b) {
     return slot(a).trajectory_id > slot(b).trajectory_id;
   });
-  std::vector<bool> used(layout_.pages, false);
+  std::vector<bool> used(pages_allocated_, false);
   for (const uint64_t index : order) RecoverSlot(index, used);
-  for (uint32_t number = header().pages; number-- > 0;) {
+  for (auto number = static_cast<uint32_t>(pages_allocated_); number-- > 0;) {
     if (!used[number]) free_pages_.push_back(number);
   }
 
@@ -103,7 +103,7 @@ bool BufferWriter::Claim(const Slot& at, const Commit& commit, std::vector<bool>
   std::vector<uint32_t> claimed;
   bool clash = false;
   VisitPages(at, commit, [&](uint32_t number) {
-    clash = clash || number >= layout_.pages || used[number];
+    clash = clash || number >= used.size() || used[number];
     if (clash) return;
     used[number] = true;
     claimed.push_back(number);

@@ -12,6 +12,8 @@
 namespace kimi {
 namespace {
 
+constexpr uint64_t kMostGrowth = 64 << 20;  // Bytes by which a file grows at a time.
+
 std::string Number(uint64_t value) { return std::to_string(value); }
 
 [[noreturn]] void Refuse(const std::string& why) { throw std::invalid_argument(why); }
@@ -81,13 +83,15 @@ Header BufferWriter::HeaderOf(const BufferSizes& sizes) {
 
 void BufferWriter::Create(const std::string& path, const BufferSizes& sizes) {
   const Header header = HeaderOf(sizes);
-  NewFile file(path, Layout(header).FileBytes());
+  NewFile file(path, Layout(header).PagesAt());
   file.Write(0, &header, sizeof(header));
   file.Publish(NewFile::Existing::kRefuse);
 }
 
 BufferWriter::BufferWriter(const std::string& path)
-    : BufferReader(path, MappedFile::Mode::kWrite), planned_(layout_.max_trajectories) {
+    : BufferReader(path, MappedFile::Mode::kWrite),
+      pages_allocated_(layout_.PagesIn(file_.SizeNow())),
+      planned_(layout_.max_trajectories) {
   Recover();
 }
 
@@ -139,6 +143,7 @@ void BufferWriter::Append(std::span<const NewSegment> segments, uint64_t* length
     tokens += segment.length;
   }
   CheckRoom(pages, tokens);
+  if (pages > free_pages_.size()) Grow(pages - free_pages_.size());
   for (size_t i = 0; i < segments.size(); ++i) lengths[i] = AppendOne(infos_[i], segments[i]);
 }
 
@@ -177,10 +182,24 @@ void BufferWriter::CheckSegment(const NewSegment& segment, const TrajectoryInfo&
 }
 
 void BufferWriter::CheckRoom(uint64_t pages, uint64_t tokens) const {
-  if (pages <= free_pages_.size()) return;
+  if (pages <= PagesFree()) return;
   Refuse("Cannot append " + Number(tokens) + " tokens: they take " + Number(pages) + " pages of " +
-         Number(layout_.page_tokens) + " tokens, and " + Number(free_pages_.size()) + " of " +
+         Number(layout_.page_tokens) + " tokens, and " + Number(PagesFree()) + " of " +
          Number(layout_.pages) + " are free; raise capacity_tokens or evict finished trajectories");
+}
+
+// Makes the file longer by at least `missing` pages. It grows by a quarter, so that a small file
+// stays small, and by at most 64 MiB, so that no append waits long.
+// REQUIRES: the header allows `missing` more pages.
+void BufferWriter::Grow(uint64_t missing) {
+  const uint64_t most = kMostGrowth / layout_.PageBytes(), left = layout_.pages - pages_allocated_;
+  const uint64_t more = std::min(left, std::max(missing, std::min(pages_allocated_ / 4, most)));
+  free_pages_.reserve(free_pages_.size() + more);  // May throw, so it comes first.
+  file_.Grow(layout_.BytesWith(pages_allocated_), layout_.BytesWith(pages_allocated_ + more));
+  pages_allocated_ += more;
+  for (uint64_t i = 1; i <= more; ++i) {
+    free_pages_.push_back(static_cast<uint32_t>(pages_allocated_ - i));
+  }
 }
 
 // REQUIRES: the segment was checked, and enough pages are free.
@@ -298,14 +317,16 @@ void BufferWriter::SetMark(uint64_t mark) {
 
 void BufferWriter::Snapshot(const std::string& path) {
   const WriteGuard guard(*this);
-  std::vector<bool> is_free(layout_.pages, false);
+  std::vector<bool> is_free(pages_allocated_, false);
   for (const uint32_t number : free_pages_) is_free[number] = true;
-  NewFile file(path, layout_.FileBytes());
+  uint64_t end = pages_allocated_;
+  while (end > 0 && is_free[end - 1] && header().version > kWholeVersion) --end;
+  NewFile file(path, layout_.BytesWith(end));
   file.Write(0, file_.data(), layout_.PagesAt());
-  for (uint32_t first = 0; first < layout_.pages;) {
-    uint32_t last = first;  // The end of a run of pages in use.
-    while (last < layout_.pages && !is_free[last]) ++last;
-    const uint64_t from = layout_.PagesAt() + first * layout_.PageBytes();
+  for (uint64_t first = 0; first < end;) {
+    uint64_t last = first;  // The end of a run of pages in use.
+    while (last < end && !is_free[last]) ++last;
+    const uint64_t from = layout_.BytesWith(first);
     file.Write(from, file_.data() + from, (last - first) * layout_.PageBytes());
     first = last + 1;
   }

@@ -5,6 +5,10 @@
 // is the acknowledgement: a process that is killed before it has appended nothing, and one that is
 // killed after it has appended everything. See docs/buffer_format.md.
 //
+// The file takes disk space as it needs it. An append reuses the pages of evicted trajectories; if
+// they do not suffice, it first makes the file longer. A full disk is found there, before anything
+// is appended.
+//
 // Synchronisation: one process at a time writes (the file is locked), and one thread at a time: a
 // second thread gets std::logic_error. Readers, in any thread or process, need no synchronisation.
 #ifndef KIMI_BUFFER_WRITER_H_
@@ -51,8 +55,8 @@ struct Recovery {
 
 class BufferWriter : public BufferReader {
  public:
-  // Creates an empty buffer at `path`. Throws std::invalid_argument if a size is out of range, and
-  // std::system_error if the disk is full or the file exists.
+  // Creates an empty buffer, without a page, at `path`. Throws std::invalid_argument if a size is
+  // out of range, and std::system_error if the disk is full or the file exists.
   static void Create(const std::string& path, const BufferSizes& sizes);
 
   // The header of an empty file. Throws std::invalid_argument if a size is out of range.
@@ -70,7 +74,8 @@ class BufferWriter : public BufferReader {
 
   // Appends segments in order, and writes the new length of its trajectory to `lengths` for each.
   // Each segment is acknowledged separately. An error (NotFound or std::invalid_argument) is thrown
-  // before anything is appended. An empty segment adds no record; only its reason counts.
+  // before anything is appended, and so is std::system_error if the file must grow and the disk is
+  // full. An empty segment adds no record; only its reason counts.
   void Append(std::span<const NewSegment> segments, uint64_t* lengths);
 
   // Ends a trajectory that has not ended.
@@ -90,7 +95,7 @@ class BufferWriter : public BufferReader {
   void Flush() const { file_.Sync(); }
 
   // Writes a copy to `path`. The copy appears as a whole or not at all, and is on disk on return.
-  // Free pages take no disk space.
+  // Free pages take no disk space, and the copy ends behind the last page in use.
   void Snapshot(const std::string& path);
 
  private:
@@ -116,6 +121,7 @@ class BufferWriter : public BufferReader {
   void CheckSegment(const NewSegment& segment, const TrajectoryInfo& info,
                     const Commit& planned) const;
   void CheckRoom(uint64_t pages, uint64_t tokens) const;
+  void Grow(uint64_t missing);
   uint64_t AppendOne(const TrajectoryInfo& info, const NewSegment& segment);
   void CopyTokens(Slot& at, uint64_t start, const NewSegment& segment);
   void PutRecord(Slot& at, uint32_t index, const Record& record);
@@ -125,7 +131,10 @@ class BufferWriter : public BufferReader {
 
   void EvictOne(const TrajectoryInfo& info);
 
-  std::vector<uint32_t> free_pages_;  // TakePage takes from the end.
+  uint64_t PagesFree() const { return free_pages_.size() + layout_.pages - pages_allocated_; }
+
+  uint64_t pages_allocated_;          // The first ones, on the disk and in memory.
+  std::vector<uint32_t> free_pages_;  // Of these. TakePage takes from the end.
   std::atomic<bool> busy_ = false;
   Recovery recovery_;
 
