@@ -70,7 +70,7 @@ class RolloutBuffer:
             int64 `[n]`: the length of the trajectory after each segment, in tokens.
         
         Raises:
-            KeyError, ValueError, TypeError: as `append`.
+            KeyError, ValueError, OSError, TypeError: as `append`.
         """
     def begin(self, prompt_id: typing.SupportsInt | typing.SupportsIndex, group_id: typing.SupportsInt | typing.SupportsIndex) -> int:
         """

@@ -9,11 +9,10 @@ The life of a trajectory:
 4. ``read`` and ``pack`` give its tokens to the reward and to the trainer.
 5. ``evict`` removes it.
 
-The buffer is a file, mapped into memory. It grows as trajectories do; ``append`` reuses the space of
-evicted ones first. An appended segment survives the death of the process once
-``append`` has returned, and any number of other processes may read the file meanwhile.
-``docs/buffer_format.md`` describes the format and why it survives. The implementation is in C++
-(``csrc/buffer``).
+The buffer is a file, mapped into memory. It grows as trajectories do; ``append`` uses the space of
+evicted ones first. An appended segment survives the death of the process once ``append`` has
+returned, and any number of other processes may read the file meanwhile. ``docs/buffer_format.md``
+describes the format and why it survives. The implementation is in C++ (``csrc/buffer``).
 
     python -m kimi_core.buffer runs/think/buffer.bin      # print what a buffer file holds
 """
@@ -116,7 +115,11 @@ class RolloutBuffer(_C.RolloutBuffer):
             OSError: the disk is full.
         """
         cls._create(str(path), capacity_tokens, max_trajectories, page_tokens)
-        return cls.open(path)
+        try:
+            return cls.open(path)
+        except OSError:
+            Path(path).unlink()  # It may have taken the rest of the disk.
+            raise
 
     @classmethod
     def open(cls, path: str | Path, *, readonly: bool = False) -> Self:

@@ -37,6 +37,7 @@ class BufferModel:
         self.max_trajectories = max_trajectories
         self.slots: dict[int, Slot] = {}
         self.begun = 0
+        self.pages_allocated = 0
 
     def begin(self, prompt_id: int, group_id: int) -> int:
         self.slots[self.begun] = Slot(prompt_id, group_id)
@@ -64,6 +65,18 @@ class BufferModel:
         slot.rows.extend((*row, version) for row in zip(*columns, strict=True))
         slot.end_reason = end_reason
         return len(slot.rows)
+
+    def grow(self, pages_free: int) -> None:
+        """What one call of the buffer does to the file, given the free pages before the call.
+
+        Free pages of the file are taken first. If they do not suffice, the file grows by a quarter,
+        or by what is missing if that is more.
+        """
+        taken = pages_free - self.pages_free()
+        missing = taken - (pages_free - (self.pages - self.pages_allocated))
+        if missing > 0:
+            more = max(missing, self.pages_allocated // 4)
+            self.pages_allocated = min(self.pages, self.pages_allocated + more)
 
     def evict(self, trajectory_ids: list[int]) -> None:
         for trajectory_id in trajectory_ids:

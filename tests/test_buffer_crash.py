@@ -17,37 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from buffer_testing import in_child, is_whole, tokens
 
 from kimi_core.buffer import RolloutBuffer, main
 
 KILLS = int(os.environ.get("KIMI_KILLS", "100"))
 READS = 10_000
 SIZES = {"capacity_tokens": 60_000, "max_trajectories": 60, "page_tokens": 64}
-
-
-def tokens(key: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions ``start:end`` of a trajectory; each value follows from trajectory and position."""
-    at = np.arange(start, end)
-    ids = (key * 100_003 + at) & 0x7FFFFFFF
-    logprobs = -(at % 97 + (key % 89) / 128)
-    return ids.astype(np.int32), logprobs.astype(np.float32), ((key + at) % 5 > 0).astype(np.uint8)
-
-
-def is_whole(found, key: int) -> bool:
-    expected = tokens(key, 0, len(found.token_ids))
-    given = (found.token_ids, found.logprobs, found.mask)
-    return all(np.array_equal(a, b) for a, b in zip(expected, given, strict=True))
-
-
-def in_child(work, *arguments) -> int:
-    """Run ``work`` in a forked process, which starts quickly, and return its pid."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work(*arguments)
-        finally:
-            os._exit(1)  # Skips pytest's exit; the child should only end by a kill.
-    return pid
 
 
 BEGUN, APPENDED, EVICTING, FLUSHED, SNAPPED = range(5)
@@ -237,7 +213,7 @@ def spoil(path: Path, at: int, value: bytes) -> None:
     ("at", "value", "complaint"),
     [
         (0, b"PKZIP", "is not a rollout buffer"),
-        (8, b"\x02", r"format version 2, .*reads up to 1"),
+        (8, b"\x03", r"format version 3, .*reads up to 2"),
         (20, b"\xff", "damaged header"),
         (40, b"\xff", "damaged header"),
     ],
@@ -249,9 +225,21 @@ def test_a_file_that_cannot_be_right_is_refused(filled, at, value, complaint):
             RolloutBuffer.open(filled, readonly=readonly)
 
 
-def test_a_truncated_file_is_refused(filled):
+def test_a_truncated_file_is_cut_or_refused(filled):
+    """Missing pages cut the trajectories that had them. A file without all its slots is refused."""
     os.truncate(filled, filled.stat().st_size - 1)
-    with pytest.raises(ValueError, match="is cut off: it has"):
+    with (
+        RolloutBuffer.open(filled, readonly=True) as buffer,
+        pytest.raises(ValueError, match="trajectory 0 fails its checksum from token"),
+    ):
+        buffer.read(0)
+    with RolloutBuffer.open(filled) as buffer:
+        assert buffer.recovery["cuts"] == [(0, 150, 50)]
+        assert is_whole(buffer.read(0), 0)
+        buffer.append(0, *tokens(0, 150, 1000), policy_version=9)
+        assert is_whole(buffer.read(0), 0)
+    os.truncate(filled, 30_000)
+    with pytest.raises(ValueError, match="is cut off: it has 30000 of 36864 bytes"):
         RolloutBuffer.open(filled)
     os.truncate(filled, 0)
     with pytest.raises(ValueError, match="is not a rollout buffer"):

@@ -168,7 +168,7 @@ Returns:
     int64 `[n]`: the length of the trajectory after each segment, in tokens.
 
 Raises:
-    KeyError, ValueError, TypeError: as `append`.)")
+    KeyError, ValueError, OSError, TypeError: as `append`.)")
       .def(
           "finish",
           [](PyBuffer& self, int64_t trajectory_id, const std::string& reason) {
