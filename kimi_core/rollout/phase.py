@@ -1,10 +1,11 @@
 """The rollout phase: every open trajectory grows by at most the token budget (section 2.6.2).
 
 ``roll_out`` reads each trajectory of the buffer once, before it samples. Everything that it reports
-comes from that read and from the segments as they pass.
+comes from that read and from the segments as they pass. An iteration reads tokens once more, when
+the trainer packs the responses that have ended.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -15,6 +16,7 @@ from kimi_core.config import RolloutConfig
 from kimi_core.rollout.engine import Engine
 from kimi_core.types import (
     PROMPT_VERSION,
+    EndReason,
     Prompt,
     Request,
     Sampling,
@@ -96,9 +98,7 @@ def roll_out(
         _append(buffer, segments)
         for segment in segments:
             added.setdefault(segment.trajectory_id, []).append(segment)
-    after = [_extended(one, added.get(one.trajectory_id, ())) for one in before]
-    drawn = sum(len(segment) for segments in added.values() for segment in segments)
-    return _report(after, version, engine.decode_steps - steps_before, drawn)
+    return _report(before, added, version, engine.decode_steps - steps_before)
 
 
 def _append(buffer: RolloutBuffer, segments: Sequence[Segment]) -> None:
@@ -132,20 +132,34 @@ def _extended(one: Trajectory, segments: Sequence[Segment]) -> Trajectory:
 
 
 def _report(
-    after: Sequence[Trajectory], version: int, decode_steps: int, tokens_drawn: int
+    before: Sequence[Trajectory],
+    added: Mapping[int, Sequence[Segment]],
+    version: int,
+    decode_steps: int,
 ) -> Rollout:
+    """What came of the phase. A trajectory that goes on is only counted; no token is copied."""
+    finished: list[Trajectory] = []
     open_lengths: dict[int, list[int]] = {}
-    sampled = [int(np.count_nonzero(one.policy_versions == version)) for one in after]
-    for one in after:
-        if one.end_reason is None:
-            open_lengths.setdefault(one.group_id, []).append(one.response_length)
-    reasons = [one.end_reason for one, count in zip(after, sampled, strict=True) if count]
+    reasons: list[EndReason | None] = []
+    tokens = tokens_drawn = 0
+    for one in before:
+        segments = added.get(one.trajectory_id, ())
+        drawn = sum(map(len, segments))
+        sampled = int(np.count_nonzero(one.policy_versions == version))
+        sampled += sum(len(part) for part in segments if part.policy_version == version)
+        reason = segments[-1].end_reason if segments else one.end_reason
+        if reason is None:
+            open_lengths.setdefault(one.group_id, []).append(one.response_length + drawn)
+        else:
+            finished.append(_extended(one, segments))
+        reasons += [reason] * (sampled > 0)
+        tokens, tokens_drawn = tokens + sampled, tokens_drawn + drawn
     return Rollout(
-        finished=[one for one in after if one.end_reason is not None],
+        finished=finished,
         open_lengths=open_lengths,
         finished_now=len(reasons) - reasons.count(None),
         repeat_stops=reasons.count("repeat"),
-        tokens=sum(sampled),
+        tokens=tokens,
         decode_steps=decode_steps,
         tokens_drawn=tokens_drawn,
     )
@@ -188,6 +202,9 @@ def _request(trajectory: Trajectory, config: RolloutConfig, version: int) -> Req
 
 def buffer_size(prompts: Sequence[np.ndarray], config: RolloutConfig) -> tuple[int, int]:
     """Tokens and trajectories that the buffer must hold so that a run never fills it.
+
+    This is the worst case: every response takes ``max_response_tokens``. The buffer's file grows
+    with what is there, and most runs need a small part of it.
 
     A response takes at most ``ceil(max_response_tokens / token_budget)`` iterations. Its group
     stays in the buffer until the slowest response has ended.

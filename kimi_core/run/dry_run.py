@@ -1,6 +1,7 @@
 """``--dry-run``: the settings of a run and the memory that it would take."""
 
 import copy
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -56,7 +57,8 @@ class Memory:
     activations: int
     """Of the largest training pass; ``trainer/activations.py`` has the formula."""
     buffer: int
-    """The buffer is a file, so it takes the same space on the disk."""
+    """At most. The buffer is a file that grows with the responses, and takes the same space on the
+    disk."""
 
 
 def describe(config: Config) -> str:
@@ -74,7 +76,8 @@ def describe(config: Config) -> str:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
         return "\n".join([dump_toml(config), *remark, ""])
     model, tokenizer = found
-    parts = asdict(estimate(config, model, tokenizer, prompts))
+    memory = estimate(config, model, tokenizer, prompts)
+    parts = asdict(memory)
     parts["total"] = sum(parts.values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -82,7 +85,18 @@ def describe(config: Config) -> str:
         f"# {total:,} parameters, {trained:,} of them trained. Memory in MB:",
         *(f"#   {part.replace('_', ' '):<18}{size / 1e6:>12.1f}" for part, size in parts.items()),
     ]
-    return "\n".join([dump_toml(config), *lines, *_price(config), ""])
+    lines += [_disk(config, memory.buffer), *_price(config)]
+    return "\n".join([dump_toml(config), *lines, ""])
+
+
+def _disk(config: Config, most: int) -> str:
+    """How large the buffer's file may get, and what its disk has."""
+    runs = Path(config.runs).absolute()
+    free = shutil.disk_usage(next(one for one in (runs, *runs.parents) if one.is_dir())).free
+    return (
+        f"# The buffer's file grows with the responses, to at most {most / 1e6:,.1f} MB if each is "
+        f"as long as allowed; {free / 1e6:,.1f} MB are free on the disk of {config.runs}."
+    )
 
 
 def _price(config: Config) -> list[str]:

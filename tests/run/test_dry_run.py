@@ -105,6 +105,21 @@ def test_the_text_is_toml_that_gives_the_same_config():
     assert "total" in text
 
 
+def test_a_large_buffer_is_named_with_the_space_on_the_disk(tmp_path):
+    many = ["rollout.prompts_per_iteration=256", "rollout.samples_per_prompt=8"]
+    given = config(*many, f"runs={tmp_path}/not/there")
+    parts = build(given)
+    most = estimate(given, parts.model, parts.tokenizer, PROMPTS).buffer
+    with parts.loop.buffer as buffer:
+        assert most == RolloutBuffer.file_bytes(
+            buffer.stats().capacity_tokens, buffer.stats().max_trajectories
+        )
+        assert buffer.stats().pages_allocated == 0
+    [line] = [line for line in describe(given).splitlines() if "grows with" in line]
+    assert f"to at most {most / 1e6:,.1f} MB if each is as long as allowed; " in line
+    assert line.endswith(f" MB are free on the disk of {tmp_path}/not/there.")
+
+
 def test_a_folder_counts_without_its_weights_being_read(tmp_path):
     given = config()
     model, tokenizer = load_model(given.model, alphabet=multiply.ALPHABET)
