@@ -14,6 +14,7 @@ from kimi_core.types import Batch
 
 MEAN, LONGEST, SPREAD = 2_000, 32_768, 1.0
 SEGMENT, OPEN, PACKED = 256, 64, 64
+CONTEXT = 131_072
 NAMES = ("token_ids", "logprobs", "mask", "policy_versions")
 PAYLOAD = 9
 """Bytes of a token. The policy version is not counted, because a segment has only one."""
@@ -24,22 +25,28 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 class Work:
     """Lengths of the trajectories, the order of their segments, and columns to take tokens from.
 
-    ``segments`` are (trajectory, start, end). The values of a token follow from its trajectory and
-    position, so that the contents of a peer can be checked.
+    Lengths are lognormal, or all are ``length``. ``segments`` are (trajectory, start, end). The
+    values of a token follow from its trajectory and position, so that the contents of a peer can be
+    checked. Each of ``packs`` has ``packed`` trajectories.
     """
 
-    def __init__(self, trajectories: int) -> None:
+    def __init__(
+        self, trajectories: int, *, length: int | None = None, packed: int = PACKED
+    ) -> None:
         rng = np.random.default_rng(0)
         drawn = rng.lognormal(np.log(MEAN) - SPREAD**2 / 2, SPREAD, trajectories)
         self.lengths = np.clip(drawn, 1, LONGEST).astype(np.int64)
+        if length is not None:
+            self.lengths[:] = length
+        self.longest = length or LONGEST
         self.tokens = int(self.lengths.sum())
         self.source = (
-            rng.integers(0, 150_000, 2 * LONGEST).astype(np.int32),
-            -rng.random(2 * LONGEST, np.float32),
-            (rng.random(2 * LONGEST) < 0.9).astype(np.uint8),
+            rng.integers(0, 150_000, 2 * self.longest).astype(np.int32),
+            -rng.random(2 * self.longest, np.float32),
+            (rng.random(2 * self.longest) < 0.9).astype(np.uint8),
         )
         self.segments = list(self._interleave(rng))
-        self.packs = [rng.choice(trajectories, PACKED, replace=False) for _ in range(40)]
+        self.packs = [rng.choice(trajectories, packed, replace=False) for _ in range(40)]
 
     def _interleave(self, rng: np.random.Generator) -> Iterator[tuple[int, int, int]]:
         """Yield steps of 64 segments, one for each open trajectory."""
@@ -56,7 +63,7 @@ class Work:
 
     def columns(self, key: int, start: int, end: int) -> Columns:
         """Views of the source, so that providing tokens costs nothing."""
-        at = key % LONGEST
+        at = key % self.longest
         ids, logprobs, mask = self.source
         return (
             ids[at + start : at + end],
@@ -74,16 +81,26 @@ class Ours:
         self.buffer = RolloutBuffer.create(
             folder / "ours.bin", capacity_tokens=taken, max_trajectories=len(work.lengths)
         )
+        self.first = 0
+        self.begin(work)
+        self.out = Batch(*_arrays(work))
+
+    def begin(self, work: Work) -> None:
         for key in range(len(work.lengths)):
             self.buffer.begin(key, key)
-        self.out = Batch(*_arrays(work))
+
+    def restart(self, work: Work) -> None:
+        """Evict everything, and begin the same trajectories; their ids go on from there."""
+        self.first += len(work.lengths)
+        self.buffer.evict(range(self.first - len(work.lengths), self.first))
+        self.begin(work)
 
     def append(self, key: int, columns: Columns, version: int) -> None:
         ids, logprobs, mask = columns
         self.buffer.append(key, ids, logprobs, mask, policy_version=version)
 
     def pack(self, keys: np.ndarray) -> Batch:
-        return self.buffer.pack(keys, out=self.out)
+        return self.buffer.pack(keys + self.first, out=self.out)
 
     def close(self) -> None:
         self.buffer.close()
@@ -229,9 +246,10 @@ class TorchRl:
 
 def _arrays(work: Work) -> tuple[np.ndarray, ...]:
     """Arrays that hold any pack, touched; a trainer also packs into the same arrays every time."""
-    most = int(np.sort(work.lengths)[-PACKED:].sum())
+    packed = len(work.packs[0])
+    most = int(np.sort(work.lengths)[-packed:].sum())
     types = (np.int32, np.float32, np.uint8, np.int32)
-    return (*(np.ones(most, dtype) for dtype in types), np.ones(PACKED + 1, np.int32))
+    return (*(np.ones(most, dtype) for dtype in types), np.ones(packed + 1, np.int32))
 
 
 def _batch(columns: list[list[np.ndarray]]) -> Batch:
