@@ -86,24 +86,24 @@ void MappedFile::Map(Mode mode) {
   void* data = mmap(nullptr, size_, access, MAP_SHARED, fd_, 0);
   if (data == MAP_FAILED) ThrowErrno(errno, "map", path_);
   data_ = static_cast<std::byte*>(data);
-  if (mode != Mode::kWrite) return;
-  try {
-    Allocate(0, size_);
-  } catch (...) {
-    munmap(data_, size_);
-    throw;
-  }
+  const int error = mode == Mode::kWrite ? Allocate(0, size_) : 0;
+  if (error == 0) return;
+  munmap(data_, size_);
+  ThrowFull(error, 0, size_);
 }
 
 // Allocates disk space and memory for bytes [from, to), which may be past the end of the file.
-void MappedFile::Allocate(size_t from, size_t to) {
+// Returns the number of an error, or 0.
+int MappedFile::Allocate(size_t from, size_t to) {
   int error = 0;
   do {
     error = posix_fallocate(fd_, static_cast<off_t>(from), static_cast<off_t>(to - from));
   } while (error == EINTR);
   const size_t page = from / kMemoryPage * kMemoryPage;
-  if (error == 0) error = Populate(data_ + page, to - page);
-  if (error == 0) return;
+  return error ? error : Populate(data_ + page, to - page);
+}
+
+void MappedFile::ThrowFull(int error, size_t from, size_t to) const {
   struct statvfs disk;
   const bool measured = fstatvfs(fd_, &disk) == 0;
   const std::string free = measured ? std::to_string(disk.f_bavail * disk.f_frsize) : "unknown";
@@ -124,13 +124,11 @@ void MappedFile::Reserve(size_t bytes) {
 }
 
 void MappedFile::Grow(size_t from, size_t to) {
-  try {
-    Allocate(from, to);
-  } catch (...) {
-    // A part may have been allocated. It goes back to the disk.
-    if (ftruncate(fd_, static_cast<off_t>(from)) != 0) ThrowErrno(errno, "shorten", path_);
-    throw;
-  }
+  const int error = Allocate(from, to);
+  if (error == 0) return;
+  // A part may have been allocated. It goes back to the disk.
+  if (ftruncate(fd_, static_cast<off_t>(from)) != 0) ThrowErrno(errno, "shorten", path_);
+  ThrowFull(error, from, to);
 }
 
 void MappedFile::Protect(size_t offset) {

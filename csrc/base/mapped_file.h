@@ -58,7 +58,8 @@ class MappedFile {
  private:
   void LockForWriting();
   void Map(Mode mode);
-  void Allocate(size_t from, size_t to);
+  int Allocate(size_t from, size_t to);
+  [[noreturn]] void ThrowFull(int error, size_t from, size_t to) const;
 
   const std::string path_;
   int fd_ = -1;
