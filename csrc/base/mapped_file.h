@@ -58,7 +58,6 @@ class MappedFile {
  private:
   void LockForWriting();
   void Map(Mode mode);
-  int Allocate(size_t from, size_t to);
   [[noreturn]] void ThrowFull(int error, size_t from, size_t to) const;
 
   const std::string path_;
