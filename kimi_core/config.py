@@ -26,6 +26,9 @@ class ScratchConfig(Section):
     """Attention heads; `width` must be a multiple of twice this number."""
     context: int = Field(128, ge=8)
     """Longest prompt plus response, in tokens."""
+    rope_theta: float = Field(10_000.0, gt=1)
+    """Base of the rotary position embedding. Long contexts need a large one: the report takes
+    1,000,000 (its part on long-context activation)."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ScratchConfig":
@@ -54,12 +57,18 @@ class TaskConfig(Section):
     """Worked examples before each problem of `addition` and `maximum`."""
     largest: int = Field(40, ge=2)
     """Largest number in a problem of `addition` and `maximum`."""
+    count: int = Field(1000, ge=2)
+    """Number of prompts of `retrieve`."""
+    numbers: int = Field(32, ge=1, le=20_000)
+    """Numbers to add in a prompt of `retrieve`."""
+    length: int = Field(3500, ge=4)
+    """Tokens of a prompt of `retrieve`."""
 
 
 class PromptsConfig(Section):
     source: str = "multiply"
-    """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `programs` (Python
-    expressions from examples), `humaneval`, a JSONL file whose lines hold `prompt` (or `messages`)
+    """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `retrieve` (numbers
+    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL file whose lines hold `prompt` (or `messages`)
     and `answer`, or `file.py:function`, which returns a list of `Prompt`."""
     held_out: int = Field(500, ge=1)
     """Prompts kept out of training for evaluation. Prompts with the same `problem` tag (the same
@@ -93,8 +102,9 @@ class CurriculumConfig(Section):
 class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
-    (right answers of four lengths); `programs` (right programs and lookup tables); or a JSONL
-    file whose lines hold `prompt` and `response`, or `messages`."""
+    (right answers of four lengths); `retrieve` (guesses and worked answers, most of them to short
+    texts); `programs` (right programs and lookup tables); or a JSONL file whose lines hold
+    `prompt` and `response`, or `messages`."""
     examples: int | None = Field(None, ge=1)
     """Number of examples to use, drawn at random. Unset: all of a file, or one per training
     prompt."""

@@ -46,6 +46,7 @@ def scratch_model(
         num_hidden_layers=config.scratch.layers,
         num_attention_heads=config.scratch.heads,
         max_position_embeddings=config.scratch.context,
+        rope_parameters={"rope_type": "default", "rope_theta": config.scratch.rope_theta},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

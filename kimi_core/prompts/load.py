@@ -11,7 +11,7 @@ from kimi_core.config import PromptsConfig
 from kimi_core.plugins import load_function
 from kimi_core.prompts.code_datasets import as_problem
 from kimi_core.prompts.messages import chat_prompts, check_messages, question
-from kimi_core.tasks import addition, humaneval, maximum, multiply, programs
+from kimi_core.tasks import addition, humaneval, maximum, multiply, programs, retrieve
 from kimi_core.types import Message, Prompt
 
 TextExample = tuple[str | Sequence[Message], str]
@@ -42,6 +42,9 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
         return addition.prompts(config.task.shots, config.task.largest, config.split_seed)
     if source == "maximum":
         return maximum.prompts(config.task.shots, config.task.largest, config.split_seed)
+    if source == "retrieve":
+        task = config.task
+        return retrieve.prompts(task.count, task.numbers, task.length, config.split_seed)
     if source == "programs":
         return programs.prompts()
     if source == "humaneval":
@@ -56,8 +59,8 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
             raise ValueError(f"{source} raised {type(error).__name__}: {error}") from error
         return _check_prompts(found, source)
     raise ValueError(
-        f"prompts.source = {source!r}; allowed are multiply, addition, maximum, programs, "
-        "humaneval, a file that ends in .jsonl, or file.py:function"
+        f"prompts.source = {source!r}; allowed are multiply, addition, maximum, retrieve, "
+        "programs, humaneval, a file that ends in .jsonl, or file.py:function"
     )
 
 

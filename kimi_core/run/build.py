@@ -26,7 +26,7 @@ from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.run import state
-from kimi_core.tasks import multiply, programs
+from kimi_core.tasks import multiply, programs, retrieve
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt
@@ -144,6 +144,8 @@ def sft_examples(config: Config, train_prompts: list[Prompt]) -> list[TextExampl
     if config.sft.data in ("multiply", "multiply_lengths"):
         shares = multiply.MIXED if config.sft.data == "multiply" else multiply.LENGTHS
         pairs = list(multiply.examples(train_prompts, shares, seed=config.seed))
+    elif config.sft.data == "retrieve":
+        pairs = list(_retrieve_examples(config))
     elif config.sft.data == "programs":
         pairs = list(programs.examples(train_prompts, programs.MIXED, seed=config.seed))
     elif config.sft.data.endswith(".jsonl"):
@@ -151,21 +153,30 @@ def sft_examples(config: Config, train_prompts: list[Prompt]) -> list[TextExampl
     else:
         raise ValueError(
             f"sft.data = {config.sft.data!r}; allowed are none, multiply, multiply_lengths, "
-            "programs, or a file that ends in .jsonl"
+            "retrieve, programs, or a file that ends in .jsonl"
         )
     if config.sft.examples is not None:
         pairs = random.Random(config.seed).sample(pairs, min(config.sft.examples, len(pairs)))
     return pairs
 
 
+def _retrieve_examples(config: Config) -> list[tuple[str, str]]:
+    """One example for each step and place in the batch: no text comes twice."""
+    task, sft = config.prompts.task, config.sft
+    count = sft.examples or sft.steps * sft.batch_size
+    return retrieve.examples(count, task.numbers, task.length, retrieve.MIXED, seed=config.seed)
+
+
 def alphabet(config: Config) -> str:
     """The characters that a model made from scratch must read and write."""
     if config.prompts.source == "programs":
         return programs.ALPHABET
+    if config.prompts.source == "retrieve":
+        return retrieve.alphabet(config.prompts.task.numbers)
     if config.model.name == "scratch" and config.prompts.source != "multiply":
         raise ValueError(
-            "model.name = 'scratch' knows the characters of prompts.source = 'multiply' and "
-            f"'programs' only, not of {config.prompts.source!r}: name a pretrained model in "
+            "model.name = 'scratch' knows the characters of prompts.source = 'multiply', "
+            f"'retrieve' and 'programs' only, not of {config.prompts.source!r}: name a pretrained model in "
             "model.name"
         )
     return multiply.ALPHABET
