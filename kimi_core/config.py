@@ -68,8 +68,9 @@ class TaskConfig(Section):
 class PromptsConfig(Section):
     source: str = "multiply"
     """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `retrieve` (numbers
-    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL file whose lines hold `prompt` (or `messages`)
-    and `answer`, or `file.py:function`, which returns a list of `Prompt`."""
+    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL
+    file whose lines hold `prompt` (or `messages`) and `answer`, or `file.py:function`, which
+    returns a list of `Prompt`."""
     held_out: int = Field(500, ge=1)
     """Prompts kept out of training for evaluation. Prompts with the same `problem` tag (the same
     operands, say) stay on one side."""

@@ -176,8 +176,8 @@ def alphabet(config: Config) -> str:
     if config.model.name == "scratch" and config.prompts.source != "multiply":
         raise ValueError(
             "model.name = 'scratch' knows the characters of prompts.source = 'multiply', "
-            f"'retrieve' and 'programs' only, not of {config.prompts.source!r}: name a pretrained model in "
-            "model.name"
+            f"'retrieve' and 'programs' only, not of {config.prompts.source!r}: name a pretrained "
+            "model in model.name"
         )
     return multiply.ALPHABET
 

@@ -17,6 +17,7 @@ long ones carry this over to the whole length.
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 from kimi_core.types import Prompt
 
@@ -77,7 +78,7 @@ def _text(numbers: int, length: int, pool: str, rng: random.Random) -> tuple[str
     free = length - 2 * numbers - 2
     cuts = [0, *sorted(rng.choices(range(free + 1), k=numbers)), free]
     filler = "".join(rng.choices(FILLER, k=free))
-    parts = [filler[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    parts = [filler[start:end] for start, end in pairwise(cuts)]
     text = "".join(part + record for part, record in zip(parts, [*records, ""], strict=True))
     return f"{text}{pool[numbers - 1]}=", str(sum(digits))
 

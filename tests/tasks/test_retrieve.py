@@ -83,8 +83,10 @@ def test_an_unknown_style_names_those_there_are():
 def test_a_config_names_it():
     config = load_config(
         None,
-        ["prompts.source=retrieve", "sft.data=retrieve", "prompts.task.length=90"]
-        + ["prompts.task.count=40", "prompts.held_out=10", "sft.steps=3", "sft.batch_size=5"],
+        [
+            *("prompts.source=retrieve", "prompts.task.length=90", "prompts.task.count=40"),
+            *("prompts.held_out=10", "sft.data=retrieve", "sft.steps=3", "sft.batch_size=5"),
+        ],
     )
     prompts = load_prompts(config.prompts)
     assert len(prompts) == 40 and {len(prompt.text) for prompt in prompts} == {90}
