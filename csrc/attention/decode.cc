@@ -113,14 +113,16 @@ void DecodeAttention(const DecodeShape& shape, const float* query, const Cached<
     bytes += 2 * piece.count * shape.dim * static_cast<int64_t>(sizeof(Stored));
   }
   const int useful = static_cast<int>(std::min<int64_t>(threads, 1 + bytes / kBytesPerThread));
+  std::vector<float> scaled(query, query + shape.rows * shape.kv_heads * shape.group * shape.dim);
+  for (float& number : scaled) number *= shape.scale;
   const int64_t query_size = shape.group * shape.dim;
   Share(pieces.size(), useful, [&](size_t i) {
     const Piece& piece = pieces[i];
     const int64_t begin = piece.begin * shape.dim;
-    pass(query + (piece.row * shape.kv_heads + piece.head) * query_size,
+    pass(scaled.data() + (piece.row * shape.kv_heads + piece.head) * query_size,
          keys.data + piece.row * keys.row_stride + piece.head * keys.head_stride + begin,
          values.data + piece.row * values.row_stride + piece.head * values.head_stride + begin,
-         piece.count, shape.group, shape.dim, shape.scale, results.Of(i));
+         piece.count, shape.group, shape.dim, results.Of(i));
   });
   for (size_t begin = 0, end; begin < pieces.size(); begin = end) {
     const Piece& piece = pieces[begin];

@@ -8,7 +8,8 @@
 
 namespace kimi {
 
-// The result of a chunk for each query head of a group, before the division by `total`.
+// The result of a chunk for each query head of a group, before the division by `total`. Scores are
+// plain products: the caller has scaled the query.
 struct ChunkResult {
   float* top;    // [group]: the largest score.
   float* total;  // [group]: sum of exp(score - top).
@@ -17,7 +18,7 @@ struct ChunkResult {
 
 template <typename Stored>
 using ChunkPass = void (*)(const float* query, const Stored* keys, const Stored* values,
-                           int64_t positions, int64_t group, int64_t dim, float scale,
+                           int64_t positions, int64_t group, int64_t dim,
                            const ChunkResult& result);
 
 struct ChunkPasses {

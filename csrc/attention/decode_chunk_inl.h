@@ -63,11 +63,15 @@ inline float Sum(Floats values) {
 
 // In every 16 bytes: the sums of neighbours, two of `a` and then two of `b`.
 inline Floats SumPairs(Floats a, Floats b) {
-  Ints even = {};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    even[lane] = lane / 4 * 4 + lane % 2 * 2 + (lane % 4 < 2 ? 0 : kLanes);
-  }
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#if KIMI_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+#elif KIMI_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
 }
 
 // The sum of each of four vectors.
@@ -97,28 +101,26 @@ inline float Largest(const float* scores) {
 // Scores of kPositions positions, from number `at` of the block on. `count` of them exist, and the
 // others get the score of the last one.
 template <int Heads, typename Stored>
-void FillFour(const float* query, const Stored* keys, int64_t count, int64_t dim, float scale,
-              int64_t at, Scores& scores) {
+void FillFour(const float* query, const Stored* keys, int64_t count, int64_t dim, int64_t at,
+              Scores& scores) {
   const Stored* key[kPositions];
   for (int64_t p = 0; p < kPositions; ++p) key[p] = keys + (p < count ? p : count - 1) * dim;
   Floats sums[Heads][kPositions] = {};
   int64_t d = 0;
   for (; d + kLanes <= dim; d += kLanes) {
-    Floats loaded[kPositions];
-    for (int p = 0; p < kPositions; ++p) loaded[p] = Load(key[p] + d);
-    for (int head = 0; head < Heads; ++head) {
-      const Floats q = Load(query + head * dim + d);
-      for (int p = 0; p < kPositions; ++p) sums[head][p] += q * loaded[p];
+    Floats q[Heads];
+    for (int head = 0; head < Heads; ++head) q[head] = Load(query + head * dim + d);
+    for (int p = 0; p < kPositions; ++p) {
+      const Floats k = Load(key[p] + d);
+      for (int head = 0; head < Heads; ++head) sums[head][p] += q[head] * k;
     }
   }
   for (int head = 0; head < Heads; ++head) {
-    float* of_head = scores[head] + at;
-    Sum4(sums[head], of_head);
-    for (int p = 0; p < kPositions; ++p) {
-      for (int64_t rest = d; rest < dim; ++rest) {
-        of_head[p] += query[head * dim + rest] * Load1(key[p] + rest);
+    Sum4(sums[head], scores[head] + at);
+    for (int64_t rest = d; rest < dim; ++rest) {
+      for (int p = 0; p < kPositions; ++p) {
+        scores[head][at + p] += query[head * dim + rest] * Load1(key[p] + rest);
       }
-      of_head[p] *= scale;
     }
   }
 }
@@ -126,12 +128,11 @@ void FillFour(const float* query, const Stored* keys, int64_t count, int64_t dim
 // Scores of `count` positions; those that are missing in the block get minus infinity.
 template <int Heads, typename Stored>
 void FillScores(const float* query, const Stored* keys, const Stored* values, int64_t count,
-                int64_t dim, float scale, Scores& scores) {
+                int64_t dim, Scores& scores) {
   for (int64_t p = 0; p < count; p += kPositions) {
     const int64_t bytes = kPositions * dim * static_cast<int64_t>(sizeof(Stored));
-    Prefetch(keys + (p + kBlock) * dim, bytes);
     Prefetch(values + p * dim, bytes);
-    FillFour<Heads>(query, keys + p * dim, count - p, dim, scale, p, scores);
+    FillFour<Heads>(query, keys + p * dim, count - p, dim, p, scores);
   }
   for (int head = 0; head < Heads; ++head) {
     for (int64_t p = count; p < kBlock; ++p) scores[head][p] = -kInfinity;
@@ -180,11 +181,15 @@ void AddVectors(const Scores& weights, const Stored* values, int64_t count, int6
 }
 
 template <int Heads, typename Stored>
-void AddValues(const Scores& weights, const Stored* values, int64_t count, int64_t dim,
-               float* sums) {
+void AddValues(const Scores& weights, const Stored* keys, const Stored* values, int64_t count,
+               int64_t dim, float* sums) {
+  constexpr int kVectors = Heads < 3 ? 4 : 2;  // With more, the sums would leave the registers.
   int64_t d = 0;
-  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) {
-    AddVectors<Heads, 4>(weights, values + d, count, dim, sums + d);
+  const int64_t bytes = count * kVectors * kLanes * static_cast<int64_t>(sizeof(Stored));
+  const char* next = reinterpret_cast<const char*>(keys + kBlock * dim);
+  for (; d + kVectors * kLanes <= dim; d += kVectors * kLanes, next += bytes) {
+    Prefetch(next, bytes);
+    AddVectors<Heads, kVectors>(weights, values + d, count, dim, sums + d);
   }
   for (; d + kLanes <= dim; d += kLanes) {
     AddVectors<Heads, 1>(weights, values + d, count, dim, sums + d);
@@ -200,18 +205,18 @@ void AddValues(const Scores& weights, const Stored* values, int64_t count, int64
 
 template <int Heads, typename Stored>
 void PassBlock(const float* query, const Stored* keys, const Stored* values, int64_t count,
-               int64_t dim, float scale, float* top, float* total, float* sums) {
+               int64_t dim, float* top, float* total, float* sums) {
   Scores scores;
-  FillScores<Heads>(query, keys, values, count, dim, scale, scores);
+  FillScores<Heads>(query, keys, values, count, dim, scores);
   for (int head = 0; head < Heads; ++head) {
     Exponentials(scores[head], top + head, total + head, sums + head * dim, dim);
   }
-  AddValues<Heads>(scores, values, count, dim, sums);
+  AddValues<Heads>(scores, keys, values, count, dim, sums);
 }
 
 template <typename Stored>
 void PassChunk(const float* query, const Stored* keys, const Stored* values, int64_t positions,
-               int64_t group, int64_t dim, float scale, const ChunkResult& result) {
+               int64_t group, int64_t dim, const ChunkResult& result) {
   for (int64_t head = 0; head < group; ++head) {
     result.top[head] = -kInfinity;
     result.total[head] = 0;
@@ -222,7 +227,7 @@ void PassChunk(const float* query, const Stored* keys, const Stored* values, int
     for (int64_t head = 0; head < group;) {
       const auto pass = [&]<int Heads>() {
         PassBlock<Heads>(query + head * dim, keys + begin * dim, values + begin * dim, count, dim,
-                         scale, result.top + head, result.total + head, result.sums + head * dim);
+                         result.top + head, result.total + head, result.sums + head * dim);
         head += Heads;
       };
       switch (group - head) {
