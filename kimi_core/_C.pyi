@@ -8,7 +8,7 @@ import numpy.typing
 import os
 import typing
 import typing_extensions
-__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'WeightArena', 'WeightLease', 'balance', 'crc32c', 'gather_pages', 'has_device_code', 'instruction_sets', 'push_all', 'spawn', 'tile_gradient', 'tile_statistics']
+__all__: list[str] = ['RepeatDetector', 'RolloutBuffer', 'WeightArena', 'WeightLease', 'balance', 'crc32c', 'decode_attention', 'gather_pages', 'has_device_code', 'instruction_sets', 'push_all', 'spawn', 'tile_gradient', 'tile_statistics']
 class RolloutBuffer:
     """
     The C++ base of kimi_core.buffer.RolloutBuffer; use that class.
@@ -279,6 +279,30 @@ def balance(sizes: collections.abc.Sequence[typing.SupportsInt | typing.Supports
 def crc32c(data: typing_extensions.Buffer, crc: typing.SupportsInt | typing.SupportsIndex = 0) -> int:
     """
     Extend `crc`, the CRC32C of earlier bytes, by the bytes of `data`. Start with 0.
+    """
+def decode_attention(query: numpy.typing.NDArray[numpy.float32], keys: numpy.ndarray, values: numpy.ndarray, lengths: numpy.typing.NDArray[numpy.int64], *, scale: typing.SupportsFloat | typing.SupportsIndex, window: typing.SupportsInt | typing.SupportsIndex = 0, threads: typing.SupportsInt | typing.SupportsIndex = 1, instruction_set: str | None = None) -> numpy.typing.NDArray[numpy.float32]:
+    """
+    Attention of one query per row: softmax(scale * q k) v over the row's own positions.
+    
+    Keys and values are read once and never beyond a row's length. The result of a row does not depend
+    on the other rows or on the number of threads.
+    
+    Args:
+        query: float32 `[rows, heads, dim]`, C-contiguous.
+        keys, values: float32, or the bits of bfloat16 as uint16, `[rows, kv_heads, positions, dim]`.
+            Rows and heads may lie apart, as in a slice of larger storage.
+        lengths: int64 `[rows]`, the positions that each row has, from 1 on.
+        scale: factor on q k.
+        window: each query sees at most so many positions, the last ones; 0 is all.
+        threads: number of threads that share the work.
+        instruction_set: one of `instruction_sets()`; None takes the fastest.
+    
+    Returns:
+        float32 `[rows, heads, dim]`.
+    
+    Raises:
+        TypeError: an array has another dtype or layout.
+        ValueError: a shape or a length does not fit, or a number is out of range.
     """
 def gather_pages(pages: typing.SupportsInt | typing.SupportsIndex, page_tokens: typing.SupportsInt | typing.SupportsIndex, first_pages: typing.SupportsInt | typing.SupportsIndex, cu_seqlens: typing.SupportsInt | typing.SupportsIndex, sequences: typing.SupportsInt | typing.SupportsIndex, tokens: typing.SupportsInt | typing.SupportsIndex, token_ids: typing.SupportsInt | typing.SupportsIndex, logprobs: typing.SupportsInt | typing.SupportsIndex, mask: typing.SupportsInt | typing.SupportsIndex, stream: typing.SupportsInt | typing.SupportsIndex | None) -> None:
     """

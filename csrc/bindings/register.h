@@ -6,6 +6,7 @@
 
 namespace kimi {
 
+void register_attention(pybind11::module_& m);
 void register_base(pybind11::module_& m);
 void register_buffer(pybind11::module_& m);
 void register_loss(pybind11::module_& m);

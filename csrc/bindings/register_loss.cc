@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/py_instruction_set.h"
 #include "bindings/register.h"
 #include "loss/logprob_tile.h"
 
@@ -22,27 +23,10 @@ using Floats = py::array_t<float, py::array::c_style>;
 using Doubles = py::array_t<double, py::array::c_style>;
 using Targets = py::array_t<int64_t, py::array::c_style>;
 
-const char* NameOf(InstructionSet set) {
-  if (set == InstructionSet::kAvx512) return "avx512";
-  return set == InstructionSet::kAvx2 ? "avx2" : "portable";
-}
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const InstructionSet set : AvailableInstructionSets()) names.emplace_back(NameOf(set));
+  for (const InstructionSet set : AvailableInstructionSets()) names.emplace_back(name_of(set));
   return names;
-}
-
-InstructionSet find_set(const std::optional<std::string>& name) {
-  const std::vector<InstructionSet> sets = AvailableInstructionSets();
-  if (!name) return sets.back();
-  const auto found =
-      std::find_if(sets.begin(), sets.end(), [&](auto set) { return *name == NameOf(set); });
-  if (found == sets.end()) {
-    throw py::value_error("This processor has no passes for '" + *name +
-                          "': choose one that instruction_sets() lists");
-  }
-  return *found;
 }
 
 template <typename Array>

@@ -32,17 +32,6 @@ void ForEachRow(int64_t rows, int threads, Pass pass) {
 
 }  // namespace
 
-std::vector<InstructionSet> AvailableInstructionSets() {
-  std::vector<InstructionSet> sets = {InstructionSet::kPortable};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    sets.push_back(InstructionSet::kAvx2);
-    if (__builtin_cpu_supports("avx512f")) sets.push_back(InstructionSet::kAvx512);
-  }
-#endif
-  return sets;
-}
-
 void FillTileStatistics(const TileHead& head, const float* logits, const int64_t* targets,
                         const TileStatistics& statistics, int threads, InstructionSet set) {
   const RowPasses passes = PassesFor(set);

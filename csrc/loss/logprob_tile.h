@@ -11,15 +11,10 @@
 #define KIMI_LOSS_LOGPROB_TILE_H_
 
 #include <cstdint>
-#include <vector>
+
+#include "base/instruction_set.h"
 
 namespace kimi {
-
-// The instruction sets that the passes are compiled for, the slowest first.
-enum class InstructionSet { kPortable, kAvx2, kAvx512 };
-
-// The instruction sets of this processor, the fastest last. Never empty.
-std::vector<InstructionSet> AvailableInstructionSets();
 
 // The shape of the logits, and what turns them into scores.
 struct TileHead {

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kimi_core.rollout.torch.attention import attach
+from kimi_core.rollout.torch.attention import Part, attach, in_core
 
 ROUND_TO = 4
 """Positions are allocated in multiples of this."""
@@ -50,6 +50,8 @@ class Cohort:
         self.masks: dict[int | None, torch.Tensor | None] = {}
         """For each window of a layer (None: no window), additive, ``[n, 1, 1, longest]``: hides
         positions beyond a row's length and before its window. A mask of None hides nothing."""
+        self.lengths: np.ndarray | None = None
+        """Positions of each row after the present pass, int64 ``[n]``, in place of masks."""
         self.keys: list[torch.Tensor | None] = [None] * layers
         self.values: list[torch.Tensor | None] = [None] * layers
 
@@ -153,6 +155,7 @@ class KVCache(Cache):
         self.device = like.device
         self.position_bytes = position_bytes
         self.split = split
+        self.in_core = split and in_core(like.device, like.dtype)
         self.windows = list(windows) or [None] * layers
         super().__init__(layers=[KVLayer(self, layer) for layer in range(layers)])
         self.filling: tuple[slice, torch.Tensor | None] | None = None
@@ -202,7 +205,10 @@ class KVCache(Cache):
             else:
                 cohort.at = torch.arange(cohort.count, device=self.device), at
             cohort.masks = dict.fromkeys(self.windows)
-            cohort.hide(at, hiding, self.dtype)
+            if self.in_core:
+                cohort.lengths = positions_c + 1
+            else:
+                cohort.hide(at, hiding, self.dtype)
         self.longest = max(cohort.longest for cohort in self.cohorts)
 
     @torch.inference_mode()
@@ -313,18 +319,13 @@ class KVLayer(CacheLayerMixin):
                 new = [states[contexts_m] for states in new]
             cache.cohorts[-1].fill(self.index, rows, *new)
             return key_states, value_states
-        if len(cache.cohorts) == 1:
-            (cohort,) = cache.cohorts
-            seen = cohort.extend(self.index, key_states, value_states)
-            if not cache.split:
-                return seen
-            return attach(
-                key_states, [(*seen, cohort.masks[cache.windows[self.index]])]
-            ), value_states
+        if not cache.split:
+            return cache.cohorts[0].extend(self.index, key_states, value_states)
+        window = cache.windows[self.index]
         counts = [cohort.count for cohort in cache.cohorts]
         states = zip(key_states.split(counts), value_states.split(counts), strict=True)
         parts = [
-            (*cohort.extend(self.index, *new), cohort.masks[cache.windows[self.index]])
+            Part(*cohort.extend(self.index, *new), cohort.masks[window], cohort.lengths, window)
             for cohort, new in zip(cache.cohorts, states, strict=True)
         ]
         return attach(key_states, parts), value_states

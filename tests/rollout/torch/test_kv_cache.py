@@ -6,16 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_core import _C
 from kimi_core.rollout.torch import kv_cache
-from kimi_core.rollout.torch.attention import one_token
+from kimi_core.rollout.torch.attention import Part, one_token
 from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, KVCache
 
 LAYERS, HEADS, DIM = 2, 2, 3
 LONGEST = 40
 
 
-def new_cache(position_bytes: int, *, split: bool = True) -> KVCache:
-    return KVCache(LAYERS, torch.empty(0), position_bytes, split=split)
+def new_cache(position_bytes: int, *, split: bool = True, dtype=torch.float32) -> KVCache:
+    """In float32 the core attends, by lengths; in float64 torch does, by masks."""
+    return KVCache(LAYERS, torch.empty(0, dtype=dtype), position_bytes, split=split)
 
 
 class Checked:
@@ -64,9 +66,10 @@ class Checked:
             if self.cache.split:
                 parts = update[0].cohorts
             else:
-                parts = [(*update, self.cache.cohorts[0].masks[None])]
+                parts = [Part(*update, self.cache.cohorts[0].masks[None])]
             row = 0
-            for seen_keys, seen_values, mask in parts:
+            for seen_keys, seen_values, mask, lengths, _ in parts:
+                assert (lengths is not None) == self.cache.in_core
                 assert seen_keys.isfinite().all() and seen_values.isfinite().all()
                 for index in range(len(seen_keys)):
                     own = self.rows[row][layer].transpose(0, 1)
@@ -74,7 +77,9 @@ class Checked:
                     assert torch.equal(seen_keys[index, :, :length], own)
                     assert torch.equal(seen_values[index, :, :length], -own)
                     hidden = seen_keys.shape[2] - length
-                    if hidden:
+                    if lengths is not None:
+                        assert lengths[index] == length
+                    elif hidden:
                         assert (mask[index, 0, 0, length:] < -1e30).all()
                     if mask is not None:
                         assert (mask[index, 0, 0, :length] == 0).all()
@@ -96,9 +101,10 @@ class Checked:
     data=st.data(),
     position_bytes=st.sampled_from([0, WORTH_A_COHORT // 12, WORTH_A_COHORT]),
     split=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_every_row_sees_its_own_past(data, position_bytes, split):
-    checked = Checked(new_cache(position_bytes, split=split))
+def test_every_row_sees_its_own_past(data, position_bytes, split, dtype):
+    checked = Checked(new_cache(position_bytes, split=split, dtype=dtype))
     for _ in range(data.draw(st.integers(1, 6))):
         lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
         checked.enter(lengths, data.draw(st.integers(1, 3)))
@@ -161,32 +167,130 @@ def test_storage_of_rows_that_left_is_given_back_at_a_growth():
     assert cohort.capacity == 2
 
 
-# 300 rows of 40 positions are enough for plain products where no heads share keys.
-@pytest.mark.parametrize(("rows", "length"), [(5, 11), (300, 40)])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_of_one_token_is_that_of_sdpa(kv_heads, rows, length):
+@st.composite
+def decodes(draw):
+    """Sizes of a decode step, and the length of each row."""
+    rows, kv_heads, group = (draw(st.integers(1, n)) for n in (4, 3, 9))
+    dim = draw(st.sampled_from([2, 7, 16, 24, 64, 80, 129]))
+    lengths = draw(st.lists(st.integers(1, 70), min_size=rows, max_size=rows))
+    window = draw(st.none() | st.integers(1, 80))
+    return kv_heads, group, dim, np.array(lengths), window
+
+
+def expected_of(query, keys, values, lengths, window, scale):
+    """The plain formula in float64, row by row."""
+    group = query.shape[1] // keys.shape[1]
+    rows = []
+    for q, k, v, length in zip(query, keys, values, lengths, strict=True):
+        first = max(0, length - window) if window else 0
+        k, v = (x[:, first:length].double().repeat_interleave(group, 0) for x in (k, v))
+        weights = (scale * q.double() @ k.transpose(1, 2)).softmax(-1)
+        rows.append((weights @ v).transpose(0, 1))
+    return torch.stack(rows)
+
+
+def random_step(kv_heads, group, dim, lengths, spread=1.0):
+    """Query, keys and values; what lies beyond a row's length is NaN, and heads lie apart."""
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(rows, 4, 1, 8, generator=generator)
-    keys, values = torch.randn(2, rows, kv_heads, length, 8, generator=generator)
-    mask = torch.zeros(rows, 1, 1, length)
-    mask[2, ..., 4:] = torch.finfo(torch.float32).min
-    for hidden in (None, mask):
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            query.double(),
-            keys.double().repeat_interleave(4 // kv_heads, 1),
-            values.double().repeat_interleave(4 // kv_heads, 1),
-            attn_mask=None if hidden is None else hidden.double(),
-            scale=0.3,
-        ).transpose(1, 2)
-        for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-12)):
-            got = one_token(
-                query.to(dtype),
-                keys.to(dtype),
-                values.to(dtype),
-                None if hidden is None else hidden.to(dtype),
-                0.3,
-            )
-            torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+    rows, longest = len(lengths), int(lengths.max())
+    query = spread * torch.randn(rows, kv_heads * group, 1, dim, generator=generator)
+    stored = torch.randn(2, rows + 1, kv_heads, longest + 3, dim, generator=generator)
+    for row, length in enumerate(lengths):
+        stored[:, row, :, length:] = torch.nan
+    keys, values = stored[:, :rows, :, :longest]
+    return query, keys, values
+
+
+@pytest.mark.parametrize("set_", _C.instruction_sets())
+@given(step=decodes(), spread=st.sampled_from([1.0, 50.0]))
+def test_the_core_attends_as_the_formula_says(set_, step, spread):
+    kv_heads, group, dim, lengths, window = step
+    query, keys, values = random_step(kv_heads, group, dim, lengths, spread)
+    got = _C.decode_attention(
+        query[:, :, 0].numpy(), keys.numpy(), values.numpy(), lengths,
+        scale=0.3, window=window or 0, instruction_set=set_,
+    )  # fmt: skip
+    expected = expected_of(query, keys, values, lengths, window, 0.3)[:, 0]
+    torch.testing.assert_close(torch.from_numpy(got).double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("set_", _C.instruction_sets())
+def test_long_rows_are_cut_and_merged_and_threads_change_nothing(set_):
+    """Three chunks, the largest score in the first, then in the last one."""
+    lengths = np.array([5000, 1, 2048, 2049])
+    query, keys, values = random_step(2, 3, 16, lengths)
+    keys[0, :, 10] = 3 * query[0, ::3, 0]
+    keys[3, :, 2048] = 3 * query[3, ::3, 0]
+    arguments = (query[:, :, 0].numpy(), keys.numpy(), values.numpy(), lengths)
+    outputs = [
+        _C.decode_attention(*arguments, scale=1.0, threads=threads, instruction_set=set_)
+        for threads in (1, 2, 7)
+    ]
+    expected = expected_of(query, keys, values, lengths, None, 1.0)[:, 0]
+    torch.testing.assert_close(
+        torch.from_numpy(outputs[0]).double(), expected, atol=2e-5, rtol=2e-5
+    )
+    for other in outputs[1:]:
+        np.testing.assert_array_equal(other, outputs[0])
+    alone = _C.decode_attention(
+        *(array[3:] for array in arguments), scale=1.0, instruction_set=set_
+    )
+    np.testing.assert_array_equal(alone, outputs[0][3:])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float64, 1e-12)],
+)
+def test_attention_of_one_token(kv_heads, window, dtype, tolerance):
+    lengths = np.array([11, 3, 7, 1, 11])
+    query, keys, values = (
+        x.nan_to_num().to(dtype) for x in random_step(kv_heads, 4 // kv_heads, 8, lengths)
+    )
+    if dtype == torch.float64:
+        seen = torch.arange(11)
+        hidden = seen >= torch.from_numpy(lengths)[:, None]
+        if window:
+            hidden |= seen < torch.from_numpy(lengths)[:, None] - window
+        mask = torch.zeros(5, 11, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+        part = Part(keys, values, mask[:, None, None])
+    else:
+        part = Part(keys, values, lengths=lengths, window=window)
+    got = one_token(query, part, 0.3)
+    assert got.dtype == dtype and got.shape == (5, 1, 4, 8)
+    expected = expected_of(query, keys, values, lengths, window, 0.3)
+    torch.testing.assert_close(got.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"lengths": np.array([4, 6])}, ValueError, r"each from 1 to 5, the positions"),
+        ({"lengths": np.array([0, 5])}, ValueError, r"each from 1 to 5"),
+        ({"lengths": np.array([5])}, ValueError, r"lengths must be \[2\]"),
+        ({"query": np.zeros((2, 3, 8), np.float32)}, ValueError, r"heads a multiple of kv_heads"),
+        ({"query": np.zeros((2, 4, 7), np.float32)}, ValueError, r"query \(2, 4, 7\), keys"),
+        ({"values": np.zeros((2, 2, 4, 8), np.float32)}, ValueError, r"values \(2, 2, 4, 8\)"),
+        ({"keys": np.zeros((2, 2, 8, 5), np.float32).swapaxes(2, 3)}, ValueError, "keys must hold"),
+        ({"values": np.zeros((2, 2, 5, 8), np.uint16)}, TypeError, "both be float32"),
+        ({"window": -1}, ValueError, "window = -1"),
+        ({"threads": 0}, ValueError, "threads = 0"),
+        ({"instruction_set": "sse"}, ValueError, "no passes for 'sse'"),
+    ],
+)
+def test_what_the_core_refuses(change, error, message):
+    stored = np.zeros((2, 2, 5, 8), np.float32)
+    given = {
+        "query": np.zeros((2, 4, 8), np.float32),
+        "keys": stored,
+        "values": stored,
+        "lengths": np.array([4, 5]),
+        "scale": 1.0,
+    } | change
+    with pytest.raises(error, match=message):
+        _C.decode_attention(**given)
 
 
 def test_headroom_is_generous_off_the_cpu(monkeypatch):
