@@ -136,7 +136,6 @@ void DecodeAttention(const DecodeShape& shape, const float* query, const Cached<
 template void DecodeAttention(const DecodeShape&, const float*, const Cached<float>&,
                               const Cached<float>&, const int64_t*, float*, int, InstructionSet);
 template void DecodeAttention(const DecodeShape&, const float*, const Cached<Bfloat16>&,
-                              const Cached<Bfloat16>&, const int64_t*, float*, int,
-                              InstructionSet);
+                              const Cached<Bfloat16>&, const int64_t*, float*, int, InstructionSet);
 
 }  // namespace kimi

@@ -1,4 +1,5 @@
-// The pass over one chunk of positions, one version for each instruction set; decode.cc chooses one.
+// The pass over one chunk of positions, one version for each instruction set; decode.cc chooses
+// one.
 #ifndef KIMI_ATTENTION_DECODE_CHUNK_H_
 #define KIMI_ATTENTION_DECODE_CHUNK_H_
 

@@ -45,7 +45,8 @@ inline float Load1(const Bfloat16* from) {
 }
 
 // Asks for the memory from `begin` on, which may lie beyond what is stored: nothing is read then.
-// Without it a block waits for its first lines, because the processor's own prefetch ends at a page.
+// Without it a block waits for its first lines, because the processor's own prefetch ends at a
+// page.
 inline void Prefetch(const void* begin, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) {
     __builtin_prefetch(static_cast<const char*>(begin) + line);
@@ -77,8 +78,7 @@ inline Floats SumPairs(Floats a, Floats b) {
 // The sum of each of four vectors.
 inline void Sum4(const Floats (&vectors)[kPositions], float* sums) {
   using Four = float __attribute__((vector_size(16)));
-  const Floats parts =
-      SumPairs(SumPairs(vectors[0], vectors[1]), SumPairs(vectors[2], vectors[3]));
+  const Floats parts = SumPairs(SumPairs(vectors[0], vectors[1]), SumPairs(vectors[2], vectors[3]));
   Four each[kLanes / 4];
   std::memcpy(each, &parts, sizeof parts);
   for (int width = kLanes / 8; width > 0; width /= 2) {
@@ -231,10 +231,15 @@ void PassChunk(const float* query, const Stored* keys, const Stored* values, int
         head += Heads;
       };
       switch (group - head) {
-        case 1: pass.template operator()<1>(); break;
+        case 1:
+          pass.template operator()<1>();
+          break;
         case 2:
-        case 4: pass.template operator()<2>(); break;
-        default: pass.template operator()<kHeads>();
+        case 4:
+          pass.template operator()<2>();
+          break;
+        default:
+          pass.template operator()<kHeads>();
       }
     }
   }

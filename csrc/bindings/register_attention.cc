@@ -26,7 +26,8 @@ template <typename Stored>
 Cached<Stored> stored(const py::array& array, const char* name) {
   const py::ssize_t size = array.itemsize();
   if (array.strides(3) != size || array.strides(2) != array.shape(3) * size) {
-    throw py::value_error(std::string(name) + " must hold the positions of a head one after the "
+    throw py::value_error(std::string(name) +
+                          " must hold the positions of a head one after the "
                           "other: only rows and heads may lie apart");
   }
   return {static_cast<const Stored*>(array.data()), array.strides(0) / size,
@@ -40,7 +41,8 @@ DecodeShape check(const Query& query, const py::array& keys, const py::array& va
       keys.shape(0) != query.shape(0) || keys.shape(3) != query.shape(2) || keys.shape(1) == 0 ||
       query.shape(1) % keys.shape(1) != 0) {
     throw py::value_error("query " + shape_of(query) + ", keys " + shape_of(keys) + " and values " +
-                          shape_of(values) + " must be [rows, heads, dim] and twice "
+                          shape_of(values) +
+                          " must be [rows, heads, dim] and twice "
                           "[rows, kv_heads, positions, dim], heads a multiple of kv_heads");
   }
   const py::ssize_t rows = query.shape(0), positions = keys.shape(2);
@@ -84,9 +86,9 @@ Query decode_attention(const Query& query, const py::array& keys, const py::arra
 
 void register_attention(py::module_& m) {
   m.def("decode_attention", &decode_attention, py::arg("query").noconvert(),
-        py::arg("keys").noconvert(), py::arg("values").noconvert(),
-        py::arg("lengths").noconvert(), py::kw_only(), py::arg("scale"), py::arg("window") = 0,
-        py::arg("threads") = 1, py::arg("instruction_set") = py::none(),
+        py::arg("keys").noconvert(), py::arg("values").noconvert(), py::arg("lengths").noconvert(),
+        py::kw_only(), py::arg("scale"), py::arg("window") = 0, py::arg("threads") = 1,
+        py::arg("instruction_set") = py::none(),
         R"(Attention of one query per row: softmax(scale * q k) v over the row's own positions.
 
 Keys and values are read once and never beyond a row's length. The result of a row does not depend
