@@ -211,7 +211,9 @@ def test_the_core_attends_as_the_formula_says(set_, step, spread):
         scale=0.3, window=window or 0, instruction_set=set_,
     )  # fmt: skip
     expected = expected_of(query, keys, values, lengths, window, 0.3)[:, 0]
-    torch.testing.assert_close(torch.from_numpy(got).double(), expected, atol=2e-5, rtol=2e-5)
+    # A score of 2,000 is rounded to 1e-4, and a weight with it.
+    close = 2e-5 if spread == 1 else 2e-3
+    torch.testing.assert_close(torch.from_numpy(got).double(), expected, atol=close, rtol=close)
 
 
 @pytest.mark.parametrize("set_", _C.instruction_sets())
