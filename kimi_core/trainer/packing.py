@@ -65,6 +65,10 @@ class _Block:
     length: int
 
 
+PADDING = 1.1
+"""Most columns of ``rows``, over the tokens in them, if a model takes ``end_to_end`` as well: masks
+save up to a tenth of a pass."""
+
 SHARE_LIMIT = 4096
 """Longest block with a shared prompt, in tokens, in ``rows``: its mask grows with the square."""
 
@@ -93,20 +97,19 @@ def micro_batches(
         layout: what the model takes (``Policy.layout``).
         share_prompts: lay a prompt once for all its responses; in ``rows`` only if that halves
             their tokens. Not for ``alone``.
-        masks_up_to: if no sequence is longer, ``end_to_end`` becomes ``rows``
-            (``Policy.masks_up_to``).
+        masks_up_to: if no sequence is longer, ``end_to_end`` becomes ``rows``, unless much of
+            them would be padding (``Policy.masks_up_to``).
         device: where the tensors go.
     """
     lengths = _needed(batch, wanted)
     kept = [int(index) for index in sequences if lengths[index]]
+    sharing = {"end_to_end": (max_tokens, 1), "rows": (SHARE_LIMIT, 2)} if share_prompts else {}
+    blocks = _blocks(batch, wanted, lengths, kept, sharing.get(layout))
     if layout == "end_to_end" and max(lengths[kept], default=0) <= masks_up_to:
-        layout = "rows"
-    blocks = [_Block([index], 0, int(lengths[index])) for index in kept]
-    if share_prompts and layout == "end_to_end":
-        blocks = _shared(batch, wanted, lengths, kept, limit=max_tokens, gain=1)
-    elif share_prompts:
-        blocks = _shared(batch, wanted, lengths, kept, limit=SHARE_LIMIT, gain=2)
-    blocks.sort(key=lambda block: (-block.length, block.sequences))
+        needed = sum(block.length for block in blocks)
+        in_rows = _blocks(batch, wanted, lengths, kept, sharing.get("rows"))
+        if _columns(in_rows) <= PADDING * needed:
+            layout, blocks = "rows", in_rows
     while blocks:
         width = blocks[0].length
         most = max(1, max_tokens // width)
@@ -129,12 +132,30 @@ def _needed(batch: Batch, wanted: np.ndarray) -> np.ndarray:
     return np.maximum.reduceat(np.where(wanted, place, 0), starts)
 
 
+def _blocks(
+    batch: Batch,
+    wanted: np.ndarray,
+    lengths: np.ndarray,
+    sequences: list[int],
+    sharing: tuple[int, int] | None,
+) -> list[_Block]:
+    """The blocks of ``sequences``, longest first.
+
+    ``sharing`` is the longest block with a shared prompt, and how many times fewer tokens it must
+    have than its sequences; None: no prompt is shared.
+    """
+    if sharing is None:
+        blocks = [_Block([index], 0, int(lengths[index])) for index in sequences]
+    else:
+        blocks = _shared(batch, wanted, lengths, sequences, *sharing)
+    return sorted(blocks, key=lambda block: (-block.length, block.sequences))
+
+
 def _shared(
     batch: Batch,
     wanted: np.ndarray,
     lengths: np.ndarray,
     sequences: list[int],
-    *,
     limit: int,
     gain: int,
 ) -> list[_Block]:
@@ -161,6 +182,14 @@ def _take(blocks: list[_Block], max_tokens: int) -> tuple[list[_Block], list[_Bl
     ends = np.cumsum([block.length for block in blocks])
     count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
     return blocks[:count], blocks[count:]
+
+
+def _columns(blocks: list[_Block]) -> int:
+    """Columns of the rows that hold ``blocks``, longest first, padding included."""
+    if not blocks:
+        return 0
+    width = blocks[0].length
+    return width * len(_fill_rows(blocks, width, len(blocks))[0])
 
 
 def _fill_rows(

@@ -123,6 +123,16 @@ def test_nothing_wanted_gives_no_micro_batch():
     assert list(micro_batches(batch, batch.mask == 0, [], max_tokens=100, layout="rows")) == []
 
 
+@pytest.mark.parametrize(("lengths", "rows"), [([9, 9, 5, 5], 3), ([9, 7, 7, 6], 1)])
+def test_short_sequences_lie_in_rows_if_little_is_padding(lengths, rows):
+    batch = random_batch(lengths)  # without each one's last token 24 tokens, or 25
+    (micro,) = micro_batches(
+        batch, batch.mask > 0, range(4), max_tokens=99, layout="end_to_end", masks_up_to=8
+    )
+    assert micro.ids_rl.shape == ((3, 8) if rows == 3 else (1, 25))
+    assert (micro.packing is None) == (rows == 3)
+
+
 @pytest.mark.parametrize("layout", ["rows", "alone", "end_to_end"])
 def test_what_follows_the_last_wanted_token_is_not_computed(layout):
     batch = pack([(np.arange(1, 9), [0, 0, 0, 1, 0, 1, 0, 0]), (np.arange(11, 13), [0, 1])])
