@@ -11,7 +11,7 @@ There are three layouts:
 * ``alone``: for models that do not tell sequences apart by positions. Each has a row, and no mask.
 
 A sequence is laid up to the token before the last one that is wanted: no log-prob depends on what
-follows. A trained response so takes one column less than it has tokens.
+follows. A trained response therefore takes one column less than it has tokens.
 
 In ``rows``, too, responses may share a prompt, if prompts are long and responses short. A block
 holds the prompt once and the responses after it as branches; a mask lets each branch see the prompt

@@ -83,7 +83,8 @@ class Policy(nn.Module):
         self.layout, *others = self._layouts_of(length_to_check(model, longest), masks_too=short)
         """How micro-batches are laid out for this model."""
         self.masks_up_to = CHEAP_MASKS if "rows" in others else 0
-        """Sequences up to this many tokens are laid into ``rows`` all the same: it is cheaper."""
+        """Sequences up to this many tokens are laid into ``rows`` all the same, unless that pads
+        much: it is cheaper."""
         if self.layout == "rows":
             log.warning(MASKED, type(model).__name__)
 
