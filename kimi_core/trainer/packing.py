@@ -10,6 +10,9 @@ There are three layouts:
   at 0 separate the sequences of a row; transformers builds a mask of l × l from them.
 * ``alone``: for models that do not tell sequences apart by positions. Each has a row, and no mask.
 
+A sequence is laid up to the token before the last one that is wanted: no log-prob depends on what
+follows. A trained response therefore takes one column less than it has tokens.
+
 In ``rows``, too, responses may share a prompt, if prompts are long and responses short. A block
 holds the prompt once and the responses after it as branches; a mask lets each branch see the prompt
 and itself.
@@ -62,6 +65,10 @@ class _Block:
     length: int
 
 
+PADDING = 1.1
+"""Most columns of ``rows``, over the tokens in them, if a model takes ``end_to_end`` as well: masks
+save up to a tenth of a pass."""
+
 SHARE_LIMIT = 4096
 """Longest block with a shared prompt, in tokens, in ``rows``: its mask grows with the square."""
 
@@ -90,22 +97,19 @@ def micro_batches(
         layout: what the model takes (``Policy.layout``).
         share_prompts: lay a prompt once for all its responses; in ``rows`` only if that halves
             their tokens. Not for ``alone``.
-        masks_up_to: if no sequence is longer, ``end_to_end`` becomes ``rows``
-            (``Policy.masks_up_to``).
+        masks_up_to: if no sequence is longer, ``end_to_end`` becomes ``rows``, unless much of
+            them would be padding (``Policy.masks_up_to``).
         device: where the tensors go.
     """
-    starts = batch.cu_seqlens[:-1]
-    lengths = batch.lengths
-    counts = np.add.reduceat(wanted, starts) if len(batch) else np.empty(0)
-    kept = [int(index) for index in sequences if counts[index]]
+    lengths = _needed(batch, wanted)
+    kept = [int(index) for index in sequences if lengths[index]]
+    sharing = {"end_to_end": (max_tokens, 1), "rows": (SHARE_LIMIT, 2)} if share_prompts else {}
+    blocks = _blocks(batch, wanted, lengths, kept, sharing.get(layout))
     if layout == "end_to_end" and max(lengths[kept], default=0) <= masks_up_to:
-        layout = "rows"
-    blocks = [_Block([index], 0, int(lengths[index])) for index in kept]
-    if share_prompts and layout == "end_to_end":
-        blocks = _shared(batch, wanted, kept, limit=max_tokens, gain=1)
-    elif share_prompts:
-        blocks = _shared(batch, wanted, kept, limit=SHARE_LIMIT, gain=2)
-    blocks.sort(key=lambda block: (-block.length, block.sequences))
+        needed = sum(block.length for block in blocks)
+        in_rows = _blocks(batch, wanted, lengths, kept, sharing.get("rows"))
+        if _columns(in_rows) <= PADDING * needed:
+            layout, blocks = "rows", in_rows
     while blocks:
         width = blocks[0].length
         most = max(1, max_tokens // width)
@@ -116,11 +120,44 @@ def micro_batches(
             rows, blocks = _fill_rows(blocks, width, most)
         else:
             rows, blocks = [[block] for block in blocks[:most]], blocks[most:]
-        yield _lay_out(batch, wanted, rows, width, layout, device)
+        yield _lay_out(batch, wanted, lengths, rows, width, layout, device)
+
+
+def _needed(batch: Batch, wanted: np.ndarray) -> np.ndarray:
+    """Tokens of each sequence before its last wanted one, int64 ``[N]``; 0: none is wanted."""
+    if not len(batch):
+        return np.empty(0, np.int64)
+    starts = batch.cu_seqlens[:-1].astype(np.int64)
+    place = np.arange(len(wanted)) - starts.repeat(batch.lengths)
+    return np.maximum.reduceat(np.where(wanted, place, 0), starts)
+
+
+def _blocks(
+    batch: Batch,
+    wanted: np.ndarray,
+    lengths: np.ndarray,
+    sequences: list[int],
+    sharing: tuple[int, int] | None,
+) -> list[_Block]:
+    """The blocks of ``sequences``, longest first.
+
+    ``sharing`` is the longest block with a shared prompt, and how many times fewer tokens it must
+    have than its sequences; None: no prompt is shared.
+    """
+    if sharing is None:
+        blocks = [_Block([index], 0, int(lengths[index])) for index in sequences]
+    else:
+        blocks = _shared(batch, wanted, lengths, sequences, *sharing)
+    return sorted(blocks, key=lambda block: (-block.length, block.sequences))
 
 
 def _shared(
-    batch: Batch, wanted: np.ndarray, sequences: list[int], *, limit: int, gain: int
+    batch: Batch,
+    wanted: np.ndarray,
+    lengths: np.ndarray,
+    sequences: list[int],
+    limit: int,
+    gain: int,
 ) -> list[_Block]:
     """A block for each prompt that is worth sharing, and one for each other sequence."""
     siblings: dict[bytes, list[int]] = defaultdict(list)
@@ -131,12 +168,12 @@ def _shared(
     blocks = []
     for prompt_ids, members in siblings.items():
         prompt = len(prompt_ids) // batch.token_ids.itemsize
-        apart = int(batch.lengths[members].sum())
+        apart = int(lengths[members].sum())
         together = apart - (len(members) - 1) * prompt
         if len(members) > 1 and gain * together <= apart and together <= limit:
             blocks.append(_Block(members, prompt, together))
         else:
-            blocks.extend(_Block([one], 0, int(batch.lengths[one])) for one in members)
+            blocks.extend(_Block([one], 0, int(lengths[one])) for one in members)
     return blocks
 
 
@@ -145,6 +182,14 @@ def _take(blocks: list[_Block], max_tokens: int) -> tuple[list[_Block], list[_Bl
     ends = np.cumsum([block.length for block in blocks])
     count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
     return blocks[:count], blocks[count:]
+
+
+def _columns(blocks: list[_Block]) -> int:
+    """Columns of the rows that hold ``blocks``, longest first, padding included."""
+    if not blocks:
+        return 0
+    width = blocks[0].length
+    return width * len(_fill_rows(blocks, width, len(blocks))[0])
 
 
 def _fill_rows(
@@ -170,6 +215,7 @@ def _fill_rows(
 def _lay_out(
     batch: Batch,
     wanted: np.ndarray,
+    lengths: np.ndarray,
     rows: list[list[_Block]],
     width: int,
     layout: Layout,
@@ -191,12 +237,13 @@ def _lay_out(
             positions_rl[row, trunk:column] = np.arange(block.prompt)
             block_rl[row, trunk : trunk + block.length] = number
             for branch, index in enumerate(block.sequences, 1):
-                start, end = batch.cu_seqlens[index] + block.prompt, batch.cu_seqlens[index + 1]
+                first = batch.cu_seqlens[index]
+                start, end = first + block.prompt, first + lengths[index]
                 stop = column + end - start
                 ids_rl[row, column:stop] = batch.token_ids[start:end]
                 positions_rl[row, column:stop] = block.prompt + np.arange(end - start)
                 branch_rl[row, column:stop] = branch
-                offsets = np.flatnonzero(wanted[start:end])
+                offsets = np.flatnonzero(wanted[start : end + 1])
                 # A branch's first token is predicted at the end of the prompt.
                 before = np.where(offsets > 0, column + offsets, trunk + block.prompt) - 1
                 one = np.ones_like(offsets)
@@ -219,20 +266,20 @@ def _lay_out(
         sequence_t=sequence_t,
         ids_t=torch.from_numpy(batch.token_ids.astype(np.int64)).to(device)[source_t],
         visible_rll=_visible(block_rl, branch_rl).to(device) if shared else None,
-        packing=Packing.of(list(_pieces(rows[0], batch)), device) if told else None,
+        packing=Packing.of(list(_pieces(rows[0], lengths)), device) if told else None,
     )
 
 
-def _pieces(blocks: list[_Block], batch: Batch) -> Iterator[Piece]:
+def _pieces(blocks: list[_Block], lengths: np.ndarray) -> Iterator[Piece]:
     """The sequences of a row that holds ``blocks`` end to end."""
     column = 0
     for block in blocks:
         prompt, column = (column, column + block.prompt), column + block.prompt
         for branch, index in enumerate(block.sequences):
-            own = (column, column + int(batch.lengths[index]) - block.prompt)
+            own = (column, column + int(lengths[index]) - block.prompt)
             if branch == 0:
                 yield Piece(((prompt[0], own[1]),))
-            else:
+            elif own[1] > own[0]:  # A response of one token needs its prompt alone.
                 yield Piece((prompt, own), skip=block.prompt)
             column = own[1]
 

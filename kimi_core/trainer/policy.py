@@ -83,7 +83,8 @@ class Policy(nn.Module):
         self.layout, *others = self._layouts_of(length_to_check(model, longest), masks_too=short)
         """How micro-batches are laid out for this model."""
         self.masks_up_to = CHEAP_MASKS if "rows" in others else 0
-        """Sequences up to this many tokens are laid into ``rows`` all the same: it is cheaper."""
+        """Sequences up to this many tokens are laid into ``rows`` all the same, unless that pads
+        much: it is cheaper."""
         if self.layout == "rows":
             log.warning(MASKED, type(model).__name__)
 
@@ -136,7 +137,8 @@ class Policy(nn.Module):
 
     def probe(self, ids_1l: Tensor) -> None:
         """One forward pass of one sequence, int64 ``[1, l]``: for what it makes autograd save."""
-        ids = ids_1l[0].cpu().numpy().astype(np.int32)
+        # The last token is not laid out: nothing follows that it would predict.
+        ids = np.append(ids_1l[0].cpu().numpy(), 0).astype(np.int32)
         blank = np.zeros(len(ids), np.float32)
         edges = np.array([0, len(ids)], np.int32)
         batch = Batch(ids, blank, blank.astype(np.uint8), blank.astype(np.int32), edges)

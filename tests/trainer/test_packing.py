@@ -76,13 +76,13 @@ def test_every_wanted_token_stands_once_in_its_place(layout, drawn, max_tokens):
         owners = np.searchsorted(batch.cu_seqlens, present, side="right") - 1
         if rows * columns > max_tokens:
             assert set(owners) == {owners[0]}  # one that is too long, and alone
-        # Whole sequences, each in one piece with positions that count up from 0.
-        assert len(present) == batch.lengths[np.unique(owners)].sum()
+        # Sequences up to their last wanted token, each in one piece with positions from 0.
         for index in np.unique(owners):
-            assert wanted[batch.cu_seqlens[index] : batch.cu_seqlens[index + 1]].any()
-            row, column = np.argwhere(ids == batch.cu_seqlens[index] + 1)[0]
-            piece = slice(column, column + batch.lengths[index])
             start, end = batch.cu_seqlens[index : index + 2]
+            end = start + np.flatnonzero(wanted[start:end])[-1]
+            assert (owners == index).sum() == end - start
+            row, column = np.argwhere(ids == start + 1)[0]
+            piece = slice(column, column + end - start)
             assert ids[row, piece].tolist() == batch.token_ids[start:end].tolist()
             assert positions[row, piece].tolist() == list(range(end - start))
         assert layout != "end_to_end" or (rows == 1 and (ids > 0).all())
@@ -95,7 +95,7 @@ def test_every_wanted_token_stands_once_in_its_place(layout, drawn, max_tokens):
             index.numpy()
             for index in (micro.row_t, micro.column_t, micro.source_t, micro.sequence_t)
         )
-        assert ids[row_t, column_t + 1].tolist() == batch.token_ids[source_t].tolist()
+        assert micro.ids_t.tolist() == batch.token_ids[source_t].tolist()
         assert ids[row_t, column_t].tolist() == batch.token_ids[source_t - 1].tolist()
         starts = batch.cu_seqlens[sequence_t]
         assert positions[row_t, column_t].tolist() == (source_t - 1 - starts).tolist()
@@ -113,7 +113,7 @@ def test_every_wanted_token_stands_once_in_its_place(layout, drawn, max_tokens):
 def test_sequences_that_want_nothing_are_left_out():
     batch = pack([(np.arange(4), [0, 0, 1, 1]), (np.arange(9), [0] * 9), (np.arange(3), [0, 0, 1])])
     (micro,) = micro_batches(batch, batch.mask > 0, range(3), max_tokens=100, layout="rows")
-    assert micro.ids_rl.shape == (2, 4)
+    assert micro.ids_rl.shape == (2, 3)
     assert sorted(set(micro.sequence_t.tolist())) == [0, 2]
 
 
@@ -123,10 +123,37 @@ def test_nothing_wanted_gives_no_micro_batch():
     assert list(micro_batches(batch, batch.mask == 0, [], max_tokens=100, layout="rows")) == []
 
 
+@pytest.mark.parametrize(("lengths", "rows"), [([9, 9, 5, 5], 3), ([9, 7, 7, 6], 1)])
+def test_short_sequences_lie_in_rows_if_little_is_padding(lengths, rows):
+    batch = random_batch(lengths)  # without each one's last token 24 tokens, or 25
+    (micro,) = micro_batches(
+        batch, batch.mask > 0, range(4), max_tokens=99, layout="end_to_end", masks_up_to=8
+    )
+    assert micro.ids_rl.shape == ((3, 8) if rows == 3 else (1, 25))
+    assert (micro.packing is None) == (rows == 3)
+
+
+@pytest.mark.parametrize("layout", ["rows", "alone", "end_to_end"])
+def test_what_follows_the_last_wanted_token_is_not_computed(layout):
+    batch = pack([(np.arange(1, 9), [0, 0, 0, 1, 0, 1, 0, 0]), (np.arange(11, 13), [0, 1])])
+    (micro,) = micro_batches(batch, batch.mask > 0, [0, 1], max_tokens=100, layout=layout)
+    assert sorted(micro.ids_rl[micro.ids_rl > 0].tolist()) == [1, 2, 3, 4, 5, 11]
+    assert sorted(micro.ids_t.tolist()) == [4, 6, 12]
+
+
+def test_a_shared_prompt_suffices_for_responses_of_one_token():
+    batch = pack([(np.array([1, 2, 3, last]), [0, 0, 0, 1]) for last in (4, 5, 6)])
+    (micro,) = micro_batches(
+        batch, batch.mask > 0, range(3), max_tokens=9, layout="end_to_end", share_prompts=True
+    )
+    assert micro.ids_rl.tolist() == [[1, 2, 3]]
+    assert micro.column_t.tolist() == [2, 2, 2] and micro.ids_t.tolist() == [4, 5, 6]
+
+
 def test_short_sequences_fill_the_rows_of_long_ones():
     batch = random_batch([10, 6, 4, 7, 3])
     (micro,) = micro_batches(batch, batch.mask > 0, range(5), max_tokens=30, layout="rows")
-    assert micro.ids_rl.shape == (3, 10)  # 10, 7 + 3 and 6 + 4: not one token of padding
+    assert micro.ids_rl.shape == (3, 9)  # 9, 6 + 3 and 5 + 2, without each one's last token
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -151,8 +178,7 @@ def test_packing_changes_no_logprob(model, max_tokens):
             input_ids=micro.ids_rl, position_ids=micro.positions_rl, use_cache=False
         ).logits
         logprobs = logits[micro.row_t, micro.column_t].log_softmax(-1)
-        ids = micro.ids_rl[micro.row_t, micro.column_t + 1]
-        packed[micro.source_t] = logprobs.gather(1, ids[:, None])[:, 0]
+        packed[micro.source_t] = logprobs.gather(1, micro.ids_t[:, None])[:, 0]
     for start, end in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False):
         ids = torch.from_numpy(batch.token_ids[start:end]).long()
         alone = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)

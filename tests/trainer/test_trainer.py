@@ -187,6 +187,23 @@ def test_every_response_is_in_one_update(steps):
     assert len(steps) == len(LENGTHS)  # no step without a response
 
 
+def test_frozen_layers_compute_each_context_once_an_iteration():
+    model = llama()
+    freeze_below(model, 1)
+    trainer = trainer_of(model, updates_per_iteration=2)
+    data = data_of(model)
+    train(trainer, data)  # The first pass also measures what a pass keeps.
+    seen = []
+    handle = model.model.layers[0].register_forward_pre_hook(
+        lambda layer, args: seen.append(args[0].shape[:2].numel())
+    )
+    train(trainer, data)
+    handle.remove()
+    # No two responses share a context, and the last token of each is not computed.
+    rows = len(data.tokens.token_ids) - len(LENGTHS)
+    assert len(seen) == 2 and rows <= sum(seen) <= 1.1 * rows
+
+
 def test_weight_decay_and_learning_rate_are_the_configs():
     model = llama()
     before = model.lm_head.weight.detach().clone()
