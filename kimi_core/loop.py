@@ -18,6 +18,7 @@ from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics, mean_parts
 from kimi_core.prompts.curriculum import Curriculum
+from kimi_core.prompts.many import ById
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import Rollout, begin_group, roll_out
@@ -42,7 +43,7 @@ class Loop:
     """The parts of a run, and how far the run has come. No part calls the loop."""
 
     config: Config
-    prompts: dict[int, Prompt]
+    prompts: ById
     """The training prompts by id."""
     encode: Callable[[Prompt], np.ndarray]
     """Gives a prompt's token ids, int32 ``[n]``."""
@@ -154,11 +155,14 @@ class Loop:
         begun: dict[int, list[TrajectoryInfo]] = defaultdict(list)
         for info in self.buffer.trajectories():
             begun[info.group_id].append(info)
-        for group_id, prompt in enumerate(prompts, self.next_group):
+        encoded = [self.encode(prompt) for prompt in prompts]  # Before anything has changed.
+        for group_id, (prompt, ids) in enumerate(
+            zip(prompts, encoded, strict=True), self.next_group
+        ):
             begin_group(
                 self.buffer,
                 prompt,
-                self.encode(prompt),
+                ids,
                 group_id=group_id,
                 samples=self.config.rollout.samples_per_prompt,
                 begun=begun[group_id],

@@ -2,10 +2,11 @@
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from kimi_core.prompts.load import TextExample
+from kimi_core.prompts.jsonl import TextExample
+from kimi_core.prompts.many import texts_of
 from kimi_core.prompts.messages import question
 from kimi_core.types import Prompt
 
@@ -30,13 +31,20 @@ def overlaps(
     held: dict[str, set[str]] = defaultdict(set)
     for one in held_out:
         held[normalized(one.text)].add(normalized(one.answer))
-    quotes = Quotes(held)
-    trained = {normalized(prompt.text) for prompt in train}
+    quotes, filter_ = Quotes(held), Filter(held)
+    trained: set[str] = set()
+    quoting: set[str] = set()
+    for raw in texts_of(train):
+        if filter_.may_match(raw):
+            text = normalized(raw)
+            if text in held:
+                trained.add(text)
+            elif quotes.inside(text):
+                quoting.add(text)
     twice = sum(normalized(prompt.text) in trained for prompt in held_out)
-    quoting = sum(bool(quotes.inside(text)) for text in trained - held.keys())
     asked = answered = 0
-    for prompt, response in examples:
-        text = normalized(prompt if isinstance(prompt, str) else question(prompt))
+    for prompt_text, response in examples:
+        text = normalized(prompt_text if isinstance(prompt_text, str) else question(prompt_text))
         response = normalized(response)
         found = {text} & held.keys() | quotes.inside(text) | quotes.inside(response)
         asked += bool(found)
@@ -45,12 +53,54 @@ def overlaps(
     if twice:
         said.append(f"{twice} of {len(held_out)} held-out prompts are also training prompts")
     if quoting:
-        said.append(f"{quoting} training prompts contain a held-out prompt")
+        said.append(f"{len(quoting)} training prompts contain a held-out prompt")
     if asked:
         said.append(
             f"{asked} SFT examples have a held-out prompt, {answered} of them with its answer"
         )
     return said
+
+
+class Filter:
+    """Passes over nearly every text that neither is nor contains one of others, in a tenth of the
+    time that ``normalized`` takes.
+
+    Whatever is or contains a text has all of its first ``QUOTED_WORDS`` words. Words are taken from
+    bytes here, with all punctuation as white space, and the rarest of a text's words is looked up
+    first.
+
+    Args:
+        texts: what to look for, ``normalized``.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        starts = [" ".join(text.split()[:QUOTED_WORDS]) for text in texts]
+        wanted = [frozenset(_pieces(start)) for start in starts if start.isascii()]
+        self._passes_empty = frozenset() in wanted
+        counts = Counter(piece for pieces in wanted for piece in pieces)
+        self._by_rarest: dict[bytes, list[frozenset[bytes]]] = defaultdict(list)
+        for pieces in wanted:
+            if pieces:
+                rarest = min(pieces, key=lambda piece: (counts[piece], -len(piece), piece))
+                self._by_rarest[rarest].append(pieces)
+        self._rare = frozenset(self._by_rarest)
+
+    def may_match(self, text: str) -> bool:
+        """False: the text, as somebody wrote it, is and contains none of the others."""
+        if not text.isascii():
+            return True
+        pieces = _pieces(text)
+        rare = self._rare.intersection(pieces)
+        for one in rare:
+            for wanted in self._by_rarest[one]:
+                if not wanted.difference(pieces):
+                    return True
+        return self._passes_empty and not pieces
+
+
+def _pieces(text: str) -> list[bytes]:
+    """The words of an ASCII text in lower case, cut at punctuation."""
+    return text.encode().translate(TO_PIECES).split()
 
 
 class Quotes:
@@ -89,3 +139,9 @@ def normalized(text: str) -> str:
 
 
 PUNCTUATION = ".,;:!?\"'`“”‘’«»()[]{}*_"
+
+TO_PIECES = bytes(
+    ord(" ") if chr(byte) in PUNCTUATION or chr(byte).isspace() else ord(chr(byte).lower()[:1])
+    for byte in range(128)
+) + bytes(range(128, 256))
+"""Each byte of an ASCII text in lower case; white space and punctuation become spaces."""

@@ -1,7 +1,7 @@
 """From a config to the parts of a run, loaded and wired. Nothing is trained or written here."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,9 @@ from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, load_model
 from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
-from kimi_core.prompts.load import TextExample, load_examples, load_prompts, split
+from kimi_core.prompts.jsonl import TextExample, load_examples
+from kimi_core.prompts.load import load_prompts, split
+from kimi_core.prompts.many import ById
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
@@ -40,7 +42,7 @@ class Parts:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     codec: Codec
-    train_prompts: list[Prompt]
+    train_prompts: Sequence[Prompt]
     reward: Reward
     publisher: Publisher
     evaluator: Evaluator
@@ -85,7 +87,7 @@ def build(config: Config) -> Parts:
     )
     loop = Loop(
         config=config,
-        prompts={prompt.id: prompt for prompt in train_prompts},
+        prompts=ById(train_prompts),
         encode=lambda prompt: encoded[prompt.id],
         curriculum=Curriculum(train_prompts, config.curriculum),
         engine=engine,
@@ -134,7 +136,7 @@ def _engine(
     return engine, publisher
 
 
-def sft_examples(config: Config, train_prompts: list[Prompt]) -> list[TextExample]:
+def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextExample]:
     """The examples that ``sft.data`` names, as text.
 
     Raises:

@@ -24,7 +24,6 @@ In the first two cases the run continues from the live file.
 
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +48,7 @@ def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
     writers = [
         loop.trainer.save,
         lambda partial: loop.buffer.snapshot(partial / SNAPSHOT),
-        lambda partial: np.save(partial / PROMPTS, _prompt_sums(loop)),
+        lambda partial: np.save(partial / PROMPTS, loop.prompts.facts.checksums),
     ]
     state = loop.state() | {"sft_s": sft_s}
     folder.save_state(loop.iteration, writers, state, fingerprint=loop.trainer.fingerprint())
@@ -71,19 +70,13 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     return float(saved.state["sft_s"]), f"{saved.remark}\n{remark}".strip()
 
 
-def _prompt_sums(loop: Loop) -> np.ndarray:
-    """A checksum of each training prompt, uint32 ``[n]``, in the order of the curriculum."""
-    texts = (f"{p.id}\0{p.text}\0{p.answer}" for p in loop.prompts.values())
-    return np.fromiter((zlib.crc32(text.encode(errors="replace")) for text in texts), np.uint32)
-
-
 def _check_prompts(loop: Loop, path: Path) -> None:
-    before, now = np.load(path), _prompt_sums(loop)
+    before, now = np.load(path), loop.prompts.facts.checksums
     if np.array_equal(before, now):
         return
     both = min(len(before), len(now))
     changed = np.flatnonzero(before[:both] != now[:both])
-    first = list(loop.prompts.values())[int(changed[0])] if len(changed) else None
+    first = loop.prompts.prompts[int(changed[0])] if len(changed) else None
     said = f"{len(before)} training prompts then, {len(now)} now"
     if first is not None:
         said += f", {len(changed)} of the first {both} differ, such as prompt {first.id}"
