@@ -32,7 +32,8 @@ class PromptFile:
 
     def __init__(self, path: Path, config: PromptsConfig) -> None:
         self._path, self._config = path, config
-        self._as_text = not (config.chat or config.system)
+        self._is_plain = not (config.chat or config.system)
+        """Whether `plain_records` has read all of it."""
         starts, checksums = array("q"), array("I")
         facts = []
         lines = lines_in(path, PROMPT_KEYS)
@@ -61,25 +62,21 @@ class PromptFile:
 
     def texts(self, rows: np.ndarray) -> Iterator[str]:
         """The texts of ``rows``, and errors, as of `prompts`."""
-        for some, lines in self._blocks(rows):
-            records = plain_records(lines)
-            if records is None:
-                yield from (prompt.text for prompt in self.prompts(some))
-            else:
-                yield from (record["prompt"] for record in records)
+        if not self._is_plain:
+            yield from (prompt.text for prompt in self.prompts(rows))
+            return
+        for _, lines in self._blocks(rows):
+            for record in json.loads(b"[" + b",".join(lines) + b"]"):
+                yield record["prompt"]
 
     def _blocks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, list[bytes]]]:
         """Some of the rows, and their lines, until all were given."""
         for at in range(0, len(rows), BLOCK):
             some = rows[at : at + BLOCK]
             first, behind = int(self._starts[some[0]]), int(self._starts[some[-1] + 1])
-            whole = os.pread(self._file, behind - first, first)
+            whole = os.pread(self._file, behind - first, first) + b"\n"
             starts = (self._starts[some] - first).tolist()
-            ends = (self._starts[some + 1] - first).tolist()
-            lines = [
-                whole[start:end].partition(b"\n")[0]
-                for start, end in zip(starts, ends, strict=True)
-            ]
+            lines = [whole[start : whole.find(b"\n", start)] for start in starts]
             changed = np.array([*map(zlib.crc32, lines)], np.uint32) != self._checksums[some]
             if changed.any():
                 raise ValueError(
@@ -90,14 +87,16 @@ class PromptFile:
 
     def _prompt(self, row: int, line: bytes, number: int) -> Prompt:
         prompt = prompt_in(line, row, Place(self._path, number))
-        if self._as_text:
+        if not (self._config.chat or self._config.system):
             return prompt
         (prompt,) = chat_prompts([prompt], self._config)
         return prompt
 
     def _facts(self, first: int, block: Sequence[tuple[int, int, bytes]]) -> Facts:
-        records = plain_records([line for _, _, line in block]) if self._as_text else None
+        as_text = not (self._config.chat or self._config.system)
+        records = plain_records([line for _, _, line in block]) if as_text else None
         if records is None:
+            self._is_plain = False
             lines = enumerate(block, first)
             return gather(self._prompt(row, line, number) for row, (_, number, line) in lines)
         return _facts_of_records(first, records)

@@ -107,7 +107,7 @@ def plain_records(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     by one. All lines are parsed as one JSON list. A random string stands between any two, so that
     no line can reach into the next one unnoticed.
     """
-    between = secrets.token_hex()
+    between = secrets.token_hex(8)
     separator = f',"{between}",'
     try:
         found = json.loads(f"[{separator.encode().join(lines).decode()}]")
@@ -122,8 +122,11 @@ def plain_records(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
         values = [record.get(key) for record in records]
         if set(map(type, values)) != {str} or not all(values):
             return None
-    measured = [one for one in (record.get("difficulty") for record in records) if one is not None]
-    return records if all(map(_is_fraction, measured)) else None
+    measured = [record["difficulty"] for record in records if "difficulty" in record]
+    are_numbers = set(map(type, measured)) <= {float, int, type(None)}
+    if are_numbers and all(one is None or 0 <= one <= 1 for one in measured):
+        return records
+    return None
 
 
 NOT_PLAIN = MARKS | {"messages", "tests"}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kimi_core.buffer import RolloutBuffer
@@ -20,6 +19,7 @@ from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.jsonl import TextExample, load_examples
 from kimi_core.prompts.load import load_prompts, split
 from kimi_core.prompts.many import ById
+from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
@@ -66,14 +66,21 @@ def build(config: Config) -> Parts:
     everything = load_prompts(config.prompts)
     train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
     reward = load_reward(config.reward)
-    try_reward(reward, [*held_out, *train_prompts])
+    try_reward(reward, held_out, train_prompts)
     model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
     check_weights(model)
     limit_threads(model)
     freeze_below(model, config.trainer.trainable_layers)
     codec = Codec(tokenizer, config.rollout.stop, model)
-    encoded = {prompt.id: codec.encode_prompt(prompt) for prompt in everything}
-    longest = _check_context(model, encoded, config)
+    encode = PromptTokens(
+        codec,
+        everything,
+        context=context_of(model),
+        response=config.rollout.max_response_tokens,
+    )
+    encode.check()
+    encode.keep(held_out)
+    longest = encode.longest + config.rollout.max_response_tokens
     engine, publisher = _engine(model, config.rollout, longest)
     policy = Policy(
         model,
@@ -81,14 +88,14 @@ def build(config: Config) -> Parts:
         head_chunk=config.trainer.head_chunk,
         longest=longest,
     )
-    tokens, trajectories = buffer_size(list(encoded.values()), config.rollout)
+    tokens, trajectories = buffer_size(encode.longest, config.rollout)
     new_buffer = partial(
         RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories
     )
     loop = Loop(
         config=config,
         prompts=ById(train_prompts),
-        encode=lambda prompt: encoded[prompt.id],
+        encode=encode,
         curriculum=Curriculum(train_prompts, config.curriculum),
         engine=engine,
         sampling=sampling_for(
@@ -101,7 +108,7 @@ def build(config: Config) -> Parts:
     evaluator = Evaluator(
         engine=engine,
         prompts=held_out,
-        encode=lambda prompt: encoded[prompt.id],
+        encode=encode,
         response_text=codec.response_text,
         reward=reward,
         rollout=config.rollout,
@@ -160,6 +167,12 @@ def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextEx
     return pairs
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read; None: its config does not say."""
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
 def alphabet(config: Config) -> str:
     """The characters that a model made from scratch must read and write."""
     if config.prompts.source == "programs":
@@ -171,21 +184,3 @@ def alphabet(config: Config) -> str:
             "model.name"
         )
     return multiply.ALPHABET
-
-
-def _check_context(model: PreTrainedModel, encoded: dict[int, np.ndarray], config: Config) -> int:
-    """Tokens of the longest prompt with the longest response.
-
-    Raises:
-        ValueError: they do not fit into the model's context.
-    """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(encoded, key=lambda key: len(encoded[key]))
-    needed = len(encoded[longest]) + config.rollout.max_response_tokens
-    if context is not None and needed > context:
-        raise ValueError(
-            f"Prompt {longest} has {len(encoded[longest])} tokens; with "
-            f"rollout.max_response_tokens = {config.rollout.max_response_tokens} that is {needed}, "
-            f"and the model's context is {context}: shorten the prompt or lower the limit"
-        )
-    return needed
