@@ -97,8 +97,10 @@ class Codec:
 
     def most_tokens(self, sizes: np.ndarray) -> np.ndarray:
         """The most tokens that `encode_prompt` gives for text of ``sizes`` bytes in UTF-8, int64
-        ``[n]``; -1 where the tokenizer must say, as it must for sizes below 1, and where it may
-        fail."""
+        ``[n]``; -1 where the tokenizer must say. It must for sizes below 1.
+
+        The text holds another character than ASCII control characters.
+        """
         bound = token_bound(self._tokenizer)
         if bound is None:
             return np.full(len(sizes), -1)

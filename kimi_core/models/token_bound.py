@@ -3,7 +3,9 @@
 Two kinds of BPE write any text, and start from pieces that are at least a byte long. Merges only
 make tokens fewer.
 
-* **Byte-level** (GPT-2, Llama 3, Qwen, SmolLM2): every byte is a token of the vocabulary.
+* **Byte-level** (GPT-2, Llama 3, Qwen, SmolLM2): a byte is a token, or vanishes. The bytes of all
+  characters but control characters must have tokens, except for the first byte of a longer
+  character; SmolLM2 lacks a few.
 * **Byte fallback** (Llama 2, Mistral, Gemma): a character is one token, or one for each byte.
 
 What comes before the BPE may make a text longer: a Unicode form, by up to the factors of
@@ -15,7 +17,9 @@ tokenizers with code of their own, and every step whose effect is not known.
 """
 
 import json
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -26,12 +30,28 @@ EXPANSION = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11}
 CUTS = ("Split", "Digits", "Punctuation")
 """Pre-tokenizers that only cut a text, unless their behaviour is to remove what they find."""
 
+
+def _byte_chars(needed: Container[int]) -> Iterator[str]:
+    """What stands for a byte in a byte-level vocabulary, for the bytes that are needed."""
+    printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = count(0x100)
+    for byte in range(0x100):
+        char = chr(byte if byte in printing else next(others))
+        if byte in needed:
+            yield char
+
+
+BYTE_CHARS = frozenset(_byte_chars({*range(0x20, 0x7F), *range(0x80, 0xC0)}))
+"""For ASCII characters that are no control characters, and for the bytes that follow the first one
+of all other characters."""
+
 BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 @dataclass(frozen=True)
 class TokenBound:
-    """A text of n > 0 bytes in UTF-8 has from 1 to ``factor * n + extra`` tokens."""
+    """A text of n bytes in UTF-8 has from 1 to ``factor * n + extra`` tokens, if at least one of
+    its characters is not an ASCII control character."""
 
     factor: int
     extra: int
@@ -51,7 +71,7 @@ def token_bound(tokenizer: PreTrainedTokenizerBase) -> TokenBound | None:
     factors: list[int | None]
     if cuts and cuts[-1]["type"] == "ByteLevel":
         *cuts, last = cuts
-        if model["byte_fallback"] or not _byte_alphabet() <= vocabulary:
+        if model["byte_fallback"] or not BYTE_CHARS.issubset(vocabulary):
             return None
         factors = [EXPANSION.get(one["type"]) for one in normalizers]
         factors.append(1 + last["add_prefix_space"])
@@ -117,9 +137,3 @@ def _growth(step: dict[str, Any], vocabulary: Any) -> int | None:
         mark = tokens(step["replacement"])
         return mark * (1 if step["prepend_scheme"] == "never" else 1 + mark)
     return None
-
-
-def _byte_alphabet() -> set[str]:
-    """The characters that stand for the 256 bytes in a byte-level vocabulary."""
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    return {chr(byte) for byte in printing} | {chr(256 + i) for i in range(256 - len(printing))}

@@ -33,7 +33,7 @@ class Facts:
     checksums: np.ndarray
     """CRC-32 of id, text and answer, uint32 ``[n]``."""
     sizes: np.ndarray
-    """Bytes of the text in UTF-8, int64 ``[n]``; -1 for messages, and for text without UTF-8."""
+    """Bytes of the text in UTF-8, int64 ``[n]``; -1 for messages and as `bytes_of` says."""
 
     def take(self, rows: np.ndarray) -> "Facts":
         """The facts of some prompts; ``rows`` is int64 ``[m]``."""
@@ -177,8 +177,15 @@ def checksum(id_: int, text: str, answer: str) -> int:
 
 
 def bytes_of(text: str) -> int:
-    """Bytes of a text in UTF-8; -1 if it has none, because it holds half a surrogate pair."""
+    """Bytes of a text in UTF-8; -1 if it has none, because it holds half a surrogate pair, or if
+    all of it is control characters, for which a tokenizer may have no tokens."""
+    if not text.strip(CONTROL):
+        return -1
     try:
         return len(text.encode())
     except UnicodeEncodeError:
         return -1
+
+
+CONTROL = "".join(map(chr, [*range(32), 127]))
+"""ASCII control characters."""
