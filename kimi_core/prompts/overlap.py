@@ -2,9 +2,10 @@
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from kimi_core.prompts.candidates import Filter
 from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.many import texts_of
 from kimi_core.prompts.messages import question
@@ -31,16 +32,15 @@ def overlaps(
     held: dict[str, set[str]] = defaultdict(set)
     for one in held_out:
         held[normalized(one.text)].add(normalized(one.answer))
-    quotes, filter_ = Quotes(held), Filter(held)
+    quotes = Quotes(held)
     trained: set[str] = set()
     quoting: set[str] = set()
-    for raw in texts_of(train):
-        if filter_.may_match(raw):
-            text = normalized(raw)
-            if text in held:
-                trained.add(text)
-            elif quotes.inside(text):
-                quoting.add(text)
+    for raw in Filter(held, QUOTED_WORDS, PUNCTUATION).candidates(texts_of(train)):
+        text = normalized(raw)
+        if text in held:
+            trained.add(text)
+        elif quotes.inside(text):
+            quoting.add(text)
     twice = sum(normalized(prompt.text) in trained for prompt in held_out)
     asked = answered = 0
     for prompt_text, response in examples:
@@ -59,48 +59,6 @@ def overlaps(
             f"{asked} SFT examples have a held-out prompt, {answered} of them with its answer"
         )
     return said
-
-
-class Filter:
-    """Passes over nearly every text that neither is nor contains one of others, in a tenth of the
-    time that ``normalized`` takes.
-
-    Whatever is or contains a text has all of its first ``QUOTED_WORDS`` words. Words are taken from
-    bytes here, with all punctuation as white space, and the rarest of a text's words is looked up
-    first.
-
-    Args:
-        texts: what to look for, ``normalized``.
-    """
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        starts = [" ".join(text.split()[:QUOTED_WORDS]) for text in texts]
-        wanted = [frozenset(_pieces(start)) for start in starts if start.isascii()]
-        self._passes_empty = frozenset() in wanted
-        counts = Counter(piece for pieces in wanted for piece in pieces)
-        self._by_rarest: dict[bytes, list[frozenset[bytes]]] = defaultdict(list)
-        for pieces in wanted:
-            if pieces:
-                rarest = min(pieces, key=lambda piece: (counts[piece], -len(piece), piece))
-                self._by_rarest[rarest].append(pieces)
-        self._rare = frozenset(self._by_rarest)
-
-    def may_match(self, text: str) -> bool:
-        """False: the text, as somebody wrote it, is and contains none of the others."""
-        if not text.isascii():
-            return True
-        pieces = _pieces(text)
-        rare = self._rare.intersection(pieces)
-        for one in rare:
-            for wanted in self._by_rarest[one]:
-                if not wanted.difference(pieces):
-                    return True
-        return self._passes_empty and not pieces
-
-
-def _pieces(text: str) -> list[bytes]:
-    """The words of an ASCII text in lower case, cut at punctuation."""
-    return text.encode().translate(TO_PIECES).split()
 
 
 class Quotes:
@@ -139,9 +97,3 @@ def normalized(text: str) -> str:
 
 
 PUNCTUATION = ".,;:!?\"'`“”‘’«»()[]{}*_"
-
-TO_PIECES = bytes(
-    ord(" ") if chr(byte) in PUNCTUATION or chr(byte).isspace() else ord(chr(byte).lower()[:1])
-    for byte in range(128)
-) + bytes(range(128, 256))
-"""Each byte of an ASCII text in lower case; white space and punctuation become spaces."""
