@@ -104,7 +104,7 @@ class Loop:
         return self._report(version, rollout, trained, clock.seconds())
 
     def state(self) -> dict[str, Any]:
-        """What the next iteration starts from, except tensors and the buffer, as JSON."""
+        """What the next iteration starts from, as JSON, except tensors, curriculum and buffer."""
         return {
             "iteration": self.iteration,
             "policy_version": self.engine.policy_version,
@@ -112,14 +112,13 @@ class Loop:
             "next_group": self.next_group,
             "consumed": self.consumed,
             "gaps_over_limit": self.trainer.gaps_over_limit,
-            "curriculum": {key: value.tolist() for key, value in self.curriculum.state().items()},
             "scorer": self.scorer.state(),
         }
 
     def load_state(self, state: dict[str, Any], buffer: RolloutBuffer) -> None:
         """Take over what :meth:`state` gave, and the buffer that belongs to it.
 
-        The trainer has loaded the weights of that state before; they are published here.
+        Trainer and curriculum have loaded that state before. The weights are published here.
         """
         self.iteration = state["iteration"]
         self.start(state["policy_version"])
@@ -127,9 +126,6 @@ class Loop:
         self.next_group = state["next_group"]
         self.consumed = state["consumed"]
         self.trainer.gaps_over_limit = state["gaps_over_limit"]
-        self.curriculum.load_state(
-            {key: np.array(value) for key, value in state["curriculum"].items()}
-        )
         self.scorer.load_state(state["scorer"])
         self.buffer = buffer
 

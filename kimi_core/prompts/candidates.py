@@ -15,6 +15,8 @@ import numpy as np
 BLOCK = 1000
 """Texts that are cleaned at a time."""
 
+TABLE_BITS = 18
+
 MIX = np.uint64(0x9E3779B97F4A7C15)
 """Spreads eight bytes over a table (multiplicative hashing)."""
 
@@ -37,7 +39,7 @@ class Filter:
         self._whole = set(self._cleaned([" ".join(one) for one in texts]))
         long = [" ".join(one[:words]) for one in texts if len(one) >= words]
         self._rare = _rarest([b" " + start + b" " for start in self._cleaned(long)])
-        self._might = np.zeros(1 << 16, bool)
+        self._might = np.zeros(1 << TABLE_BITS, bool)
         self._might[_slots(self._rare)] = True
 
     def candidates(self, texts: Iterable[str]) -> Iterator[str]:
@@ -61,11 +63,15 @@ class Filter:
             # No rare eight bytes hold two spaces, so none reach from one text into the next.
             ends = np.cumsum([len(text) + 2 for text in cleaned])
             joined = b" " + b"  ".join(cleaned) + b" " * 16
+            starts, hits = [], []
             for shift in range(8):
                 eights = np.frombuffer(joined, "<u8", (len(joined) - 8) // 8, shift)
                 at = np.flatnonzero(self._might[_slots(eights)])
-                at = at[np.isin(eights[at], self._rare)]
-                found |= set(np.searchsorted(ends, 8 * at + shift, side="right").tolist())
+                starts.append(8 * at + shift)
+                hits.append(eights[at])
+            is_rare = np.isin(np.concatenate(hits), self._rare)
+            rows = np.searchsorted(ends, np.concatenate(starts)[is_rare], side="right")
+            found |= set(rows.tolist())
         return found
 
     def _cleaned(self, texts: Sequence[str]) -> list[bytes]:
@@ -79,10 +85,15 @@ def _rarest(starts: Sequence[bytes]) -> np.ndarray:
     """Of each text eight bytes that few of the others have, as uint64 ``[m]``, ascending."""
     eights = [{text[i : i + 8] for i in range(len(text) - 7)} for text in starts]
     counts = Counter(one for some in eights for one in some)
-    rarest = {min(some, key=lambda one: (counts[one], one)) for some in eights}
+    fours = Counter(one[i : i + 4] for one in counts for i in range(5))
+
+    def commonness(one: bytes) -> tuple[int, int, bytes]:
+        return counts[one], sum(fours[one[i : i + 4]] for i in range(5)), one
+
+    rarest = {min(some, key=commonness) for some in eights}
     return np.unique(np.array([int.from_bytes(one, "little") for one in rarest], np.uint64))
 
 
 def _slots(eights: np.ndarray) -> np.ndarray:
     """The place of each eight bytes in the table."""
-    return np.right_shift(eights * MIX, np.uint64(48))
+    return np.right_shift(eights * MIX, np.uint64(64 - TABLE_BITS))

@@ -26,6 +26,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from kimi_core.run.folder import RunFolder
 
 SNAPSHOT = "buffer.bin"
 PROMPTS = "prompts.npy"
+CURRICULUM = "curriculum.npz"
 
 
 def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
@@ -45,10 +47,12 @@ def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
 
     Raises: OSError as ``RunFolder.save_state``.
     """
+    rates: dict[str, Any] = loop.curriculum.state()
     writers = [
         loop.trainer.save,
         lambda partial: loop.buffer.snapshot(partial / SNAPSHOT),
         lambda partial: np.save(partial / PROMPTS, loop.prompts.facts.checksums),
+        lambda partial: np.savez(partial / CURRICULUM, **rates),
     ]
     state = loop.state() | {"sft_s": sft_s}
     folder.save_state(loop.iteration, writers, state, fingerprint=loop.trainer.fingerprint())
@@ -65,9 +69,18 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     saved = folder.load_state(loop.trainer.fingerprint())
     _check_prompts(loop, saved.folder / PROMPTS)
     loop.trainer.load(saved.folder)
+    loop.curriculum.load_state(_curriculum(saved.folder / CURRICULUM, saved.state))
     buffer, remark = resume(folder.buffer, saved.folder / SNAPSHOT, saved.iteration)
     loop.load_state(saved.state, buffer)
     return float(saved.state["sft_s"]), f"{saved.remark}\n{remark}".strip()
+
+
+def _curriculum(path: Path, state: dict[str, Any]) -> dict[str, np.ndarray]:
+    if path.exists():
+        with np.load(path) as found:
+            return dict(found)
+    # Earlier versions kept it among the rest, as JSON.
+    return {key: np.array(value) for key, value in state["curriculum"].items()}
 
 
 def _check_prompts(loop: Loop, path: Path) -> None:
