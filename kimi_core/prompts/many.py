@@ -61,6 +61,9 @@ def facts_of(prompts: Sequence[Prompt]) -> Facts:
 class Source(Protocol):
     """Where prompts are."""
 
+    def prompt(self, row: int) -> Prompt:
+        """One of them."""
+
     def prompts(self, rows: np.ndarray) -> Iterator[Prompt]:
         """The prompts of ``rows``, int64 ``[n]``, in ascending order."""
 
@@ -73,6 +76,9 @@ class InMemory:
 
     def __init__(self, prompts: list[Prompt]) -> None:
         self._prompts = prompts
+
+    def prompt(self, row: int) -> Prompt:
+        return self._prompts[row]
 
     def prompts(self, rows: np.ndarray) -> Iterator[Prompt]:
         return map(self._prompts.__getitem__, rows.tolist())
@@ -113,7 +119,7 @@ class ManyPrompts(Sequence[Prompt]):
     def __getitem__(self, index: int | slice) -> Prompt | list[Prompt]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        return next(self._source.prompts(self._rows[index, None]))
+        return self._source.prompt(int(self._rows[index]))
 
     def __iter__(self) -> Iterator[Prompt]:
         return self._source.prompts(self._rows)
