@@ -18,6 +18,7 @@ from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics, mean_parts
 from kimi_core.prompts.curriculum import Curriculum
+from kimi_core.prompts.many import ById
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import Rollout, begin_group, roll_out
@@ -42,7 +43,7 @@ class Loop:
     """The parts of a run, and how far the run has come. No part calls the loop."""
 
     config: Config
-    prompts: dict[int, Prompt]
+    prompts: ById
     """The training prompts by id."""
     encode: Callable[[Prompt], np.ndarray]
     """Gives a prompt's token ids, int32 ``[n]``."""
@@ -103,7 +104,7 @@ class Loop:
         return self._report(version, rollout, trained, clock.seconds())
 
     def state(self) -> dict[str, Any]:
-        """What the next iteration starts from, except tensors and the buffer, as JSON."""
+        """What the next iteration starts from, as JSON, except tensors, curriculum and buffer."""
         return {
             "iteration": self.iteration,
             "policy_version": self.engine.policy_version,
@@ -111,14 +112,13 @@ class Loop:
             "next_group": self.next_group,
             "consumed": self.consumed,
             "gaps_over_limit": self.trainer.gaps_over_limit,
-            "curriculum": {key: value.tolist() for key, value in self.curriculum.state().items()},
             "scorer": self.scorer.state(),
         }
 
     def load_state(self, state: dict[str, Any], buffer: RolloutBuffer) -> None:
         """Take over what :meth:`state` gave, and the buffer that belongs to it.
 
-        The trainer has loaded the weights of that state before; they are published here.
+        Trainer and curriculum have loaded that state before. The weights are published here.
         """
         self.iteration = state["iteration"]
         self.start(state["policy_version"])
@@ -126,9 +126,6 @@ class Loop:
         self.next_group = state["next_group"]
         self.consumed = state["consumed"]
         self.trainer.gaps_over_limit = state["gaps_over_limit"]
-        self.curriculum.load_state(
-            {key: np.array(value) for key, value in state["curriculum"].items()}
-        )
         self.scorer.load_state(state["scorer"])
         self.buffer = buffer
 
@@ -154,11 +151,14 @@ class Loop:
         begun: dict[int, list[TrajectoryInfo]] = defaultdict(list)
         for info in self.buffer.trajectories():
             begun[info.group_id].append(info)
-        for group_id, prompt in enumerate(prompts, self.next_group):
+        encoded = [self.encode(prompt) for prompt in prompts]  # Before anything has changed.
+        for group_id, (prompt, ids) in enumerate(
+            zip(prompts, encoded, strict=True), self.next_group
+        ):
             begin_group(
                 self.buffer,
                 prompt,
-                self.encode(prompt),
+                ids,
                 group_id=group_id,
                 samples=self.config.rollout.samples_per_prompt,
                 begun=begun[group_id],

@@ -184,6 +184,7 @@ def test_tokens_of_older_versions_are_stale_in_the_metrics():
 def test_a_resumed_run_remembers_how_long_engine_and_trainer_have_differed():
     before, after = started(), build(config())
     before.loop.trainer.gaps_over_limit = 2
+    after.loop.curriculum.load_state(before.loop.curriculum.state())
     after.loop.load_state(json.loads(json.dumps(before.loop.state())), before.loop.buffer)
     assert after.loop.trainer.gaps_over_limit == 2
 

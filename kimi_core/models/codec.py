@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kimi_core.models import chat
+from kimi_core.models.token_bound import token_bound
 from kimi_core.rollout.stop import BROKEN, cut
 from kimi_core.types import Message, Prompt, StopStrings
 
@@ -75,6 +76,37 @@ class Codec:
         """
         return self._encode_prompt(prompt.messages or prompt.text, f"Prompt {prompt.id}")
 
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """As `encode_prompt` for each, in two thirds of the time."""
+        texts = [self._text_of(p.messages or p.text, f"Prompt {p.id}") for p in prompts]
+        try:
+            found = self._tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
+        except Exception as error:  # As in _encode.
+            for prompt in prompts:
+                self.encode_prompt(prompt)  # Names the prompt at fault.
+            raise ValueError(f"{len(prompts)} prompts cannot be tokenized: {error}") from error
+        return [
+            self._completed(list(ids), is_text=not p.messages) if ids else self.encode_prompt(p)
+            for p, ids in zip(prompts, found, strict=True)
+        ]
+
+    def most_tokens(self, sizes: np.ndarray) -> np.ndarray:
+        """The most tokens that `encode_prompt` gives for text of ``sizes`` bytes in UTF-8, int64
+        ``[n]``; -1 where the tokenizer must say. It must for sizes below 1.
+
+        The text holds another character than ASCII control characters.
+        """
+        bound = token_bound(self._tokenizer)
+        if bound is None:
+            return np.full(len(sizes), -1)
+        most = bound.factor * sizes + bound.extra + len(self._prefix)
+        return np.where(sizes > 0, most, -1)
+
     def encode_example(
         self, prompt: str | Sequence[Message], response: str
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -133,16 +165,22 @@ class Codec:
         return text.removeprefix(self._gap)
 
     def _encode_prompt(self, prompt: str | Sequence[Message], what: str) -> np.ndarray:
+        ids = self._encode(self._text_of(prompt, what), what)
+        return self._completed(ids, is_text=isinstance(prompt, str))
+
+    def _text_of(self, prompt: str | Sequence[Message], what: str) -> str:
+        """A prompt as the tokenizer takes it."""
         if isinstance(prompt, str):
-            ids = self._encode(prompt, what)
-            if ids[: len(self._prefix)] != self._prefix:
-                ids = self._prefix + ids
-        else:
-            try:
-                text = chat.render(self._tokenizer, prompt)
-            except ValueError as error:
-                raise ValueError(f"{what} is a conversation, and {error}") from error
-            ids = self._encode(text, what)
+            return prompt
+        try:
+            return chat.render(self._tokenizer, prompt)
+        except ValueError as error:
+            raise ValueError(f"{what} is a conversation, and {error}") from error
+
+    def _completed(self, ids: list[int], *, is_text: bool) -> np.ndarray:
+        """A prompt's ids with the special tokens that the model expects."""
+        if is_text and ids[: len(self._prefix)] != self._prefix:
+            ids = self._prefix + ids
         bos = self._tokenizer.bos_token_id
         while len(ids) > 1 and ids[0] == ids[1] == bos:
             ids = ids[1:]

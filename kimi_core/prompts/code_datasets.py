@@ -28,6 +28,8 @@ def as_problem(record: Record) -> dict[str, Any] | None:
     Raises:
         ValueError, KeyError, TypeError: the line has the keys of a format and another content.
     """
+    if MARKS.isdisjoint(record):
+        return None
     for keys, read in FORMATS:
         if keys <= record.keys():
             return read(record)
@@ -137,6 +139,9 @@ FORMATS: tuple[tuple[frozenset[str], Callable[[Record], dict[str, Any]]], ...] =
 )
 """The keys that a format is known by: LiveCodeBench, APPS and TACO, verl, code_contests, open-r1
 (two), SandboxFusion, MBPP, HumanEval and its successors."""
+
+MARKS = frozenset().union(*(keys for keys, _ in FORMATS)) - {"prompt"}
+"""A line of any of the formats has one of these keys."""
 
 
 def _problem(

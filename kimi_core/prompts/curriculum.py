@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kimi_core.config import CurriculumConfig
+from kimi_core.prompts.many import ById
 from kimi_core.types import Prompt
 
 PRIOR_WEIGHT = 2.0
@@ -28,11 +29,8 @@ class Curriculum:
 
     def __init__(self, prompts: Sequence[Prompt], config: CurriculumConfig) -> None:
         self._config = config
-        self._row = {prompt.id: row for row, prompt in enumerate(prompts)}
-        self._prompts = list(prompts)
-        self._measured = np.array(
-            [np.nan if prompt.difficulty is None else prompt.difficulty for prompt in prompts]
-        )
+        self._prompts = ById(prompts)
+        self._measured = self._prompts.facts.difficulty
         self._successes = np.zeros(len(prompts))
         self._attempts = np.zeros(len(prompts))
         self._total = np.zeros(2)
@@ -44,7 +42,7 @@ class Curriculum:
 
     def success_rate(self, prompt_id: int) -> float:
         """Estimated success rate of one prompt."""
-        return float(self._rates(self._row[prompt_id]))
+        return float(self._rates(self._prompts.row(prompt_id)))
 
     def weights(self, iteration: int) -> np.ndarray:
         """Unnormalised probability of each prompt in this iteration, float64 ``[n]`` in [0, 1].
@@ -66,7 +64,7 @@ class Curriculum:
 
         Raises: as ``weights``.
         """
-        rows = self._draw_from_many(count, iteration, rng) if len(self._row) >= MANY else []
+        rows = self._draw_from_many(count, iteration, rng) if len(self._measured) >= MANY else []
         if len(rows) < count:
             weights = self.weights(iteration)
             weights[rows] = 0.0
@@ -74,11 +72,11 @@ class Curriculum:
             if more:
                 chances = weights / weights.sum()
                 rows += rng.choice(len(weights), more, replace=False, p=chances).tolist()
-        return [self._prompts[row] for row in rows]
+        return [self._prompts.prompts[row] for row in rows]
 
     def record(self, prompt_id: int, correctness: float) -> None:
         """Count one finished response; correctness is clipped to [0, 1]."""
-        row = self._row[prompt_id]
+        row = self._prompts.row(prompt_id)
         success = min(max(correctness, 0.0), 1.0)
         self._attempts[row] += 1
         self._successes[row] += success
@@ -136,7 +134,7 @@ class Curriculum:
         """
         rows: dict[int, None] = {}
         for _ in range(PROPOSALS):
-            proposed = rng.integers(len(self._row), size=count)
+            proposed = rng.integers(len(self._measured), size=count)
             accepted = rng.random(count) < self._weights(proposed, iteration)
             rows |= dict.fromkeys(proposed[accepted].tolist())
             if len(rows) >= count:

@@ -1,27 +1,25 @@
 """Loads prompts, and splits off those that are held out for evaluation."""
 
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from kimi_core.config import PromptsConfig
 from kimi_core.plugins import load_function
-from kimi_core.prompts.code_datasets import as_problem
+from kimi_core.prompts.file import PromptFile
+from kimi_core.prompts.many import MANY, InMemory, ManyPrompts, facts_of
 from kimi_core.prompts.messages import chat_prompts, check_messages, question
 from kimi_core.tasks import addition, humaneval, maximum, multiply, programs, retrieve
-from kimi_core.types import Message, Prompt
-
-TextExample = tuple[str | Sequence[Message], str]
-"""A prompt, as text or as messages, and its response."""
+from kimi_core.types import Prompt
 
 
-def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> list[Prompt]:
+def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> Sequence[Prompt]:
     """All prompts of ``config.source``, in a fixed order and with distinct ids.
 
-    ``config.chat`` and ``config.system`` are applied.
+    ``config.chat`` and ``config.system`` are applied. More than ``MANY`` prompts are `ManyPrompts`.
 
     Args:
         base_folder: the folder that a relative file name in ``config.source`` starts from.
@@ -30,7 +28,14 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> lis
         ValueError: the source is unknown, a file is missing or malformed, or a function does not
             return a list of prompts with distinct ids.
     """
-    return chat_prompts(_prompts_of(config, base_folder), config)
+    if config.source.endswith(".jsonl"):
+        file = PromptFile(Path(base_folder) / config.source, config)
+        many = ManyPrompts(file, file.facts, np.arange(len(file)))
+        return many if len(many) > MANY else list(many)
+    prompts = chat_prompts(_prompts_of(config, base_folder), config)
+    if len(prompts) <= MANY:
+        return prompts
+    return ManyPrompts(InMemory(prompts), facts_of(prompts), np.arange(len(prompts)))
 
 
 def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
@@ -49,8 +54,6 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
         return programs.prompts()
     if source == "humaneval":
         return humaneval.prompts()
-    if source.endswith(".jsonl"):
-        return read_prompts(Path(base_folder) / source)
     if ".py:" in source:
         function = load_function(source, base_folder)
         try:
@@ -64,7 +67,9 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
     )
 
 
-def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+def split(
+    prompts: Sequence[Prompt], held_out: int, seed: int
+) -> tuple[Sequence[Prompt], list[Prompt]]:
     """Split into (training prompts in the given order, held-out prompts in random order).
 
     So the first held-out prompts, which evaluations during a run use, are a fair sample. Prompts
@@ -75,150 +80,43 @@ def split(prompts: Sequence[Prompt], held_out: int, seed: int) -> tuple[list[Pro
     Raises:
         ValueError: no prompt would be left to train on, or no problem is small enough to hold out.
     """
-    problems: dict[str, list[Prompt]] = {}
-    for prompt in prompts:
-        problems.setdefault(prompt.tags.get("problem", prompt.text), []).append(prompt)
     if held_out >= len(prompts):
         raise ValueError(
             f"Cannot hold out {held_out} of {len(prompts)} prompts: at least one must be left to "
             "train on; lower prompts.held_out"
         )
-    order = list(problems)
+    members, starts = _by_problem(facts_of(prompts).problems)
+    sizes = np.diff(starts).tolist()
+    order = list(range(len(sizes)))
     random.Random(seed).shuffle(order)
-    test: list[Prompt] = []
+    test: list[int] = []
     for problem in order:
-        if len(test) + len(problems[problem]) <= held_out:
-            test.extend(problems[problem])
+        if len(test) + sizes[problem] <= held_out:
+            test.extend(members[starts[problem] : starts[problem + 1]].tolist())
     if not test:
-        smallest = min(len(members) for members in problems.values())
         raise ValueError(
-            f"Cannot hold out {held_out} prompts: each problem has at least {smallest}, which stay "
-            "together; raise prompts.held_out"
+            f"Cannot hold out {held_out} prompts: each problem has at least {min(sizes)}, which "
+            "stay together; raise prompts.held_out"
         )
-    chosen = {prompt.id for prompt in test}
-    return [prompt for prompt in prompts if prompt.id not in chosen], test
+    is_train = np.ones(len(prompts), bool)
+    is_train[test] = False
+    train = np.flatnonzero(is_train)
+    held = [prompts[row] for row in test]
+    if isinstance(prompts, ManyPrompts):
+        return prompts.take(train), held
+    return [prompts[row] for row in train.tolist()], held
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts from a JSONL file, numbered from 0: ``prompt`` and ``answer``, both strings.
+def _by_problem(problems: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows sorted by problem, int64 ``[n]``, and where each problem starts, int64 ``[m + 1]``.
 
-    ``messages`` may stand in place of ``prompt``: a list of objects with ``role`` and ``content``.
-    ``difficulty`` is optional, and so is ``answer`` where there are ``tests``; other keys become
-    tags, as text. Lines of published datasets of programs are read as they are, see
-    ``code_datasets``.
-
-    Raises:
-        ValueError: the file is missing or empty, or a line is bad; the message says what was found.
+    Problems are in the order of their first rows, and the rows of each one ascend.
     """
-    prompts: list[Prompt] = []
-    for where, record in _read_records(Path(path), ("prompt", "answer")):
-        prompt, answer = record.pop("prompt"), record.pop("answer")
-        difficulty = record.pop("difficulty", None)
-        if difficulty is not None and not _is_fraction(difficulty):
-            raise ValueError(
-                f'{where}: "difficulty" is {json.dumps(difficulty)}; allowed are 0 to 1, or leave '
-                "it out"
-            )
-        tags = {k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()}
-        messages = () if isinstance(prompt, str) else prompt
-        text = prompt if isinstance(prompt, str) else question(prompt)
-        prompts.append(Prompt(len(prompts), text, answer, difficulty, tags, messages))
-    return prompts
-
-
-def load_examples(path: str | Path) -> list[TextExample]:
-    """(prompt, response) pairs for SFT from a JSONL file; other keys are ignored.
-
-    ``messages`` may stand in place of ``prompt``. If a line has no ``response``, the last of its
-    messages is the response, and must be the assistant's.
-
-    Raises: as `read_prompts`.
-    """
-    records = _read_records(Path(path), ("prompt", "response"))
-    return [(record["prompt"], record["response"]) for _, record in records]
-
-
-def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, record) for each line that is not blank; each key has a non-empty string.
-
-    With ``tests``, the answer may be missing or empty.
-    """
-    if not path.is_file():
-        raise ValueError(f"No file {path}; give a JSONL file whose lines hold {' and '.join(keys)}")
-    example = "{" + ", ".join(f'"{key}": "..."' for key in keys) + "}"
-    for number, line in _lines(path, keys):
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: {error} in {line[:80]!r}; expected {example}") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: found {line[:80]!r}; expected an object, {example}")
-        if "answer" in keys:
-            record = _problem_in(record, where)
-        _take_messages(record, keys)
-        for key in keys:
-            if key == "answer" and "tests" in record and not record.get(key):
-                record[key] = ""
-                continue
-            if key == "prompt" and isinstance(record.get(key), list):
-                record[key] = check_messages(record[key], where)
-                continue
-            if key not in record:
-                found = ", ".join(record) or "none"
-                raise ValueError(f'{where}: no "{key}" among its keys ({found}); write {example}')
-            if not isinstance(record[key], str) or not record[key]:
-                raise ValueError(
-                    f'{where}: "{key}" is {json.dumps(record[key])}; allowed is a non-empty string'
-                )
-        yield where, record
-
-
-def _lines(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """Yield (number, line) for each line that is not blank."""
-    empty = True
-    try:
-        # JSON strings may hold U+2028 and the like, which end no line here.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    empty = False
-                    yield number, line.removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    if empty:
-        raise ValueError(f"{path} is empty; its lines should hold {' and '.join(keys)}")
-
-
-def _problem_in(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """The record, or what it says in the keys of this project if a dataset has others."""
-    if "tests" in record:
-        return record
-    try:
-        return as_problem(record) or record
-    except (ValueError, TypeError, LookupError, SyntaxError) as error:
-        keys = ", ".join(record)
-        raise ValueError(
-            f"{where}: the keys ({keys}) are those of a dataset of programs, but {error!r} came up "
-            "while reading it; mend the line, or write it as docs/code_rewards.md says"
-        ) from None
-
-
-def _take_messages(record: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Let ``messages`` be the prompt, and its last message the response if that is missing."""
-    messages = record.get("messages")
-    if not isinstance(messages, list):
-        return
-    record["prompt"] = messages
-    del record["messages"]
-    last = messages[-1] if messages and isinstance(messages[-1], dict) else {}
-    lacks_response = "response" in keys and "response" not in record
-    if lacks_response and last.get("role") == "assistant":
-        record["prompt"], record["response"] = messages[:-1], last.get("content")
-
-
-def _is_fraction(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    _, first, which = np.unique(problems, return_index=True, return_inverse=True)
+    place = np.empty(len(first), np.int64)
+    place[np.argsort(first)] = np.arange(len(first))
+    counts = np.bincount(place[which])
+    return np.argsort(place[which], kind="stable"), np.append(0, np.cumsum(counts))
 
 
 def _check_prompts(found: object, source: str) -> list[Prompt]:

@@ -10,7 +10,7 @@ from kimi_core.types import Message, Prompt
 EXAMPLE = '[{"role": "user", "content": "..."}]'
 
 
-def check_messages(found: object, where: str) -> tuple[Message, ...]:
+def check_messages(found: object, where: object) -> tuple[Message, ...]:
     """The messages of a prompt, to which the model's answer is the next one.
 
     Raises:

@@ -5,7 +5,9 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from kimi_core.prompts.load import TextExample
+from kimi_core.prompts.candidates import Filter
+from kimi_core.prompts.jsonl import TextExample
+from kimi_core.prompts.many import texts_of
 from kimi_core.prompts.messages import question
 from kimi_core.types import Prompt
 
@@ -31,12 +33,18 @@ def overlaps(
     for one in held_out:
         held[normalized(one.text)].add(normalized(one.answer))
     quotes = Quotes(held)
-    trained = {normalized(prompt.text) for prompt in train}
+    trained: set[str] = set()
+    quoting: set[str] = set()
+    for raw in Filter(held, QUOTED_WORDS, PUNCTUATION).candidates(texts_of(train)):
+        text = normalized(raw)
+        if text in held:
+            trained.add(text)
+        elif quotes.inside(text):
+            quoting.add(text)
     twice = sum(normalized(prompt.text) in trained for prompt in held_out)
-    quoting = sum(bool(quotes.inside(text)) for text in trained - held.keys())
     asked = answered = 0
-    for prompt, response in examples:
-        text = normalized(prompt if isinstance(prompt, str) else question(prompt))
+    for prompt_text, response in examples:
+        text = normalized(prompt_text if isinstance(prompt_text, str) else question(prompt_text))
         response = normalized(response)
         found = {text} & held.keys() | quotes.inside(text) | quotes.inside(response)
         asked += bool(found)
@@ -45,7 +53,7 @@ def overlaps(
     if twice:
         said.append(f"{twice} of {len(held_out)} held-out prompts are also training prompts")
     if quoting:
-        said.append(f"{quoting} training prompts contain a held-out prompt")
+        said.append(f"{len(quoting)} training prompts contain a held-out prompt")
     if asked:
         said.append(
             f"{asked} SFT examples have a held-out prompt, {answered} of them with its answer"

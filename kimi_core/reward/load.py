@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _load(name: str, config: RewardConfig, base_folder: str | Path) -> RewardFun
     )
 
 
-def try_reward(function: Reward, prompts: Sequence[Prompt]) -> None:
+def try_reward(function: Reward, *sets: Sequence[Prompt]) -> None:
     """Read the tests of all prompts and judge an empty response to the first, before a run.
 
     So a broken problem, a wrong signature or a package that is missing costs no training.
@@ -73,9 +74,9 @@ def try_reward(function: Reward, prompts: Sequence[Prompt]) -> None:
     if isinstance(function, CombinedReward):
         functions = [part.function for part in function.parts]
     if any(isinstance(one, CodeReward) for one in functions):
-        for prompt in prompts:
+        for prompt in chain.from_iterable(sets):
             problem_of(prompt)
-    (found,) = verdicts_on(function, [(prompts[0], "")], workers=1)
+    (found,) = verdicts_on(function, [(sets[0][0], "")], workers=1)
     if isinstance(found, InfrastructureError):  # A judge that is away now may be back later.
         log.warning("The reward function has no verdict on a trial response: %s", found)
 

@@ -200,7 +200,7 @@ def _request(trajectory: Trajectory, config: RolloutConfig, version: int) -> Req
     )
 
 
-def buffer_size(prompts: Sequence[np.ndarray], config: RolloutConfig) -> tuple[int, int]:
+def buffer_size(longest_prompt: int, config: RolloutConfig) -> tuple[int, int]:
     """Tokens and trajectories that the buffer must hold so that a run never fills it.
 
     This is the worst case: every response takes ``max_response_tokens``. The buffer's file grows
@@ -212,6 +212,6 @@ def buffer_size(prompts: Sequence[np.ndarray], config: RolloutConfig) -> tuple[i
     budget = config.token_budget or config.max_response_tokens
     iterations = -(-config.max_response_tokens // budget) + 1
     trajectories = iterations * config.prompts_per_iteration * config.samples_per_prompt
-    longest = max(len(ids) for ids in prompts) + config.max_response_tokens
+    longest = longest_prompt + config.max_response_tokens
     segments = 1 + iterations * -(-budget // (config.stream_tokens or budget)) + SPARE_SEGMENTS
     return trajectories * RolloutBuffer.tokens_taken(longest, segments), trajectories

@@ -1,12 +1,11 @@
 """From a config to the parts of a run, loaded and wired. Nothing is trained or written here."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kimi_core.buffer import RolloutBuffer
@@ -17,7 +16,10 @@ from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, load_model
 from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
-from kimi_core.prompts.load import TextExample, load_examples, load_prompts, split
+from kimi_core.prompts.jsonl import TextExample, load_examples
+from kimi_core.prompts.load import load_prompts, split
+from kimi_core.prompts.many import ById
+from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
@@ -40,7 +42,7 @@ class Parts:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     codec: Codec
-    train_prompts: list[Prompt]
+    train_prompts: Sequence[Prompt]
     reward: Reward
     publisher: Publisher
     evaluator: Evaluator
@@ -64,14 +66,17 @@ def build(config: Config) -> Parts:
     everything = load_prompts(config.prompts)
     train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
     reward = load_reward(config.reward)
-    try_reward(reward, [*held_out, *train_prompts])
+    try_reward(reward, held_out, train_prompts)
     model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
     check_weights(model)
     limit_threads(model)
     freeze_below(model, config.trainer.trainable_layers)
     codec = Codec(tokenizer, config.rollout.stop, model)
-    encoded = {prompt.id: codec.encode_prompt(prompt) for prompt in everything}
-    longest = _check_context(model, encoded, config)
+    response = config.rollout.max_response_tokens
+    encode = PromptTokens(codec, everything, context=context_of(model), response=response)
+    encode.check()
+    encode.keep(held_out)
+    longest = encode.longest + response
     engine, publisher = _engine(model, config.rollout, longest)
     policy = Policy(
         model,
@@ -79,14 +84,11 @@ def build(config: Config) -> Parts:
         head_chunk=config.trainer.head_chunk,
         longest=longest,
     )
-    tokens, trajectories = buffer_size(list(encoded.values()), config.rollout)
-    new_buffer = partial(
-        RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories
-    )
+    new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
-        prompts={prompt.id: prompt for prompt in train_prompts},
-        encode=lambda prompt: encoded[prompt.id],
+        prompts=ById(train_prompts),
+        encode=encode,
         curriculum=Curriculum(train_prompts, config.curriculum),
         engine=engine,
         sampling=sampling_for(
@@ -99,7 +101,7 @@ def build(config: Config) -> Parts:
     evaluator = Evaluator(
         engine=engine,
         prompts=held_out,
-        encode=lambda prompt: encoded[prompt.id],
+        encode=encode,
         response_text=codec.response_text,
         reward=reward,
         rollout=config.rollout,
@@ -111,6 +113,11 @@ def build(config: Config) -> Parts:
     return Parts(
         model, tokenizer, codec, train_prompts, reward, publisher, evaluator, loop, new_buffer
     )
+
+
+def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path], RolloutBuffer]:
+    tokens, trajectories = buffer_size(longest_prompt, rollout)
+    return partial(RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories)
 
 
 def _engine(
@@ -134,7 +141,7 @@ def _engine(
     return engine, publisher
 
 
-def sft_examples(config: Config, train_prompts: list[Prompt]) -> list[TextExample]:
+def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextExample]:
     """The examples that ``sft.data`` names, as text.
 
     Raises:
@@ -167,6 +174,12 @@ def _retrieve_examples(config: Config) -> list[tuple[str, str]]:
     return retrieve.examples(count, task.numbers, task.length, retrieve.MIXED, seed=config.seed)
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read; None: its config does not say."""
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
 def alphabet(config: Config) -> str:
     """The characters that a model made from scratch must read and write."""
     if config.prompts.source == "programs":
@@ -180,21 +193,3 @@ def alphabet(config: Config) -> str:
             "model in model.name"
         )
     return multiply.ALPHABET
-
-
-def _check_context(model: PreTrainedModel, encoded: dict[int, np.ndarray], config: Config) -> int:
-    """Tokens of the longest prompt with the longest response.
-
-    Raises:
-        ValueError: they do not fit into the model's context.
-    """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(encoded, key=lambda key: len(encoded[key]))
-    needed = len(encoded[longest]) + config.rollout.max_response_tokens
-    if context is not None and needed > context:
-        raise ValueError(
-            f"Prompt {longest} has {len(encoded[longest])} tokens; with "
-            f"rollout.max_response_tokens = {config.rollout.max_response_tokens} that is {needed}, "
-            f"and the model's context is {context}: shorten the prompt or lower the limit"
-        )
-    return needed

@@ -26,10 +26,11 @@ from kimi_core.models.load import check_folder
 from kimi_core.models.placement import device_of, dtype_of, freeze_below
 from kimi_core.models.scratch import scratch_model
 from kimi_core.prompts.load import load_prompts
+from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
-from kimi_core.run.build import alphabet
+from kimi_core.run.build import alphabet, context_of
 from kimi_core.run.config_file import dump_toml
 from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
 from kimi_core.trainer.master_weights import SIXTEEN_BITS
@@ -124,11 +125,12 @@ def estimate(
         ValueError: a prompt or a stop string cannot be tokenized.
     """
     codec = Codec(tokenizer, config.rollout.stop, model)
-    encoded = [codec.encode_prompt(prompt) for prompt in prompts]
-    tokens, trajectories = buffer_size(encoded, config.rollout)
+    response = config.rollout.max_response_tokens
+    prompt_tokens = PromptTokens(codec, prompts, context=context_of(model), response=response)
+    tokens, trajectories = buffer_size(prompt_tokens.longest, config.rollout)
     trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_16_bits = model.dtype in SIXTEEN_BITS
-    longest = max(map(len, encoded)) + config.rollout.max_response_tokens
+    longest = prompt_tokens.longest + response
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = device_of(config.model.device).type == "cpu"
     if config.rollout.engine == "vllm":

@@ -21,7 +21,7 @@ from rich.console import Console
 from kimi_core.config import Config
 from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics
-from kimi_core.prompts.load import TextExample
+from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.messages import in_chat
 from kimi_core.prompts.overlap import overlaps
 from kimi_core.run import state

@@ -24,9 +24,9 @@ In the first two cases the run continues from the live file.
 
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from kimi_core.run.folder import RunFolder
 
 SNAPSHOT = "buffer.bin"
 PROMPTS = "prompts.npy"
+CURRICULUM = "curriculum.npz"
 
 
 def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
@@ -46,10 +47,12 @@ def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
 
     Raises: OSError as ``RunFolder.save_state``.
     """
+    rates: dict[str, Any] = loop.curriculum.state()
     writers = [
         loop.trainer.save,
         lambda partial: loop.buffer.snapshot(partial / SNAPSHOT),
-        lambda partial: np.save(partial / PROMPTS, _prompt_sums(loop)),
+        lambda partial: np.save(partial / PROMPTS, loop.prompts.facts.checksums),
+        lambda partial: np.savez(partial / CURRICULUM, **rates),
     ]
     state = loop.state() | {"sft_s": sft_s}
     folder.save_state(loop.iteration, writers, state, fingerprint=loop.trainer.fingerprint())
@@ -66,24 +69,27 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     saved = folder.load_state(loop.trainer.fingerprint())
     _check_prompts(loop, saved.folder / PROMPTS)
     loop.trainer.load(saved.folder)
+    loop.curriculum.load_state(_curriculum(saved.folder / CURRICULUM, saved.state))
     buffer, remark = resume(folder.buffer, saved.folder / SNAPSHOT, saved.iteration)
     loop.load_state(saved.state, buffer)
     return float(saved.state["sft_s"]), f"{saved.remark}\n{remark}".strip()
 
 
-def _prompt_sums(loop: Loop) -> np.ndarray:
-    """A checksum of each training prompt, uint32 ``[n]``, in the order of the curriculum."""
-    texts = (f"{p.id}\0{p.text}\0{p.answer}" for p in loop.prompts.values())
-    return np.fromiter((zlib.crc32(text.encode(errors="replace")) for text in texts), np.uint32)
+def _curriculum(path: Path, state: dict[str, Any]) -> dict[str, np.ndarray]:
+    if path.exists():
+        with np.load(path) as found:
+            return dict(found)
+    # Earlier versions kept it among the rest, as JSON.
+    return {key: np.array(value) for key, value in state["curriculum"].items()}
 
 
 def _check_prompts(loop: Loop, path: Path) -> None:
-    before, now = np.load(path), _prompt_sums(loop)
+    before, now = np.load(path), loop.prompts.facts.checksums
     if np.array_equal(before, now):
         return
     both = min(len(before), len(now))
     changed = np.flatnonzero(before[:both] != now[:both])
-    first = list(loop.prompts.values())[int(changed[0])] if len(changed) else None
+    first = loop.prompts.prompts[int(changed[0])] if len(changed) else None
     said = f"{len(before)} training prompts then, {len(now)} now"
     if first is not None:
         said += f", {len(changed)} of the first {both} differ, such as prompt {first.id}"

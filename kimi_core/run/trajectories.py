@@ -5,7 +5,7 @@
 
 import json
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 
 from kimi_core.config import TrajectoriesConfig
 from kimi_core.loop import Outcome
+from kimi_core.prompts.many import ById
 from kimi_core.run.files import write_atomically
 from kimi_core.types import EndReason, Prompt, Trajectory
 
@@ -66,7 +67,7 @@ class TrajectoryRecord:
 def records_of(
     outcome: Outcome,
     iteration: int,
-    prompts: dict[int, Prompt],
+    prompts: ById | Mapping[int, Prompt],
     response_text: Callable[[np.ndarray], str],
 ) -> list[TrajectoryRecord]:
     """The records of one iteration: trained responses by group, then those without a verdict."""

@@ -9,7 +9,7 @@ import pytest
 from plain_run import plain_run
 
 from kimi_core.prompts.code_datasets import as_problem
-from kimi_core.prompts.load import read_prompts
+from kimi_core.prompts.jsonl import read_prompts
 from kimi_core.reward.code.check_problems import check_problems
 from kimi_core.reward.code.problem import CallTest, CheckTest, IoTest, problem_of
 from kimi_core.reward.code.reward import CodeReward

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kimi_core.config import PromptsConfig
-from kimi_core.prompts.load import load_examples, load_prompts, read_prompts, split
+from kimi_core.prompts.jsonl import load_examples, read_prompts
+from kimi_core.prompts.load import load_prompts, split
 from kimi_core.tasks import addition, maximum, multiply
 from kimi_core.types import Prompt
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from kimi_core.config import PromptsConfig
-from kimi_core.prompts.load import load_examples, load_prompts, read_prompts
+from kimi_core.prompts.jsonl import load_examples, read_prompts
+from kimi_core.prompts.load import load_prompts
 from kimi_core.prompts.messages import chat_prompts, in_chat, question
 from kimi_core.types import Prompt
 

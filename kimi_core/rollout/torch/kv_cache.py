@@ -2,8 +2,8 @@
 
 It is a transformers ``Cache``, so any causal model fills it through its forward pass. Rows of about
 the same length form a *cohort*, with separate storage. Decoding is bound by reading keys and
-values, and in the storage of long rows a short one would be stored, and off the CPU also read, as if
-it were long. On a CPU the compiled core reads every row to its own length (see ``attention``).
+values, and in the storage of long rows a short one would be stored as if it were long, and, off the
+CPU, read so, too. On a CPU the compiled core reads every row to its own length (see ``attention``).
 Cohorts are ordered by length, the longest first. The rows of the batch are those of the first
 cohort, then those of the second, and so on. A model whose attention cannot work cohort by cohort
 has one cohort and a mask.

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_core.prompts.load import read_prompts
+from kimi_core.prompts.jsonl import read_prompts
 from kimi_core.reward.code.problem import CheckTest, IoTest, Problem, problem_of
 from kimi_core.reward.code.program import extract_program
 from kimi_core.types import Prompt

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plain_run import plain_run, result
 
-from kimi_core.prompts.load import read_prompts
+from kimi_core.prompts.jsonl import read_prompts
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.code import testgen
 from kimi_core.reward.code.reward import CodeReward
