@@ -11,7 +11,6 @@ chunks that make the logits small beside the rest.
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from timing import cpu_s
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,17 +77,6 @@ def train(policy: Policy, batch: Batch, layout: Layout, max_tokens: int, share: 
         policy.logprobs(micro).sum().backward()
     for parameter in policy.parameters():
         parameter.grad = None
-
-
-def cpu_s(*runs: Callable[[], None], rounds: int) -> list[float]:
-    """The least CPU seconds of each, taken in turns."""
-    best = [math.inf] * len(runs)
-    for _ in range(rounds):
-        for index, run in enumerate(runs):
-            start = time.process_time()
-            run()
-            best[index] = min(best[index], time.process_time() - start)
-    return best
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -9,12 +9,10 @@ of unlike length, as decoding has them in one cohort. SDPA needs a mask there an
 the longest; what is read is counted up to each row's own length.
 """
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
+from timing import cpu_s
 
 from kimi_core.rollout.torch.attention import Part, one_token
 
@@ -22,17 +20,6 @@ ROWS, KV_HEADS, GROUP, DIM = 16, 3, 3, 64
 SCALE = DIM**-0.5
 READ = 1 / 1.3
 """Least speed as a share of the speed of reading."""
-
-
-def least_times(*calls: Callable[[], object], rounds: int = 7) -> list[float]:
-    """CPU-seconds of each call, the least of some rounds."""
-    best = [float("inf")] * len(calls)
-    for _ in range(rounds):
-        for index, call in enumerate(calls):
-            begun = time.process_time()
-            call()
-            best[index] = min(best[index], time.process_time() - begun)
-    return best
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -58,10 +45,11 @@ def test_decode_attention(name, longest, shortest, ratios):
         torch.testing.assert_close(
             one_token(query, part, SCALE).double(), expected, atol=1e-5, rtol=0
         )
-    core, sdpa, read = least_times(
+    core, sdpa, read = cpu_s(
         lambda: one_token(query, in_core, SCALE),
         lambda: one_token(query, by_torch, SCALE),
         lambda: (keys.sum(), values.sum()),
+        rounds=7,
     )
     read *= lengths.mean() / longest
     gigabytes = 2 * KV_HEADS * DIM * 4 * lengths.sum() / 1e9

@@ -9,12 +9,10 @@ the output, the gradient of the input and the gradient of the weight. The produc
 not among them. Both run in turn on one thread.
 """
 
-import time
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
+from timing import cpu_s
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -78,12 +76,6 @@ class Gemms:
             torch.mm(slope.T, inputs, out=self._ones("weight's slope", wide, narrow))
 
 
-def cpu_s(run: Callable[[], object]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("sequences", [4, 16])
 def test_training_step(ratios, sequences):
@@ -98,11 +90,11 @@ def test_training_step(ratios, sequences):
     trainer = Trainer(policy, config, InPlace())
     batch = make_batch(sequences, model.config.vocab_size)
     gemms = Gemms(model, config.head_chunk)
-    ours, bare = [], []
-    for _ in range(ROUNDS):
-        bare.append(cpu_s(gemms.run))
-        ours.append(cpu_s(lambda: trainer.train(batch, policy_version=0, seed=(0,))))
-    mine, limit = min(ours), min(bare)
+    limit, mine = cpu_s(
+        gemms.run,
+        lambda: trainer.train(batch, policy_version=0, seed=(0,)),
+        rounds=ROUNDS,
+    )
     ratios.record(
         f"training step, {sequences} x {TOKENS // sequences} tokens",
         "gemm",

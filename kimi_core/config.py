@@ -62,7 +62,7 @@ class TaskConfig(Section):
     numbers: int = Field(32, ge=1, le=20_000)
     """Numbers to add in a prompt of `retrieve`."""
     length: int = Field(3500, ge=4)
-    """Tokens of a prompt of `retrieve`."""
+    """Characters of a prompt of `retrieve`. A scratch model has a token for each."""
 
 
 class PromptsConfig(Section):
@@ -108,7 +108,7 @@ class SftConfig(Section):
     `prompt` and `response`, or `messages`."""
     examples: int | None = Field(None, ge=1)
     """Number of examples to use, drawn at random. Unset: all of a file, or one per training
-    prompt."""
+    prompt; for `retrieve`, one for each place in each step's batch."""
     steps: int = Field(1000, ge=0)
     """Optimizer steps; 0 skips the phase."""
     batch_size: int = Field(48, ge=1)

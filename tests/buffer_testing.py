@@ -1,7 +1,5 @@
 """Shared by the tests of the buffer: tokens whose values follow from trajectory and position."""
 
-import os
-
 import numpy as np
 
 
@@ -17,14 +15,3 @@ def is_whole(found, key: int) -> bool:
     expected = tokens(key, 0, len(found.token_ids))
     given = (found.token_ids, found.logprobs, found.mask)
     return all(np.array_equal(a, b) for a, b in zip(expected, given, strict=True))
-
-
-def in_child(work, *arguments) -> int:
-    """Run ``work`` in a forked process, which starts quickly, and return its pid."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work(*arguments)
-        finally:
-            os._exit(1)  # Skips pytest's exit; the child should only end by a kill.
-    return pid

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from buffer_testing import in_child, is_whole, tokens
+from buffer_testing import is_whole, tokens
+from forked import in_child
 
+from kimi_core._C import crc32c
 from kimi_core.buffer import RolloutBuffer, main
 
 KILLS = int(os.environ.get("KIMI_KILLS", "100"))
@@ -244,6 +246,27 @@ def test_a_truncated_file_is_cut_or_refused(filled):
     os.truncate(filled, 0)
     with pytest.raises(ValueError, match="is not a rollout buffer"):
         RolloutBuffer.open(filled, readonly=True)
+
+
+def test_a_file_of_version_1_has_all_its_pages_and_is_used_as_it_is(filled, tmp_path):
+    """Files of version 1 were as long from the start as they could get."""
+    most = RolloutBuffer.file_bytes(**SIZES)
+    os.truncate(filled, most)
+    header = filled.read_bytes()[:32]
+    header = header[:8] + struct.pack("<I", 1) + header[12:]
+    spoil(filled, 0, header + struct.pack("<I", crc32c(header)))
+    with RolloutBuffer.open(filled) as buffer:
+        assert buffer.stats().pages_allocated == buffer.stats().pages
+        key = buffer.begin(8, 4)
+        buffer.append(key, *tokens(key, 0, 1000), policy_version=0)
+        buffer.snapshot(tmp_path / "copy.bin")
+        assert is_whole(buffer.read(0), 0) and is_whole(buffer.read(key), key)
+    assert filled.stat().st_size == (tmp_path / "copy.bin").stat().st_size == most
+    with RolloutBuffer.open(tmp_path / "copy.bin", readonly=True) as copy:
+        assert is_whole(copy.read(key), key)
+    os.truncate(filled, most - 1)
+    with pytest.raises(ValueError, match=f"is cut off: it has {most - 1} of {most} bytes"):
+        RolloutBuffer.open(filled)
 
 
 def test_a_flipped_bit_is_an_error_for_readers_and_a_stated_cut_for_the_writer(filled):

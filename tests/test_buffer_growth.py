@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from buffer_model import COLUMNS
-from buffer_testing import in_child, is_whole, tokens
+from buffer_testing import is_whole, tokens
+from forked import in_child
 
 from kimi_core.buffer import RolloutBuffer
 

@@ -100,7 +100,7 @@ Args:
         Rows and heads may lie apart, as in a slice of larger storage.
     lengths: int64 `[rows]`, the positions that each row has, from 1 on.
     scale: factor on q k.
-    window: each query sees at most so many positions, the last ones; 0 is all.
+    window: each query sees at most this many positions, the last ones; 0 is all.
     threads: number of threads that share the work.
     instruction_set: one of `instruction_sets()`; None takes the fastest.
 

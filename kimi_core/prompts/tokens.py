@@ -38,13 +38,14 @@ class PromptTokens:
         self._codec, self._context, self._response = codec, context, response
         self._at_start: dict[int, np.ndarray] = {}
         self._drawn: dict[int, np.ndarray] = {}
+        self.longest: int
+        """Tokens of the longest prompt, or of many prompts a number that none exceeds."""
         if isinstance(prompts, ManyPrompts):
-            self.longest_id, self.longest = self._longest_of_many(prompts)
+            self._longest_id, self.longest = self._longest_of_many(prompts)
         else:
             self.keep(prompts)
-            self.longest_id = max(self._at_start, key=lambda key: len(self._at_start[key]))
-            self.longest = len(self._at_start[self.longest_id])
-        """Tokens of the longest prompt, or of many prompts a number that none exceeds."""
+            self._longest_id = max(self._at_start, key=lambda key: len(self._at_start[key]))
+            self.longest = len(self._at_start[self._longest_id])
 
     def __call__(self, prompt: Prompt) -> np.ndarray:
         found = self._at_start.get(prompt.id)
@@ -59,12 +60,14 @@ class PromptTokens:
         return found
 
     def keep(self, prompts: Sequence[Prompt]) -> None:
-        """Tokenize prompts now, and keep their tokens.
+        """Tokenize prompts now that were not yet, and keep their tokens.
 
         Raises:
             ValueError: a prompt cannot be tokenized.
         """
-        self._at_start |= {prompt.id: self._codec.encode_prompt(prompt) for prompt in prompts}
+        for prompt in prompts:
+            if prompt.id not in self._at_start:
+                self._at_start[prompt.id] = self._codec.encode_prompt(prompt)
 
     def check(self) -> None:
         """Check that every prompt fits into the context together with the longest response.
@@ -72,7 +75,7 @@ class PromptTokens:
         Raises:
             ValueError: one does not.
         """
-        self._check(self.longest_id, self.longest)
+        self._check(self._longest_id, self.longest)
 
     def _check(self, prompt_id: int, tokens: int) -> None:
         needed = tokens + self._response

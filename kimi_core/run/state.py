@@ -69,17 +69,19 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     saved = folder.load_state(loop.trainer.fingerprint())
     _check_prompts(loop, saved.folder / PROMPTS)
     loop.trainer.load(saved.folder)
-    loop.curriculum.load_state(_curriculum(saved.folder / CURRICULUM, saved.state))
+    loop.curriculum.load_state(curriculum_in(saved.folder, saved.state))
     buffer, remark = resume(folder.buffer, saved.folder / SNAPSHOT, saved.iteration)
     loop.load_state(saved.state, buffer)
     return float(saved.state["sft_s"]), f"{saved.remark}\n{remark}".strip()
 
 
-def _curriculum(path: Path, state: dict[str, Any]) -> dict[str, np.ndarray]:
+def curriculum_in(folder: Path, state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The success rates of a saved state: its folder and its JSON, where earlier versions kept
+    them."""
+    path = folder / CURRICULUM
     if path.exists():
         with np.load(path) as found:
             return dict(found)
-    # Earlier versions kept it among the rest, as JSON.
     return {key: np.array(value) for key, value in state["curriculum"].items()}
 
 

@@ -37,7 +37,7 @@ def names(count: int) -> str:
     ('abc', '一丁')
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer.
     """
     latin = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
     if not 1 <= count <= 20_000:
@@ -56,18 +56,24 @@ def prompts(count: int, numbers: int, length: int, seed: int) -> list[Prompt]:
     Raises:
         ValueError: a record has no name, or the records do not fit into the text.
     """
+    pool = _names_in(numbers, length)
+    rng = random.Random(seed)
+    made = []
+    for index in range(count):
+        text, answer = _text(numbers, length, pool, rng)
+        made.append(Prompt(index, text, answer, tags={"domain": "retrieval"}))
+    return made
+
+
+def _names_in(numbers: int, length: int) -> str:
+    """The names of a text's records, which must fit into it."""
     needed = 2 * numbers + 2
     if length < needed:
         raise ValueError(
             f"prompts.task.length = {length}; {numbers} records of two characters and the question "
             f"need {needed}: raise it or lower prompts.task.numbers"
         )
-    rng = random.Random(seed)
-    made = []
-    for index in range(count):
-        text, answer = _text(numbers, length, names(numbers), rng)
-        made.append(Prompt(index, text, answer, tags={"domain": "retrieval"}))
-    return made
+    return names(numbers)
 
 
 def _text(numbers: int, length: int, pool: str, rng: random.Random) -> tuple[str, str]:
@@ -90,14 +96,17 @@ def examples(
 
     Most have few records and little filler, and some are as long as the prompts. They are drawn
     apart from the prompts.
+
+    Raises: ValueError as ``prompts``.
     """
+    pool = _names_in(numbers, length)
     rng = random.Random(f"examples {seed}")
     styles = rng.choices(list(shares), weights=list(shares.values()), k=count)
     pairs = []
     for style in styles:
         few = 1 + int(numbers * rng.random() ** 2)
         filler = int((length - 2 * numbers - 1) ** (rng.random() ** 2))
-        text, _ = _text(few, 2 * few + 2 + filler, names(numbers), rng)
+        text, _ = _text(few, 2 * few + 2 + filler, pool, rng)
         pairs.append((text, response(text, style)))
     return pairs
 

@@ -57,6 +57,8 @@ def test_names_are_distinct_and_as_many_as_wanted():
 def test_a_text_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match=r"length = 33; 16 records .* need 34: raise it"):
         retrieve.prompts(1, 16, 33, seed=0)
+    with pytest.raises(ValueError, match="length = 33"):
+        retrieve.examples(1, 16, 33, retrieve.MIXED, seed=0)
 
 
 def test_examples_are_mostly_short_and_sometimes_long():

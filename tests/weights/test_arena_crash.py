@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers as hf
+from forked import in_child
 
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.layout import Layout
@@ -36,17 +37,6 @@ def large() -> Layout:
         tie_word_embeddings=True,
     )
     return Layout.from_config(config, dtype="float32")
-
-
-def in_child(work, *arguments) -> int:
-    """Run ``work`` in a forked process; returns its pid."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work(*arguments)
-        finally:
-            os._exit(1)  # Not through pytest; a kill is the only good end.
-    return pid
 
 
 def kill(pid: int) -> None:
