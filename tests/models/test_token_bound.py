@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_kinds import BYTES, EOS, KINDS, SPECIAL, characters, tokenizer_of
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -16,7 +17,6 @@ from kimi_core.models.codec import Codec
 from kimi_core.models.token_bound import EXPANSION, TokenBound, token_bound
 from kimi_core.prompts.many import CONTROL, bytes_of
 from kimi_core.types import Prompt
-from tests.tokenizer_kinds import BYTES, EOS, KINDS, SPECIAL, characters, tokenizer_of
 
 EXPANDING = "\ufdfa\u0344\ufb2c\U0001d160\u2581▁ \n\té漢🙂\u1fb7ẛ̣"
 texts = st.text(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizer_kinds import CHATML, characters, tokenizer_of
 
 from kimi_core.config import PromptsConfig
 from kimi_core.models.codec import Codec
@@ -18,7 +19,6 @@ from kimi_core.prompts.messages import chat_prompts
 from kimi_core.prompts.overlap import overlaps
 from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.types import Prompt
-from tests.tokenizer_kinds import CHATML, characters, tokenizer_of
 
 strings = st.text(min_size=1, max_size=12)
 plain = st.fixed_dictionaries(
