@@ -103,8 +103,8 @@ class CurriculumConfig(Section):
 class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
-    (right answers of four lengths); `retrieve` (guesses and worked answers, most of them to short
-    texts); `programs` (right programs and lookup tables); or a JSONL file whose lines hold
+    (right answers of four lengths); `retrieve` (worked answers to texts that grow, with guesses at
+    the end); `programs` (right programs and lookup tables); or a JSONL file whose lines hold
     `prompt` and `response`, or `messages`."""
     examples: int | None = Field(None, ge=1)
     """Number of examples to use, drawn at random. Unset: all of a file, or one per training
@@ -113,6 +113,9 @@ class SftConfig(Section):
     """Optimizer steps; 0 skips the phase."""
     batch_size: int = Field(48, ge=1)
     """Examples per step, packed end to end."""
+    shuffle: bool = True
+    """Take the examples in random order. False: in the order of the data, such as short ones
+    first."""
     learning_rate: float = Field(3e-3, gt=0, le=1)
     """Peak learning rate. It is reached after 5 % of the steps, and a cosine then lowers it to a
     tenth."""

@@ -163,7 +163,9 @@ def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextEx
             "retrieve, programs, or a file that ends in .jsonl"
         )
     if config.sft.examples is not None:
-        pairs = random.Random(config.seed).sample(pairs, min(config.sft.examples, len(pairs)))
+        count = min(config.sft.examples, len(pairs))
+        chosen = random.Random(config.seed).sample(range(len(pairs)), count)
+        pairs = [pairs[index] for index in (chosen if config.sft.shuffle else sorted(chosen))]
     return pairs
 
 

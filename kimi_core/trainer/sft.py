@@ -30,13 +30,14 @@ def train_sft(
 ) -> None:
     """Fit the responses, given their prompts; the model is updated in place.
 
-    Examples come in random order, and each comes once before any comes a second time.
+    Each example comes once before any comes a second time, in random order if ``config.shuffle``
+    is set and as given otherwise.
 
     Args:
         model: any causal LM; its parameters that require a gradient are trained. It is put into
             eval mode: a layer that is recomputed must not drop other activations.
         examples: at least one; prompt and response have at least one token each.
-        config: steps, batch size and learning rate.
+        config: steps, batch size, order and learning rate.
         trainer: ``tokens_per_micro_batch``, ``memory_gb``, ``head_chunk``, ``grad_clip`` and
             ``weight_decay``.
         seed: decides the order of the examples.
@@ -61,7 +62,8 @@ def train_sft(
     order: list[int] = []
     for step in range(1, config.steps + 1):
         while len(order) < config.batch_size:
-            order.extend(rng.permutation(len(examples)).tolist())
+            each = rng.permutation(len(examples)) if config.shuffle else range(len(examples))
+            order.extend(map(int, each))
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         batch = pack_examples([examples[index] for index in chosen])
         try:

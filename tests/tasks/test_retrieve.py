@@ -2,7 +2,6 @@
 
 import random
 import re
-from collections import Counter
 
 import pytest
 
@@ -15,7 +14,7 @@ from kimi_core.tasks import retrieve
 RECORD = re.compile(r"([^\d.,=])(\d)")
 
 
-@pytest.mark.parametrize(("numbers", "length"), [(1, 4), (16, 4000), (70, 142), (3000, 20_000)])
+@pytest.mark.parametrize(("numbers", "length"), [(1, 5), (16, 4000), (70, 143), (3000, 20_000)])
 def test_prompts_hold_their_records_and_the_sum(numbers, length):
     prompts = retrieve.prompts(4, numbers, length, seed=0)
     assert [prompt.id for prompt in prompts] == [0, 1, 2, 3]
@@ -26,7 +25,7 @@ def test_prompts_hold_their_records_and_the_sum(numbers, length):
         assert sorted(found) == sorted(retrieve.names(numbers))
         assert set(found.values()) <= set("0123")
         assert prompt.answer == str(sum(map(int, found.values())))
-        assert prompt.text[-2:] == retrieve.names(numbers)[-1] + "="
+        assert prompt.text[-3:] == "a" + retrieve.names(numbers)[-1] + "="
         worked = retrieve.response(prompt.text, "worked")
         assert set(prompt.text + worked) <= known
         total = 0
@@ -41,7 +40,7 @@ def test_prompts_hold_their_records_and_the_sum(numbers, length):
 def test_records_lie_all_over_the_text():
     """The mean place of a record, over 200 texts: within 4 standard errors of the middle."""
     prompts = retrieve.prompts(200, 16, 4000, seed=1)
-    places = [m.start() for prompt in prompts for m in RECORD.finditer(prompt.text[:-2])]
+    places = [m.start() for prompt in prompts for m in RECORD.finditer(prompt.text[:-3])]
     assert len(places) == 3200
     assert abs(sum(places) / 3200 - 2000) < 4 * 4000 / (12 * 3200) ** 0.5
     assert min(places) < 50 and max(places) > 3950
@@ -55,26 +54,36 @@ def test_names_are_distinct_and_as_many_as_wanted():
 
 
 def test_a_text_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match=r"length = 33; 16 records .* need 34: raise it"):
-        retrieve.prompts(1, 16, 33, seed=0)
-    with pytest.raises(ValueError, match="length = 33"):
-        retrieve.examples(1, 16, 33, retrieve.MIXED, seed=0)
+    with pytest.raises(ValueError, match=r"length = 34; 16 records .* need 35: raise it"):
+        retrieve.prompts(1, 16, 34, seed=0)
+    with pytest.raises(ValueError, match="length = 34"):
+        retrieve.examples(1, 16, 34, retrieve.MIXED, seed=0)
 
 
-def test_examples_are_mostly_short_and_sometimes_long():
+def test_examples_grow_from_short_to_long():
     pairs = retrieve.examples(3000, 16, 4000, retrieve.MIXED, seed=0)
     assert pairs == retrieve.examples(3000, 16, 4000, retrieve.MIXED, seed=0)
     assert pairs != retrieve.examples(3000, 16, 4000, retrieve.MIXED, seed=1)
-    lengths = [len(text) for text, _ in pairs]
-    assert max(lengths) <= 4000 and max(lengths) > 3500
-    assert sorted(lengths)[1500] < 100
-    assert 60 < sum(length > 2000 for length in lengths) < 240
-    records = Counter(len(RECORD.findall(text[:-2])) for text, _ in pairs)
-    assert set(records) == set(range(1, 17)) and records[1] > 5 * records[16]
+    parts = pairs[:300], pairs[1500:1800], pairs[2700:]
+    records = [[len(RECORD.findall(text[:-3])) for text, _ in part] for part in parts]
+    assert [max(counts) for counts in records] == [6, 16, 16]
+    assert all(min(counts) == 1 for counts in records)
+    filler = [
+        max(len(text) - 2 * count - 3 for (text, _), count in zip(part, counts, strict=True))
+        for part, counts in zip(parts, records, strict=True)
+    ]
+    assert filler[0] == filler[1] == 11 and 3000 < filler[2] <= 4000 - 2 * 16 - 3
+    worked = [sum(";" in response for _, response in part) for part in (pairs[:2700], parts[2])]
+    assert worked[0] == 2700 and abs(worked[1] - 150) < 4 * (300 / 4) ** 0.5
     for text, response in random.Random(0).sample(pairs, 200):
         assert response in {retrieve.response(text, style) for style in retrieve.MIXED}
-    worked = sum(";" in response for _, response in pairs)
-    assert abs(worked - 1500) < 4 * (3000 / 4) ** 0.5
+
+
+@pytest.mark.parametrize("numbers", [1, 4, 5])
+def test_examples_of_few_records(numbers):
+    pairs = retrieve.examples(300, numbers, 2 * numbers + 3, retrieve.MIXED, seed=0)
+    assert max(len(RECORD.findall(text[:-3])) for text, _ in pairs) == numbers
+    assert max(len(text) for text, _ in pairs) <= 2 * numbers + 3
 
 
 def test_an_unknown_style_names_those_there_are():
