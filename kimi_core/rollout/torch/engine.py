@@ -42,11 +42,6 @@ WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDP
 """Kernels of SDPA on a GPU. cuDNN's would make a plan for every new shape, which every decode step
 has: on an H100 the calls took 8 ms each, 80 % of a small model's rollout."""
 
-WHOLE = (
-    "%s does not take the engine's attention, so each context is prefilled in one pass, and its "
-    "memory grows with the context"
-)
-
 log = logging.getLogger(__name__)
 
 Mask = torch.Tensor | dict[str, torch.Tensor | None] | None
@@ -97,7 +92,10 @@ class TorchEngine:
         self.position_bytes = WORTH_A_COHORT  # Until it is known.
         self._check_model(length_to_check(model, longest))
         if not self.split and (longest or self.max_positions or np.inf) > PREFILL_TOKENS:
-            log.warning(WHOLE, type(model).__name__)
+            log.warning(
+                "%s does not take the engine's attention, so each context is prefilled in one pass",
+                type(model).__name__,
+            )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         """Extend every request by at most its budget; yield segments as they are complete.
@@ -291,23 +289,9 @@ class TorchEngine:
         """Decode two rows, of ``length`` tokens and half as many, with the cache and without."""
         tokens = np.random.default_rng(0).integers(self.embedding.num_embeddings, size=length)
         contexts = [tokens, tokens[: length // 2]]
-        last = {"logits_to_keep": 1}
-        if "logits_to_keep" not in signature(self.model.forward).parameters:
-            last = {}
         splits = (True, False) if self.split else (False,)
-        self.split = False  # The model's own attention says what is right.
-        try:
-            with self._lent():
-                expected = [
-                    self.model(input_ids=self._tensor(c)[None], **last).logits[0, -1]
-                    for c in contexts
-                ]
-        except (AttributeError, AssertionError, IndexError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"The embedded engine cannot run {type(self.model).__name__}: a forward pass of "
-                f"{length} tokens ended with {type(error).__name__}: {error}"
-            ) from error
-        expected_bv = torch.stack(expected).float()
+        self.split = False
+        expected_bv = self._plain_last(contexts)
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
         reason = "the logits differ"
         # A model that ignores our attention gives wrong logits with two cohorts.
@@ -340,6 +324,21 @@ class TorchEngine:
             "takes position_ids and a 4D mask. Use such a model (Llama, Qwen, Mistral, GPT-2, "
             "GPT-NeoX, Gemma and the like)"
         )
+
+    def _plain_last(self, contexts: list[np.ndarray]) -> torch.Tensor:
+        """Logits ``[n, V]`` after each context, with the model's own attention and no cache."""
+        keep: dict[str, Any] = {"logits_to_keep": 1}
+        if "logits_to_keep" not in signature(self.model.forward).parameters:
+            keep = {}
+        try:
+            with self._lent():
+                outputs = [self.model(input_ids=self._tensor(c)[None], **keep) for c in contexts]
+        except (AttributeError, AssertionError, IndexError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"The embedded engine cannot run {type(self.model).__name__}: a forward pass of "
+                f"{len(contexts[0])} tokens ended with {type(error).__name__}: {error}"
+            ) from error
+        return torch.stack([output.logits[0, -1] for output in outputs]).float()
 
     def _decode_last(self, contexts: list[np.ndarray]) -> tuple[torch.Tensor, KVCache]:
         """Logits ``[n, V]`` after each context, whose last token is decoded with the cache."""
