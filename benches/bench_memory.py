@@ -107,12 +107,12 @@ def _main(tokens: int, memory_gb: float, shape: str) -> None:
     given = micro(parts)
     plan = recompute.fit(tokens)
     Path("/proc/self/clear_refs").write_text("5")  # The peak starts at what is held now.
-    before = _status("VmRSS")
+    before = status("VmRSS")
     policy.logprobs(given).mean().backward()
     print(
         json.dumps(
             {
-                "measured": _status("VmHWM") - before,
+                "measured": status("VmHWM") - before,
                 "planned": footprint.bytes(tokens, plan),
                 "layers": plan.layers,
                 "chunked": plan.chunked,
@@ -146,7 +146,7 @@ def _model(shape: str):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """Bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024

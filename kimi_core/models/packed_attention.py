@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from kimi_core.models.causal_attention import causal
 
 NAME = "kimi_packed"
 
@@ -127,31 +128,12 @@ def attend(
     outputs = []
     for group in packing.groups:
         q, k, v = (_gathered(x, group) for x in (query, key, value))
-        out = _causal(q, k, v, scaling, sliding_window).transpose(1, 2).flatten(0, 1)
+        out = causal(q, k, v, scaling, sliding_window).transpose(1, 2).flatten(0, 1)
         outputs.append(out if group.outputs_t is None else out.index_select(0, group.outputs_t))
     out_tnd = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     if packing.order_t is not None:
         out_tnd = out_tnd.index_select(0, packing.order_t)
     return out_tnd[None], None
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
-    """Attention of ``[n, h, l, d]``, each query to the last ``window`` keys up to its own."""
-    gqa = q.shape[1] != k.shape[1]
-    length = q.shape[2]
-    if window is None or length <= window:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
-    parts = []
-    for start in range(0, length, window):
-        end, first = min(start + window, length), max(0, start - window + 1)
-        rows = torch.arange(start, end, device=q.device)[:, None]
-        columns = torch.arange(first, end, device=q.device)
-        seen = (columns <= rows) & (columns > rows - window)
-        part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end])
-        parts.append(
-            scaled_dot_product_attention(*part, attn_mask=seen, scale=scale, enable_gqa=gqa)
-        )
-    return torch.cat(parts, 2)
 
 
 def _gathered(x: Tensor, group: Group) -> Tensor:

@@ -1,7 +1,8 @@
-"""Attention of one token per row, cohort by cohort, as an attention implementation of transformers.
+"""The engine's attention, as an attention implementation of transformers.
 
-``KVLayer.update`` returns the new keys with the cached ones of every cohort attached. The model
-passes them to the attention that its config names. Other calls, such as a prefill, go to SDPA.
+A prefill attends causally, a decode step one token per row, cohort by cohort. ``KVLayer.update``
+attaches what the layer sees to the keys. The model passes them to the attention that its config
+names. No mask function is registered under that name, so transformers makes no mask.
 """
 
 from typing import Any, NamedTuple
@@ -9,12 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kimi_core import _C
+from kimi_core.models.causal_attention import causal
 
 NAME = "kimi_cohorts"
+
+
+class Context(NamedTuple):
+    """What the tokens of a prefill attend to: the keys and values up to their own."""
+
+    window: int | None
+    """A token sees at most this many, the last ones."""
 
 
 class Part(NamedTuple):
@@ -36,31 +43,32 @@ def in_core(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
 
 
-def attach(keys: torch.Tensor, parts: list[Part]) -> torch.Tensor:
-    """Attach to ``keys`` what the rows attend to."""
-    keys.cohorts = parts  # type: ignore[attr-defined]
+def attach(keys: torch.Tensor, seen: Context | list[Part]) -> torch.Tensor:
+    """Attach to ``keys`` what the rows attend to: in a prefill, or in each cohort."""
+    keys.seen = seen  # type: ignore[attr-defined]
     return keys
 
 
 def attend(
-    module: torch.nn.Module,
+    module: torch.nn.Module,  # noqa: ARG001 - the arguments that transformers gives
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001
     scaling: float | None = None,
-    **kwargs: Any,
+    **kwargs: Any,  # noqa: ARG001
 ) -> tuple[torch.Tensor, None]:
     """The function that transformers calls.
 
     ``query`` is ``[n, heads, tokens, head_dim]``; the output is ``[n, tokens, heads, head_dim]``,
     without weights.
+
+    Raises:
+        AttributeError: the model changed the keys that the cache returned.
     """
-    parts: list[Part] | None = getattr(key, "cohorts", None)
-    if parts is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+    parts: Context | list[Part] = key.seen  # type: ignore[attr-defined]
+    if isinstance(parts, Context):
+        return causal(query, key, value, scaling, parts.window).transpose(1, 2), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if len(parts) == 1:
         return one_token(query, parts[0], scale), None
@@ -105,4 +113,3 @@ def _numbers(stored: torch.Tensor) -> np.ndarray:
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)

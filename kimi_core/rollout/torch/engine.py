@@ -2,12 +2,14 @@
 
 1. Requests wait in the order of their contexts' lengths, the longest first.
 2. Free rows take the next requests. Each distinct context is prefilled once, in micro-batches of
-   about equal lengths, and stored in the rows of all samples that share it.
+   about equal lengths, and stored in the rows of all samples that share it. A long context is
+   prefilled alone, in chunks of ``PREFILL_TOKENS`` that begin at fixed positions.
 3. A decode step extends every row by one token. Rows of about the same length attend together (see
    ``kv_cache``). Other rows move into the places of rows that end, so the batch stays dense. A
    row's tokens are handed over when it ends, and every ``stream_tokens`` before that.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from inspect import signature
@@ -25,12 +27,13 @@ from kimi_core.models.switches import length_to_check, switches
 from kimi_core.rollout.engine import check_newer, check_request
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.rollout.torch import attention
+from kimi_core.rollout.torch.head import head_logits
 from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, Cohort, KVCache
 from kimi_core.rollout.torch.rows import Rows
 from kimi_core.types import Request, Sampling, Segment
 
 PREFILL_TOKENS = 4096
-"""Tokens, padding included, in one forward pass of a prefill."""
+"""Tokens, padding included, in one forward pass of a prefill, and so of a chunk of a context."""
 
 WORTH_A_PASS = 64
 """Tokens that a prefill waits for; with fewer, reading the weights takes longer than using them."""
@@ -38,6 +41,8 @@ WORTH_A_PASS = 64
 WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Kernels of SDPA on a GPU. cuDNN's would make a plan for every new shape, which every decode step
 has: on an H100 the calls took 8 ms each, 80 % of a small model's rollout."""
+
+log = logging.getLogger(__name__)
 
 Mask = torch.Tensor | dict[str, torch.Tensor | None] | None
 
@@ -85,8 +90,12 @@ class TorchEngine:
             and model._supports_attention_backend
         )
         self.position_bytes = WORTH_A_COHORT  # Until it is known.
-        with self._lent():
-            self._check_model(length_to_check(model, longest))
+        self._check_model(length_to_check(model, longest))
+        if not self.split and (longest or self.max_positions or np.inf) > PREFILL_TOKENS:
+            log.warning(
+                "%s does not take the engine's attention, so each context is prefilled in one pass",
+                type(model).__name__,
+            )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         """Extend every request by at most its budget; yield segments as they are complete.
@@ -179,22 +188,23 @@ class TorchEngine:
         for part in cache.cut(lengths):
             bound = max(len(request.token_ids) + request.steps for request in entering[part])
             cache.add(lengths[part], bound)
-            logits += self._prefill(cache, [request.token_ids for request in entering[part]])
+            contexts = [request.token_ids for request in entering[part]]
+            logits += self._prefill(cache, contexts, PREFILL_TOKENS)
         rows.add(entering)
         return torch.cat(logits)
 
-    def _prefill(self, cache: KVCache, contexts: list[np.ndarray]) -> list[torch.Tensor]:
-        """Fill the rows of the newest cohort, longest first; return each pass's logits, ``[m, V]``.
+    def _prefill(self, cache: KVCache, contexts: list[np.ndarray], most: int) -> list[torch.Tensor]:
+        """Fill the rows of the newest cohort, longest first; return their logits, ``[m, V]`` each.
 
         Equal contexts are neighbours. Padding is on the right, so causal attention hides it without
-        a mask.
+        a mask. Chunks of ``most`` tokens begin at multiples of it, whatever the other rows are.
         """
         samples = [list(equal) for _, equal in groupby(contexts, key=lambda ids: ids.tobytes())]
         logits = []
         first_row = start = 0
         while start < len(samples):
             longest = len(samples[start][0])
-            batch = samples[start : start + max(1, PREFILL_TOKENS // longest)]
+            batch = samples[start : start + max(1, most // longest)]
             start += len(batch)
             ids_bs = np.zeros((len(batch), longest), np.int64)
             for row, (context, *_) in zip(ids_bs, batch, strict=True):
@@ -203,10 +213,14 @@ class TorchEngine:
             shared = counts_b.max() > 1
             context_m = self._tensor(np.arange(len(batch)).repeat(counts_b)) if shared else None
             rows = slice(first_row, first_row := first_row + int(counts_b.sum()))
-            cache.begin_prefill(rows, longest, context_m)
-            positions_bs = self._tensor(np.arange(longest)).expand(len(batch), -1)
             last_b = self._tensor(np.array([len(context) - 1 for context, *_ in batch]))
-            logits_bv = self._logits(self._tensor(ids_bs), positions_bs, None, cache, last_b)
+            chunk = most if self.split and longest > most else longest
+            for begin in range(0, longest, chunk):
+                end = min(begin + chunk, longest)
+                cache.begin_prefill(rows, begin, end, context_m)
+                positions_bs = self._tensor(np.arange(begin, end)).expand(len(batch), -1)
+                ids, at_b = self._tensor(ids_bs[:, begin:end]), last_b.clamp(max=end - 1) - begin
+                logits_bv = self._logits(ids, positions_bs, None, cache, at_b)
             logits.append(logits_bv[context_m] if shared else logits_bv)
         return logits
 
@@ -237,7 +251,7 @@ class TorchEngine:
         if self.plain_head:
             hidden_bsd = self.model.base_model(**inputs).last_hidden_state
             hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows, last_b]
-            return _head_logits(self.model.get_output_embeddings(), hidden_bd)
+            return head_logits(self.model.get_output_embeddings(), hidden_bd)
         # A head that scales or caps its logits computes them itself, at the positions that a row
         # needs.
         if last_b is None:
@@ -275,26 +289,16 @@ class TorchEngine:
         """Decode two rows, of ``length`` tokens and half as many, with the cache and without."""
         tokens = np.random.default_rng(0).integers(self.embedding.num_embeddings, size=length)
         contexts = [tokens, tokens[: length // 2]]
-        last = {"logits_to_keep": 1}
-        if "logits_to_keep" not in signature(self.model.forward).parameters:
-            last = {}
-        try:
-            expected = [
-                self.model(input_ids=self._tensor(c)[None], **last).logits[0, -1] for c in contexts
-            ]
-        except (AttributeError, AssertionError, IndexError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"The embedded engine cannot run {type(self.model).__name__}: a forward pass of "
-                f"{length} tokens ended with {type(error).__name__}: {error}"
-            ) from error
-        expected_bv = torch.stack(expected).float()
-        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
-        # A model that ignores our attention gives wrong logits with two cohorts.
         splits = (True, False) if self.split else (False,)
+        self.split = False
+        expected_bv = self._plain_last(contexts)
+        tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 0.05
         reason = "the logits differ"
+        # A model that ignores our attention gives wrong logits with two cohorts.
         for self.split, self.plain_head in product(splits, (True, False)):
             try:
-                logits_bv, cache = self._decode_last(contexts)
+                with self._lent():
+                    logits_bv, cache = self._decode_last(contexts)
             except torch.OutOfMemoryError:
                 raise
             except (
@@ -321,35 +325,30 @@ class TorchEngine:
             "GPT-NeoX, Gemma and the like)"
         )
 
+    def _plain_last(self, contexts: list[np.ndarray]) -> torch.Tensor:
+        """Logits ``[n, V]`` after each context, with the model's own attention and no cache."""
+        keep: dict[str, Any] = {"logits_to_keep": 1}
+        if "logits_to_keep" not in signature(self.model.forward).parameters:
+            keep = {}
+        try:
+            with self._lent():
+                outputs = [self.model(input_ids=self._tensor(c)[None], **keep) for c in contexts]
+        except (AttributeError, AssertionError, IndexError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"The embedded engine cannot run {type(self.model).__name__}: a forward pass of "
+                f"{len(contexts[0])} tokens ended with {type(error).__name__}: {error}"
+            ) from error
+        return torch.stack([output.logits[0, -1] for output in outputs]).float()
+
     def _decode_last(self, contexts: list[np.ndarray]) -> tuple[torch.Tensor, KVCache]:
         """Logits ``[n, V]`` after each context, whose last token is decoded with the cache."""
         rows = Rows(len(contexts), 1, Sampling(0, seed=0, stop_token_ids=frozenset()))
         cache = self._cache()
         for context in contexts:
             cache.add(np.array([len(context) - 1]), len(context))
-            self._prefill(cache, [context[:-1]])
+            self._prefill(cache, [context[:-1]], most=-(-len(context) // 3))
         rows.add([Request(0, context, 0, 1, 1) for context in contexts])
         return self._decode(rows, cache), cache
-
-
-def _head_logits(head: torch.nn.Module, hidden_bd: torch.Tensor) -> torch.Tensor:
-    """``head(hidden_bd)``, ``[b, V]``.
-
-    A large vocabulary on a CPU goes through oneDNN. For up to 256 rows this takes 0.7 to 0.8 of the
-    time of torch's product, which packs the weights at every call. torch passes float32 to oneDNN
-    only by the operator that its compiler emits.
-    """
-    if _large(head) and hidden_bd.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        linear = torch.ops.mkldnn._linear_pointwise.default
-        return linear(hidden_bd, head.weight, head.bias, "none", [], "")
-    return head(hidden_bd)
-
-
-def _large(head: torch.nn.Module) -> bool:
-    """Whether the product is worth the 2 ms that oneDNN takes for each new number of rows."""
-    if type(head) is not torch.nn.Linear or head.weight.device.type != "cpu":
-        return False
-    return head.weight.numel() >= 1 << 24
 
 
 def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kimi_core.rollout.torch.attention import Part, attach, in_core
+from kimi_core.rollout.torch.attention import Context, Part, attach, in_core
 
 ROUND_TO = 4
 """Positions are allocated in multiples of this."""
@@ -64,15 +64,23 @@ class Cohort:
                 if old is not None:
                     stored[layer] = self._allocate(old, self.count)
 
-    def fill(self, layer: int, rows: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Store whole contexts, ``[m, kv_heads, tokens, head_dim]``."""
-        tokens = keys.shape[2]
+    def fill(
+        self, layer: int, rows: slice, begin: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Store the tokens from ``begin`` on, ``[m, kv_heads, tokens, head_dim]``."""
+        end = begin + keys.shape[2]
         if self.keys[layer] is None:
             self.keys[layer] = self._allocate(keys, 0)
             self.values[layer] = self._allocate(values, 0)
         for stored, new in ((self.keys[layer], keys), (self.values[layer], values)):
             assert stored is not None
-            stored[rows, :, :tokens] = new
+            stored[rows, :, begin:end] = new
+
+    def context(self, layer: int, row: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one row up to ``end``, ``[1, kv_heads, end, head_dim]`` each."""
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None and values is not None
+        return keys[row : row + 1, :, :end], values[row : row + 1, :, :end]
 
     def extend(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor
@@ -159,8 +167,9 @@ class KVCache(Cache):
         self.in_core = split and in_core(like.device, like.dtype)
         self.windows = list(windows) or [None] * layers
         super().__init__(layers=[KVLayer(self, layer) for layer in range(layers)])
-        self.filling: tuple[slice, torch.Tensor | None] | None = None
-        """In a prefill: the rows of the last cohort that it fills, and the context of each."""
+        self.filling: tuple[slice, int, torch.Tensor | None] | None = None
+        """In a prefill: the rows of the last cohort that it fills, the position where it begins,
+        and the context of each row."""
         self.longest = 0
 
     def add(self, lengths: np.ndarray, bound: int) -> None:
@@ -170,15 +179,19 @@ class KVCache(Cache):
         cohort.longest = int(lengths[0])
         self.cohorts.append(cohort)
 
-    def begin_prefill(self, rows: slice, length: int, contexts_m: torch.Tensor | None) -> None:
+    def begin_prefill(
+        self, rows: slice, begin: int, end: int, contexts_m: torch.Tensor | None
+    ) -> None:
         """The next forward pass fills these rows of the last cohort.
 
         Args:
             rows: among those of the cohort, ``[m]``.
-            length: tokens of the longest context in the pass; the others are padded.
+            begin: position of the pass's first token. If it is not 0, earlier passes have filled
+                the positions before it, and all rows have one context.
+            end: position after the last token of the longest context; the others are padded.
             contexts_m: which context each row has, int64 ``[m]``; None: each its own, in order.
         """
-        self.filling, self.longest = (rows, contexts_m), length
+        self.filling, self.longest = (rows, begin, contexts_m), end
 
     def begin_decode(self, positions_n: np.ndarray) -> None:
         """Prepare a forward pass with one token per row, at these positions, int64 ``[n]``.
@@ -313,12 +326,7 @@ class KVLayer(CacheLayerMixin):
         """Store ``[n, kv_heads, tokens, head_dim]`` and return the keys and values to attend to."""
         cache = self.cache
         if cache.filling is not None:
-            rows, contexts_m = cache.filling
-            new = [key_states, value_states]
-            if contexts_m is not None:
-                new = [states[contexts_m] for states in new]
-            cache.cohorts[-1].fill(self.index, rows, *new)
-            return key_states, value_states
+            return self._fill(*cache.filling, key_states, value_states)
         if not cache.split:
             return cache.cohorts[0].extend(self.index, key_states, value_states)
         window = cache.windows[self.index]
@@ -330,9 +338,23 @@ class KVLayer(CacheLayerMixin):
         ]
         return attach(key_states, parts), value_states
 
+    def _fill(
+        self, rows: slice, begin: int, contexts_m: torch.Tensor | None, *states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cache, cohort = self.cache, self.cache.cohorts[-1]
+        new = states if contexts_m is None else [one[contexts_m] for one in states]
+        cohort.fill(self.index, rows, begin, *new)
+        keys, values = states
+        if begin:
+            keys, values = cohort.context(self.index, rows.start, cache.longest)
+        if cache.split:
+            attach(keys, Context(cache.windows[self.index]))
+        return keys, values
+
     def get_seq_length(self) -> int:
         """Number of positions before the tokens of the next forward pass."""
-        return 0 if self.cache.filling is not None else self.cache.longest - 1
+        filling = self.cache.filling
+        return self.cache.longest - 1 if filling is None else filling[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.longest, 0

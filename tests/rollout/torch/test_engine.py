@@ -328,6 +328,34 @@ def test_nothing_asked_nothing_done():
     assert list(TorchEngine(model_of("llama"), batch_rows=1).generate([], GREEDY)) == []
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", *WINDOWS])
+def test_a_context_in_chunks_equals_one_pass(name, monkeypatch, caplog):
+    """Chunks shorter and longer than the window; twins share a context, others lie between."""
+    model = windowed(name) if name in WINDOWS else model_of(name)
+    rng = np.random.default_rng(0)
+    contexts = [rng.integers(2, VOCAB, n).astype(np.int32) for n in (40, 40, 29, 3, 14, 7)]
+    requests = [Request(i, contexts[i // 2], len(contexts[i // 2]), 6, 6) for i in range(12)]
+    caplog.set_level("WARNING", "kimi_core")
+    engine = TorchEngine(model, batch_rows=5)
+    assert "one pass" not in caplog.text  # All that this model takes fits into one.
+    whole = run(engine, requests, SAMPLED)
+    for most in (6, 13):
+        monkeypatch.setattr("kimi_core.rollout.torch.engine.PREFILL_TOKENS", most)
+        passes = []
+        hook = model.get_input_embeddings().register_forward_hook(
+            lambda *inputs, seen=passes: seen.append(inputs[1][0].numel())
+        )
+        parts = run(engine, requests, SAMPLED)
+        hook.remove()
+        assert (max(passes) <= most) == engine.split
+        for key, segment in whole.items():
+            assert parts[key].token_ids.tolist() == segment.token_ids.tolist()
+            np.testing.assert_allclose(parts[key].logprobs, segment.logprobs, atol=1e-5)
+        TorchEngine(model, batch_rows=1)
+        assert ("one pass" in caplog.text) != engine.split
+        caplog.clear()
+
+
 @pytest.mark.parametrize("name", WINDOWS)
 def test_responses_longer_than_a_sliding_window_equal_a_plain_forward_pass(name):
     model = windowed(name)

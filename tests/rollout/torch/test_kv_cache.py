@@ -28,8 +28,9 @@ class Checked:
         self.rows: list[torch.Tensor] = []  # [layers, length, heads, dim] each
         self.stamp = 0.0
 
-    def enter(self, lengths: list[int], samples: int) -> None:
-        """Prefill contexts of ``lengths``, longest first, each for some rows."""
+    def enter(self, lengths: list[int], samples: int, chunk: int = LONGEST) -> None:
+        """Prefill contexts of ``lengths``, longest first, each for some rows; one alone in chunks
+        of ``chunk`` tokens."""
         contexts = [self._fresh(length) for length in sorted(lengths, reverse=True)]
         row_lengths = np.array([c.shape[1] for c in contexts for _ in range(samples)])
         start = 0
@@ -44,13 +45,19 @@ class Checked:
             for index, context in enumerate(distinct):
                 padded[:, index, : context.shape[1]] = context
             contexts_m = torch.arange(len(distinct)).repeat_interleave(samples)
-            self.cache.begin_prefill(
-                slice(0, len(rows)), longest, contexts_m if samples > 1 else None
-            )
-            for layer, keys in enumerate(padded.transpose(2, 3)):
-                assert self.cache.get_seq_length() == 0
-                seen = self.cache.update(keys, -keys, layer)
-                assert seen[0] is keys
+            step = chunk if len(distinct) == 1 else longest
+            for begin in range(0, longest, step):
+                end = min(begin + step, longest)
+                self.cache.begin_prefill(
+                    slice(0, len(rows)), begin, end, contexts_m if samples > 1 else None
+                )
+                for layer, keys in enumerate(padded.transpose(2, 3)):
+                    assert self.cache.get_seq_length() == begin
+                    new = keys[:, :, begin:end]
+                    for seen, sign in zip(
+                        self.cache.update(new, -new, layer), (1, -1), strict=True
+                    ):
+                        assert torch.equal(seen, sign * keys[:, :, :end])
         assert start == len(row_lengths)
         self.rows += [contexts[row // samples] for row in range(len(row_lengths))]
 
@@ -64,7 +71,7 @@ class Checked:
         for layer in range(LAYERS):
             update = self.cache.update(keys[layer], -keys[layer], layer)
             if self.cache.split:
-                parts = update[0].cohorts
+                parts = update[0].seen
             else:
                 parts = [Part(*update, self.cache.cohorts[0].masks[None])]
             row = 0
@@ -107,7 +114,7 @@ def test_every_row_sees_its_own_past(data, position_bytes, split, dtype):
     checked = Checked(new_cache(position_bytes, split=split, dtype=dtype))
     for _ in range(data.draw(st.integers(1, 6))):
         lengths = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
-        checked.enter(lengths, data.draw(st.integers(1, 3)))
+        checked.enter(lengths, data.draw(st.integers(1, 3)), data.draw(st.integers(1, 12)))
         for _ in range(data.draw(st.integers(0, 3))):
             checked.decode()
             ended = data.draw(
