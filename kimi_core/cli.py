@@ -46,6 +46,18 @@ EVALUATE = """Accuracy of a model, greedy and sampled, on held-out prompts or on
 Prints one JSON line: the numbers of an evaluation line of metrics.jsonl or, for HumanEval (whose
 default config is `humaneval`), the counts of verdicts and pass@1."""
 
+CURATE = """Make a training set of prompts, with a report (section 2.1).
+
+    kimi curate                                     # 60 problems that ship, SmolLM2: minutes
+    kimi curate problems.jsonl my.toml
+    kimi curate prompts.source=multiply model.name=runs/warm/checkpoint reward.function=match
+
+Drops multiple-choice, true/false and proof questions, near-duplicates, prompts of evaluation sets
+(curate.evaluation_sets), prompts that are easy to hack, trivial and hopeless ones. `model` answers,
+`rollout` says how, `reward` judges. Writes curated.jsonl, dropped.jsonl, report.md and the record
+answers.jsonl to runs/NAME. The same command goes on after a crash, and takes other thresholds
+without asking the model again."""
+
 CHECK = """Check programming problems and their reference solutions before a run.
 
     kimi check prompts.source=problems.jsonl
@@ -138,6 +150,22 @@ def evaluate(arguments: Sequence[str]) -> int:
     return with_config(given.arguments, run, default=default)
 
 
+def curate(arguments: Sequence[str]) -> int:
+    given = config_parser("curate", CURATE).parse_intermixed_args(arguments)
+    files = [one for one in given.arguments if one.endswith(".jsonl") and "=" not in one]
+    if not any(one.startswith("prompts.source=") for one in given.arguments):
+        files = files or [str(CONFIGS / "problems.jsonl")]
+    others = [one for one in given.arguments if one not in files]
+
+    def run(config: Config) -> None:
+        from kimi_core.run.curate import curate as make
+
+        print(f"training set: {make(config) / 'curated.jsonl'}")
+
+    sources = [f"prompts.source={file}" for file in files]
+    return with_config([*others, *sources], run, default="curate")
+
+
 def check(arguments: Sequence[str]) -> int:
     given = config_parser("check", CHECK).parse_intermixed_args(arguments)
 
@@ -186,6 +214,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model by reinforcement learning"),
     "sft": (sft, "supervised fine-tuning alone"),
     "evaluate": (evaluate, "accuracy of a model on held-out prompts or HumanEval"),
+    "curate": (curate, "make a training set of prompts, with a report"),
     "check": (check, "check programming problems and their reference solutions"),
     "reward": (reward, "train and compare two reward models"),
     "sandbox": (sandbox, "run programs in a sandbox, serve it, or check this machine"),
@@ -262,7 +291,8 @@ def with_config(
         )
     except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
         print(
-            "interrupted: --resume continues from the last state, if one was saved",
+            "interrupted: what was saved is kept; the same command (kimi train: with --resume) "
+            "goes on from there",
             file=sys.stderr,
         )
         return 130

@@ -48,6 +48,7 @@ MAY_CHANGE_ON_RESUME = (
     "save_every",
     "evaluation",
     "trajectories",
+    "curate",
 )
 """Keys and sections that do not change what an iteration computes."""
 
