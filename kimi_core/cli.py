@@ -48,15 +48,24 @@ default config is `humaneval`), the counts of verdicts and pass@1."""
 
 CURATE = """Make a training set of prompts, with a report (section 2.1).
 
-    kimi curate                                     # 60 problems that ship, SmolLM2: minutes
+    kimi sft name=warm && kimi curate       # problems that ship with the package: minutes
     kimi curate problems.jsonl my.toml
-    kimi curate prompts.source=multiply model.name=runs/warm/checkpoint reward.function=match
+    kimi curate problems.jsonl my.toml curate.highest_difficulty=0.8
 
 Drops multiple-choice, true/false and proof questions, near-duplicates, prompts of evaluation sets
 (curate.evaluation_sets), prompts that are easy to hack, trivial and hopeless ones. `model` answers,
 `rollout` says how, `reward` judges. Writes curated.jsonl, dropped.jsonl, report.md and the record
 answers.jsonl to runs/NAME. The same command goes on after a crash, and takes other thresholds
 without asking the model again."""
+
+WARMUP = """Collect long, verified answers for supervised fine-tuning (section 2.2).
+
+    kimi sft name=warm && kimi warmup name=long model.name=runs/warm/checkpoint
+    kimi sft name=longer model.name=runs/warm/checkpoint sft.data=runs/long/warmup.jsonl
+
+`model` answers the training prompts as `warmup.ask` asks it, `reward` judges. Right answers that
+plan, evaluate, reflect and explore are kept, the longest first. Writes warmup.jsonl, the report
+warmup.md and the record answers.jsonl to runs/NAME; the same command goes on after a crash."""
 
 CHECK = """Check programming problems and their reference solutions before a run.
 
@@ -166,6 +175,17 @@ def curate(arguments: Sequence[str]) -> int:
     return with_config([*others, *sources], run, default="curate")
 
 
+def warmup(arguments: Sequence[str]) -> int:
+    given = config_parser("warmup", WARMUP).parse_intermixed_args(arguments)
+
+    def run(config: Config) -> None:
+        from kimi_core.run.warmup import warm_up
+
+        print(f"examples: {warm_up(config)}")
+
+    return with_config(given.arguments, run)
+
+
 def check(arguments: Sequence[str]) -> int:
     given = config_parser("check", CHECK).parse_intermixed_args(arguments)
 
@@ -215,6 +235,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "sft": (sft, "supervised fine-tuning alone"),
     "evaluate": (evaluate, "accuracy of a model on held-out prompts or HumanEval"),
     "curate": (curate, "make a training set of prompts, with a report"),
+    "warmup": (warmup, "collect long, verified answers for supervised fine-tuning"),
     "check": (check, "check programming problems and their reference solutions"),
     "reward": (reward, "train and compare two reward models"),
     "sandbox": (sandbox, "run programs in a sandbox, serve it, or check this machine"),

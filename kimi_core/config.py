@@ -337,10 +337,10 @@ class CurateConfig(Section):
     similarity: float = Field(0.7, gt=0, le=1)
     """Least Jaccard similarity (character 5-grams) of near-duplicates, of which the first stays."""
     evaluation_sets: list[str] = []
-    """Evaluation sets, each as `prompts.source`. A prompt that is nearly one of theirs, or shares
-    `shared_words` words in a row with one, is dropped."""
-    shared_words: int = Field(13, ge=1)
-    """See `evaluation_sets`."""
+    """Evaluation sets, each as `prompts.source`. A prompt that is nearly one of theirs, or has one
+    inside (its numbers, and half of its runs of `shared_words` words), is dropped."""
+    shared_words: int = Field(8, ge=1)
+    """Length of such a run, in words."""
     most_per_discipline: int | None = Field(None, ge=1)
     """Prompts that are kept of each discipline, spread over its difficulties. Unset: all."""
 
@@ -348,8 +348,7 @@ class CurateConfig(Section):
     def _a_guess_asks_the_prompt(self) -> "CurateConfig":
         if "{prompt}" not in self.guess_prompt:
             raise ValueError(
-                f"curate.guess_prompt = {self.guess_prompt!r} lacks {{prompt}}, which stands for "
-                "the prompt"
+                f"curate.guess_prompt = {self.guess_prompt!r} lacks {{prompt}}, where a prompt goes"
             )
         if self.lowest_difficulty > self.highest_difficulty:
             raise ValueError(
@@ -357,6 +356,21 @@ class CurateConfig(Section):
                 f"curate.highest_difficulty = {self.highest_difficulty}: nothing lies between"
             )
         return self
+
+
+class WarmupConfig(Section):
+    samples: int = Field(8, ge=1)
+    """Answers to each prompt, among which right ones are looked for."""
+    temperature: float = Field(1.0, gt=0)
+    ask: str = (
+        "{prompt}\n\nMake a plan first. Then work step by step. Check each step, say so if you "
+        "were wrong, and try another way where one fails."
+    )
+    """How the model is asked, as `curate.guess_prompt`. The examples have the prompt alone."""
+    keep: int = Field(1, ge=1)
+    """Right answers that are kept of a prompt: those with the most behaviours, then the longest."""
+    least_tokens: int = Field(0, ge=0)
+    """Shorter answers are not kept."""
 
 
 class Config(Section):
@@ -382,3 +396,4 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     trajectories: TrajectoriesConfig = TrajectoriesConfig()
     curate: CurateConfig = CurateConfig()
+    warmup: WarmupConfig = WarmupConfig()

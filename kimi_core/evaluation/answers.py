@@ -206,6 +206,15 @@ class Responder:
         return answers, away[-1] if len(away) == len(verdicts) else None
 
 
+def asked_by(template: str, prompt: Prompt) -> Prompt:
+    """The prompt as the template asks it: ``{prompt}`` is its text, or its last message's."""
+    if not prompt.messages:
+        return replace(prompt, text=template.replace("{prompt}", prompt.text))
+    *before, last = prompt.messages
+    content = template.replace("{prompt}", last["content"])
+    return replace(prompt, messages=(*before, {**last, "content": content}))
+
+
 def _outage(reason: InfrastructureError) -> RewardOutage:
     return RewardOutage(
         f"The reward function has no verdicts, the last time because: {reason}. Repair it, or "

@@ -20,6 +20,9 @@ from typing import Any
 
 from kimi_core.types import EndReason, Prompt
 
+RIGHT = 0.5
+"""An answer with a higher reward is right."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -31,6 +34,11 @@ class Answer:
     end: EndReason
     reward: float | None
     """The reward function's result; None: no verdict could be reached."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it has a verdict, and that is nearer to 1 than to 0."""
+        return self.reward is not None and self.reward > RIGHT
 
 
 def key_of(prompt: Prompt) -> str:

@@ -1,4 +1,4 @@
-"""Near-duplicates among texts, and n-grams that training prompts share with evaluation sets.
+"""Near-duplicates among texts, and evaluation prompts that leaked into others.
 
 Two texts are near-duplicates if they hold the same numbers in the same order and the Jaccard
 similarity of their sets of character 5-grams is at least a threshold. The search is exact: no
@@ -63,20 +63,37 @@ def _jaccard(one: set[int], other: set[int]) -> float:
     return common / (len(one) + len(other) - common)
 
 
-class WordGrams:
-    """The word n-grams of a set of texts.
+class Leaks:
+    """Finds texts of a set inside others, also if a few words were changed.
 
-    A text of fewer words than ``n`` is a gram itself, and is found only where it is the whole text.
+    A text is inside another one if that holds all of its numbers and at least half of its word
+    n-grams. Common phrases and questions of one kind with other numbers are not enough for that. A
+    text of fewer words than ``n`` is a gram itself, and is found only where it is the whole text.
     """
 
     def __init__(self, texts: Sequence[str], n: int) -> None:
         self._n = n
-        self._known = {gram for text in texts for gram in self._of(text)}
+        plain = [normalized(text) for text in texts]
+        grams = [self._grams(text) for text in plain]
+        self._sizes = [*map(len, grams)]
+        self._numbers = [Counter(NUMBER.findall(text)) for text in plain]
+        self._holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for row, some in enumerate(grams):
+            for gram in some:
+                self._holders[gram].append(row)
 
-    def shared(self, text: str) -> bool:
-        """Whether ``text`` has an n-gram of the set."""
-        return not self._known.isdisjoint(self._of(text))
+    def inside(self, text: str) -> int | None:
+        """The first of the texts that is inside ``text``; None if none is."""
+        text = normalized(text)
+        numbers = Counter(NUMBER.findall(text))
+        shared = Counter(row for gram in self._grams(text) for row in self._holders.get(gram, ()))
+        found = (
+            row
+            for row, count in shared.items()
+            if 2 * count >= self._sizes[row] and self._numbers[row] <= numbers
+        )
+        return min(found, default=None)
 
-    def _of(self, text: str) -> set[tuple[str, ...]]:
-        words = normalized(text).split()
+    def _grams(self, text: str) -> set[tuple[str, ...]]:
+        words = text.split()
         return {tuple(words[at : at + self._n]) for at in range(max(len(words) - self._n, 0) + 1)}

@@ -25,7 +25,7 @@ CHOICE = re.compile(
     re.I,
 )
 
-TWO_ANSWERS = set("true false yes no right wrong correct incorrect valid invalid".split())
+TWO_ANSWERS = re.compile(r"true|false|yes|no|right|wrong|(?:in)?correct|(?:in)?valid")
 TWO_CHOICES = re.compile(
     r"\b(?:true\s*(?:or|/)\s*false|t\s*/\s*f\b|(?:yes\s*(?:or|/)\s*no)|is (?:this|the following) "
     r"(?:statement|claim) (?:true|correct))",
@@ -63,7 +63,7 @@ def form_of(text: str, answer: str) -> str:
         return "multiple choice"
     said = answer.strip(" .$\n").lower()
     is_statement = "statement" in text.lower()
-    if said in TWO_ANSWERS or (said in ("t", "f") and is_statement):
+    if TWO_ANSWERS.fullmatch(said) or (said in ("t", "f") and is_statement):
         return "true/false"
     if TWO_CHOICES.search(text) and not PROGRAM.search(text):
         return "true/false"

@@ -16,7 +16,6 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kimi_core.config import Config, CurateConfig
-from kimi_core.evaluation.answers import Draw, Responder
+from kimi_core.evaluation.answers import Draw, Responder, asked_by
 from kimi_core.evaluation.record import Answer, Record, key_of
-from kimi_core.prompts.duplicates import WordGrams, near_duplicates
+from kimi_core.prompts.duplicates import Leaks, near_duplicates
 from kimi_core.prompts.forms import form_of, subject_of
 from kimi_core.prompts.load import load_prompts
 from kimi_core.prompts.messages import chat_prompts
 from kimi_core.run.curation import Curation, page
 from kimi_core.run.files import write_atomically
 from kimi_core.types import Prompt
-
-RIGHT = 0.5
-"""An answer with a higher reward is right."""
 
 
 def curate(config: Config, *, console: Console | None = None) -> Path:
@@ -49,8 +45,7 @@ def curate(config: Config, *, console: Console | None = None) -> Path:
     console = console or Console()
     folder = Path(config.runs) / config.name
     prompts = _read(config, config.prompts.source)
-    curation = Curation(prompts, [subject_of(one.text, one.tags) for one in prompts])
-    _by_rules(curation, config)
+    curation = by_rules(prompts, config)
     folder.mkdir(parents=True, exist_ok=True)
     with closing(Record(folder / "answers.jsonl")) as record:
         if curation.left():
@@ -70,21 +65,25 @@ def _read(config: Config, source: str) -> list[Prompt]:
     return list(load_prompts(config.prompts.model_copy(update=plain)))
 
 
-def _by_rules(curation: Curation, config: Config) -> None:
-    settings, prompts = config.curate, curation.prompts
+def by_rules(prompts: list[Prompt], config: Config) -> Curation:
+    """The prompts with their subjects, and without those that the rules on texts drop."""
+    settings = config.curate
+    curation = Curation(prompts, [subject_of(one.text, one.tags) for one in prompts])
     for row, prompt in enumerate(prompts):
         if form := form_of(prompt.text, prompt.answer):
             curation.drop(row, form)
     held = [one.text for source in settings.evaluation_sets for one in _read(config, source)]
-    grams, rows = WordGrams(held, settings.shared_words), curation.left()
+    leaks, rows = Leaks(held, settings.shared_words), curation.left()
     alike = near_duplicates([*held, *(prompts[row].text for row in rows)], settings.similarity)
     for row, other in zip(rows, alike[len(held) :], strict=True):
+        leaked = leaks.inside(prompts[row].text)
         if other is not None and other < len(held):
-            curation.drop(row, "in an evaluation set", f"like: {held[other]}")
-        elif grams.shared(prompts[row].text):
-            curation.drop(row, "in an evaluation set", f"shares {settings.shared_words} words")
+            leaked = other
+        if leaked is not None:
+            curation.drop(row, "in an evaluation set", f"has: {held[leaked]}")
         elif other is not None:
             curation.drop(row, "near-duplicate", f"of: {prompts[rows[other - len(held)]].text}")
+    return curation
 
 
 def _by_answers(
@@ -92,7 +91,7 @@ def _by_answers(
 ) -> None:
     settings, most = config.curate, config.rollout.max_response_tokens
     asked = dict(zip(curation.left(), _posed(curation, config), strict=True))
-    guesses = {row: _guess(prompt, settings.guess_prompt) for row, prompt in asked.items()}
+    guesses = {row: asked_by(settings.guess_prompt, prompt) for row, prompt in asked.items()}
     for row, prompt in asked.items():
         fits = responder.fits(prompt, most)
         if not (fits and responder.fits(guesses[row], settings.guess_tokens)):
@@ -109,7 +108,7 @@ def _by_answers(
     if settings.guesses:
         draw = Draw("guess", settings.guesses, settings.guess_tokens, settings.temperature)
         for row, found in answers(draw, guesses):
-            if right := [one for one in found if is_right(one)]:
+            if right := [one for one in found if one.is_right]:
                 said = f"{len(right)} of {len(found)} guesses are right: {right[0].text!r:.80}"
                 curation.drop(row, "easy to hack", said)
     draw = Draw("solve", settings.samples, most, settings.temperature)
@@ -122,27 +121,13 @@ def _posed(curation: Curation, config: Config) -> list[Prompt]:
     return chat_prompts([curation.prompts[row] for row in curation.left()], config.prompts)
 
 
-def _guess(prompt: Prompt, template: str) -> Prompt:
-    """The prompt with a request for the answer alone."""
-    if not prompt.messages:
-        return replace(prompt, text=template.replace("{prompt}", prompt.text))
-    *before, last = prompt.messages
-    content = template.replace("{prompt}", last["content"])
-    return replace(prompt, messages=(*before, {**last, "content": content}))
-
-
-def is_right(answer: Answer) -> bool:
-    """Whether an answer has a verdict, and is right."""
-    return answer.reward is not None and answer.reward > RIGHT
-
-
 def _judge(curation: Curation, row: int, answers: list[Answer], settings: CurateConfig) -> None:
     judged = [one for one in answers if one.reward is not None]
-    curation.shown[row] = next(filter(is_right, answers), answers[0])
+    curation.shown[row] = next((one for one in answers if one.is_right), answers[0])
     if not judged:
         curation.drop(row, "no verdict", "the reward function could judge no answer")
         return
-    wrong = len(judged) - sum(map(is_right, judged))
+    wrong = len(judged) - sum(one.is_right for one in judged)
     difficulty = curation.difficulty[row] = wrong / len(judged)
     said = f"{len(judged) - wrong} of {len(judged)} answers are right"
     if difficulty < settings.lowest_difficulty:

@@ -61,7 +61,7 @@ def page(curation: Curation, config: Config) -> str:
         shown = _examples(curation, rows[:DROPPED_SHOWN])
         parts.append(["", f"## Dropped: {reason} ({len(rows)})", *shown])
     used = config.model_dump(exclude_none=True, include={"seed", "model", "reward", "curate"})
-    parts.append(["", "## Settings", *_quoted(tomli_w.dumps(used), len(str(used)))])
+    parts.append(["", "## Settings", *quoted(tomli_w.dumps(used), len(str(used)))])
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -96,12 +96,12 @@ def _examples(curation: Curation, rows: list[int]) -> Iterator[str]:
             said.append(f"Difficulty {curation.difficulty[row]:.2f}.")
         if row in curation.dropped:
             said.append(_plain(curation.dropped[row][1])[:LONGEST])
-        yield from ["", f"Prompt {prompt.id}. " + " ".join(said), *_quoted(prompt.text)]
+        yield from ["", f"Prompt {prompt.id}. " + " ".join(said), *quoted(prompt.text)]
         if row in curation.shown:
-            yield from ["", "An answer of the model:", *_quoted(curation.shown[row].text)]
+            yield from ["", "An answer of the model:", *quoted(curation.shown[row].text)]
 
 
-def _quoted(text: str, longest: int = LONGEST) -> list[str]:
+def quoted(text: str, longest: int = LONGEST) -> list[str]:
     """Text of others as a code block, in which nothing is Markdown."""
     cut = text if len(text) <= longest else text[:longest] + " ..."
     return ["", *(f"    {_plain(line)}".rstrip() for line in cut.splitlines())]

@@ -49,6 +49,7 @@ MAY_CHANGE_ON_RESUME = (
     "evaluation",
     "trajectories",
     "curate",
+    "warmup",
 )
 """Keys and sections that do not change what an iteration computes."""
 

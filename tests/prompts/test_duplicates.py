@@ -1,9 +1,9 @@
-"""Near-duplicates, against a comparison of all pairs, and shared n-grams."""
+"""Near-duplicates, against a comparison of all pairs, and leaked evaluation prompts."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kimi_core.prompts.duplicates import GRAM, NUMBER, WordGrams, near_duplicates
+from kimi_core.prompts.duplicates import GRAM, NUMBER, Leaks, near_duplicates
 from kimi_core.prompts.overlap import normalized
 
 WORDS = ["tom", "has", "3", "4", "apples", "pears", "How many", "x", "?", "ate"]
@@ -43,10 +43,18 @@ def test_small_changes_are_found_and_other_numbers_are_not():
     assert near_duplicates([], 0.7) == [] and near_duplicates(["", " "], 0.7) == [None, 0]
 
 
-def test_shared_words():
-    held = ["one two three four five six", "short one"]
-    grams = WordGrams(held, 4)
-    assert grams.shared("zero One two, three four!") and grams.shared("Short  one.")
-    assert not grams.shared("one two three five four six")
-    assert not grams.shared("a short one more word")
-    assert not WordGrams([], 4).shared("anything at all")
+def test_leaks():
+    held = [
+        "one two three four five 6 seven",
+        "short one",
+        "2 boxes hold 30 pens. How many in all?",
+    ]
+    leaks = Leaks(held, 4)
+    assert leaks.inside("zero One two, three four! five 6 seven eight") == 0
+    assert leaks.inside("one two three four five or 6 seven") == 0  # 2 of its 4 runs.
+    assert leaks.inside("one two three four five or 7 seven") is None
+    assert leaks.inside("three four five 6 seven") == 0
+    assert leaks.inside("Short  one.") == 1 and leaks.inside("a short one more word") is None
+    assert leaks.inside("Today 2 boxes hold 30 pens. How many in all?") == 2
+    assert leaks.inside("Today 2 boxes hold 31 pens. How many in all?") is None
+    assert Leaks([], 4).inside("anything at all") is None

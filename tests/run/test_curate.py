@@ -140,7 +140,7 @@ def test_a_set_of_questions_without_free_answers_needs_no_model(folder):
 
 
 def test_settings_that_cannot_work():
-    with pytest.raises(ValueError, match="curate.guess_prompt = 'Guess!' lacks"):
+    with pytest.raises(ValueError, match="'Guess!' lacks"):
         CurateConfig(guess_prompt="Guess!")
     with pytest.raises(ValueError, match="nothing lies between"):
         CurateConfig(lowest_difficulty=0.9, highest_difficulty=0.1)
