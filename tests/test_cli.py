@@ -54,7 +54,7 @@ def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch)
     Path("think.toml").write_text("")
     assert cli.find_config("think.toml") == Path("think.toml")
     with pytest.raises(
-        ValueError, match=r"No config file thing; .* code, curate, humaneval, .*think"
+        ValueError, match=r"No config file thing; .* benchmark, code, curate, humaneval, .*think"
     ):
         cli.find_config("thing")
 

@@ -28,7 +28,13 @@ from kimi_core.evaluation.record import Answer, Record, key_of
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, context_of, load_model
 from kimi_core.models.placement import limit_threads
-from kimi_core.reward.base import InfrastructureError, LimitReached, RewardOutage
+from kimi_core.reward.base import (
+    InfrastructureError,
+    LimitReached,
+    RewardFunction,
+    RewardOutage,
+    name_of,
+)
 from kimi_core.reward.judging import verdicts_on
 from kimi_core.reward.load import close_reward, load_reward
 from kimi_core.rollout.load import load_engine
@@ -59,24 +65,29 @@ class Responder:
 
     Of the config, ``model``, ``rollout``, ``reward`` and ``seed`` are read.
 
+    Args:
+        reward: judges in place of ``config.reward``, and is closed here; its name is recorded.
+
     Raises:
         ValueError: a setting cannot work, or the model is an untrained one from scratch.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, reward: RewardFunction | None = None) -> None:
         if config.model.name == "scratch":
             raise ValueError(
                 "model.name = 'scratch' is a model with random weights, whose answers tell "
                 "nothing: name a trained one, such as the checkpoint that `kimi sft` writes"
             )
         self.config = config
-        self._reward = load_reward(config.reward)
+        self._named = None if reward is None else name_of(reward)
+        self._reward = reward or load_reward(config.reward)
         model, tokenizer = load_model(config.model)
         check_weights(model)
         limit_threads(model)
         self.codec = Codec(tokenizer, config.rollout.stop, model)
         self._context = context_of(model)
-        self._weights = _checksum(model)
+        self.weights = _checksum(model)
+        """CRC-32C of the model's parameters."""
         self._engine, self._publisher = load_engine(model, config.rollout, None)
         self._publisher.publish(model.named_parameters(), 0)
         self._engine.serve(0)
@@ -147,10 +158,10 @@ class Responder:
             "temperature": draw.temperature,
             "seed": config.seed,
             "model": config.model.name,
-            "weights": self._weights,
+            "weights": self.weights,
             "stop": config.rollout.stop,
             "repeat": [config.rollout.repeat_window, config.rollout.repeat_count],
-            "reward": reward,
+            "reward": self._named or reward,
         }
 
     def _sampled(
