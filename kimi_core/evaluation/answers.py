@@ -3,9 +3,8 @@
 Curation, warm-up sets, evaluation and shortest rejection sampling share this::
 
     with closing(Responder(config)) as responder, closing(Record(path)) as record:
-        responder.draw(Draw("solve", samples=10, max_tokens=256), prompts, record)
-        for prompt in prompts:
-            answers = record.answers("solve", key_of(prompt))
+        draw = Draw("solve", samples=10, max_tokens=256)
+        answers = answers_to(prompts, draw, responder, record, Console())
 
 A prompt is recorded as soon as its answers are judged. After a crash the same call goes on with the
 prompts that are not recorded. What a token is sampled with depends on the seed, the draw's name,
@@ -21,6 +20,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from kimi_core import _C
 from kimi_core.config import Config
@@ -215,6 +216,21 @@ class Responder:
         ]
         away = [one for one in faults if not isinstance(one, LimitReached)]
         return answers, away[-1] if len(away) == len(verdicts) else None
+
+
+def answers_to(
+    prompts: Sequence[Prompt], draw: Draw, responder: Responder, record: Record, console: Console
+) -> list[list[Answer]]:
+    """Complete a draw under a progress bar, and return the answers to each prompt.
+
+    Raises: as ``Responder.draw``.
+    """
+    keys = [key_of(prompt) for prompt in prompts]
+    done = sum(record.has(draw.name, key) for key in set(keys))
+    with Progress(console=console) as progress:
+        task = progress.add_task(draw.name, total=len(set(keys)), completed=done)
+        responder.draw(draw, prompts, record, advance=lambda: progress.advance(task))
+    return [record.answers(draw.name, key) for key in keys]
 
 
 def asked_by(template: str, prompt: Prompt) -> Prompt:

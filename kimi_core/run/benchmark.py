@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from kimi_core import __version__
 from kimi_core.config import Config
-from kimi_core.evaluation.answers import Draw, Responder
+from kimi_core.evaluation.answers import Draw, Responder, answers_to
 from kimi_core.evaluation.benchmarks import (
     ASK,
     BENCHMARKS,
@@ -24,7 +23,7 @@ from kimi_core.evaluation.benchmarks import (
     files_of,
     load_benchmark,
 )
-from kimi_core.evaluation.record import Answer, Record, key_of
+from kimi_core.evaluation.record import Answer, Record
 from kimi_core.evaluation.statistics import interval, majority, pass_at_k
 from kimi_core.prompts.messages import chat_prompts
 from kimi_core.reward.base import RewardFunction
@@ -66,30 +65,25 @@ def run_benchmark(
     folder = Path(config.runs) / config.name / name
     folder.mkdir(parents=True, exist_ok=True)
     draw = Draw(name, samples, most, temperature)
-    console = console or Console(stderr=True)
-    with closing(Record(folder / "answers.jsonl")) as record:
-        with (
-            closing(Responder(config, reward=_reward(kind, config))) as responder,
-            Progress(console=console) as progress,
-        ):
-            for prompt in asked:
-                if not responder.fits(prompt, most):
-                    raise ValueError(
-                        f"Problem {prompt.id} does not fit into the model's context with "
-                        f"rollout.max_response_tokens = {most}: lower it"
-                    )
-            done = sum(record.has(name, key_of(prompt)) for prompt in asked)
-            task = progress.add_task(name, total=len(asked), completed=done)
-            responder.draw(draw, asked, record, advance=lambda: progress.advance(task))
-            weights = responder.weights
-        answers = [(one, record.answers(name, key_of(one))) for one in asked]
+    with (
+        closing(Record(folder / "answers.jsonl")) as record,
+        closing(Responder(config, reward=_reward(kind, config))) as responder,
+    ):
+        for prompt in asked:
+            if not responder.fits(prompt, most):
+                raise ValueError(
+                    f"Problem {prompt.id} does not fit into the model's context with "
+                    f"rollout.max_response_tokens = {most}: lower it"
+                )
+        answers = answers_to(asked, draw, responder, record, console or Console(stderr=True))
+        weights = responder.weights
     results = {
         "benchmark": name,
         "data": {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "asked": ASK[kind],
         "samples": samples,
         "temperature": temperature,
-        **figures(answers, kind, samples, config.seed),
+        **figures(list(zip(asked, answers, strict=True)), kind, samples, config.seed),
         "model": config.model.name,
         "weights_crc32c": weights,
         "kimi_core": __version__,

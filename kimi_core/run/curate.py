@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from kimi_core.config import Config, CurateConfig
-from kimi_core.evaluation.answers import Draw, Responder, asked_by
-from kimi_core.evaluation.record import Answer, Record, key_of
+from kimi_core.evaluation.answers import Draw, Responder, answers_to, asked_by
+from kimi_core.evaluation.record import Answer, Record
 from kimi_core.prompts.duplicates import Leaks, near_duplicates
 from kimi_core.prompts.forms import form_of, subject_of
 from kimi_core.prompts.load import load_prompts
@@ -49,8 +48,8 @@ def curate(config: Config, *, console: Console | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with closing(Record(folder / "answers.jsonl")) as record:
         if curation.left():
-            with closing(Responder(config)) as responder, Progress(console=console) as progress:
-                _by_answers(curation, config, responder, record, progress)
+            with closing(Responder(config)) as responder:
+                _by_answers(curation, config, responder, record, console)
         _balance(curation, config.curate)
         _write(curation, config, folder)
     if not curation.left():
@@ -87,10 +86,11 @@ def by_rules(prompts: list[Prompt], config: Config) -> Curation:
 
 
 def _by_answers(
-    curation: Curation, config: Config, responder: Responder, record: Record, progress: Progress
+    curation: Curation, config: Config, responder: Responder, record: Record, console: Console
 ) -> None:
     settings, most = config.curate, config.rollout.max_response_tokens
-    asked = dict(zip(curation.left(), _posed(curation, config), strict=True))
+    posed = chat_prompts([curation.prompts[row] for row in curation.left()], config.prompts)
+    asked = dict(zip(curation.left(), posed, strict=True))
     guesses = {row: asked_by(settings.guess_prompt, prompt) for row, prompt in asked.items()}
     for row, prompt in asked.items():
         fits = responder.fits(prompt, most)
@@ -98,12 +98,9 @@ def _by_answers(
             curation.drop(row, "too long", "the model's context has no room for an answer")
 
     def answers(draw: Draw, posed: dict[int, Prompt]) -> Iterable[tuple[int, list[Answer]]]:
-        some = {row: posed[row] for row in curation.left()}
-        keys = {row: key_of(prompt) for row, prompt in some.items()}
-        done = sum(record.has(draw.name, key) for key in set(keys.values()))
-        task = progress.add_task(draw.name, total=len(set(keys.values())), completed=done)
-        responder.draw(draw, [*some.values()], record, advance=lambda: progress.advance(task))
-        return ((row, record.answers(draw.name, key)) for row, key in keys.items())
+        rows = curation.left()
+        found = answers_to([posed[row] for row in rows], draw, responder, record, console)
+        return zip(rows, found, strict=True)
 
     if settings.guesses:
         draw = Draw("guess", settings.guesses, settings.guess_tokens, settings.temperature)
@@ -114,11 +111,6 @@ def _by_answers(
     draw = Draw("solve", settings.samples, most, settings.temperature)
     for row, found in answers(draw, asked):
         _judge(curation, row, found, settings)
-
-
-def _posed(curation: Curation, config: Config) -> list[Prompt]:
-    """The prompts that are left, as the model is asked them."""
-    return chat_prompts([curation.prompts[row] for row in curation.left()], config.prompts)
 
 
 def _judge(curation: Curation, row: int, answers: list[Answer], settings: CurateConfig) -> None:
@@ -145,10 +137,10 @@ def _balance(curation: Curation, settings: CurateConfig) -> None:
     for row in sorted(curation.left(), key=lambda row: curation.difficulty[row]):
         rows[curation.subjects[row]].append(row)
     for subject, some in rows.items():
-        stay = {some[place * len(some) // most] for place in range(min(most, len(some)))}
-        stay = set(some) if len(some) <= most else stay
-        for row in set(some) - stay:
-            curation.drop(row, "surplus", f"{subject[1]} has {len(some)} prompts")
+        if len(some) > most:
+            stay = {some[place * len(some) // most] for place in range(most)}
+            for row in set(some) - stay:
+                curation.drop(row, "surplus", f"{subject[1]} has {len(some)} prompts")
 
 
 def line_of(prompt: Prompt, **others: Any) -> str:

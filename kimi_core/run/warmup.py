@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 
 from kimi_core.config import Config
-from kimi_core.evaluation.answers import Draw, Responder, asked_by
-from kimi_core.evaluation.record import Answer, Record, key_of
+from kimi_core.evaluation.answers import Draw, Responder, answers_to, asked_by
+from kimi_core.evaluation.record import Answer, Record
 from kimi_core.prompts.load import load_prompts, split
 from kimi_core.prompts.messages import chat_prompts
 from kimi_core.run.curation import quoted
@@ -73,25 +72,23 @@ def warm_up(config: Config, *, console: Console | None = None) -> Path:
     bare = config.prompts.model_copy(update={"chat": False, "system": ""})
     prompts, _ = split(load_prompts(bare), bare.held_out, bare.split_seed)
     asked = [asked_by(settings.ask, one) for one in chat_prompts(prompts, config.prompts)]
+    draw = Draw("warm up", settings.samples, most, settings.temperature)
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(Record(folder / "answers.jsonl")) as record:
-        with closing(Responder(config)) as responder, Progress(console=console) as progress:
-            fit = [responder.fits(prompt, most) for prompt in asked]
-            pairs = [
-                pair for pair, ok in zip(zip(prompts, asked, strict=True), fit, strict=True) if ok
-            ]
-            draw = Draw("warm up", settings.samples, most, settings.temperature)
-            done = sum(record.has(draw.name, key_of(prompt)) for _, prompt in pairs)
-            task = progress.add_task(draw.name, total=len(pairs), completed=done)
-            responder.draw(
-                draw,
-                [prompt for _, prompt in pairs],
-                record,
-                advance=lambda: progress.advance(task),
+    with (
+        closing(Record(folder / "answers.jsonl")) as record,
+        closing(Responder(config)) as responder,
+    ):
+        rows = [row for row, prompt in enumerate(asked) if responder.fits(prompt, most)]
+        if not rows:
+            raise ValueError(
+                "No prompt fits into the model's context with rollout.max_response_tokens = "
+                f"{most}: lower it"
             )
-        found = [(prompt, record.answers(draw.name, key_of(one))) for prompt, one in pairs]
+        some = [asked[row] for row in rows]
+        answers = answers_to(some, draw, responder, record, console)
+    found = list(zip([prompts[row] for row in rows], answers, strict=True))
     kept = [pair for prompt, answers in found for pair in _chosen(prompt, answers, config)]
-    page = _page(found, kept, len(fit) - sum(fit), config)
+    page = _page(found, kept, len(asked) - len(rows), config)
     write_atomically(folder / "warmup.md", page)
     if not kept:
         raise ValueError(_why_empty(found, folder, config))
