@@ -337,10 +337,10 @@ class CurateConfig(Section):
     similarity: float = Field(0.7, gt=0, le=1)
     """Least Jaccard similarity (character 5-grams) of near-duplicates, of which the first stays."""
     evaluation_sets: list[str] = []
-    """Evaluation sets, each as `prompts.source`. A prompt that is nearly one of theirs, or has one
-    inside (its numbers, and half of its runs of `shared_words` words), is dropped."""
+    """Evaluation sets: `prompts.source`, or `gsm8k:test.jsonl` and so on. A prompt is dropped that
+    is a near-duplicate of one of theirs, or has one inside."""
     shared_words: int = Field(8, ge=1)
-    """Length of such a run, in words."""
+    """Words of a run. What has all numbers and half of the runs of a prompt has it inside."""
     most_per_discipline: int | None = Field(None, ge=1)
     """Prompts that are kept of each discipline, spread over its difficulties. Unset: all."""
 

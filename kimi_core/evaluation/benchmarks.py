@@ -11,6 +11,7 @@
 """
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -68,12 +69,13 @@ def _gsm8k(line: Line) -> Problem:
 def _mmlu(line: Line) -> Problem:
     options, right = tuple(line["choices"]), line["answer"]
     letter = LETTERS[right] if isinstance(right, int) else right
-    return Problem(line["question"], letter, line.get("subject") or "", options)
+    return _with_options(Problem(line["question"], letter, line.get("subject") or "", options))
 
 
 def _mmlu_pro(line: Line) -> Problem:
     subject = line.get("category") or ""
-    return Problem(line["question"], line["answer"], subject, tuple(line["options"]))
+    options = tuple(line["options"])
+    return _with_options(Problem(line["question"], line["answer"], subject, options))
 
 
 BENCHMARKS: dict[str, tuple[Kind, Callable[[Line], Problem] | None]] = {
@@ -120,39 +122,71 @@ def load_benchmark(name: str, files: list[Path]) -> list[Prompt]:
     """
     kind, read = BENCHMARKS[name]
     if read is None:
-        if not files:
-            return humaneval.prompts()
-        places = [(path, *one) for path in files for one in lines_in(path, PROMPT_KEYS)]
-        return [
-            prompt_in(line, row, Place(path, number))
-            for row, (path, _, number, line) in enumerate(places)
-        ]
-    prompts: list[Prompt] = []
+        return _programs(files)
+    return [_prompt(row, kind, one) for row, one in enumerate(_problems(name, read, files))]
+
+
+def questions_of(name: str, files: list[Path]) -> list[str]:
+    """The problems as they are published, without our request for an answer.
+
+    Raises: as `load_benchmark`.
+    """
+    _, read = BENCHMARKS[name]
+    if read is None:
+        return [one.text for one in _programs(files)]
+    return [one.question for one in _problems(name, read, files)]
+
+
+def _programs(files: list[Path]) -> list[Prompt]:
+    if not files:
+        return humaneval.prompts()
+    places = [(path, *one) for path in files for one in lines_in(path, PROMPT_KEYS)]
+    return [
+        prompt_in(line, row, Place(path, number))
+        for row, (path, _, number, line) in enumerate(places)
+    ]
+
+
+def _problems(name: str, read: Callable[[Line], Problem], files: list[Path]) -> list[Problem]:
+    problems = []
     for path in files:
         for number, line in _lines(path):
             try:
-                prompts.append(_prompt(len(prompts), kind, read(line)))
+                problems.append(_checked(read(line)))
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 keys = ", ".join(map(str, line)) if isinstance(line, dict) else repr(line)[:80]
                 raise ValueError(
                     f"{path}, line {number} is not in the format of {name} "
                     f"({type(error).__name__}: {error}); it has {keys or 'no keys'}"
                 ) from None
-    if not prompts:
+    if not problems:
         raise ValueError(f"There are no problems in {', '.join(map(str, files))}")
-    return prompts
+    return problems
+
+
+def _checked(problem: Problem) -> Problem:
+    texts = (problem.question, problem.answer, *problem.options)
+    if not (all(isinstance(one, str) for one in texts) and problem.question and problem.answer):
+        raise ValueError("the question or the answer is empty, or something is not text")
+    return problem
+
+
+def _with_options(problem: Problem) -> Problem:
+    if problem.answer not in [*LETTERS[: len(problem.options)]]:
+        raise ValueError(f"the answer {problem.answer!r} is none of {len(problem.options)} options")
+    return problem
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """What each line holds; of a JSON file, the entries of its list, or its one object."""
-    if path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8") as file:
-            for number, row in enumerate(csv.reader(file), 1):
-                question, *choices, answer = row
-                yield number, {"question": question, "choices": choices, "answer": answer}
-        return
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".csv":
+            for number, row in enumerate(csv.reader(io.StringIO(text)), 1):
+                question, *choices = row or [""]
+                answer = choices.pop() if choices else ""
+                yield number, {"question": question, "choices": choices, "answer": answer}
+            return
         if path.suffix == ".json":
             found = json.loads(text)
             yield from enumerate(found if isinstance(found, list) else [found], 1)
@@ -160,16 +194,12 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield number, json.loads(line)
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {error}") from None
 
 
 def _prompt(row: int, kind: Kind, problem: Problem) -> Prompt:
-    if not (isinstance(problem.question, str) and problem.question and problem.answer):
-        raise ValueError("the question or the answer is empty, or not text")
-    named = list(zip(LETTERS, problem.options, strict=False))
-    if kind == "choice" and problem.answer not in [letter for letter, _ in named]:
-        raise ValueError(f"the answer {problem.answer!r} is none of {len(named)} options")
+    named = zip(LETTERS, problem.options, strict=False)
     options = "\n".join(f"{letter}) {option}" for letter, option in named)
     text = ASK[kind].replace("{options}", options).replace("{question}", problem.question)
     return Prompt(row, text, problem.answer, tags={"subject": problem.subject})

@@ -17,8 +17,8 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     It is 1 − C(n − right, k) / C(n, k): the share of the sets of k out of n answers that hold a
     right one.
 
-    >>> pass_at_k(10, 3, 1), pass_at_k(4, 2, 2)
-    (0.3, 0.8333333333333334)
+    >>> pass_at_k(10, 5, 1), round(pass_at_k(4, 2, 2), 3)
+    (0.5, 0.833)
 
     Raises:
         ValueError: k is not within 1 to n, or ``right`` not within 0 to n.

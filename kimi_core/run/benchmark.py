@@ -57,6 +57,8 @@ def run_benchmark(
         ValueError: a setting or a file cannot work, or a problem does not fit into the context.
         RewardOutage, EngineFailed, OSError: what was judged before is kept.
     """
+    if samples < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"--samples = {samples}, --limit = {limit}; allowed are 1 or more")
     files = files_of(name, data)
     prompts = load_benchmark(name, files)[:limit]
     asked = chat_prompts(prompts, config.prompts)

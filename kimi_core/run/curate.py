@@ -23,6 +23,7 @@ from rich.console import Console
 
 from kimi_core.config import Config, CurateConfig
 from kimi_core.evaluation.answers import Draw, Responder, answers_to, asked_by
+from kimi_core.evaluation.benchmarks import BENCHMARKS, files_of, questions_of
 from kimi_core.evaluation.record import Answer, Record
 from kimi_core.prompts.duplicates import Leaks, near_duplicates
 from kimi_core.prompts.forms import form_of, subject_of
@@ -64,6 +65,14 @@ def _read(config: Config, source: str) -> list[Prompt]:
     return list(load_prompts(config.prompts.model_copy(update=plain)))
 
 
+def _held(config: Config, source: str) -> list[str]:
+    """The questions of an evaluation set."""
+    name, colon, path = source.partition(":")
+    if colon and name in BENCHMARKS:
+        return questions_of(name, files_of(name, Path(path)))
+    return [one.text for one in _read(config, source)]
+
+
 def by_rules(prompts: list[Prompt], config: Config) -> Curation:
     """The prompts with their subjects, and without those that the rules on texts drop."""
     settings = config.curate
@@ -71,7 +80,7 @@ def by_rules(prompts: list[Prompt], config: Config) -> Curation:
     for row, prompt in enumerate(prompts):
         if form := form_of(prompt.text, prompt.answer):
             curation.drop(row, form)
-    held = [one.text for source in settings.evaluation_sets for one in _read(config, source)]
+    held = [text for source in settings.evaluation_sets for text in _held(config, source)]
     leaks, rows = Leaks(held, settings.shared_words), curation.left()
     alike = near_duplicates([*held, *(prompts[row].text for row in rows)], settings.similarity)
     for row, other in zip(rows, alike[len(held) :], strict=True):

@@ -96,7 +96,11 @@ def _examples(curation: Curation, rows: list[int]) -> Iterator[str]:
             said.append(f"Difficulty {curation.difficulty[row]:.2f}.")
         if row in curation.dropped:
             said.append(_plain(curation.dropped[row][1])[:LONGEST])
-        yield from ["", f"Prompt {prompt.id}. " + " ".join(said), *quoted(prompt.text)]
+        yield from [
+            "",
+            f"Prompt {prompt.id}. " + " ".join(filter(None, said)),
+            *quoted(prompt.text),
+        ]
         if row in curation.shown:
             yield from ["", "An answer of the model:", *quoted(curation.shown[row].text)]
 

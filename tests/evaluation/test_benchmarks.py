@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kimi_core.config import MathConfig
-from kimi_core.evaluation.benchmarks import choice, chosen, files_of, load_benchmark
+from kimi_core.evaluation.benchmarks import choice, chosen, files_of, load_benchmark, questions_of
 from kimi_core.reward.math.reward import MathReward
 from kimi_core.types import Prompt
 
@@ -117,6 +117,7 @@ def test_other_files_and_folders(tmp_path):
     found = load_benchmark("math-500", files_of("math-500", tmp_path))
     assert [one.id for one in found] == [0, 1, 2]
     assert [one.tags["subject"] for one in found] == ["Algebra", "Precalculus", "Algebra"]
+    assert questions_of("math-500", files_of("math-500", tmp_path))[0] == MATH["problem"]
     (code,) = read(tmp_path, "mbpp", MBPP)
     assert "remove first and last" in code.text and "remove_Occ" in code.tags["tests"]
 
@@ -160,8 +161,9 @@ def test_the_letter_of_a_response(text, letter):
         ("gsm8k", [{"problem": "?"}], r"line 1 .*KeyError: 'answer'.*it has problem"),
         ("math-500", [{"problem": "?", "solution": "2"}], r"has no \\boxed"),
         ("mmlu", [MMLU | {"answer": 7}], "'H' is none of 4 options"),
+        ("mmlu", [MMLU | {"choices": []}], "'B' is none of 0 options"),
         ("mmlu", ["[1]\n"], r"line 1 .*it has \[1\]"),
-        ("aime", [{"problem": "", "answer": 3}], "question or the answer is empty"),
+        ("aime", [{"problem": "", "answer": 3}], "the question or the answer is empty"),
         ("aime", ['{"problem": \n'], "is not JSONL"),
         ("aime", ["\n"], "no problems in"),
     ],
@@ -169,6 +171,14 @@ def test_the_letter_of_a_response(text, letter):
 def test_bad_lines_are_named(tmp_path, name, lines, said):
     with pytest.raises(ValueError, match=said):
         read(tmp_path, name, *lines)
+
+
+def test_bad_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"test\.csv, line 2 .*'' is none of 0 options"):
+        read(tmp_path, "mmlu", MMLU_CSV + "one cell\n", suffix=".csv")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}\n')
+    with pytest.raises(ValueError, match=r"latin\.jsonl is not JSONL: 'utf-8'"):
+        load_benchmark("gsm8k", [tmp_path / "latin.jsonl"])
 
 
 def test_missing_files(tmp_path):

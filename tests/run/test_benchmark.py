@@ -60,6 +60,8 @@ def test_multiple_choice_greedy_and_limited(folder, capsys):
 
 
 def test_bad_input(folder, capsys):
+    assert cli.main(["evaluate", "--benchmark", "gsm8k", "--samples", "0"]) == 2
+    assert "allowed are 1 or more" in capsys.readouterr().err
     assert cli.main(["evaluate", "--benchmark", "gsm8k"]) == 2
     assert "needs --data" in capsys.readouterr().err
     arguments = ["--benchmark", "mmlu", "--data", "test.jsonl"]

@@ -49,7 +49,7 @@ SETTINGS = [
     "reward.function=r.py:reward",
     'curate.guess_prompt="{prompt}#"',
     "curate.guess_tokens=3",
-    "curate.evaluation_sets=['e.jsonl']",
+    "curate.evaluation_sets=['gsm8k:e.jsonl']",
 ]
 
 
@@ -66,7 +66,7 @@ def folder(tmp_path, monkeypatch):
     ]
     lines += [{"prompt": "Is 7 > 3?", "answer": "yes", "kind": "form"}]
     Path("p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Path("e.jsonl").write_text(json.dumps({"prompt": "3*333=", "answer": "999"}) + "\n")
+    Path("e.jsonl").write_text(json.dumps({"question": "3*333=", "answer": "#### 999"}) + "\n")
     return tmp_path
 
 
