@@ -6,15 +6,15 @@ are easily guessed right, and no rule can check a proof.
 
 import re
 
-LETTER = re.compile(
-    r"\W*(?:the answer is\W*)?(?:option\s+)?([A-Ja-j])(?:[).:\s].*|\W*)", re.S | re.I
-)
+LETTER = re.compile(r"\W*(?:the answer is\W*)?(?:option\s+)?([A-Ja-j])(?:[).:].*|\W*)", re.S | re.I)
 """An answer that names an option, with or without the option's text."""
 
 LABELS = (
     re.compile(r"(?:^|[\s;,])\(([A-Za-z])\)(?=\s*\S)", re.M),  # (A) red
     re.compile(r"(?:^|[\s;,])([A-Za-z])\)(?=\s*\S)", re.M),  # A) red
-    re.compile(r"(?:^|\n)\s*(?:[-*]\s*)?\**([A-Z])\**[.:]\**(?=\s*\S)"),  # A. red, a line each
+    re.compile(
+        r"(?:^|\n)[ \t]*(?:[-*][ \t]*)?\**([A-Z])\**[.:]\**(?=\s*\S)"
+    ),  # A. red, a line each
     re.compile(r"\s\(?([A-E])[.:](?=\s+\S)"),  # A. red B. blue
     re.compile(r"\\(?:textbf|mathrm|text)\s*\{\s*\(([A-E])\)"),  # \textbf{(A)}\ red
 )
@@ -33,13 +33,13 @@ TWO_CHOICES = re.compile(
 )
 
 PROGRAM = re.compile(
-    r"^\s*(?:def|class) \w+|\b(?:python|javascript|c\+\+|stdin|standard input|linked list|subarray|"
-    r"binary tree)\b|\b(?:program|function) that\b",
+    r"^[ \t]*(?:def|class) \w+|\bc\+\+|\b(?:program|function) that\b|"
+    r"\b(?:python|javascript|stdin|standard input|linked list|subarray|binary tree)\b",
     re.I | re.M,
 )
 
 PROOF = re.compile(
-    r"(?:^|[.;:!?,)\]$]\s+|\n\s*|\b(?:and|then|to|please|hence|thus|or)\s+)"
+    r"(?:^|[.;:!?,)\]$]\s+|\n[ \t]*|\b(?:and|then|to|please|hence|thus|or)\s+)"
     r"(?:(?:dis)?prove\b|show\s+(?:that|how|why)\b|give\s+a\s+proof|write\s+a\s+proof|"
     r"(?:demonstrate|verify|justify|deduce|establish|conclude)\s+that\b|provide\s+a\s+(?:\w+\s+)?proof)",
     re.I,

@@ -34,6 +34,7 @@ FREE = [
     ("A die has faces A, B, C, D, E, F. What is the probability of a vowel?", "1/3"),
     ("(a) Let x = 3. (b) Let y = 4. What is x + y?", "7"),
     ("Let A. Smith have 3 cats and B. Jones 4. How many cats are there?", "7"),
+    ("(a) What is 2a? (b) What is a + b?", "a + b"),
     ("Solve x^2 = 4 (take x > 0).", "2"),
     ("Which of the following numbers is larger: 2^10 or 10^3?", "2^10"),
 ]
@@ -81,6 +82,7 @@ def test_humaneval_has_free_answers():
         ("How many moles are in 18 g of water?", ("science", "chemistry")),
         ("Tom has 3 apples and buys 5. How many has he?", ("mathematics", "word problems")),
         ("7*384=", ("mathematics", "arithmetic")),
+        ("Write C++ code that adds.", ("code", "programming")),
         ("Who wrote Hamlet?", ("other", "other")),
     ],
 )
