@@ -36,15 +36,43 @@ SFT = """Supervised fine-tuning alone (section 2.2): packed sequences, loss on t
 Writes runs/NAME/checkpoint in Hugging Face format, which `kimi train` takes as model.name (with
 sft.data=none), and evaluates it on the held-out prompts."""
 
-EVALUATE = """Accuracy of a model, greedy and sampled, on held-out prompts or on HumanEval.
+EVALUATE = """Accuracy of a model on held-out prompts, on HumanEval or on a benchmark.
 
     kimi evaluate model.name=runs/think/checkpoint
     kimi evaluate smollm2 seed=1 prompts.held_out=400
     kimi evaluate --task humaneval model.name=smollm2-135m
     kimi evaluate --task humaneval --solutions canonical
+    kimi evaluate --benchmark gsm8k --data test.jsonl --samples 8 model.name=my-model
 
 Prints one JSON line: the numbers of an evaluation line of metrics.jsonl or, for HumanEval (whose
-default config is `humaneval`), the counts of verdicts and pass@1."""
+default config is `humaneval`), the counts of verdicts and pass@1.
+
+`--benchmark` reads a published benchmark from a file or folder, asks its problems as
+kimi_core/evaluation/benchmarks.py says (default config: `benchmark`), and prints avg@k, pass@k,
+maj@k and lengths with intervals. They are in runs/NAME/BENCHMARK/results.json, too, with all that
+repeats them. The same command goes on after a crash."""
+
+CURATE = """Make a training set of prompts, with a report (section 2.1).
+
+    kimi sft name=warm && kimi curate       # problems that ship with the package: minutes
+    kimi curate problems.jsonl my.toml
+    kimi curate problems.jsonl my.toml curate.highest_difficulty=0.8
+
+Drops multiple-choice, true/false and proof questions, near-duplicates, prompts of evaluation sets
+(curate.evaluation_sets), prompts that are easy to hack, trivial and hopeless ones. `model` answers,
+`rollout` says how, `reward` judges. Writes curated.jsonl, dropped.jsonl, report.md and the record
+answers.jsonl to runs/NAME. The same command goes on after a crash, and takes other thresholds
+without asking the model again."""
+
+WARMUP = """Collect long, verified answers for supervised fine-tuning (section 2.2).
+
+    kimi sft name=warm
+    kimi warmup name=long model.name=runs/warm/checkpoint 'warmup.ask="{prompt}"'
+    kimi sft name=longer model.name=runs/warm/checkpoint sft.data=runs/long/warmup.jsonl
+
+`model` answers the training prompts as `warmup.ask` asks it, `reward` judges. Right answers that
+plan, evaluate, reflect and explore are kept, the longest first. Writes warmup.jsonl, the report
+warmup.md and the record answers.jsonl to runs/NAME; the same command goes on after a crash."""
 
 CHECK = """Check programming problems and their reference solutions before a run.
 
@@ -119,9 +147,21 @@ def evaluate(arguments: Sequence[str]) -> int:
         help="score these instead of a model's (humaneval)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
+    parser.add_argument("--benchmark", metavar="NAME", help="aime, math-500, gsm8k, mmlu, ...")
+    parser.add_argument("--data", type=Path, help="its file or folder (JSONL, JSON or CSV)")
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="K", help="answers to each problem (1: greedy)"
+    )
     given = parser.parse_intermixed_args(arguments)
 
     def run(config: Config) -> None:
+        if given.benchmark:
+            from kimi_core.run.benchmark import run_benchmark
+
+            sizes = {"samples": given.samples, "limit": given.limit}
+            found = run_benchmark(config, given.benchmark, given.data, **sizes)
+            print(json.dumps({key: value for key, value in found.items() if key != "config"}))
+            return
         if given.task == "held-out":
             from kimi_core.run.run import evaluate_alone
 
@@ -135,7 +175,35 @@ def evaluate(arguments: Sequence[str]) -> int:
         print(json.dumps(found))
 
     default = "humaneval" if given.task == "humaneval" else "think"
+    default = "benchmark" if given.benchmark else default
     return with_config(given.arguments, run, default=default)
+
+
+def curate(arguments: Sequence[str]) -> int:
+    given = config_parser("curate", CURATE).parse_intermixed_args(arguments)
+    files = [one for one in given.arguments if one.endswith(".jsonl") and "=" not in one]
+    if not any(one.startswith("prompts.source=") for one in given.arguments):
+        files = files or [str(CONFIGS / "problems.jsonl")]
+    others = [one for one in given.arguments if one not in files]
+
+    def run(config: Config) -> None:
+        from kimi_core.run.curate import curate as make
+
+        print(f"training set: {make(config) / 'curated.jsonl'}")
+
+    sources = [f"prompts.source={file}" for file in files]
+    return with_config([*others, *sources], run, default="curate")
+
+
+def warmup(arguments: Sequence[str]) -> int:
+    given = config_parser("warmup", WARMUP).parse_intermixed_args(arguments)
+
+    def run(config: Config) -> None:
+        from kimi_core.run.warmup import warm_up
+
+        print(f"examples: {warm_up(config)}")
+
+    return with_config(given.arguments, run)
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -185,7 +253,9 @@ def buffer(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model by reinforcement learning"),
     "sft": (sft, "supervised fine-tuning alone"),
-    "evaluate": (evaluate, "accuracy of a model on held-out prompts or HumanEval"),
+    "evaluate": (evaluate, "accuracy of a model on held-out prompts or a benchmark"),
+    "curate": (curate, "make a training set of prompts, with a report"),
+    "warmup": (warmup, "collect long, verified answers for supervised fine-tuning"),
     "check": (check, "check programming problems and their reference solutions"),
     "reward": (reward, "train and compare two reward models"),
     "sandbox": (sandbox, "run programs in a sandbox, serve it, or check this machine"),
@@ -262,7 +332,8 @@ def with_config(
         )
     except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
         print(
-            "interrupted: --resume continues from the last state, if one was saved",
+            "interrupted: what was saved is kept; the same command (kimi train: with --resume) "
+            "goes on from there",
             file=sys.stderr,
         )
         return 130

@@ -321,6 +321,61 @@ class TrajectoriesConfig(Section):
     """Write token ids and log-probs. Off: texts and rewards only, a sixth of the size or less."""
 
 
+class CurateConfig(Section):
+    samples: int = Field(10, ge=1)
+    """Answers to each prompt. Its difficulty is 1 − the share of right ones."""
+    temperature: float = Field(1.2, gt=0)
+    """Temperature of answers and guesses; the report takes a high one."""
+    lowest_difficulty: float = Field(0.1, ge=0, le=1)
+    """A prompt of less is trivial, and dropped."""
+    highest_difficulty: float = Field(0.9, ge=0, le=1)
+    """A prompt of more is hopeless, and dropped."""
+    guesses: int = Field(8, ge=0)
+    """Answers without a chain of thought. A prompt is dropped as easy to hack if one is right. 0
+    turns this off."""
+    guess_prompt: str = "{prompt}\n\nGive only the final answer, at once, without explanation."
+    """How a guess is asked for. A conversation's last message takes the place of `{prompt}`."""
+    guess_tokens: int = Field(16, ge=1)
+    """Length limit of a guess, so short that no chain of thought fits."""
+    similarity: float = Field(0.7, gt=0, le=1)
+    """Least Jaccard similarity (character 5-grams) of near-duplicates, of which the first stays."""
+    evaluation_sets: list[str] = []
+    """Evaluation sets: `prompts.source`, or `gsm8k:test.jsonl` and so on. A prompt is dropped that
+    is a near-duplicate of one of theirs, or has one inside."""
+    shared_words: int = Field(8, ge=1)
+    """Words of a run. What has all numbers and half of the runs of a prompt has it inside."""
+    most_per_discipline: int | None = Field(None, ge=1)
+    """Prompts that are kept of each discipline, spread over its difficulties. Unset: all."""
+
+    @model_validator(mode="after")
+    def _a_guess_asks_the_prompt(self) -> "CurateConfig":
+        if "{prompt}" not in self.guess_prompt:
+            raise ValueError(
+                f"curate.guess_prompt = {self.guess_prompt!r} lacks {{prompt}}, where a prompt goes"
+            )
+        if self.lowest_difficulty > self.highest_difficulty:
+            raise ValueError(
+                f"curate.lowest_difficulty = {self.lowest_difficulty} is above "
+                f"curate.highest_difficulty = {self.highest_difficulty}: nothing lies between"
+            )
+        return self
+
+
+class WarmupConfig(Section):
+    samples: int = Field(8, ge=1)
+    """Answers to each prompt, among which right ones are looked for."""
+    temperature: float = Field(1.0, gt=0)
+    ask: str = (
+        "{prompt}\n\nMake a plan first. Then work step by step. Check each step, say so if you "
+        "were wrong, and try another way where one fails."
+    )
+    """How the model is asked, as `curate.guess_prompt`. The examples have the prompt alone."""
+    keep: int = Field(1, ge=1)
+    """Right answers that are kept of a prompt: those with the most behaviours, then the longest."""
+    least_tokens: int = Field(0, ge=0)
+    """Shorter answers are not kept."""
+
+
 class Config(Section):
     name: str = Field("think", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/NAME`."""
@@ -343,3 +398,5 @@ class Config(Section):
     trainer: TrainerConfig = TrainerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     trajectories: TrajectoriesConfig = TrajectoriesConfig()
+    curate: CurateConfig = CurateConfig()
+    warmup: WarmupConfig = WarmupConfig()

@@ -19,7 +19,8 @@ def test_an_interrupt_is_one_line_and_status_130(capsys):
 
     assert cli.with_config([], interrupted) == 130
     assert capsys.readouterr().err.splitlines() == [
-        "interrupted: --resume continues from the last state, if one was saved"
+        "interrupted: what was saved is kept; the same command (kimi train: with --resume) goes "
+        "on from there"
     ]
 
 
@@ -52,7 +53,9 @@ def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch)
     assert cli.find_config("think") == cli.find_config("think.toml") == cli.CONFIGS / "think.toml"
     Path("think.toml").write_text("")
     assert cli.find_config("think.toml") == Path("think.toml")
-    with pytest.raises(ValueError, match=r"No config file thing; .* code, humaneval, .*think"):
+    with pytest.raises(
+        ValueError, match=r"No config file thing; .* benchmark, code, curate, humaneval, .*think"
+    ):
         cli.find_config("thing")
 
 
@@ -102,7 +105,10 @@ def test_help_names_every_command_and_loads_no_torch(tmp_path):
 
 def test_an_unknown_command_lists_those_there_are(capsys):
     assert cli.main(["trian"]) == 2
-    assert "it has train, sft, evaluate, check, reward, sandbox, buffer" in capsys.readouterr().err
+    assert (
+        "it has train, sft, evaluate, curate, warmup, check, reward, sandbox"
+        in capsys.readouterr().err
+    )
 
 
 def test_commands_hand_their_arguments_on(tmp_path, capsys):

@@ -48,6 +48,8 @@ MAY_CHANGE_ON_RESUME = (
     "save_every",
     "evaluation",
     "trajectories",
+    "curate",
+    "warmup",
 )
 """Keys and sections that do not change what an iteration computes."""
 
