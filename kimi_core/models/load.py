@@ -97,6 +97,12 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
     return model.to(place).eval(), tokenizer
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Tokens that the model can read; None: its config does not say."""
+    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that has no model in Hugging Face format.
 

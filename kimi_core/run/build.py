@@ -13,7 +13,7 @@ from kimi_core.config import Config, RolloutConfig
 from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import check_weights, load_model
+from kimi_core.models.load import check_weights, context_of, load_model
 from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.jsonl import TextExample, load_examples
@@ -23,16 +23,14 @@ from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
-from kimi_core.rollout.engine import Engine
+from kimi_core.rollout.load import load_engine
 from kimi_core.rollout.phase import buffer_size, sampling_for
-from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.run import state
 from kimi_core.tasks import multiply, programs, retrieve
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt
-from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher, module_to_read
+from kimi_core.weights.publish import Publisher
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ def build(config: Config) -> Parts:
     encode.check()
     encode.keep(held_out)
     longest = encode.longest + response
-    engine, publisher = _engine(model, config.rollout, longest)
+    engine, publisher = load_engine(model, config.rollout, longest)
     policy = Policy(
         model,
         temperature=config.rollout.temperature,
@@ -120,27 +118,6 @@ def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path
     return partial(RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories)
 
 
-def _engine(
-    model: PreTrainedModel, rollout: RolloutConfig, longest: int
-) -> tuple[Engine, Publisher]:
-    """The engine, and the publisher that takes the trainer's weights to it."""
-    if rollout.engine == "torch":
-        read = module_to_read(model)
-        return TorchEngine(read, batch_rows=rollout.batch_rows, longest=longest), InPlace()
-    size = rollout.vllm.args.get("tensor_parallel_size", 1)
-    publisher = ArenaPublisher(model.config, model.dtype, tp_size=size)
-    # vLLM is neither loaded nor started before the first response is asked for.
-    engine = VLLMEngine(
-        model.config,
-        model.dtype,
-        lambda: publisher.paths,
-        batch_rows=rollout.batch_rows,
-        options=rollout.vllm.args,
-        timeout_s=rollout.vllm.timeout_s,
-    )
-    return engine, publisher
-
-
 def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextExample]:
     """The examples that ``sft.data`` names, as text.
 
@@ -172,12 +149,6 @@ def _retrieve_examples(config: Config) -> list[tuple[str, str]]:
     task, sft = config.prompts.task, config.sft
     count = sft.examples or sft.steps * sft.batch_size
     return retrieve.examples(count, task.numbers, task.length, retrieve.MIXED, seed=config.seed)
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """Tokens that the model can read; None: its config does not say."""
-    context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return context
 
 
 def alphabet(config: Config) -> str:

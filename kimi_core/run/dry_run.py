@@ -22,7 +22,7 @@ from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import check_folder
+from kimi_core.models.load import check_folder, context_of
 from kimi_core.models.placement import device_of, dtype_of, freeze_below
 from kimi_core.models.scratch import scratch_model
 from kimi_core.prompts.load import load_prompts
@@ -30,7 +30,7 @@ from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
-from kimi_core.run.build import alphabet, context_of
+from kimi_core.run.build import alphabet
 from kimi_core.run.config_file import dump_toml
 from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
 from kimi_core.trainer.master_weights import SIXTEEN_BITS
