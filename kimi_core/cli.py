@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kimi_core.config import Config
+from kimi_core.long2short import METHODS
 from kimi_core.run.config_file import load_config
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -45,6 +46,18 @@ EVALUATE = """Accuracy of a model, greedy and sampled, on held-out prompts or on
 
 Prints one JSON line: the numbers of an evaluation line of metrics.jsonl or, for HumanEval (whose
 default config is `humaneval`), the counts of verdicts and pass@1."""
+
+LONG2SHORT = """Make a model that thinks long answer shorter, by four methods (section 2.4).
+
+    kimi long2short runs/think                      # all four, minutes on a laptop
+    kimi long2short runs/think --seeds 0 1 2 3 4
+    kimi long2short runs/think --methods merge --short models/short --weights 0.7 0.3
+    kimi long2short runs/think --out shorter long2short.rl.length_weight=0.5
+
+merge averages weights with those of short models, shortest is SFT on the shortest right one of 8
+samples, dpo prefers it to longer ones, and rl is a second RL phase with the length reward. Settings
+are those of the run and of [long2short]. Writes summary.json and figure7.png, accuracy against mean
+tokens, to runs/NAME/long2short. The same command goes on after a crash."""
 
 CHECK = """Check programming problems and their reference solutions before a run.
 
@@ -138,6 +151,32 @@ def evaluate(arguments: Sequence[str]) -> int:
     return with_config(given.arguments, run, default=default)
 
 
+def long2short(arguments: Sequence[str]) -> int:
+    parser = _parser("long2short", LONG2SHORT)
+    parser.add_argument("run", type=Path, help="the folder of a run that has ended")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to override")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--short", nargs="+", metavar="FOLDER", help="models to merge with")
+    parser.add_argument("--weights", nargs="+", type=float, help="of the merge, the long one first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), help="(the run's seed)")
+    parser.add_argument("--out", type=Path, help="folder to write to (RUN/long2short)")
+    given = parser.parse_intermixed_args(arguments)
+    if not (saved := given.run / "config.toml").is_file():
+        return _fail(f"{given.run} is not the folder of a run: it has no config.toml", 2)
+    merged = {"short": given.short, "weights": given.weights}
+    chosen = [f"long2short.{key}={json.dumps(value)}" for key, value in merged.items() if value]
+
+    def run(config: Config) -> None:
+        from kimi_core.run.long2short import long2short as run_long2short
+
+        out = run_long2short(
+            given.run, config, methods=given.methods, seeds=given.seeds, out=given.out
+        )
+        print(f"summary: {out / 'summary.json'}\nplot: {out / 'figure7.png'}")
+
+    return with_config([str(saved), *given.settings, *chosen], run)
+
+
 def check(arguments: Sequence[str]) -> int:
     given = config_parser("check", CHECK).parse_intermixed_args(arguments)
 
@@ -186,6 +225,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a model by reinforcement learning"),
     "sft": (sft, "supervised fine-tuning alone"),
     "evaluate": (evaluate, "accuracy of a model on held-out prompts or HumanEval"),
+    "long2short": (long2short, "make a trained model answer shorter, by four methods"),
     "check": (check, "check programming problems and their reference solutions"),
     "reward": (reward, "train and compare two reward models"),
     "sandbox": (sandbox, "run programs in a sandbox, serve it, or check this machine"),
@@ -262,7 +302,7 @@ def with_config(
         )
     except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
         print(
-            "interrupted: --resume continues from the last state, if one was saved",
+            "interrupted: what was saved is kept; `kimi train` continues with --resume",
             file=sys.stderr,
         )
         return 130
@@ -305,7 +345,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         ["usage: kimi COMMAND ...", "", *lines, "", "kimi COMMAND --help says more of each."]
     )

@@ -19,7 +19,7 @@ def test_an_interrupt_is_one_line_and_status_130(capsys):
 
     assert cli.with_config([], interrupted) == 130
     assert capsys.readouterr().err.splitlines() == [
-        "interrupted: --resume continues from the last state, if one was saved"
+        "interrupted: what was saved is kept; `kimi train` continues with --resume"
     ]
 
 

@@ -11,7 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kimi_core.config import SftConfig, TrainerConfig
 from kimi_core.models.placement import freeze_below
-from kimi_core.trainer.sft import pack_examples, train_sft, warmup_cosine
+from kimi_core.trainer.fitting import warmup_cosine
+from kimi_core.trainer.sft import pack_examples, train_sft
 from kimi_core.trainer.trainer import TrainingDiverged
 
 VOCAB = 24
@@ -177,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         before.update({name: value.detach().clone() for name, value in model.named_parameters()})
 
     config = SftConfig(steps=4, batch_size=8)
-    with pytest.raises(TrainingDiverged, match=r"SFT step 2.*Lower sft\.learning_rate"):
+    with pytest.raises(TrainingDiverged, match=r"sft, step 2.*Lower sft\.learning_rate"):
         train_sft(model, COPY_TWICE, config, TrainerConfig(), seed=0, report=break_the_model)
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name
