@@ -102,7 +102,10 @@ def test_help_names_every_command_and_loads_no_torch(tmp_path):
 
 def test_an_unknown_command_lists_those_there_are(capsys):
     assert cli.main(["trian"]) == 2
-    assert "it has train, sft, evaluate, check, reward, sandbox, buffer" in capsys.readouterr().err
+    assert (
+        "it has train, sft, evaluate, long2short, check, reward, sandbox, buffer"
+        in capsys.readouterr().err
+    )
 
 
 def test_commands_hand_their_arguments_on(tmp_path, capsys):
