@@ -332,7 +332,7 @@ class DpoConfig(Section):
     """Optimizer steps of DPO."""
     batch_size: int = Field(32, ge=1)
     """Pairs per step."""
-    learning_rate: float = Field(2e-5, gt=0, le=1)
+    learning_rate: float = Field(1e-5, gt=0, le=1)
     """Peak learning rate; warm-up and cosine are those of `sft`."""
     beta: float = Field(0.1, gt=0)
     """β: strength of the pull towards the starting policy."""
