@@ -87,12 +87,13 @@ def _weight_files(folder: Path) -> list[str]:
     """The files with the model's weights: those that transformers would load.
 
     Raises:
-        ValueError: one that the index names is missing.
+        ValueError: there is neither one file nor an index, or a file that the index names is
+            missing.
     """
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     if not (folder / INDEX).is_file():
-        return sorted(path.name for path in folder.glob("*.safetensors"))
+        raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save it again")
     names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
