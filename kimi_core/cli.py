@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kimi_core.config import Config
+from kimi_core.long2short import METHODS
 from kimi_core.run.config_file import load_config
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -73,6 +74,18 @@ WARMUP = """Collect long, verified answers for supervised fine-tuning (section 2
 `model` answers the training prompts as `warmup.ask` asks it, `reward` judges. Right answers that
 plan, evaluate, reflect and explore are kept, the longest first. Writes warmup.jsonl, the report
 warmup.md and the record answers.jsonl to runs/NAME; the same command goes on after a crash."""
+
+LONG2SHORT = """Make a model that thinks long answer shorter, by four methods (section 2.4).
+
+    kimi long2short runs/think                      # all four, minutes on a laptop
+    kimi long2short runs/think --seeds 0 1 2 3 4
+    kimi long2short runs/think --methods merge --short models/short --weights 0.7 0.3
+    kimi long2short runs/think --out shorter long2short.rl.length_weight=0.5
+
+merge averages weights with those of short models, shortest is SFT on the shortest right one of 8
+samples, dpo prefers it to longer ones, and rl is a second RL phase with the length reward. Settings
+are those of the run and of [long2short]. Writes summary.json and figure7.png, accuracy against mean
+tokens, to runs/NAME/long2short. The same command goes on after a crash."""
 
 CHECK = """Check programming problems and their reference solutions before a run.
 
@@ -206,6 +219,32 @@ def warmup(arguments: Sequence[str]) -> int:
     return with_config(given.arguments, run)
 
 
+def long2short(arguments: Sequence[str]) -> int:
+    parser = _parser("long2short", LONG2SHORT)
+    parser.add_argument("run", type=Path, help="the folder of a run that has ended")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to override")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--short", nargs="+", metavar="FOLDER", help="models to merge with")
+    parser.add_argument("--weights", nargs="+", type=float, help="of the merge, the long one first")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), help="(the run's seed)")
+    parser.add_argument("--out", type=Path, help="folder to write to (RUN/long2short)")
+    given = parser.parse_intermixed_args(arguments)
+    if not (saved := given.run / "config.toml").is_file():
+        return _fail(f"{given.run} is not the folder of a run: it has no config.toml", 2)
+    merged = {"short": given.short, "weights": given.weights}
+    chosen = [f"long2short.{key}={json.dumps(value)}" for key, value in merged.items() if value]
+
+    def run(config: Config) -> None:
+        from kimi_core.run.long2short import long2short as run_long2short
+
+        out = run_long2short(
+            given.run, config, methods=given.methods, seeds=given.seeds, out=given.out
+        )
+        print(f"summary: {out / 'summary.json'}\nplot: {out / 'figure7.png'}")
+
+    return with_config([str(saved), *given.settings, *chosen], run)
+
+
 def check(arguments: Sequence[str]) -> int:
     given = config_parser("check", CHECK).parse_intermixed_args(arguments)
 
@@ -256,6 +295,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (evaluate, "accuracy of a model on held-out prompts or a benchmark"),
     "curate": (curate, "make a training set of prompts, with a report"),
     "warmup": (warmup, "collect long, verified answers for supervised fine-tuning"),
+    "long2short": (long2short, "make a trained model answer shorter, by four methods"),
     "check": (check, "check programming problems and their reference solutions"),
     "reward": (reward, "train and compare two reward models"),
     "sandbox": (sandbox, "run programs in a sandbox, serve it, or check this machine"),
@@ -376,7 +416,7 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         ["usage: kimi COMMAND ...", "", *lines, "", "kimi COMMAND --help says more of each."]
     )

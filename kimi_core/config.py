@@ -376,6 +376,55 @@ class WarmupConfig(Section):
     """Shorter answers are not kept."""
 
 
+class ShortestConfig(Section):
+    steps: int = Field(100, ge=0)
+    """Optimizer steps of SFT on the shortest right answers."""
+    batch_size: int = Field(48, ge=1)
+    """Examples per step."""
+    learning_rate: float = Field(3e-4, gt=0, le=1)
+    """Peak learning rate; warm-up and cosine are those of `sft`."""
+
+
+class DpoConfig(Section):
+    steps: int = Field(100, ge=0)
+    """Optimizer steps of DPO."""
+    batch_size: int = Field(32, ge=1)
+    """Pairs per step."""
+    learning_rate: float = Field(1e-5, gt=0, le=1)
+    """Peak learning rate; warm-up and cosine are those of `sft`."""
+    beta: float = Field(0.1, gt=0)
+    """β: strength of the pull towards the starting policy."""
+
+
+class ShortRlConfig(Section):
+    iterations: int = Field(20, ge=1)
+    """Iterations of the second RL phase."""
+    length_weight: float = Field(0.3, gt=0, lt=2)
+    """Weight of the length reward from the first iteration on."""
+    max_response_tokens: int | None = Field(None, ge=1)
+    """Length limit of a response. Unset: the shortest right answers of 95 % of the sampled prompts
+    that have one fit into it."""
+
+
+class Long2ShortConfig(Section):
+    short: list[str] = []
+    """Folders of the models that the long one is merged with. Empty: the model that its RL
+    started from."""
+    weights: list[float] = []
+    """Weights of the merged models, the long one first; only their ratios matter. Empty: all the
+    same."""
+    prompts: int = Field(640, ge=1)
+    """Training prompts that are sampled for SFT and DPO; fewer if there are fewer."""
+    samples: int = Field(8, ge=2)
+    """Responses to each of them; the report takes 8."""
+    sft: ShortestConfig = ShortestConfig()
+    """SFT on the shortest right answer to each prompt."""
+    dpo: DpoConfig = DpoConfig()
+    """DPO with the shortest right answer chosen and longer ones rejected."""
+    rl: ShortRlConfig = ShortRlConfig()
+    """RL with the length reward and a smaller maximum length."""
+
+
 class Config(Section):
     name: str = Field("think", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/NAME`."""
@@ -400,3 +449,4 @@ class Config(Section):
     trajectories: TrajectoriesConfig = TrajectoriesConfig()
     curate: CurateConfig = CurateConfig()
     warmup: WarmupConfig = WarmupConfig()
+    long2short: Long2ShortConfig = Long2ShortConfig()

@@ -1,6 +1,6 @@
 """``curves.png``: accuracy, length, reward and log-prob mismatch over the iterations of a run.
 
-Only this module imports matplotlib, when a run ends.
+matplotlib is imported here and in long2short/comparison.py alone, when a run ends.
 """
 
 import io

@@ -50,6 +50,7 @@ MAY_CHANGE_ON_RESUME = (
     "trajectories",
     "curate",
     "warmup",
+    "long2short",
 )
 """Keys and sections that do not change what an iteration computes."""
 
@@ -105,7 +106,7 @@ class RunFolder:
         self.changed: dict[str, list[Any]] = {}
         """Settings that differ from the saved ones in a way that a line of metrics.jsonl tells."""
         self.states.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _take_lock(self.path)
+        self._lock: int | None = take_lock(self.path)
         finish_swap(self.checkpoint)
 
     @classmethod
@@ -332,7 +333,7 @@ def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
     Raises:
         ValueError: a setting differs that may not.
     """
-    before, now = _flatten(saved), _flatten(given)
+    before, now = flatten(saved), flatten(given)
     differ = {key: [before[key], now[key]] for key in before if before[key] != now[key]}
     refused = {
         key: pair
@@ -353,16 +354,21 @@ def _among(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _flatten(section: Section, prefix: str = "") -> dict[str, Any]:
+def flatten(section: Section, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value of every setting."""
     flat: dict[str, Any] = {}
     for key, value in section:
         nested = isinstance(value, Section)
-        flat |= _flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 
 
-def _take_lock(path: Path) -> int:
-    """Lock ``path/lock`` and write our pid into it. The kernel releases the lock when we end."""
+def take_lock(path: Path) -> int:
+    """Lock ``path/lock`` and write our pid into it; closing the descriptor releases the lock.
+
+    Raises:
+        ValueError: another process holds it.
+    """
     lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

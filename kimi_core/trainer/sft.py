@@ -1,18 +1,12 @@
 """Supervised fine-tuning on packed sequences (section 2.2)."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel
 
-from kimi_core.config import SftConfig, TrainerConfig
-from kimi_core.trainer.activations import Recompute
-from kimi_core.trainer.master_weights import MasterWeights
-from kimi_core.trainer.packing import micro_batches
-from kimi_core.trainer.policy import Policy
-from kimi_core.trainer.trainer import TrainingDiverged
+from kimi_core.config import SftConfig, ShortestConfig, TrainerConfig
+from kimi_core.trainer.fitting import Fitting
 from kimi_core.types import PROMPT_VERSION, Batch
 
 Example = tuple[np.ndarray, np.ndarray]
@@ -22,25 +16,27 @@ Example = tuple[np.ndarray, np.ndarray]
 def train_sft(
     model: PreTrainedModel,
     examples: Sequence[Example],
-    config: SftConfig,
+    config: SftConfig | ShortestConfig,
     trainer: TrainerConfig,
     *,
     seed: int,
+    key: str = "sft",
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Fit the responses, given their prompts; the model is updated in place.
 
-    Each example comes once before any comes a second time, in random order if ``config.shuffle``
-    is set and as given otherwise.
+    Each example comes once before any comes a second time, in random order unless
+    ``config.shuffle`` is off.
 
     Args:
         model: any causal LM; its parameters that require a gradient are trained. It is put into
             eval mode: a layer that is recomputed must not drop other activations.
         examples: at least one; prompt and response have at least one token each.
-        config: steps, batch size, order and learning rate.
+        config: steps, batch size and learning rate.
         trainer: ``tokens_per_micro_batch``, ``memory_gb``, ``head_chunk``, ``grad_clip`` and
             ``weight_decay``.
         seed: decides the order of the examples.
+        key: where ``config`` stands in the settings, for errors.
         report: called with the number of each step, starting at 1, and its mean loss in nats per
             token.
 
@@ -50,44 +46,22 @@ def train_sft(
     """
     if not examples:
         raise ValueError("SFT needs at least one example; the file or source gave none")
-    policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk).eval()
-    weights = MasterWeights(policy.trainable())
-    recompute = Recompute(model, trainer.memory_gb)
-    max_tokens = recompute.most_tokens(trainer.tokens_per_micro_batch, policy.probe)
-    optimizer = weights.adamw(config.learning_rate, trainer.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, config.steps)
-    )
-    rng = np.random.default_rng([seed, config.steps])
-    order: list[int] = []
-    for step in range(1, config.steps + 1):
-        while len(order) < config.batch_size:
-            each = rng.permutation(len(examples)) if config.shuffle else range(len(examples))
-            order.extend(map(int, each))
-        chosen, order = order[: config.batch_size], order[config.batch_size :]
+    fitting = Fitting(model, trainer)
+
+    def accumulate(chosen: list[int]) -> float:
+        """Add the gradient of the mean negative log-prob of the responses' tokens."""
         batch = pack_examples([examples[index] for index in chosen])
-        try:
-            loss = _accumulate(policy, weights, recompute, batch, max_tokens)
-        except FloatingPointError:  # A log-prob is NaN, so the loss is NaN too.
-            loss = math.nan
-        norm = weights.clip_gradients(trainer.grad_clip)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise TrainingDiverged(
-                f"SFT step {step}: loss {loss}, gradient norm {norm}; the step was not "
-                f"taken. Lower sft.learning_rate (now {config.learning_rate})"
-            )
-        weights.step(optimizer)
-        schedule.step()
-        report(step, loss)
+        total = 0.0
+        for micro in fitting.micro_batches(batch):
+            loss = -fitting.policy.logprobs(micro).sum() / int(batch.mask.sum())
+            fitting.backward(loss)
+            total += float(loss.detach())
+        return total
 
-
-def warmup_cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: it rises over the first 5 % of the steps, then falls to 0.1."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+    shuffle = not isinstance(config, SftConfig) or config.shuffle
+    fitting.descend(
+        accumulate, len(examples), config, key=key, seed=seed, report=report, shuffle=shuffle
+    )
 
 
 def pack_examples(examples: Sequence[Example]) -> Batch:
@@ -102,27 +76,3 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
         policy_versions=np.full(total, PROMPT_VERSION, np.int32),
         cu_seqlens=np.cumsum([0, *map(len, tokens)], dtype=np.int32),
     )
-
-
-def _accumulate(
-    policy: Policy, weights: MasterWeights, recompute: Recompute, batch: Batch, max_tokens: int
-) -> float:
-    """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean."""
-    counted = batch.mask > 0
-    total = 0.0
-    device = policy.model.device
-    for micro in micro_batches(
-        batch,
-        counted,
-        range(len(batch)),
-        max_tokens=max_tokens,
-        layout=policy.layout,
-        masks_up_to=policy.masks_up_to,
-        device=device,
-    ):
-        recompute.fit(micro.ids_rl.numel())
-        loss = -policy.logprobs(micro).sum() / int(counted.sum())
-        loss.backward()
-        weights.add_gradients()
-        total += float(loss.detach())
-    return total

@@ -6,30 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-import transformers as hf
+from small_llama import VOCAB, llama
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kimi_core.config import SftConfig, TrainerConfig
 from kimi_core.models.placement import freeze_below
-from kimi_core.trainer.sft import pack_examples, train_sft, warmup_cosine
+from kimi_core.trainer.fitting import warmup_cosine
+from kimi_core.trainer.sft import pack_examples, train_sft
 from kimi_core.trainer.trainer import TrainingDiverged
-
-VOCAB = 24
-
-
-def llama():
-    config = hf.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return hf.LlamaForCausalLM(config).eval()
 
 
 def example(prompt, response):
@@ -177,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         before.update({name: value.detach().clone() for name, value in model.named_parameters()})
 
     config = SftConfig(steps=4, batch_size=8)
-    with pytest.raises(TrainingDiverged, match=r"SFT step 2.*Lower sft\.learning_rate"):
+    with pytest.raises(TrainingDiverged, match=r"sft, step 2.*Lower sft\.learning_rate"):
         train_sft(model, COPY_TWICE, config, TrainerConfig(), seed=0, report=break_the_model)
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name

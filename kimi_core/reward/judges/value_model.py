@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kimi_core.trainer.fitting import warmup_cosine
 from kimi_core.trainer.master_weights import MasterWeights
-from kimi_core.trainer.sft import warmup_cosine
 
 HEAD_FILE = "value_head.safetensors"
 
