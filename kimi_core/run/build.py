@@ -14,7 +14,7 @@ from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, load_model
-from kimi_core.models.placement import freeze_below, limit_threads
+from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.jsonl import TextExample, load_examples
 from kimi_core.prompts.load import load_prompts, split
@@ -25,11 +25,14 @@ from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import buffer_size, sampling_for
+from kimi_core.rollout.torch.arena_engine import ArenaEngine
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.run import state
+from kimi_core.run.launch import start_ranks
 from kimi_core.tasks import multiply, programs, retrieve
 from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher, module_to_read
@@ -51,10 +54,11 @@ class Parts:
     """Makes an empty buffer of the size that the run needs."""
 
     def close(self) -> None:
-        """End the processes of reward function and engine, and free the memory they shared."""
+        """End the processes of reward function, engine and trainer, and free what they shared."""
         close_reward(self.reward)
         self.loop.close()
         self.publisher.close()
+        self.loop.trainer.ranks.close()
 
 
 def build(config: Config) -> Parts:
@@ -67,23 +71,17 @@ def build(config: Config) -> Parts:
     train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
     reward = load_reward(config.reward)
     try_reward(reward, held_out, train_prompts)
-    model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
-    check_weights(model)
-    limit_threads(model)
-    freeze_below(model, config.trainer.trainable_layers)
+    model, tokenizer = model_to_train(config)
     codec = Codec(tokenizer, config.rollout.stop, model)
     response = config.rollout.max_response_tokens
     encode = PromptTokens(codec, everything, context=context_of(model), response=response)
     encode.check()
     encode.keep(held_out)
     longest = encode.longest + response
-    engine, publisher = _engine(model, config.rollout, longest)
-    policy = Policy(
-        model,
-        temperature=config.rollout.temperature,
-        head_chunk=config.trainer.head_chunk,
-        longest=longest,
-    )
+    policy = policy_of(model, config, longest)
+    ranks = start_ranks(config, longest)
+    publisher = publisher_of(model, config.rollout, ranks)
+    engine = _engine(model, config.rollout, longest, publisher)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -96,7 +94,7 @@ def build(config: Config) -> Parts:
         ),
         buffer=state.nameless(new_buffer),
         scorer=GroupScorer(config, reward, codec.response_text),
-        trainer=Trainer(policy, config.trainer, publisher),
+        trainer=Trainer(policy, config.trainer, publisher, ranks),
     )
     evaluator = Evaluator(
         engine=engine,
@@ -120,17 +118,50 @@ def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path
     return partial(RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories)
 
 
+def model_to_train(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as every rank of a trainer loads it, and its tokenizer.
+
+    Raises:
+        ValueError: it cannot be loaded, its weights are not finite, or there are too few GPUs.
+    """
+    model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
+    check_weights(model)
+    check_gpus(model.device, config.trainer.ranks)
+    limit_threads(model, config.trainer.ranks)
+    freeze_below(model, config.trainer.trainable_layers)
+    return model, tokenizer
+
+
+def policy_of(model: PreTrainedModel, config: Config, longest: int) -> Policy:
+    """The policy that a trainer updates; ``longest`` as for ``Policy``. Raises: as ``Policy``."""
+    return Policy(
+        model,
+        temperature=config.rollout.temperature,
+        head_chunk=config.trainer.head_chunk,
+        longest=longest,
+    )
+
+
+def publisher_of(model: PreTrainedModel, rollout: RolloutConfig, ranks: Ranks) -> Publisher:
+    """Takes the trainer's weights to the engine; ``model`` is not sharded yet."""
+    if rollout.engine == "torch" and ranks.size == 1:
+        return InPlace()
+    size = rollout.vllm.args.get("tensor_parallel_size", 1) if rollout.engine == "vllm" else 1
+    return ArenaPublisher(model.config, model.dtype, tp_size=size, ranks=ranks)
+
+
 def _engine(
-    model: PreTrainedModel, rollout: RolloutConfig, longest: int
-) -> tuple[Engine, Publisher]:
-    """The engine, and the publisher that takes the trainer's weights to it."""
+    model: PreTrainedModel, rollout: RolloutConfig, longest: int, publisher: Publisher
+) -> Engine:
     if rollout.engine == "torch":
-        read = module_to_read(model)
-        return TorchEngine(read, batch_rows=rollout.batch_rows, longest=longest), InPlace()
-    size = rollout.vllm.args.get("tensor_parallel_size", 1)
-    publisher = ArenaPublisher(model.config, model.dtype, tp_size=size)
+        read, rows = module_to_read(model), rollout.batch_rows
+        if isinstance(publisher, ArenaPublisher):
+            arenas = publisher.arenas
+            return ArenaEngine(read, lambda: arenas[0], batch_rows=rows, longest=longest)
+        return TorchEngine(read, batch_rows=rows, longest=longest)
+    assert isinstance(publisher, ArenaPublisher)
     # vLLM is neither loaded nor started before the first response is asked for.
-    engine = VLLMEngine(
+    return VLLMEngine(
         model.config,
         model.dtype,
         lambda: publisher.paths,
@@ -138,7 +169,6 @@ def _engine(
         options=rollout.vllm.args,
         timeout_s=rollout.vllm.timeout_s,
     )
-    return engine, publisher
 
 
 def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextExample]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.packing import micro_batches
 from kimi_core.trainer.policy import Policy
-from kimi_core.trainer.trainer import TrainingDiverged
+from kimi_core.trainer.ranks import Ranks, on_all_ranks
+from kimi_core.trainer.trainer import Trainer, TrainingDiverged
 from kimi_core.types import PROMPT_VERSION, Batch
 
 Example = tuple[np.ndarray, np.ndarray]
@@ -50,8 +52,54 @@ def train_sft(
     if not examples:
         raise ValueError("SFT needs at least one example; the file or source gave none")
     policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk).eval()
-    weights = MasterWeights(policy.trainable())
     recompute = Recompute(model, trainer.memory_gb)
+    _fit(policy, recompute, Ranks(), examples, config, trainer, seed, report)
+
+
+@dataclass
+class SftPhase:
+    """``train_sft`` with the policy of a run's trainer, on all of its ranks; each rank has one."""
+
+    trainer: Trainer
+    config: SftConfig
+    settings: TrainerConfig
+    report: Callable[[int, float], None] = lambda step, loss: None
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.trainer.ranks
+
+    @on_all_ranks
+    def fit(self, examples: Sequence[Example], seed: int) -> None:
+        """Fit the responses, given their prompts.
+
+        Raises: as ``train_sft``, and RankFailed.
+        """
+        policy, recompute = self.trainer.policy, self.trainer.recompute
+        with policy.at_temperature(1.0):
+            _fit(
+                policy,
+                recompute,
+                self.ranks,
+                examples,
+                self.config,
+                self.settings,
+                seed,
+                self.report,
+            )
+
+
+def _fit(
+    policy: Policy,
+    recompute: Recompute,
+    ranks: Ranks,
+    examples: Sequence[Example],
+    config: SftConfig,
+    trainer: TrainerConfig,
+    seed: int,
+    report: Callable[[int, float], None],
+) -> None:
+    weights = MasterWeights(policy.trainable())
     max_tokens = recompute.most_tokens(trainer.tokens_per_micro_batch, policy.probe)
     optimizer = weights.adamw(config.learning_rate, trainer.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -64,10 +112,7 @@ def train_sft(
             order.extend(rng.permutation(len(examples)).tolist())
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         batch = pack_examples([examples[index] for index in chosen])
-        try:
-            loss = _accumulate(policy, weights, recompute, batch, max_tokens)
-        except FloatingPointError:  # A log-prob is NaN, so the loss is NaN too.
-            loss = math.nan
+        loss = _accumulate(policy, weights, recompute, ranks, batch, max_tokens)
         norm = weights.clip_gradients(trainer.grad_clip)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingDiverged(
@@ -103,24 +148,41 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
 
 
 def _accumulate(
-    policy: Policy, weights: MasterWeights, recompute: Recompute, batch: Batch, max_tokens: int
+    policy: Policy,
+    weights: MasterWeights,
+    recompute: Recompute,
+    ranks: Ranks,
+    batch: Batch,
+    max_tokens: int,
 ) -> float:
-    """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean."""
+    """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean.
+
+    It is NaN if a log-prob is NaN; the gradient is then not whole.
+    """
     counted = batch.mask > 0
     total = 0.0
-    device = policy.model.device
-    for micro in micro_batches(
+    mine = micro_batches(
         batch,
         counted,
-        range(len(batch)),
+        ranks.share(np.arange(len(batch)), batch.lengths),
         max_tokens=max_tokens,
         layout=policy.layout,
         masks_up_to=policy.masks_up_to,
-        device=device,
-    ):
-        recompute.fit(micro.ids_rl.numel())
-        loss = -policy.logprobs(micro).sum() / int(counted.sum())
-        loss.backward()
+        device=policy.model.device,
+    )
+    for micro in ranks.passes(mine):
+        loss, fault = None, ""
+        try:
+            if micro is None:
+                loss = policy.nothing()
+            else:
+                recompute.fit(micro.ids_rl.numel())
+                loss = -policy.logprobs(micro).sum() / int(counted.sum())
+        except FloatingPointError as error:
+            fault = str(error)
+        if ranks.fault(fault) or loss is None:
+            return math.nan
+        (loss * ranks.size).backward()
         weights.add_gradients()
         total += float(loss.detach())
-    return total
+    return float(ranks.sum(total))
