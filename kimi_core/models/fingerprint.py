@@ -10,6 +10,7 @@ VOLATILE_SETTINGS = ("_name_or_path", "transformers_version", "use_cache", "dtyp
 
 
 def fingerprint(model: PreTrainedModel) -> str:
+    """Class, number of parameters, and a digest of settings and frozen parameters."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     settings = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_SETTINGS}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

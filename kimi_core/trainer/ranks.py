@@ -277,7 +277,7 @@ def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
     """
     if not sizes:
         return [[] for _ in range(hands)]
-    most = max(*sizes, -(-sum(sizes) // hands))
+    most = max(1, *sizes, -(-sum(sizes) // hands))
     while len(dealt := _C.balance(sizes, most)) > hands:
         most += -(-most // 64)
     return dealt + [[] for _ in range(hands - len(dealt))]

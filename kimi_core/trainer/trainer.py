@@ -192,16 +192,11 @@ class Trainer:
         Raises:
             OSError: the disk is full or has another fault.
         """
-        masters = self._master_weights().masters
-        save_rows(masters, folder / PARAMETERS, self.ranks)
+        save_rows(self._master_weights().masters, folder / PARAMETERS, self.ranks)
 
     @on_all_ranks
     def save_pretrained(self, folder: Path) -> None:
-        """Write the model into ``folder`` in Hugging Face format; every rank writes its rows.
-
-        Raises:
-            OSError: the disk is full or has another fault.
-        """
+        """Write the model into ``folder`` in Hugging Face format. Raises: as ``save``."""
         save_model(self.policy.model, folder, self.ranks)
 
     @on_all_ranks
@@ -382,7 +377,8 @@ class Trainer:
         return norm
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        self._master_weights().drop_gradients()
+        assert self._weights is not None
+        self._weights.drop_gradients()
         return TrainingDiverged(
             f"{what}: the update was not taken. Lower trainer.learning_rate (now "
             f"{self._config.learning_rate}) or look at the rewards and log-probs in "
