@@ -47,7 +47,7 @@ def check_gpus(device: torch.device, ranks: int) -> None:
     """Refuse more ranks than GPUs: rank i of a trainer takes the i-th.
 
     Raises:
-        ValueError: there are too few, or the run's process does not take the first.
+        ValueError: there are too few.
     """
     there = torch.cuda.device_count()
     if ranks > 1 and device.type == "cuda" and there < ranks:

@@ -78,10 +78,7 @@ def build(config: Config) -> Parts:
     encode.check()
     encode.keep(held_out)
     longest = encode.longest + response
-    policy = policy_of(model, config, longest)
-    ranks = start_ranks(config, longest)
-    publisher = publisher_of(model, config.rollout, ranks)
-    engine = _engine(model, config.rollout, longest, publisher)
+    trainer, engine, publisher = _trainer(model, config, longest)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -94,7 +91,7 @@ def build(config: Config) -> Parts:
         ),
         buffer=state.nameless(new_buffer),
         scorer=GroupScorer(config, reward, codec.response_text),
-        trainer=Trainer(policy, config.trainer, publisher, ranks),
+        trainer=trainer,
     )
     evaluator = Evaluator(
         engine=engine,
@@ -116,6 +113,24 @@ def build(config: Config) -> Parts:
 def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path], RolloutBuffer]:
     tokens, trajectories = buffer_size(longest_prompt, rollout)
     return partial(RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories)
+
+
+def _trainer(
+    model: PreTrainedModel, config: Config, longest: int
+) -> tuple[Trainer, Engine, Publisher]:
+    """The trainer with all its ranks, the engine, and what takes the weights from one to the other.
+
+    The engine is made before the trainer shards the model, because it checks what it reads.
+    """
+    policy = policy_of(model, config, longest)
+    ranks = start_ranks(config, longest)
+    try:
+        publisher = publisher_of(model, config.rollout, ranks)
+        engine = _engine(model, config.rollout, longest, publisher)
+        return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
+    except BaseException:
+        ranks.close()
+        raise
 
 
 def model_to_train(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from kimi_core.config import Config
 from kimi_core.models.placement import device_of
 from kimi_core.run.build import model_to_train, policy_of, publisher_of
-from kimi_core.trainer.ranks import RankFailed, Ranks
+from kimi_core.trainer.ranks import Ranks, is_lost
 from kimi_core.trainer.sft import SftPhase
 from kimi_core.trainer.trainer import LogprobMismatch, Trainer, TrainingDiverged
 
@@ -63,7 +63,9 @@ def main() -> int:
     rank = sys.argv[3]
     try:
         follow(sys.argv[1], sys.argv[2], int(rank))
-    except (OSError, ValueError, RankFailed, dist.DistError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
+        if type(error) is RuntimeError and not is_lost(error):
+            raise  # A fault of the program.
         print(f"rank {rank} of the trainer: {error}", file=sys.stderr)
         return 1
     return 0

@@ -33,7 +33,6 @@ POLL_S = 60.0
 NOTICE_S = 2.0
 """Seconds that a process may take to be seen as ended after it broke a connection."""
 
-
 END = "end"
 """In place of an order: the followers end."""
 
@@ -64,7 +63,8 @@ class Ranks:
         rank: this process; 0 gives the orders.
         size: number of processes. With more than 1, ``torch.distributed`` has been initialised.
         store: where the orders are; None with one process.
-        followers: on rank 0, the processes of the other ranks.
+        followers: on rank 0, the processes of the other ranks. None: nobody follows, and each rank
+            calls the same methods by itself.
     """
 
     def __init__(
@@ -192,15 +192,17 @@ class Ranks:
         None: rank 0 is gone.
         """
         assert self._store is not None
+        key, said = f"order/{self._orders}", b""
         while True:
             try:
-                self._store.wait([f"order/{self._orders}"], timedelta(seconds=POLL_S))
+                self._store.wait([key], timedelta(seconds=POLL_S))
+                said = self._store.get(key)
                 break
             except dist.DistStoreError:  # No order yet.
                 continue
             except RuntimeError:  # The connection broke.
                 return None
-        if self._store.get(f"order/{self._orders}") == END.encode():
+        if said == END.encode():
             return None
         self._orders += 1
         order: tuple[str, tuple[Any, ...], dict[str, Any]] = self.everywhere(None)
@@ -213,10 +215,9 @@ class Ranks:
         Raises:
             RankFailed: a follower has ended or did not answer in time.
         """
-        if self.size == 1 or self.rank:
+        if self._followers is None or self._store is None:
             yield
             return
-        assert self._store is not None and self._followers is not None
         if said := self._followers.ended():
             raise RankFailed(said)
         try:
@@ -230,7 +231,7 @@ class Ranks:
             ends = time.monotonic() + NOTICE_S
             while not (said := self._followers.ended()) and time.monotonic() < ends:
                 time.sleep(0.01)
-            if not said and not _is_late(error):
+            if not said and not is_lost(error):
                 raise
             raise RankFailed(
                 said or f"The ranks of the trainer did not answer in {name}: {error}"
@@ -283,6 +284,7 @@ def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
     return dealt + [[] for _ in range(hands - len(dealt))]
 
 
-def _is_late(error: RuntimeError) -> bool:
+def is_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or late."""
     said = str(error).lower()
-    return "timed out" in said or "timeout" in said or "connection" in said
+    return any(words in said for words in ("timed out", "timeout", "connection"))

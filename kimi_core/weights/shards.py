@@ -6,6 +6,7 @@ model, once a host; no rank holds the whole model in its own memory. ``docs/rank
 FSDP2 shards a tensor by rows: a rank holds rows ``first``, ``first + 1``, ... of it.
 """
 
+import copy
 import json
 import os
 import struct
@@ -172,7 +173,9 @@ def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
         model.save_pretrained(folder)
         return
     if ranks.rank == 0:
-        model.config.save_pretrained(folder)  # Makes the folder.
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], model.dtype
+        config.save_pretrained(folder)  # Makes the folder.
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
     stored = dict(model.named_parameters(remove_duplicate=False)).keys()

@@ -5,7 +5,6 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -191,10 +190,10 @@ def nan_on(broken: int, ranks: Ranks) -> dict:
     return {"said": said, "seconds": seconds, "same": same}
 
 
-def publish(case: Case, tp_size: int, ranks: Ranks) -> dict:
+def publish(case: Case, name: str, tp_size: int, ranks: Ranks) -> dict:
     """Whether the arenas that two ranks fill have the bytes of the whole publication."""
     config = tiny_llama(case).config
-    dtype = getattr(torch, case.dtype)
+    dtype = getattr(torch, name)
     publisher = ArenaPublisher(config, dtype, tp_size=tp_size, ranks=ranks)
     trainer = trainer_of(case, ranks, publisher)
     for version in range(4):  # More versions than slots.
@@ -227,6 +226,7 @@ def states(folder: str, ranks: Ranks) -> dict:
     if ranks.rank == 0:
         (path / "again").mkdir()
         alone.save(path / "again")
+        alone.save_pretrained(path / "alone")
     ranks.largest(0)
     two.load(path / "again")
     exported = hf.LlamaForCausalLM.from_pretrained(path / "checkpoint")
@@ -240,6 +240,10 @@ def states(folder: str, ranks: Ranks) -> dict:
         "one rank": equal(alone.policy.model.named_parameters()),
         "two ranks": equal(two.policy.model.named_parameters()),
         "exported": equal(exported.named_parameters()),
+        "settings": all(
+            (path / "checkpoint" / name).read_text() == (path / "alone" / name).read_text()
+            for name in ("config.json", "generation_config.json")
+        ),
         "saved": saved.keys() == expected.keys() and equal(saved.items()),
     }
 
@@ -249,14 +253,12 @@ def main() -> None:
     store = dist.FileStore(given["rendezvous"], 2)
     store.set_timeout(timedelta(seconds=60))
     ranks = Ranks.meet(store, rank, 2, timeout_s=60)
-    # Every rank runs the same script, so rank 0 has no followers to give orders to.
-    ranks.together = lambda *_: nullcontext()
     work = {name: partial(gradients, case) for name, case in CASES.items()}
     work["sft"] = sft_losses
     work |= {f"nan on {broken}": partial(nan_on, broken) for broken in range(2)}
     for dtype, tp_size in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
-        work[f"arena {dtype} {tp_size}"] = partial(publish, Case(dtype=dtype), tp_size)
-    work["arena tied"] = partial(publish, CASES["tied"], 1)
+        work[f"arena {dtype} {tp_size}"] = partial(publish, CASES["untied"], dtype, tp_size)
+    work["arena tied"] = partial(publish, CASES["tied"], "bfloat16", 1)
     work["states"] = partial(states, given["folder"])
     found = {}
     for name, do in work.items():

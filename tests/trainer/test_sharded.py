@@ -81,7 +81,7 @@ def test_arenas_have_the_bytes_of_the_whole_publication(ranks, arena):
 
 def test_states_and_checkpoints_are_whole_for_any_number_of_ranks(ranks):
     for found in ranks:
-        assert all(found["states"].values()) and len(found["states"]) == 4, found["states"]
+        assert all(found["states"].values()) and len(found["states"]) == 5, found["states"]
 
 
 @given(st.lists(st.integers(0, 50_000), max_size=40), st.integers(1, 9))
