@@ -27,13 +27,13 @@ SETTINGS = [
     "rollout.token_budget=5",
     "reward.function=reward.py:some",
     "trainer.learning_rate=1e-3",
-    "trainer.ranks_timeout_s=60",
+    "trainer.ranks_timeout_s=240",
 ]
 REWARD = """
 def some(prompt, response):
     return sum(character in "1234" for character in response) / 8
 """
-WAIT_S = 120
+WAIT_S = 240
 
 
 @pytest.fixture(scope="module")
