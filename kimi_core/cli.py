@@ -352,13 +352,15 @@ def with_config(
     # Only now, because torch takes seconds to load: --help and a misspelt key need not wait.
     from kimi_core.reward.base import RewardOutage
     from kimi_core.rollout.engine import EngineFailed
+    from kimi_core.trainer.ranks import RankFailed
     from kimi_core.trainer.trainer import LogprobMismatch, TrainingDiverged
 
+    stops = (RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, RankFailed, OSError)
     try:
         run(config)
     except ValueError as error:
         return _fail(str(error), 2)
-    except (RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, OSError) as error:
+    except stops as error:
         return _fail(str(error), 1)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -292,6 +292,12 @@ class TrainerConfig(Section):
     memory_gb: float | None = Field(None, gt=0)
     """What the activations of a training pass may take, in 10⁹ bytes. To fit, layers compute their
     activations twice, and micro-batches get smaller. Unset: half of the device's memory."""
+    ranks: int = Field(1, ge=1)
+    """Processes that train together on this host, each with its part of the parameters, gradients
+    and optimizer (FSDP2), over gloo on a CPU and NCCL on GPUs, one GPU each. 1: the run's process
+    alone."""
+    ranks_timeout_s: float = Field(300.0, gt=0)
+    """Longest wait of one rank for the others, in seconds; longer than a training pass takes."""
     logprob_gap_limit: float = Field(0.05, gt=0)
     """Largest mean |Δ log-prob| between engine and trainer on fresh tokens, in nats. Above it the
     trainer recomputes the reference; three iterations in a row stop the run."""

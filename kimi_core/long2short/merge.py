@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from kimi_core.models.fingerprint import VOLATILE_SETTINGS
 from kimi_core.models.load import check_folder
-from kimi_core.trainer.trainer import VOLATILE_SETTINGS
 
 INDEX = "model.safetensors.index.json"
 LOADING = (*VOLATILE_SETTINGS, "torch_dtype")

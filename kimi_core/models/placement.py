@@ -43,13 +43,32 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def limit_threads(model: PreTrainedModel) -> None:
+def check_gpus(device: torch.device, ranks: int) -> None:
+    """Refuse more ranks than GPUs: rank i of a trainer takes the i-th.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    there = torch.cuda.device_count()
+    if ranks > 1 and device.type == "cuda" and there < ranks:
+        raise ValueError(
+            f"trainer.ranks = {ranks}: torch sees {there} GPUs here, and each rank takes one; "
+            f"give at most {there}"
+        )
+
+
+def limit_threads(model: PreTrainedModel, ranks: int = 1) -> None:
     """Let torch use one CPU thread if the model is too small for more.
 
-    This holds for the whole process. OMP_NUM_THREADS takes precedence if it is set.
+    A larger model gets this process's share, if ``ranks`` processes train it on one host. This
+    holds for the whole process. OMP_NUM_THREADS takes precedence if it is set.
     """
-    if "OMP_NUM_THREADS" not in os.environ and model.num_parameters() < THREADS_PAY_FROM:
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    if model.num_parameters() < THREADS_PAY_FROM:
         torch.set_num_threads(1)
+    elif ranks > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
 
 
 def freeze_below(model: PreTrainedModel, trainable_layers: int | None) -> None:

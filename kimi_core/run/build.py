@@ -14,7 +14,7 @@ from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, context_of, load_model
-from kimi_core.models.placement import freeze_below, limit_threads
+from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.jsonl import TextExample, load_examples
 from kimi_core.prompts.load import load_prompts, split
@@ -23,14 +23,17 @@ from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
-from kimi_core.rollout.load import load_engine
+from kimi_core.rollout.engine import Engine
+from kimi_core.rollout.load import load_engine, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.run import state
+from kimi_core.run.launch import start_ranks
 from kimi_core.tasks import multiply, programs, retrieve
 from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt
-from kimi_core.weights.publish import Publisher
+from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,11 @@ class Parts:
     """Makes an empty buffer of the size that the run needs."""
 
     def close(self) -> None:
-        """End the processes of reward function and engine, and free the memory they shared."""
+        """End the processes of reward function, engine and trainer, and free what they shared."""
         close_reward(self.reward)
         self.loop.close()
         self.publisher.close()
+        self.loop.trainer.ranks.close()
 
 
 def build(config: Config) -> Parts:
@@ -65,23 +69,14 @@ def build(config: Config) -> Parts:
     train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
     reward = load_reward(config.reward)
     try_reward(reward, held_out, train_prompts)
-    model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
-    check_weights(model)
-    limit_threads(model)
-    freeze_below(model, config.trainer.trainable_layers)
+    model, tokenizer = model_to_train(config)
     codec = Codec(tokenizer, config.rollout.stop, model)
     response = config.rollout.max_response_tokens
     encode = PromptTokens(codec, everything, context=context_of(model), response=response)
     encode.check()
     encode.keep(held_out)
     longest = encode.longest + response
-    engine, publisher = load_engine(model, config.rollout, longest)
-    policy = Policy(
-        model,
-        temperature=config.rollout.temperature,
-        head_chunk=config.trainer.head_chunk,
-        longest=longest,
-    )
+    trainer, engine, publisher = _trainer(model, config, longest)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -94,7 +89,7 @@ def build(config: Config) -> Parts:
         ),
         buffer=state.nameless(new_buffer),
         scorer=GroupScorer(config, reward, codec.response_text),
-        trainer=Trainer(policy, config.trainer, publisher),
+        trainer=trainer,
     )
     evaluator = Evaluator(
         engine=engine,
@@ -116,6 +111,56 @@ def build(config: Config) -> Parts:
 def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path], RolloutBuffer]:
     tokens, trajectories = buffer_size(longest_prompt, rollout)
     return partial(RolloutBuffer.create, capacity_tokens=tokens, max_trajectories=trajectories)
+
+
+def _trainer(
+    model: PreTrainedModel, config: Config, longest: int
+) -> tuple[Trainer, Engine, Publisher]:
+    """The trainer with all its ranks, the engine, and what takes the weights to it.
+
+    The engine is made before the trainer shards the model, because it checks what it reads.
+    """
+    policy = policy_of(model, config, longest)
+    ranks = start_ranks(config, longest)
+    try:
+        publisher = publisher_of(model, config.rollout, ranks)
+        engine, _ = load_engine(model, config.rollout, longest, publisher)
+        return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
+    except BaseException:
+        ranks.close()
+        raise
+
+
+def model_to_train(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model as every rank of a trainer loads it, and its tokenizer.
+
+    Raises:
+        ValueError: it cannot be loaded, its weights are not finite, or there are too few GPUs.
+    """
+    model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
+    check_weights(model)
+    check_gpus(model.device, config.trainer.ranks)
+    limit_threads(model, config.trainer.ranks)
+    freeze_below(model, config.trainer.trainable_layers)
+    return model, tokenizer
+
+
+def policy_of(model: PreTrainedModel, config: Config, longest: int) -> Policy:
+    """The policy that a trainer updates; ``longest`` as for ``Policy``. Raises: as ``Policy``."""
+    return Policy(
+        model,
+        temperature=config.rollout.temperature,
+        head_chunk=config.trainer.head_chunk,
+        longest=longest,
+    )
+
+
+def publisher_of(model: PreTrainedModel, rollout: RolloutConfig, ranks: Ranks) -> Publisher:
+    """Takes the trainer's weights to the engine; ``model`` is not sharded yet."""
+    if rollout.engine == "torch" and ranks.size == 1:
+        return InPlace()
+    size = tensor_parallel(rollout)
+    return ArenaPublisher(model.config, model.dtype, tp_size=size, ranks=ranks)
 
 
 def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextExample]:

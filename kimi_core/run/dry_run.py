@@ -39,7 +39,7 @@ from kimi_core.types import Prompt
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated bytes by part."""
+    """Estimated bytes by part, of all ranks of the trainer together."""
 
     weights: int
     master_weights: int
@@ -49,8 +49,8 @@ class Memory:
     optimizer_moments: int
     """AdamW: two float32 numbers per trained parameter."""
     arena: int
-    """Three versions of the weights in shared memory, for vLLM, which reads them there on a CPU and
-    has another copy on a GPU."""
+    """Three versions of the weights in shared memory, for vLLM and for several ranks. On a CPU the
+    engine reads them there; on a GPU it has another copy."""
     kv_cache: int
     """For vLLM the configured size; 0 if vLLM decides itself, on a GPU."""
     logits: int
@@ -133,11 +133,10 @@ def estimate(
     longest = prompt_tokens.longest + response
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = device_of(config.model.device).type == "cpu"
+    arena = 3 * weights if config.rollout.engine == "vllm" or config.trainer.ranks > 1 else 0
     if config.rollout.engine == "vllm":
-        arena = 3 * weights
         kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
     else:
-        arena = 0
         kv_cache = _rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model)
     return Memory(
         weights=weights,
@@ -146,7 +145,7 @@ def estimate(
         optimizer_moments=2 * trained,
         arena=arena,
         kv_cache=kv_cache,
-        activations=_activations(config, model, longest),
+        activations=config.trainer.ranks * _activations(config, model, longest),
         logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
         buffer=RolloutBuffer.file_bytes(tokens, trajectories),
     )

@@ -60,6 +60,8 @@ MAY_CHANGE_WITH_A_LINE = (
     "trainer.tokens_per_micro_batch",
     "trainer.head_chunk",
     "trainer.memory_gb",
+    "trainer.ranks",
+    "trainer.ranks_timeout_s",
     "trainer.logprob_gap_limit",
     "rollout.batch_rows",
     "rollout.vllm",

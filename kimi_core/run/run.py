@@ -29,7 +29,7 @@ from kimi_core.run.build import Parts, build, sft_examples
 from kimi_core.run.folder import RunFolder, holds_state
 from kimi_core.run.report import Report, cut_off_s
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
-from kimi_core.trainer.sft import train_sft
+from kimi_core.trainer.sft import SftPhase
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the sampled half of an evaluation."""
@@ -43,8 +43,9 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
     Raises:
         ValueError: the config or a file that it names cannot work. Raised before training.
-        RewardError, RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, OSError:
-            training had to stop. The last saved state is intact, and ``resume`` continues from it.
+        RewardError, RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, RankFailed,
+            OSError: training had to stop. The last saved state is intact, and ``resume`` continues
+            from it.
     """
     console = console or Console()
     parts = build(config)
@@ -78,7 +79,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             console=console,
         ) as report:
             _reinforce(parts, config, folder, report, sft_s)
-        folder.save_checkpoint(parts.model, parts.tokenizer)
+        folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
     return folder.path
 
 
@@ -102,7 +103,7 @@ def fine_tune(parts: Parts, config: Config, console: Console) -> None:
         if step % every == 0:
             console.print(f"sft {step}/{config.sft.steps}  loss {loss:.3f}", highlight=False)
 
-    train_sft(parts.model, examples, config.sft, config.trainer, seed=config.seed, report=report)
+    SftPhase(parts.loop.trainer, config.sft, config.trainer, report).fit(examples, config.seed)
 
 
 def say_overlaps(parts: Parts, config: Config, console: Console) -> list[TextExample]:
@@ -128,11 +129,13 @@ def fine_tune_alone(config: Config) -> Path:
             fine_tune(parts, config, console)
             parts.loop.start()
             evaluate(parts, config, report)
-        return folder.save_checkpoint(parts.model, parts.tokenizer)
+        return folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
 
 
 def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMetrics:
     """Evaluate the model of ``config`` on its first ``limit`` held-out prompts; None: on all."""
+    alone = config.trainer.model_copy(update={"ranks": 1})  # Nothing is trained.
+    config = config.model_copy(update={"trainer": alone})
     with closing(build(config)) as parts:
         parts.loop.start()
         seed = config.seed + EVALUATION_SEED

@@ -49,7 +49,7 @@ def train_dpo(
     """
     if not pairs:
         raise ValueError("DPO needs at least one pair of a chosen and a rejected response")
-    fitting = Fitting(model, trainer)
+    fitting = Fitting.of(model, trainer)
     reference_n2 = torch.cat([_sums(fitting, some) for some in _chunks(pairs, config.batch_size)])
 
     def accumulate(chosen: list[int]) -> float:
@@ -57,6 +57,7 @@ def train_dpo(
         losses_n, slopes_n2 = dpo_loss(_sums(fitting, some), reference_n2[chosen], config.beta)
         slopes = (slopes_n2 / len(some)).flatten()
         for micro in fitting.micro_batches(pack_examples(_examples(some)), share_prompts=True):
+            assert micro is not None  # There is one rank.
             logprobs_t = fitting.policy.logprobs(micro)
             fitting.backward((logprobs_t * slopes[micro.sequence_t]).sum())
         return float(losses_n.mean())
@@ -86,6 +87,7 @@ def _sums(fitting: Fitting, pairs: Sequence[Pair]) -> Tensor:
     """Log-probs of both responses of each pair, summed in float64, ``[n, 2]``."""
     total = torch.zeros(2 * len(pairs), dtype=torch.float64, device=fitting.policy.model.device)
     for micro in fitting.micro_batches(pack_examples(_examples(pairs)), share_prompts=True):
+        assert micro is not None
         total.index_add_(0, micro.sequence_t, fitting.policy.logprobs(micro).double())
     return total.view(-1, 2)
 

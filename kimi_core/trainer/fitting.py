@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,51 +17,79 @@ from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import TrainingDiverged
 from kimi_core.types import Batch
 
+Save = Callable[[Path], None]
+"""Writes masters and moments into a folder."""
+
+TENSORS = "sft.safetensors"
+
 
 class Fitting:
-    """A model that is fitted to examples, in place.
+    """A policy that is fitted to examples, in place.
 
     Args:
-        model: any causal LM; its parameters that require a gradient are trained. It is put into
-            eval mode: a layer that is recomputed must not drop other activations.
-        trainer: ``tokens_per_micro_batch``, ``memory_gb``, ``head_chunk``, ``grad_clip`` and
-            ``weight_decay`` are read.
+        policy: at temperature 1.
+        recompute: decides what its passes keep.
+        trainer: ``tokens_per_micro_batch``, ``grad_clip`` and ``weight_decay`` are read.
+        ranks: the processes that train together; None: this one alone.
     """
 
-    def __init__(self, model: PreTrainedModel, trainer: TrainerConfig) -> None:
-        self.policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk).eval()
+    def __init__(
+        self,
+        policy: Policy,
+        recompute: Recompute,
+        trainer: TrainerConfig,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.policy = policy
+        self.ranks = ranks or Ranks()
         self._trainer = trainer
-        self._weights = MasterWeights(self.policy.trainable())
-        self._recompute = Recompute(model, trainer.memory_gb)
-        self._max_tokens = self._recompute.most_tokens(
-            trainer.tokens_per_micro_batch, self.policy.probe
-        )
+        self._weights = MasterWeights(policy.trainable())
+        self._recompute = recompute
+        self._max_tokens = recompute.most_tokens(trainer.tokens_per_micro_batch, policy.probe)
 
-    def micro_batches(self, batch: Batch, *, share_prompts: bool = False) -> Iterator[MicroBatch]:
-        """The sequences of ``batch`` in passes that fit the memory; the masked tokens are wanted.
+    @classmethod
+    def of(cls, model: PreTrainedModel, trainer: TrainerConfig) -> Self:
+        """The same for a model in this process alone.
+
+        Args:
+            model: any causal LM; its parameters that require a gradient are trained. It is put into
+                eval mode: a layer that is recomputed must not drop other activations.
+            trainer: ``memory_gb`` and ``head_chunk`` are read, too.
+        """
+        policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk).eval()
+        return cls(policy, Recompute(model, trainer.memory_gb), trainer)
+
+    def micro_batches(
+        self, batch: Batch, *, share_prompts: bool = False
+    ) -> Iterator[MicroBatch | None]:
+        """This rank's sequences of ``batch`` in passes that fit the memory; None: an empty pass,
+        because another rank has more. The masked tokens are wanted.
 
         Args:
             share_prompts: lay a prompt once for all its responses, if the model can take it.
         """
-        for micro in micro_batches(
+        mine = micro_batches(
             batch,
             batch.mask > 0,
-            range(len(batch)),
+            self.ranks.share(np.arange(len(batch)), batch.lengths),
             max_tokens=self._max_tokens,
             share_prompts=share_prompts and self.policy.shares_prompts,
             layout=self.policy.layout,
             masks_up_to=self.policy.masks_up_to,
             device=self.policy.model.device,
-        ):
-            self._recompute.fit(micro.ids_rl.numel())
+        )
+        for micro in self.ranks.passes(mine):
+            if micro is not None:
+                self._recompute.fit(micro.ids_rl.numel())
             yield micro
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``."""
-        loss.backward()
+        """Add the gradient of ``loss``, which is summed over the ranks."""
+        (loss * self.ranks.size).backward()
         self._weights.add_gradients()
 
     def descend(
@@ -69,11 +101,10 @@ class Fitting:
         key: str,
         seed: int,
         report: Callable[[int, float], None],
-        shuffle: bool = True,
+        after_step: Callable[[int, Save], None] = lambda step, save: None,
+        resume: tuple[int, Path] | None = None,
     ) -> None:
         """Take ``config.steps`` steps of AdamW.
-
-        Each example comes once before any comes a second time.
 
         Args:
             accumulate: adds the gradient of the mean loss of some examples by ``backward``, and
@@ -82,21 +113,21 @@ class Fitting:
             key: where ``config`` stands in the settings, for errors.
             seed: decides the order of the examples.
             report: called with the number of each step, starting at 1, and its mean loss.
-            shuffle: False takes the examples in the order in which they are given.
+            after_step: called with the number of each step and a function that saves its state.
+            resume: steps done, and the folder that such a function wrote after them. What follows
+                has the bits of a training that was not interrupted.
 
         Raises:
             TrainingDiverged: a loss or gradient is not finite; that step is not taken.
         """
         optimizer = self._weights.adamw(config.learning_rate, self._trainer.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, config.steps)
-        )
-        rng = np.random.default_rng([seed, config.steps])
-        order: list[int] = []
-        for step in range(1, config.steps + 1):
-            while len(order) < config.batch_size:
-                order.extend(rng.permutation(count).tolist() if shuffle else range(count))
-            chosen, order = order[: config.batch_size], order[config.batch_size :]
+        done, folder = resume or (0, None)
+        if folder is not None:
+            self._load(optimizer, folder)
+        batches = _batches(count, config, np.random.default_rng([seed, config.steps]))
+        for step, chosen in enumerate(islice(batches, done, config.steps), done + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * warmup_cosine(step - 1, config.steps)
             try:
                 loss = accumulate(chosen)
             except FloatingPointError:  # A log-prob is NaN, so the loss is NaN too.
@@ -108,8 +139,37 @@ class Fitting:
                     f"taken. Lower {key}.learning_rate (now {config.learning_rate})"
                 )
             self._weights.step(optimizer)
-            schedule.step()
             report(step, loss)
+            after_step(step, lambda folder: self._save(optimizer, folder))
+
+    def _save(self, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        tensors = {}
+        for name, master in self._weights.masters.items():
+            tensors[name] = master.detach().contiguous()
+            tensors |= {f"{name}/{key}": value for key, value in optimizer.state[master].items()}
+        save_file(tensors, folder / TENSORS)
+
+    def _load(self, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        saved = load_file(folder / TENSORS)
+        self._weights.load(saved)
+        for place, value in saved.items():
+            name, slash, key = place.partition("/")
+            if slash:
+                master = self._weights.masters[name]
+                optimizer.state[master][key] = value.to(master.device)
+
+
+def _batches(
+    count: int, config: SftConfig | ShortestConfig | DpoConfig, rng: np.random.Generator
+) -> Iterator[list[int]]:
+    """The examples of each step. Each comes once before any comes a second time."""
+    shuffle = not isinstance(config, SftConfig) or config.shuffle
+    order: list[int] = []
+    while True:
+        while len(order) < config.batch_size:
+            order.extend(rng.permutation(count).tolist() if shuffle else range(count))
+        chosen, order = order[: config.batch_size], order[config.batch_size :]
+        yield chosen
 
 
 def warmup_cosine(step: int, steps: int) -> float:

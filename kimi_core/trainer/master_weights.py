@@ -81,9 +81,9 @@ class MasterWeights:
 
     @torch.no_grad()
     def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Copy ``saved`` tensors, which have the same names, into masters and parameters."""
+        """Copy ``saved`` tensors into masters and parameters: by name, of a shard its rows."""
         for name, master in self.masters.items():
-            master.copy_(saved[name])
+            _local(master).copy_(saved[name])
         self._round()
 
     def _round(self) -> None:

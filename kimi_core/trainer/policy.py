@@ -1,7 +1,8 @@
 """A Hugging Face causal LM as the trainer sees it: tokens in, log-probs or a loss out."""
 
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -138,16 +139,48 @@ class Policy(nn.Module):
     def probe(self, ids_1l: Tensor) -> None:
         """One forward pass of one sequence, int64 ``[1, l]``: for what it makes autograd save."""
         # The last token is not laid out: nothing follows that it would predict.
-        ids = np.append(ids_1l[0].cpu().numpy(), 0).astype(np.int32)
+        with suppress(FloatingPointError):  # The update that follows tells of a NaN.
+            self.logprobs(self._one_sequence(np.append(ids_1l[0].cpu().numpy(), 0)))
+
+    def nothing(self) -> Tensor:
+        """A loss of 0 from a pass of one token: for a rank without a micro-batch of its own.
+
+        The pass gathers and reduces what the other ranks' passes do, and its gradient is 0.
+
+        Raises: as ``forward``.
+        """
+        return self.logprobs(self._one_sequence(np.zeros(2))).sum() * 0.0
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Another temperature until the block ends."""
+        before, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = before
+
+    def forget_gathered(self) -> None:
+        """Show this rank's shards again after a forward pass without a backward pass.
+
+        A policy that is not sharded stays as it is.
+        """
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
+    def _one_sequence(self, ids: np.ndarray) -> MicroBatch:
+        """Wants every token of ``ids`` but the first."""
         blank = np.zeros(len(ids), np.float32)
         edges = np.array([0, len(ids)], np.int32)
-        batch = Batch(ids, blank, blank.astype(np.uint8), blank.astype(np.int32), edges)
-        wanted = np.arange(len(ids)) > 0
-        (micro,) = micro_batches(
-            batch, wanted, [0], max_tokens=len(ids), layout=self.layout, device=ids_1l.device
+        batch = Batch(
+            ids.astype(np.int32), blank, blank.astype(np.uint8), blank.astype(np.int32), edges
         )
-        with suppress(FloatingPointError):  # The update that follows tells of a NaN.
-            self.logprobs(micro)
+        wanted = np.arange(len(ids)) > 0
+        device = self.model.device
+        (micro,) = micro_batches(
+            batch, wanted, [0], max_tokens=len(ids), layout=self.layout, device=device
+        )
+        return micro
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that require a gradient by their names in the model, in the model's order."""

@@ -1,12 +1,17 @@
 """Supervised fine-tuning on packed sequences (section 2.2)."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from kimi_core.config import SftConfig, ShortestConfig, TrainerConfig
-from kimi_core.trainer.fitting import Fitting
+from kimi_core.trainer.fitting import Fitting, Save
+from kimi_core.trainer.ranks import Ranks, on_all_ranks
+from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import PROMPT_VERSION, Batch
 
 Example = tuple[np.ndarray, np.ndarray]
@@ -22,6 +27,8 @@ def train_sft(
     seed: int,
     key: str = "sft",
     report: Callable[[int, float], None] = lambda step, loss: None,
+    after_step: Callable[[int, Save], None] = lambda step, save: None,
+    resume: tuple[int, Path] | None = None,
 ) -> None:
     """Fit the responses, given their prompts; the model is updated in place.
 
@@ -32,13 +39,14 @@ def train_sft(
         model: any causal LM; its parameters that require a gradient are trained. It is put into
             eval mode: a layer that is recomputed must not drop other activations.
         examples: at least one; prompt and response have at least one token each.
-        config: steps, batch size and learning rate.
+        config: steps, batch size, order and learning rate.
         trainer: ``tokens_per_micro_batch``, ``memory_gb``, ``head_chunk``, ``grad_clip`` and
             ``weight_decay``.
         seed: decides the order of the examples.
         key: where ``config`` stands in the settings, for errors.
         report: called with the number of each step, starting at 1, and its mean loss in nats per
             token.
+        after_step, resume: as for ``Fitting.descend``.
 
     Raises:
         ValueError: there are no examples.
@@ -46,22 +54,82 @@ def train_sft(
     """
     if not examples:
         raise ValueError("SFT needs at least one example; the file or source gave none")
-    fitting = Fitting(model, trainer)
+    fitting = Fitting.of(model, trainer)
+    fitting.descend(
+        _accumulator(fitting, examples),
+        len(examples),
+        config,
+        key=key,
+        seed=seed,
+        report=report,
+        after_step=after_step,
+        resume=resume,
+    )
+
+
+@dataclass
+class SftPhase:
+    """``train_sft`` with the policy of a run's trainer, on all of its ranks; each rank has one."""
+
+    trainer: Trainer
+    config: SftConfig
+    settings: TrainerConfig
+    report: Callable[[int, float], None] = lambda step, loss: None
+    after_step: Callable[[int, Save], None] = lambda step, save: None
+    """As for ``train_sft``. A state can be saved by one rank alone only, so far."""
+    resume: tuple[int, Path] | None = None
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.trainer.ranks
+
+    @on_all_ranks
+    def fit(self, examples: Sequence[Example], seed: int) -> None:
+        """Fit the responses, given their prompts.
+
+        Raises: as ``train_sft``, and RankFailed.
+        """
+        policy = self.trainer.policy
+        with policy.at_temperature(1.0):
+            fitting = Fitting(policy, self.trainer.recompute, self.settings, self.ranks)
+            fitting.descend(
+                _accumulator(fitting, examples),
+                len(examples),
+                self.config,
+                key="sft",
+                seed=seed,
+                report=self.report,
+                after_step=self.after_step,
+                resume=self.resume,
+            )
+
+
+def _accumulator(fitting: Fitting, examples: Sequence[Example]) -> Callable[[list[int]], float]:
+    policy, ranks = fitting.policy, fitting.ranks
 
     def accumulate(chosen: list[int]) -> float:
-        """Add the gradient of the mean negative log-prob of the responses' tokens."""
+        """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean.
+
+        It is NaN if a log-prob is NaN on any rank; the gradient is then not whole.
+        """
         batch = pack_examples([examples[index] for index in chosen])
-        total = 0.0
+        counted, total = int(batch.mask.sum()), 0.0
         for micro in fitting.micro_batches(batch):
-            loss = -fitting.policy.logprobs(micro).sum() / int(batch.mask.sum())
+            loss, fault = None, ""
+            try:
+                if micro is None:
+                    loss = policy.nothing()
+                else:
+                    loss = -policy.logprobs(micro).sum() / counted
+            except FloatingPointError as error:
+                fault = str(error)
+            if ranks.fault(fault) or loss is None:
+                return math.nan
             fitting.backward(loss)
             total += float(loss.detach())
-        return total
+        return float(ranks.sum(total))
 
-    shuffle = not isinstance(config, SftConfig) or config.shuffle
-    fitting.descend(
-        accumulate, len(examples), config, key=key, seed=seed, report=report, shuffle=shuffle
-    )
+    return accumulate
 
 
 def pack_examples(examples: Sequence[Example]) -> Batch:

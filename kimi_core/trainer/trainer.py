@@ -4,37 +4,35 @@ The reference π_i is not a second model. It is the log-probs that the engine re
 sampled the tokens, and every iteration compares them with the trainer's own.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kimi_core.config import TrainerConfig
+from kimi_core.models.fingerprint import fingerprint
 from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.objectives import Responses, load_objective, omd
 from kimi_core.trainer.packing import MicroBatch, micro_batches
+from kimi_core.trainer.parallel import shard
 from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.ranks import Ranks, on_all_ranks
 from kimi_core.trainer.shares import deal
 from kimi_core.types import Batch, TrainingBatch
 from kimi_core.weights.publish import Publisher
+from kimi_core.weights.shards import load_rows, save_model, save_rows
 
 PATIENCE = 3
 """Consecutive iterations whose log-prob gap may exceed its limit before the run stops."""
 
 PARAMETERS = "tensors.safetensors"
 """The file with the trained parameters in the folder of a state."""
-
-VOLATILE_SETTINGS = ("_name_or_path", "transformers_version", "use_cache", "dtype")
-"""Settings of a model that may differ between two copies of the same model."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -69,16 +67,26 @@ class TrainingMetrics:
 class Trainer:
     """Updates a policy in place, saves it, and publishes its weights.
 
+    With several ranks, each has a trainer of the same policy. What rank 0 is asked to do, all do.
+
     Args:
-        policy: its parameters that require a gradient are trained; it is put into eval mode.
+        policy: its parameters that require a gradient are trained; it is put into eval mode. With
+            several ranks it is sharded here.
         config: the objective and its settings.
         publisher: takes the weights to the engine.
+        ranks: the processes that train together; None: this one alone.
 
     Raises:
         ValueError: ``trainer.objective`` names nothing that exists.
     """
 
-    def __init__(self, policy: Policy, config: TrainerConfig, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        config: TrainerConfig,
+        publisher: Publisher,
+        ranks: Ranks | None = None,
+    ) -> None:
         # With dropout, engine and trainer would disagree, and recomputing would drop other values.
         self.policy = policy.eval()
         self._config = config
@@ -89,12 +97,19 @@ class Trainer:
         """The version published last."""
         self.gaps_over_limit = 0
         """Consecutive iterations whose gap exceeded its limit; part of a run's state."""
-        self._recompute = Recompute(policy.model, config.memory_gb)
+        self.recompute = Recompute(policy.model, config.memory_gb)
+        self.ranks = ranks or Ranks()
+        if self.ranks.size > 1:
+            # A sharded policy would hide what its passes keep, and its frozen parameters.
+            self.recompute.footprint(policy.probe)
+        self._fingerprint = fingerprint(policy.model)
+        shard(policy, self.ranks)
 
     @property
     def _device(self) -> torch.device:
         return next(self.policy.parameters()).device
 
+    @on_all_ranks
     def train(
         self, batch: TrainingBatch, *, policy_version: int, seed: tuple[int, ...]
     ) -> TrainingMetrics:
@@ -110,6 +125,7 @@ class Trainer:
             TrainingDiverged: a loss or gradient is not finite; that update is not taken.
             LogprobMismatch: the gap to the engine exceeded its limit for ``PATIENCE`` iterations
                 running.
+            RankFailed: another rank ended or did not answer in time.
             RuntimeError: the policy's parameters were replaced during the phase.
         """
         weights = self._master_weights()
@@ -150,6 +166,7 @@ class Trainer:
             logprobs=met,
         )
 
+    @on_all_ranks
     def publish(self, version: int) -> None:
         """Hand the present weights over as ``version``; an engine then serves them.
 
@@ -165,25 +182,33 @@ class Trainer:
         self._publisher.publish(self.policy.model.named_parameters(), version)
         self.published = version
 
+    @on_all_ranks
     def save(self, folder: Path) -> None:
         """Write the trained parameters into ``folder``: the float32 masters if a model has 16 bits.
 
-        Frozen parameters come with the model, and the optimizer is new in each iteration.
-        """
-        masters = self._master_weights().masters
-        save_file(
-            {name: m.detach().contiguous() for name, m in masters.items()}, folder / PARAMETERS
-        )
+        Frozen parameters come with the model, and the optimizer is new in each iteration. Every
+        rank writes its rows into the one file, so any number of ranks can load it.
 
+        Raises:
+            OSError: the disk is full or has another fault.
+        """
+        save_rows(self._master_weights().masters, folder / PARAMETERS, self.ranks)
+
+    @on_all_ranks
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the model into ``folder`` in Hugging Face format. Raises: as ``save``."""
+        save_model(self.policy.model, folder, self.ranks)
+
+    @on_all_ranks
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Take over what ``save`` wrote.
+        """Take over what ``save`` wrote, on any number of ranks.
 
         Raises:
             ValueError: the parameters there are not those that this trainer trains.
         """
-        saved = load_file(folder / PARAMETERS)
         weights = self._master_weights()
+        saved = load_rows(folder / PARAMETERS, weights.masters)
         if odd := saved.keys() ^ weights.masters.keys():
             raise ValueError(
                 f"{folder} holds {len(saved)} trained parameters and the model has "
@@ -195,17 +220,9 @@ class Trainer:
 
     def fingerprint(self) -> str:
         """Names the model by what training never changes: settings and frozen parameters."""
-        model = self.policy.model
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        settings = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_SETTINGS}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                # In the precision that the weights have on a GPU and on a CPU alike.
-                some = parameter.detach().flatten()[:1000].bfloat16().float().cpu()
-                digest.update(name.encode() + some.numpy().tobytes())
-        return f"{type(model).__name__}, {parameters} parameters, {digest.hexdigest()[:12]}"
+        return self._fingerprint
 
+    @on_all_ranks
     def rest(self) -> None:
         """Free the device memory that only training needs, until the next ``train``.
 
@@ -216,14 +233,16 @@ class Trainer:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def logprobs(
-        self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray
-    ) -> np.ndarray:
+    def logprobs(self, batch: Batch, wanted: np.ndarray, which: np.ndarray) -> np.ndarray:
         """The policy's log-probs of the ``wanted`` tokens, float32 ``[T]``, NaN elsewhere."""
         result = np.full(len(batch.token_ids), np.nan, np.float32)
         for micro in self._micro_batches(batch, wanted, which):
-            result[micro.source_t.cpu().numpy()] = self.policy.logprobs(micro).cpu().numpy()
-        return result
+            if micro is None:
+                self.policy.nothing()
+            else:
+                result[micro.source_t.cpu().numpy()] = self.policy.logprobs(micro).cpu().numpy()
+        self.policy.forget_gathered()
+        return self.ranks.union(result)
 
     def _master_weights(self) -> MasterWeights:
         """The trained parameters with their masters, which live as long as the parameters do."""
@@ -242,31 +261,41 @@ class Trainer:
     ) -> float:
         """Add the gradient of the mean loss over ``share`` and return the loss.
 
-        Writes the log-probs of its counted tokens into ``met``.
+        Writes the log-probs of its counted tokens into ``met``, those of other ranks, too.
         """
         total = 0.0
+        assert self._weights is not None
         for micro in self._micro_batches(batch.tokens, counted, share):
-            self._recompute.fit(micro.ids_rl.numel())
+            loss, logprobs_t, fault = None, None, ""
             try:
-                mean, logprobs_t, count = self._loss(micro, batch, reference)
+                if micro is None:
+                    loss = self.policy.nothing()
+                else:
+                    self.recompute.fit(micro.ids_rl.numel())
+                    mean, logprobs_t, count = self._loss(micro, batch, reference)
+                    loss = mean * (count / len(share))
             except FloatingPointError as error:
-                raise self._diverged(str(error)) from error
-            loss = mean * (count / len(share))
-            loss.backward()
-            assert self._weights is not None
+                fault = str(error)
+            if said := self.ranks.fault(fault):  # Before ``backward``, where the others would wait.
+                raise self._diverged(said)
+            assert loss is not None
+            (loss * self.ranks.size).backward()
             self._weights.add_gradients()
             total += float(loss.detach())
-            met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
-        return total
+            if micro and logprobs_t is not None:
+                met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
+        met[:] = self.ranks.union(met)
+        return float(self.ranks.sum(total))
 
     def _micro_batches(
-        self, batch: Batch, wanted: np.ndarray, which: Sequence[int] | np.ndarray
-    ) -> Iterator[MicroBatch]:
-        return micro_batches(
+        self, batch: Batch, wanted: np.ndarray, which: np.ndarray
+    ) -> Iterator[MicroBatch | None]:
+        """This rank's part of the sequences ``which``; None: a pass of other ranks alone."""
+        mine = micro_batches(
             batch,
             wanted,
-            which,
-            max_tokens=self._recompute.most_tokens(
+            self.ranks.share(which, batch.lengths[which]),
+            max_tokens=self.recompute.most_tokens(
                 self._config.tokens_per_micro_batch, self.policy.probe
             ),
             share_prompts=self.policy.shares_prompts,
@@ -274,6 +303,7 @@ class Trainer:
             masks_up_to=self.policy.masks_up_to,
             device=self._device,
         )
+        return self.ranks.passes(mine)
 
     def _responses(
         self, batch: TrainingBatch, reference: np.ndarray, micro: MicroBatch
@@ -347,7 +377,8 @@ class Trainer:
         return norm
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        self._master_weights().drop_gradients()
+        assert self._weights is not None
+        self._weights.drop_gradients()
         return TrainingDiverged(
             f"{what}: the update was not taken. Lower trainer.learning_rate (now "
             f"{self._config.learning_rate}) or look at the rewards and log-probs in "

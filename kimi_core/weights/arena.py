@@ -308,7 +308,7 @@ class WritableSlot:
         self.layout = arena.layout
         self.version = version
         self._arena = arena
-        self._slot = slot
+        self.slot = slot
         self._verified: list[int] | None = None
         self._payload: np.ndarray | None = arena._core._writable(slot)
 
@@ -327,7 +327,7 @@ class WritableSlot:
         """Cast and copy the sources of ``count`` entries from ``first`` on; return checksums."""
         self._verified = None
         threads = threads or default_threads()
-        return self._arena._core._write(self._slot, list(sources), threads, first, count)
+        return self._arena._core._write(self.slot, list(sources), threads, first, count)
 
     def verify(
         self,
@@ -350,7 +350,7 @@ class WritableSlot:
         self._check_open()
         if found is None:
             threads = threads or default_threads()
-            bad = self._arena._core._first_damaged(self._slot, expected, threads)
+            bad = self._arena._core._first_damaged(self.slot, expected, threads)
         else:
             pairs = enumerate(zip(expected, found, strict=True))
             bad = next((index for index, (a, b) in pairs if a != b), None)
@@ -375,13 +375,13 @@ class WritableSlot:
                 f"Version {self.version} is not verified; call verify(crcs) or commit(crcs)"
             )
         self._end()
-        self._arena._core._commit(self._slot, self.version, self._verified)
+        self._arena._core._commit(self.slot, self.version, self._verified)
 
     def abandon(self) -> None:
         """Give the slot back unused. Does nothing after ``commit``."""
         if self._payload is not None:
             self._end()
-            self._arena._core._abandon(self._slot)
+            self._arena._core._abandon(self.slot)
 
     def _check_open(self) -> np.ndarray:
         if self._payload is None:

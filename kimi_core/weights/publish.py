@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from kimi_core.trainer.ranks import Ranks
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.layout import Layout
+from kimi_core.weights.shards import publish_rows
 
 SLOTS = 3
 """Slots of an arena: the version served, one that was refused, and the one after that."""
@@ -64,19 +66,31 @@ class ArenaPublisher:
     The arenas are made at the first publication. They are files without names in shared memory, so
     nothing is left of them if this process is killed.
 
+    If the trainer has several ranks, all of them publish together. The arenas belong to rank 0. The
+    others map the same files, and each rank writes its own rows into the slot.
+
     Args:
         config: the model's.
         dtype: what engines compute in; the copy casts to it.
         tp_size: tensor-parallel ranks of the engine.
+        ranks: of the trainer; None: this process alone.
     """
 
-    def __init__(self, config: PretrainedConfig, dtype: torch.dtype, *, tp_size: int = 1) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        *,
+        tp_size: int = 1,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._layouts = [
             Layout.from_config(config, dtype=dtype, tp_rank=rank, tp_size=tp_size)
             for rank in range(tp_size)
         ]
+        self._ranks = ranks or Ranks()
         self.arenas: list[WeightArena] = []
-        """One for each rank, once a version was published."""
+        """One for each tensor-parallel rank, once a version was published; on rank 0."""
         self._descriptors: list[int] = []
 
     @property
@@ -90,8 +104,14 @@ class ArenaPublisher:
         Raises: ValueError and TimeoutError as ``WeightArena.publish``.
         """
         tensors = list(named_tensors)
-        for layout in self._layouts[len(self.arenas) :]:
-            self._make(layout)
+        if self._ranks.rank == 0:
+            for layout in self._layouts[len(self.arenas) :]:
+                self._make(layout)
+        if self._ranks.size > 1:
+            for number, layout in enumerate(self._layouts):
+                place = (self.arenas[number], self.paths[number]) if self.arenas else None
+                publish_rows(place, layout, tensors, version, self._ranks)
+            return
         for arena in self.arenas:
             arena.publish(tensors, version=version)
 

@@ -175,7 +175,7 @@ def test_activations_are_those_of_the_largest_pass_and_fit_the_budget():
     budget = whole / 1e9 / 2
     assert activations(f"trainer.memory_gb={budget}") <= whole / 2
     trainer = parts.loop.trainer
-    footprint = trainer._recompute.footprint(trainer.policy.probe)
+    footprint = trainer.recompute.footprint(trainer.policy.probe)
     longest = max(len(parts.loop.encode(prompt)) for prompt in PROMPTS) + 70
     per_token = footprint.bytes(1000, footprint.plan(1000, 1 << 50)) / 1000
     assert whole == pytest.approx(3 * longest * per_token, rel=0.1)

@@ -274,7 +274,7 @@ def test_gradients_are_clipped_and_reported_unclipped(steps):
 def little_memory(model, data) -> float:
     """``memory_gb`` that ``data`` fits in one pass, if everything is recomputed."""
     trainer = trainer_of(model)
-    footprint = trainer._recompute.footprint(trainer.policy.probe)
+    footprint = trainer.recompute.footprint(trainer.policy.probe)
     (micro,) = trainer._micro_batches(data.tokens, data.tokens.mask > 0, range(len(data)))
     tokens = micro.ids_rl.numel()
     return 1.01 * footprint.bytes(tokens, Plan(footprint.layers, False)) / 1e9

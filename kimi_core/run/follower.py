@@ -1,0 +1,75 @@
+"""A rank of a trainer that follows rank 0.
+
+    python -m kimi_core.run.follower 127.0.0.1:29400 GENERATION 1
+
+It loads the model that the run's config names, keeps its shards, and calls what rank 0 calls, until
+rank 0 ends the run or is gone. ``trainer/ranks.py`` has the protocol.
+"""
+
+import logging
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from kimi_core.config import Config
+from kimi_core.models.placement import device_of
+from kimi_core.run.build import model_to_train, policy_of, publisher_of
+from kimi_core.trainer.ranks import Ranks, is_lost
+from kimi_core.trainer.sft import SftPhase
+from kimi_core.trainer.trainer import LogprobMismatch, Trainer, TrainingDiverged
+
+MEET_S = 60.0
+"""Seconds to connect to rank 0's store."""
+
+
+def follow(address: str, generation: str, rank: int) -> None:
+    """Be rank ``rank`` of the trainer whose rank 0 has its store at ``address``.
+
+    Raises: what a method raises on this rank alone; rank 0 then sees that this process ends.
+    """
+    host, port = address.rsplit(":", 1)
+    server = dist.TCPStore(host, int(port), timeout=timedelta(seconds=MEET_S))
+    store = dist.PrefixStore(generation, server)
+    config = _on_own_gpu(Config.model_validate_json(store.get("config")), rank)
+    model, _ = model_to_train(config)
+    policy = policy_of(model, config, int(store.get("longest")))
+    settings = config.trainer
+    ranks = Ranks.meet(store, rank, settings.ranks, timeout_s=settings.ranks_timeout_s)
+    trainer = Trainer(policy, settings, publisher_of(model, config.rollout, ranks), ranks)
+    targets = {"Trainer": trainer, "SftPhase": SftPhase(trainer, config.sft, settings)}
+    try:
+        while order := ranks.next_order():
+            name, args, kwargs = order
+            owner, method = name.split(".")
+            getattr(targets[owner], method)(*args, **kwargs)
+    except (TrainingDiverged, LogprobMismatch):
+        pass  # Rank 0 raises the same, and tells of it.
+    finally:
+        ranks.close()
+
+
+def _on_own_gpu(config: Config, rank: int) -> Config:
+    if device_of(config.model.device).type == "cpu":
+        return config
+    torch.cuda.set_device(rank)
+    model = config.model.model_copy(update={"device": f"cuda:{rank}"})
+    return config.model_copy(update={"model": model})
+
+
+def main() -> int:
+    logging.disable(logging.WARNING)  # Rank 0 warns.
+    rank = sys.argv[3]
+    try:
+        follow(sys.argv[1], sys.argv[2], int(rank))
+    except (OSError, ValueError, RuntimeError) as error:
+        if type(error) is RuntimeError and not is_lost(error):
+            raise  # A fault of the program.
+        print(f"rank {rank} of the trainer: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Starts the other ranks of a trainer on this host, and sees how they end.
+
+A follower needs three things: the address of rank 0's store, the generation, and its rank. What it
+has to know of the run is in the store. Whatever else starts followers has to give them no more.
+"""
+
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from kimi_core.config import Config
+from kimi_core.trainer.ranks import Ranks
+
+FOLLOWER = "kimi_core.run.follower"
+
+HOST = "127.0.0.1"
+
+END_S = 10.0
+"""Seconds that a follower has to end by itself, once it is told to."""
+
+
+class LocalFollowers:
+    """Implements ``Followers`` with child processes of this one."""
+
+    def __init__(self, address: str, generation: str, ranks: Sequence[int]) -> None:
+        self._processes = {
+            rank: subprocess.Popen(
+                # -P: in the repository's root, -m would import the uncompiled folder there.
+                [sys.executable, "-P", "-m", FOLLOWER, address, generation, str(rank)],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                start_new_session=True,  # Ctrl-C is meant for rank 0.
+            )
+            for rank in ranks
+        }
+
+    def ended(self) -> str:
+        for rank, process in self._processes.items():
+            status = process.poll()
+            if status is not None:
+                how = (
+                    f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+                )
+                return (
+                    f"Rank {rank} of the trainer (pid {process.pid}) ended {how}. The last saved "
+                    "state is intact: continue with --resume"
+                )
+        return ""
+
+    def close(self) -> None:
+        for process in self._processes.values():
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        """End them at once."""
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+
+
+def start_ranks(config: Config, longest: int) -> Ranks:
+    """The ranks of a run's trainer, of which this process is rank 0. Waits until all have come.
+
+    Args:
+        longest: as for ``Policy``.
+
+    Raises:
+        RankFailed: a rank ended, or did not come in ``trainer.ranks_timeout_s``.
+    """
+    settings = config.trainer
+    if settings.ranks == 1:
+        return Ranks()
+    limit = timedelta(seconds=settings.ranks_timeout_s)
+    server = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=limit)
+    generation = secrets.token_hex(4)
+    store = dist.PrefixStore(generation, server)
+    store.set("config", config.model_dump_json())
+    store.set("longest", str(longest))
+    followers = LocalFollowers(f"{HOST}:{server.port}", generation, range(1, settings.ranks))
+    try:
+        return Ranks.meet(
+            store,
+            0,
+            settings.ranks,
+            timeout_s=settings.ranks_timeout_s,
+            followers=followers,
+        )
+    except BaseException:
+        followers.kill()
+        raise

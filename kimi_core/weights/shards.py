@@ -1,0 +1,246 @@
+"""Rows of tensors that are sharded over ranks: into an arena's slot, and into safetensors files.
+
+Every rank writes the rows that it holds to where they belong, in place. Slot and file are the whole
+model, once a host; no rank holds the whole model in its own memory. ``docs/ranks.md`` has figures.
+
+FSDP2 shards a tensor by rows: a rank holds rows ``first``, ``first + 1``, ... of it.
+"""
+
+import copy
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+
+from kimi_core import _C
+from kimi_core.trainer.ranks import Ranks, deal
+from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.layout import Layout
+
+PAGE = 4096
+"""Alignment of a slot in an arena's file, in bytes."""
+
+_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a tensor that this process holds: all of a plain tensor."""
+
+    held: Tensor
+    """At least one dimension."""
+    first: int
+    """The row of the whole tensor that ``held`` begins with."""
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Rows":
+        held, first = tensor.detach(), 0
+        if isinstance(held, DTensor):
+            _, offset = compute_local_shape_and_global_offset(
+                held.shape, held.device_mesh, held.placements
+            )
+            held, first = held.to_local(), offset[0]
+        return cls(held.reshape(1) if held.ndim == 0 else held, first)
+
+
+def publish_rows(
+    arena: tuple[WeightArena, str] | None,
+    layout: Layout,
+    named: Sequence[tuple[str, Tensor]],
+    version: int,
+    ranks: Ranks,
+) -> None:
+    """Fill a slot of an arena together, sum its entries together, and flip. All ranks call this.
+
+    Args:
+        arena: on rank 0, the arena and the path under which other processes find it.
+        layout: the arena's.
+        named: Hugging Face names and tensors; each rank gives the shards that it has.
+        version: as for ``WeightArena.publish``.
+
+    Raises: ValueError and TimeoutError as ``WeightArena.publish``.
+    """
+    with ExitStack() as stack:
+        slot, where = None, None
+        fault: Exception | None = None
+        try:
+            if arena:
+                slot = stack.enter_context(arena[0].writing(version))
+                where = (arena[1], arena[0].slots, slot.slot)
+        except (ValueError, TimeoutError) as error:
+            fault = error
+        if said := ranks.fault(str(fault or "")):
+            raise fault or ValueError(said)
+        path, slots, number = ranks.everywhere(where)
+        payload = torch.from_numpy(slot.payload if slot else _map(path, slots, number, layout))
+        # Rank 0 writes what is not sharded.
+        own = [one for one in named if ranks.rank == 0 or isinstance(one[1], DTensor)]
+        write_rows(payload, layout, own)
+        ranks.largest(0)  # Nobody sums before all have written.
+        sums = np.zeros(len(layout.entries), np.int64)
+        for index in deal([entry.nbytes for entry in layout.entries], ranks.size)[ranks.rank]:
+            entry = layout.entries[index]
+            sums[index] = _C.crc32c(_buffer(payload[entry.offset : entry.offset + entry.nbytes]))
+        crcs = ranks.sum(sums).tolist()
+        if slot:
+            slot.verify(crcs, found=crcs)
+            slot.commit()
+
+
+def write_rows(slot: Tensor, layout: Layout, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Cast this rank's rows of Hugging Face tensors into a slot, where the layout has them.
+
+    Args:
+        slot: the payload, uint8 ``[layout.payload_bytes]``.
+        named: names and tensors, sharded or whole; whole ones are written by whoever calls.
+    """
+    for name, tensor in named:
+        entry, part = layout.by_hf_name[name]
+        place = slot[entry.offset : entry.offset + entry.nbytes]
+        there = place.view(getattr(torch, entry.dtype)).view(entry.shape)
+        rows = Rows.of(tensor)
+        end = rows.first + len(rows.held)
+        if part.dim == 0:
+            low, high = max(rows.first, part.start), min(end, part.stop)
+            if low < high:
+                target = there[part.row + low - part.start : part.row + high - part.start]
+                target.copy_(rows.held[low - rows.first : high - rows.first])
+        else:
+            target = there[part.row + rows.first : part.row + end]
+            target.copy_(rows.held[:, part.start : part.stop])
+
+
+@torch.no_grad()
+def save_rows(tensors: Mapping[str, Tensor], path: Path, ranks: Ranks) -> None:
+    """Write a safetensors file of whole tensors; every rank writes its rows. All ranks call this.
+
+    Raises:
+        OSError: a rank could not write, for example because the disk is full.
+    """
+    if ranks.size == 1:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, path)
+        return
+    header, places, end = _header(tensors)
+    fault: OSError | None = None
+    try:
+        if ranks.rank == 0:
+            with path.open("wb") as file:
+                file.write(header)
+                os.posix_fallocate(file.fileno(), 0, end)
+    except OSError as error:
+        fault = error
+    _agree(fault, ranks)
+    try:
+        with path.open("r+b") as file:
+            for name, tensor in tensors.items():
+                rows = Rows.of(tensor)
+                if rows.held.numel() and (isinstance(tensor, DTensor) or ranks.rank == 0):
+                    file.seek(places[name] + rows.first * rows.held[0].nbytes)
+                    file.write(_buffer(rows.held.cpu().contiguous().flatten().view(torch.uint8)))
+    except OSError as error:
+        fault = error
+    _agree(fault, ranks)
+
+
+def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
+    """Write a model in Hugging Face format; every rank writes its rows. All ranks call this.
+
+    Raises: OSError as ``save_rows``.
+    """
+    if ranks.size == 1:
+        model.save_pretrained(folder)
+        return
+    if ranks.rank == 0:
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = [type(model).__name__], model.dtype
+        config.save_pretrained(folder)  # Makes the folder.
+        if model.can_generate() and model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    stored = dict(model.named_parameters(remove_duplicate=False)).keys()
+    tied = stored - dict(model.named_parameters()).keys()
+    tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
+    save_rows(tensors, folder / "model.safetensors", ranks)
+
+
+def load_rows(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's rows of every tensor in a safetensors file, whoever wrote it.
+
+    Args:
+        like: tensors of the same names and shapes, sharded or whole. A tensor that is not among
+            them is read whole.
+    """
+    found = {}
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            if isinstance(like.get(name), DTensor):
+                rows = Rows.of(like[name])
+                found[name] = file.get_slice(name)[rows.first : rows.first + len(rows.held)]
+            else:
+                found[name] = file.get_tensor(name)
+    return found
+
+
+def _map(path: str, slots: int, slot: int, layout: Layout) -> np.ndarray:
+    """The payload of a slot of another process's arena, uint8 ``[payload_bytes]``, to write into.
+
+    The slots are the end of the file, each a whole number of pages (``docs/weight_protocol.md``).
+
+    Args:
+        path: of the arena; its process has begun to write into the slot.
+        slots: of the arena.
+        slot: number of the slot.
+    """
+    each = -(-layout.payload_bytes // PAGE) * PAGE
+    offset = os.stat(path).st_size - (slots - slot) * each
+    return np.memmap(path, np.uint8, "r+", offset, (layout.payload_bytes,))
+
+
+def _header(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
+    """The head of a safetensors file, where each tensor begins in it, and the file's size."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    # The widest dtypes first: each tensor is aligned to its elements.
+    for name, tensor in sorted(tensors.items(), key=lambda one: -one[1].element_size()):
+        begins[name], end = end, end + tensor.numel() * tensor.element_size()
+        table[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begins[name], end],
+        }
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}, len(head) + end
+
+
+def _agree(fault: OSError | None, ranks: Ranks) -> None:
+    """Raise OSError on every rank if one has a fault."""
+    if said := ranks.fault(str(fault or "")):
+        raise fault or OSError(said)
+
+
+def _buffer(bytes_: Tensor) -> memoryview:
+    flat: Any = bytes_.numpy()
+    return memoryview(flat)
