@@ -1,6 +1,7 @@
 """The ``kimi`` command.
 
-Its exit status is 0 if all went well, 1 if a run had to stop, 2 for bad input and 130 for Ctrl-C.
+Its exit status is 0 if all went well, 1 if a run had to stop, 2 for bad input, 130 for Ctrl-C and
+143 for SIGTERM.
 Errors that a user can act on are printed in one line, without a traceback.
 """
 
@@ -82,7 +83,12 @@ def train(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue runs/NAME from its last token, or start it if there is no such run",
+        help="continue runs/NAME from where it stopped, or start it if there is no such run",
+    )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume also if prompts or files that the run reads have changed",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
     given = parser.parse_intermixed_args(arguments)  # Options may stand between settings.
@@ -94,18 +100,21 @@ def train(arguments: Sequence[str]) -> int:
         if given.dry_run:
             print(describe(config))
         else:
-            print(f"run folder: {train_run(config, resume=given.resume)}")
+            done = train_run(config, resume=given.resume, accept_changes=given.accept_changes)
+            print(f"run folder: {done}")
 
     return with_config(given.arguments, run)
 
 
 def sft(arguments: Sequence[str]) -> int:
-    given = config_parser("sft", SFT).parse_intermixed_args(arguments)
+    parser = config_parser("sft", SFT)
+    parser.add_argument("--resume", action="store_true", help="continue from the last saved step")
+    given = parser.parse_intermixed_args(arguments)
 
     def run(config: Config) -> None:
         from kimi_core.run.run import fine_tune_alone
 
-        print(f"checkpoint: {fine_tune_alone(config)}")
+        print(f"checkpoint: {fine_tune_alone(config, resume=given.resume)}")
 
     return with_config(given.arguments, run)
 
@@ -242,6 +251,7 @@ def with_config(
     # Only now, because torch takes seconds to load: --help and a misspelt key need not wait.
     from kimi_core.reward.base import RewardOutage
     from kimi_core.rollout.engine import EngineFailed
+    from kimi_core.run.stop import Stopped
     from kimi_core.trainer.trainer import LogprobMismatch, TrainingDiverged
 
     try:
@@ -260,12 +270,10 @@ def with_config(
             "memory of a run",
             1,
         )
-    except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
-        print(
-            "interrupted: --resume continues from the last state, if one was saved",
-            file=sys.stderr,
-        )
-        return 130
+    except KeyboardInterrupt as error:
+        said = str(error) or "interrupted: --resume continues from the last state, if one was saved"
+        print(said, file=sys.stderr)
+        return error.status if isinstance(error, Stopped) else 130
     return 0
 
 

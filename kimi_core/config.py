@@ -116,6 +116,8 @@ class SftConfig(Section):
     learning_rate: float = Field(3e-3, gt=0, le=1)
     """Peak learning rate. It is reached after 5 % of the steps, and a cosine then lowers it to a
     tenth."""
+    save_every: int = Field(200, ge=1)
+    """Steps between saved states of SFT. `--resume` repeats those after the last one."""
 
 
 class VLLMConfig(Section):
@@ -331,6 +333,15 @@ class Config(Section):
     """Stop once this many responses were trained. Unset: stop when `iterations` are done."""
     save_every: int = Field(1, ge=1)
     """Iterations between saved states. Above 1, a crash repeats those after the last one."""
+    keep_states: int = Field(2, ge=1)
+    """Saved states that stay. If one is damaged, `--resume` goes on from the one before."""
+    resume: Literal["exact", "keep"] | None = None
+    """What `--resume` does with a rollout that was cut off. `exact` samples it a second time: the
+    run ends with the bits of a run that nothing stopped. `keep` goes on from the last stored token
+    of each response: nothing is sampled twice, and last bits may differ. Unset: `exact` with the
+    engine `torch`, `keep` with `vllm`, whose results differ in the last bits anyway."""
+    grace_s: float = Field(20.0, ge=0)
+    """Seconds that a run has after SIGTERM to finish the iteration and save it."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

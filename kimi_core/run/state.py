@@ -19,9 +19,16 @@ Take the state of iteration n:
   weights that are lost, and the trajectories that they trained are gone. The snapshot then replaces
   the live file.
 
-In the first two cases the run continues from the live file.
+In the first two cases the run can continue from the live file. With ``resume = "keep"`` it does.
+The
+first token of a response that goes on then comes from a prefill and not from a decode step, and the
+batch is another one, so last bits may differ. With ``resume = "exact"`` it does so only if the file
+holds what the unbroken run would have in it: no rollout has begun since the state, or a whole one.
+``rollout.json`` is written when all tokens of an iteration are in the file, and tells. Otherwise
+the snapshot replaces the file, and the iteration is sampled a second time.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -31,12 +38,16 @@ from typing import Any
 import numpy as np
 
 from kimi_core.buffer import RolloutBuffer
+from kimi_core.config import Config
 from kimi_core.loop import Loop
+from kimi_core.rollout.phase import Rollout
+from kimi_core.run.files import write_atomically
 from kimi_core.run.folder import RunFolder
 
 SNAPSHOT = "buffer.bin"
 PROMPTS = "prompts.npy"
 CURRICULUM = "curriculum.npz"
+ROLLOUT = "rollout.json"
 
 
 def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
@@ -69,10 +80,29 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     saved = folder.load_state(loop.trainer.fingerprint())
     _check_prompts(loop, saved.folder / PROMPTS)
     loop.trainer.load(saved.folder)
-    loop.curriculum.load_state(curriculum_in(saved.folder, saved.state))
-    buffer, remark = resume(folder.buffer, saved.folder / SNAPSHOT, saved.iteration)
-    loop.load_state(saved.state, buffer)
-    return float(saved.state["sft_s"]), f"{saved.remark}\n{remark}".strip()
+    state = saved.record["state"]
+    loop.curriculum.load_state(curriculum_in(saved.folder, state))
+    buffer, steps, remark = resume(
+        folder.buffer, saved.folder / SNAPSHOT, saved.number, exact=is_exact(loop.config)
+    )
+    loop.load_state(state, buffer)
+    loop.steps_before = steps
+    return float(state["sft_s"]), f"{saved.remark}\n{remark}".strip()
+
+
+def is_exact(config: Config) -> bool:
+    """Whether a resumed run samples a rollout that was cut off a second time."""
+    return (config.resume or ("exact" if config.rollout.engine == "torch" else "keep")) == "exact"
+
+
+def note_rollout(loop: Loop, rollout: Rollout, path: Path) -> None:
+    """Write down that the live file holds all tokens of the iteration that runs."""
+    noted = {
+        "iteration": loop.iteration + 1,
+        "tokens": loop.buffer.stats().tokens,
+        "decode_steps": rollout.decode_steps,
+    }
+    write_atomically(path.with_name(ROLLOUT), json.dumps(noted) + "\n")
 
 
 def curriculum_in(folder: Path, state: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -115,24 +145,43 @@ def nameless(new_buffer: Callable[[Path], RolloutBuffer]) -> RolloutBuffer:
         return new_buffer(Path(folder) / "buffer.bin")
 
 
-def resume(path: Path, snapshot: Path, iteration: int) -> tuple[RolloutBuffer, str]:
-    """The buffer that continues the state of ``iteration``, and a line that says which it is."""
+def resume(
+    path: Path, snapshot: Path, iteration: int, *, exact: bool
+) -> tuple[RolloutBuffer, int, str]:
+    """The buffer that continues the state of ``iteration``, the decode steps of the rollout that it
+    holds, and a line that says which buffer it is.
+    """
     try:
         buffer = RolloutBuffer.open(path)
     except FileNotFoundError:
-        return _restore(path, snapshot), f"{path} is missing: restored from {snapshot}"
+        return _restore(path, snapshot), 0, f"{path} is missing: restored from {snapshot}"
     except ValueError as error:
-        return _restore(path, snapshot), f"{error}; restored from {snapshot}"
+        return _restore(path, snapshot), 0, f"{error}; restored from {snapshot}"
     if buffer.mark not in (iteration - 1, iteration):
         remark = f"{path} is of iteration {buffer.mark}: restored from {snapshot}"
         buffer.close()
-        return _restore(path, snapshot), remark
+        return _restore(path, snapshot), 0, remark
     stats, cuts = buffer.stats(), buffer.recovery["cuts"]
+    steps = _steps_of_whole_rollout(path, iteration + 1, stats.tokens)
+    if exact and (cuts or (buffer.mark == iteration and steps is None)):
+        buffer.close()
+        remark = f"iteration {iteration + 1} was cut off: it is sampled from its start"
+        return _restore(path, snapshot), 0, remark
     remark = f"{path}: {stats.unfinished} unfinished trajectories, {stats.tokens} tokens"
     if cuts:
         lost = sum(lost for _, _, lost in cuts)
         remark += f"; {len(cuts)} were damaged and cut, {lost} tokens are sampled again"
-    return buffer, remark
+    return buffer, steps or 0, remark
+
+
+def _steps_of_whole_rollout(path: Path, iteration: int, tokens: int) -> int | None:
+    """Decode steps of the rollout of ``iteration``; None: not all of its tokens are there."""
+    try:
+        noted = json.loads(path.with_name(ROLLOUT).read_text())
+        is_whole = (noted["iteration"], noted["tokens"]) == (iteration, tokens)
+        return int(noted["decode_steps"]) if is_whole else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _restore(path: Path, snapshot: Path) -> RolloutBuffer:

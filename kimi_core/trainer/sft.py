@@ -1,10 +1,13 @@
 """Supervised fine-tuning on packed sequences (section 2.2)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from kimi_core.config import SftConfig, TrainerConfig
@@ -18,6 +21,11 @@ from kimi_core.types import PROMPT_VERSION, Batch
 Example = tuple[np.ndarray, np.ndarray]
 """Token ids of a prompt and of its response, int32."""
 
+Save = Callable[[Path], None]
+"""Writes masters and moments into a folder."""
+
+TENSORS = "sft.safetensors"
+
 
 def train_sft(
     model: PreTrainedModel,
@@ -27,6 +35,8 @@ def train_sft(
     *,
     seed: int,
     report: Callable[[int, float], None] = lambda step, loss: None,
+    after_step: Callable[[int, Save], None] = lambda step, save: None,
+    resume: tuple[int, Path] | None = None,
 ) -> None:
     """Fit the responses, given their prompts; the model is updated in place.
 
@@ -42,6 +52,9 @@ def train_sft(
         seed: decides the order of the examples.
         report: called with the number of each step, starting at 1, and its mean loss in nats per
             token.
+        after_step: called with the number of each step and a function that saves its state.
+        resume: steps done, and the folder that such a function wrote after them. What follows has
+            the bits of a training that was not interrupted.
 
     Raises:
         ValueError: there are no examples.
@@ -54,15 +67,13 @@ def train_sft(
     recompute = Recompute(model, trainer.memory_gb)
     max_tokens = recompute.most_tokens(trainer.tokens_per_micro_batch, policy.probe)
     optimizer = weights.adamw(config.learning_rate, trainer.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, config.steps)
-    )
-    rng = np.random.default_rng([seed, config.steps])
-    order: list[int] = []
-    for step in range(1, config.steps + 1):
-        while len(order) < config.batch_size:
-            order.extend(rng.permutation(len(examples)).tolist())
-        chosen, order = order[: config.batch_size], order[config.batch_size :]
+    done, folder = resume or (0, None)
+    if folder is not None:
+        _load(weights, optimizer, folder)
+    batches = _batches(len(examples), config, np.random.default_rng([seed, config.steps]))
+    for step, chosen in enumerate(islice(batches, done, config.steps), done + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * warmup_cosine(step - 1, config.steps)
         batch = pack_examples([examples[index] for index in chosen])
         try:
             loss = _accumulate(policy, weights, recompute, batch, max_tokens)
@@ -75,8 +86,36 @@ def train_sft(
                 f"taken. Lower sft.learning_rate (now {config.learning_rate})"
             )
         weights.step(optimizer)
-        schedule.step()
         report(step, loss)
+        after_step(step, lambda folder: _save(weights, optimizer, folder))
+
+
+def _batches(n: int, config: SftConfig, rng: np.random.Generator) -> Iterator[list[int]]:
+    """The examples of each step."""
+    order: list[int] = []
+    while True:
+        while len(order) < config.batch_size:
+            order.extend(rng.permutation(n).tolist())
+        chosen, order = order[: config.batch_size], order[config.batch_size :]
+        yield chosen
+
+
+def _save(weights: MasterWeights, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    tensors = {}
+    for name, master in weights.masters.items():
+        tensors[name] = master.detach().contiguous()
+        tensors |= {f"{name}/{key}": value for key, value in optimizer.state[master].items()}
+    save_file(tensors, folder / TENSORS)
+
+
+def _load(weights: MasterWeights, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    saved = load_file(folder / TENSORS)
+    weights.load(saved)
+    for place, value in saved.items():
+        name, slash, key = place.partition("/")
+        if slash:
+            master = weights.masters[name]
+            optimizer.state[master][key] = value.to(master.device)
 
 
 def warmup_cosine(step: int, steps: int) -> float:

@@ -1,0 +1,82 @@
+"""The SFT phase of a run, with states from which a killed one continues bit for bit."""
+
+from time import perf_counter
+
+from rich.console import Console
+
+from kimi_core.config import Config
+from kimi_core.prompts.jsonl import TextExample
+from kimi_core.prompts.messages import in_chat
+from kimi_core.prompts.overlap import overlaps
+from kimi_core.run.build import Parts, sft_examples
+from kimi_core.run.folder import RunFolder
+from kimi_core.run.stop import Stop
+from kimi_core.trainer.sft import Save, train_sft
+
+
+def fine_tune(
+    parts: Parts, config: Config, folder: RunFolder, stop: Stop, console: Console
+) -> float:
+    """Say where the data overlap, then carry out the SFT phase, if the config has one.
+
+    It continues from the newest state of SFT in ``folder``, if there is one.
+
+    Returns the seconds that it took, in all processes.
+
+    Raises:
+        ValueError: the data is unknown, missing, malformed, or not that of the state.
+        TrainingDiverged: a loss is not finite.
+        Stopped: a signal came; the last step is saved.
+        OSError: as ``States.save``.
+    """
+    pairs = say_overlaps(parts, config, console)
+    if not pairs:
+        return 0.0
+    examples = [
+        parts.codec.encode_example(in_chat(prompt, config.prompts), response)
+        for prompt, response in pairs
+    ]
+    fingerprint = parts.loop.trainer.fingerprint()
+    started, steps = perf_counter(), config.sft.steps
+    resume = None
+    if folder.sft_states.latest():
+        saved = folder.load_state(fingerprint, folder.sft_states)
+        resume = saved.number, saved.folder
+        started -= saved.record["sft_s"]
+        say(console, f"{saved.remark}\nsft goes on after step {saved.number}".strip())
+
+    def report(step: int, loss: float) -> None:
+        if step % max(1, steps // 10) == 0:
+            console.print(f"sft {step}/{steps}  loss {loss:.3f}", highlight=False)
+
+    def after_step(step: int, save: Save) -> None:
+        if step < steps and (stop.is_set() or step % config.sft.save_every == 0):
+            record = folder.record(fingerprint) | {"sft_s": perf_counter() - started}
+            folder.sft_states.save(step, [save], record)
+            stop.leave(f"step {step} of {steps} of SFT")
+
+    train_sft(
+        parts.model,
+        examples,
+        config.sft,
+        config.trainer,
+        seed=config.seed,
+        report=report,
+        after_step=after_step,
+        resume=resume,
+    )
+    return perf_counter() - started
+
+
+def say_overlaps(parts: Parts, config: Config, console: Console) -> list[TextExample]:
+    """Say where the data overlap; return the examples of SFT, none if it is off."""
+    is_on = config.sft.data != "none" and config.sft.steps > 0
+    pairs = sft_examples(config, parts.train_prompts) if is_on else []
+    for sentence in overlaps(parts.train_prompts, parts.evaluator.prompts, pairs):
+        say(console, f"warning: {sentence}")
+    return pairs
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
