@@ -3,9 +3,10 @@
     python tests/kills.py --kills 100 --seed 1
 
 Each run is killed a few times and resumed by the same command until it ends. Then the bits of
-everything that it left, except times, must be those of a run that nothing stopped. A kill is aimed at a stage (SFT, rollout, reward, training, save, evaluation, last
-checkpoint): the run marks the stage that it is in, in shared memory, and is killed a random part of
-that stage's time after it has entered it.
+everything that it left, except times, must be those of a run that nothing stopped. A kill is aimed
+at a stage (SFT, rollout, reward, training, save, evaluation, last checkpoint): the run marks the
+stage that it is in, in shared memory, and is killed a random part of that stage's time after it has
+entered it.
 
 Runs are forks of one process that has loaded everything; ``--fresh`` starts an interpreter for
 each. Prints a line of counts as JSON; its exit status is 1 if a run was not as it should be.
