@@ -15,11 +15,18 @@ from kimi_core.trainer.sft import Save, train_sft
 
 
 def fine_tune(
-    parts: Parts, config: Config, folder: RunFolder, stop: Stop, console: Console
+    parts: Parts,
+    config: Config,
+    console: Console,
+    folder: RunFolder | None = None,
+    stop: Stop | None = None,
 ) -> float:
     """Say where the data overlap, then carry out the SFT phase, if the config has one.
 
-    It continues from the newest state of SFT in ``folder``, if there is one.
+    Args:
+        folder: where states of SFT are saved; the phase continues from the newest one that is
+            there. None: nothing is saved.
+        stop: looked at after each step.
 
     Returns the seconds that it took, in all processes.
 
@@ -29,18 +36,19 @@ def fine_tune(
         Stopped: a signal came; the last step is saved.
         OSError: as ``States.save``.
     """
+    started, steps = perf_counter(), config.sft.steps
     pairs = say_overlaps(parts, config, console)
     if not pairs:
-        return 0.0
+        return perf_counter() - started
     examples = [
         parts.codec.encode_example(in_chat(prompt, config.prompts), response)
         for prompt, response in pairs
     ]
     fingerprint = parts.loop.trainer.fingerprint()
-    started, steps = perf_counter(), config.sft.steps
     resume = None
-    if folder.sft_states.latest():
+    if folder and folder.sft_states.latest():
         saved = folder.load_state(fingerprint, folder.sft_states)
+        folder.compare(saved)
         resume = saved.number, saved.folder
         started -= saved.record["sft_s"]
         say(console, f"{saved.remark}\nsft goes on after step {saved.number}".strip())
@@ -50,10 +58,13 @@ def fine_tune(
             console.print(f"sft {step}/{steps}  loss {loss:.3f}", highlight=False)
 
     def after_step(step: int, save: Save) -> None:
-        if step < steps and (stop.is_set() or step % config.sft.save_every == 0):
+        if folder is None or step == steps:
+            return
+        if step % config.sft.save_every == 0 or (stop and stop.is_set()):
             record = folder.record(fingerprint) | {"sft_s": perf_counter() - started}
             folder.sft_states.save(step, [save], record)
-            stop.leave(f"step {step} of {steps} of SFT")
+            if stop:
+                stop.leave(f"step {step} of {steps} of SFT")
 
     train_sft(
         parts.model,

@@ -82,7 +82,7 @@ class RunFolder:
         self.environment: dict[str, str] = {}
         """Name → what decides the last bits of a computation; part of every state."""
         self.accept_changes = False
-        """Whether ``load_state`` takes a state whose ``data`` differs."""
+        """Whether a state is taken whose ``data`` or training prompts differ."""
         self.states, self.sft_states = self.states_in(self.path)
         self.states.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = _take_lock(self.path)
@@ -195,15 +195,15 @@ class RunFolder:
     def load_state(self, fingerprint: str = "", states: States | None = None) -> SavedState:
         """Read the newest state back whose files are as they were written.
 
-        Newer ones, which are damaged, are set aside. What has changed since is in ``changed``.
+        Newer ones, which are damaged, are set aside.
 
         Args:
             fingerprint: names the model.
             states: where it is; None: the states of RL.
 
         Raises:
-            ValueError: there is none, it is of a model with another fingerprint, or what the run
-                reads has changed and ``accept_changes`` is not set. Nothing is renamed then.
+            ValueError: there is none, or it is of a model with another fingerprint. Nothing is
+                renamed then.
         """
         states = states or self.states
         saved = states.load()
@@ -213,6 +213,15 @@ class RunFolder:
                 f"cannot be continued with {fingerprint!r}: resume with the same model, or start a "
                 "run with another name=..."
             )
+        states.set_aside_after(saved.number)
+        return saved
+
+    def compare(self, saved: SavedState) -> None:
+        """Add to ``changed`` what the run reads, and where it runs, that a state had otherwise.
+
+        Raises:
+            ValueError: what it reads has changed, and ``accept_changes`` is not set.
+        """
         other = changes(saved.record.get("data", {}), self.data)
         if other and not self.accept_changes:
             raise ValueError(
@@ -221,8 +230,6 @@ class RunFolder:
                 "another name=..."
             )
         self.changed |= other | changes(saved.record.get("environment", {}), self.environment)
-        states.set_aside_after(saved.number)
-        return saved
 
     def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.

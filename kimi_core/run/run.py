@@ -62,10 +62,11 @@ def train(
             say_overlaps(parts, config, console)
         else:
             parts.loop.buffer = state.start(folder.buffer, parts.new_buffer)
-            sft_s = fine_tune(parts, config, folder, stop, console)
+            sft_s = fine_tune(parts, config, console, folder, stop)
             parts.loop.start()
             state.save(parts.loop, folder, sft_s)
         folder.sft_states.remove()
+        _say_changes(folder, console)
         with Report(
             folder.path,
             total_iterations=config.iterations,
@@ -93,6 +94,13 @@ def _open(config: Config, resume: bool, *, accept: bool, console: Console) -> Ru
     return folder
 
 
+def _say_changes(folder: RunFolder, console: Console) -> None:
+    for name, (before, now) in folder.changed.items():
+        say(console, f"changed since the last state: {name}: {before} before, {now} now")
+    if folder.changed.keys() & folder.environment.keys():
+        say(console, "the last bits may therefore differ from those of an unbroken run")
+
+
 def fine_tune_alone(config: Config, *, resume: bool = False) -> Path:
     """Carry out the SFT phase of ``config``, evaluate it, and return the checkpoint's folder.
 
@@ -105,7 +113,7 @@ def fine_tune_alone(config: Config, *, resume: bool = False) -> Path:
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
-        fine_tune(parts, config, folder, stop, console)
+        fine_tune(parts, config, console, folder, stop)
         with Report(folder.path, total_iterations=0, console=console) as report:
             parts.loop.start()
             evaluate(parts, config, report)
