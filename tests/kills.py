@@ -307,6 +307,7 @@ def main() -> int:
             if different:
                 wrong.append({"run": runs, "kind": kind, "differ": different})
             shutil.rmtree(folder)
+            print(f"{runs} runs, {kills.total()} kills, {len(wrong)} wrong", file=sys.stderr)
     print(json.dumps({"kills": kills.total(), "runs": runs, "wrong": wrong, "in": dict(kills)}))
     return 1 if wrong else 0
 

@@ -213,6 +213,15 @@ class TestDamage:
         run(given("iterations=2"), resume=True)
         assert (FOLDER / "config.toml").is_file()
 
+    def test_a_missing_metrics_file_is_said_and_left_overs_go(self, given):
+        run(given("iterations=2"))
+        (FOLDER / "metrics.jsonl").unlink()
+        for name in ("summary.json.tmp", "trajectories/000002.jsonl.tmp", "states/000003.tmp"):
+            (FOLDER / name).touch()
+        said = run(given("iterations=3"), resume=True)
+        assert "metrics.jsonl lacks 2 of the 2 iterations done, the first 1" in said
+        assert not list(FOLDER.rglob("*.tmp"))
+
     def test_a_cut_metrics_file_is_named(self, given):
         run(given("iterations=1"))
         path = FOLDER / "metrics.jsonl"
