@@ -206,8 +206,11 @@ def resume(
     stats, cuts = buffer.stats(), buffer.recovery["cuts"]
     steps = _steps_of_whole_rollout(path, iteration + 1, stats.tokens)
     if exact and (cuts or (buffer.mark == iteration and steps is None)):
+        remark = (
+            f"iteration {iteration + 1} was cut off and is sampled from its start "
+            f"(resume=keep goes on with the {stats.tokens} tokens in {path})"
+        )
         buffer.close()
-        remark = f"iteration {iteration + 1} was cut off: it is sampled from its start"
         return _restore(path, snapshot), 0, remark
     remark = f"{path}: {stats.unfinished} unfinished trajectories, {stats.tokens} tokens"
     if cuts:
