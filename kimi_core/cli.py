@@ -85,11 +85,7 @@ def train(arguments: Sequence[str]) -> int:
         action="store_true",
         help="continue runs/NAME from where it stopped, or start it if there is no such run",
     )
-    parser.add_argument(
-        "--accept-changes",
-        action="store_true",
-        help="resume also if prompts or files that the run reads have changed",
-    )
+    _may_accept_changes(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
     given = parser.parse_intermixed_args(arguments)  # Options may stand between settings.
 
@@ -109,12 +105,14 @@ def train(arguments: Sequence[str]) -> int:
 def sft(arguments: Sequence[str]) -> int:
     parser = config_parser("sft", SFT)
     parser.add_argument("--resume", action="store_true", help="continue from the last saved step")
+    _may_accept_changes(parser)
     given = parser.parse_intermixed_args(arguments)
 
     def run(config: Config) -> None:
         from kimi_core.run.run import fine_tune_alone
 
-        print(f"checkpoint: {fine_tune_alone(config, resume=given.resume)}")
+        options = {"resume": given.resume, "accept_changes": given.accept_changes}
+        print(f"checkpoint: {fine_tune_alone(config, **options)}")
 
     return with_config(given.arguments, run)
 
@@ -234,6 +232,14 @@ def config_parser(name: str, description: str) -> argparse.ArgumentParser:
         "key=none unsets a setting",
     )
     return parser
+
+
+def _may_accept_changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume also if prompts or files that the run reads have changed",
+    )
 
 
 def with_config(

@@ -101,7 +101,7 @@ def _say_changes(folder: RunFolder, console: Console) -> None:
         say(console, "the last bits may therefore differ from those of an unbroken run")
 
 
-def fine_tune_alone(config: Config, *, resume: bool = False) -> Path:
+def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: bool = False) -> Path:
     """Carry out the SFT phase of ``config``, evaluate it, and return the checkpoint's folder.
 
     Args and raises: as ``train``.
@@ -109,11 +109,12 @@ def fine_tune_alone(config: Config, *, resume: bool = False) -> Path:
     console = Console()
     with (
         closing(build(config)) as parts,
-        _open(config, resume, accept=False, console=console) as folder,
+        _open(config, resume, accept=accept_changes, console=console) as folder,
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
         fine_tune(parts, config, console, folder, stop)
+        _say_changes(folder, console)
         with Report(folder.path, total_iterations=0, console=console) as report:
             parts.loop.start()
             evaluate(parts, config, report)
@@ -136,7 +137,8 @@ def _reinforce(
     loop = parts.loop
     loop.on_rollout = lambda rollout: state.note_rollout(loop, rollout, folder.buffer)
     files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
-    _catch_up(parts, config, report, files)
+    if not stop.is_set():
+        _catch_up(parts, config, report, files)
     while not (stop.is_set() or _is_done(loop, config)):
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
@@ -148,7 +150,7 @@ def _reinforce(
         report.iteration(metrics)
         if last or stop.is_set() or loop.iteration % config.save_every == 0:
             state.save(loop, folder, sft_s)
-        if is_due:
+        if last or (is_due and not stop.is_set()):  # A resumed run catches up on it.
             limit = None if last else config.evaluation.prompts
             evaluate(parts, config, report, limit=limit)
 

@@ -20,12 +20,11 @@ Take the state of iteration n:
   the live file.
 
 In the first two cases the run can continue from the live file. With ``resume = "keep"`` it does.
-The
-first token of a response that goes on then comes from a prefill and not from a decode step, and the
-batch is another one, so last bits may differ. With ``resume = "exact"`` it does so only if the file
-holds what the unbroken run would have in it: no rollout has begun since the state, or a whole one.
-``rollout.json`` is written when all tokens of an iteration are in the file, and tells. Otherwise
-the snapshot replaces the file, and the iteration is sampled a second time.
+The first token of a response that goes on then comes from a prefill and not from a decode step, and
+the batch is another one, so last bits may differ. With ``resume = "exact"`` it does so only if the
+file holds what an unbroken run would have in it: no rollout has begun since the state, or a whole
+one has ended. ``rollout.json``, written when all tokens of an iteration are in the file, tells.
+Otherwise the snapshot replaces the file, and the iteration is sampled a second time.
 """
 
 import json
@@ -98,6 +97,7 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     if are_others:  # The ids of the prompts may now name others.
         buffer.evict([info.trajectory_id for info in buffer.trajectories()])
         state |= {"consumed": [], "scorer": {}}
+        steps = 0
     loop.load_state(state, buffer)
     loop.steps_before = steps
     return float(state["sft_s"]), f"{saved.remark}\n{remark}".strip()
