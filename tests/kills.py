@@ -188,12 +188,12 @@ def carry_out(folder: Path, kind: str) -> None:
 def kill_at(pid: int, stage: str, marks: Marks, seconds: float, chance: random.Random) -> str:
     """Kill the process within ``stage``; return the stage that it was in, "" if it ended before."""
     wanted = 1 if stage in ("sft", "checkpoint") else chance.randint(1, 3)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while marks.entered[NUMBERS[stage]] < wanted:
         if os.waitpid(pid, os.WNOHANG)[0]:
             return ""
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the run did not enter {stage} in 120 s")
+            raise TimeoutError(f"the run did not enter {stage} in 600 s")
         time.sleep(2e-4)
     time.sleep(chance.uniform(0, 1.2 * seconds))
     return kill(pid, marks)
