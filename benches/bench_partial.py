@@ -18,7 +18,7 @@ from rich.console import Console
 from kimi_core.loop import Loop
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
-from kimi_core.run.run import fine_tune
+from kimi_core.run.fine_tuning import fine_tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kimi_core.run import state
 from kimi_core.run.build import Parts, build
 from kimi_core.run.config_file import load_config
-from kimi_core.run.run import say_overlaps
+from kimi_core.run.fine_tuning import say_overlaps
 
 PROMPTS = 1_000_000
 DRAWN, SAMPLES, ITERATIONS = 256, 8, 1000
@@ -116,7 +116,7 @@ def start(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as run:
         parts.loop.buffer = state.start(Path(run) / "buffer.bin", parts.new_buffer)
         parts.loop.start()
-        np.save(Path(run) / state.PROMPTS, parts.loop.prompts.facts.checksums)
+        np.save(Path(run) / state.PROMPTS, state.prompts_of(parts.loop))
         took["state"] = time.process_time() - began
         gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         share_s = share(parts, Path(run))
@@ -137,7 +137,7 @@ def share(parts: Parts, folder: Path) -> float:
         drawn = loop.curriculum.draw(DRAWN, iteration=iteration, rng=rng)
         for prompt in drawn * SAMPLES:
             loop.curriculum.record(prompt.id, 1.0)
-        np.save(folder / state.PROMPTS, loop.prompts.facts.checksums)
+        np.save(folder / state.PROMPTS, state.prompts_of(loop))
         np.savez(folder / state.CURRICULUM, **loop.curriculum.state())
         seconds.append(time.process_time() - began)
     return float(np.median(seconds))

@@ -1,7 +1,7 @@
 """The ``kimi`` command.
 
-Its exit status is 0 if all went well, 1 if a run had to stop, 2 for bad input and 130 for Ctrl-C.
-Errors that a user can act on are printed in one line, without a traceback.
+Its exit status is 0 if all went well, 1 if a run had to stop, 2 for bad input, 130 for Ctrl-C and
+143 for SIGTERM. Errors that a user can act on are printed in one line, without a traceback.
 """
 
 import argparse
@@ -13,97 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kimi_core.config import Config
+from kimi_core.help import CHECK, CURATE, EVALUATE, LONG2SHORT, REWARD, SFT, TRAIN, WARMUP
 from kimi_core.long2short import METHODS
 from kimi_core.run.config_file import load_config
 
 CONFIGS = Path(__file__).parent / "configs"
 """The configs that ship with the package."""
-
-TRAIN = """Train a reasoning model by reinforcement learning (section 2.3 of the Kimi k1.5 report).
-
-    kimi train                              # the config `think`: minutes on a laptop
-    kimi train smollm2 seed=1               # a real pretrained model
-    kimi train my.toml trainer.tau=0.1
-    kimi train --dry-run                    # what would run, and its memory
-    kimi train --resume                     # start, or continue after a crash or Ctrl-C
-
-Any setting is overridden as section.key=value; kimi_core/config.py describes each of them."""
-
-SFT = """Supervised fine-tuning alone (section 2.2): packed sequences, loss on the responses.
-
-    kimi sft name=warm                      # the SFT phase of the config `think`
-    kimi sft my.toml model.name=smollm2-135m sft.data=chains.jsonl
-
-Writes runs/NAME/checkpoint in Hugging Face format, which `kimi train` takes as model.name (with
-sft.data=none), and evaluates it on the held-out prompts."""
-
-EVALUATE = """Accuracy of a model on held-out prompts, on HumanEval or on a benchmark.
-
-    kimi evaluate model.name=runs/think/checkpoint
-    kimi evaluate smollm2 seed=1 prompts.held_out=400
-    kimi evaluate --task humaneval model.name=smollm2-135m
-    kimi evaluate --task humaneval --solutions canonical
-    kimi evaluate --benchmark gsm8k --data test.jsonl --samples 8 model.name=my-model
-
-Prints one JSON line: the numbers of an evaluation line of metrics.jsonl or, for HumanEval (whose
-default config is `humaneval`), the counts of verdicts and pass@1.
-
-`--benchmark` reads a published benchmark from a file or folder, asks its problems as
-kimi_core/evaluation/benchmarks.py says (default config: `benchmark`), and prints avg@k, pass@k,
-maj@k and lengths with intervals. They are in runs/NAME/BENCHMARK/results.json, too, with all that
-repeats them. The same command goes on after a crash."""
-
-CURATE = """Make a training set of prompts, with a report (section 2.1).
-
-    kimi sft name=warm && kimi curate       # problems that ship with the package: minutes
-    kimi curate problems.jsonl my.toml
-    kimi curate problems.jsonl my.toml curate.highest_difficulty=0.8
-
-Drops multiple-choice, true/false and proof questions, near-duplicates, prompts of evaluation sets
-(curate.evaluation_sets), prompts that are easy to hack, trivial and hopeless ones. `model` answers,
-`rollout` says how, `reward` judges. Writes curated.jsonl, dropped.jsonl, report.md and the record
-answers.jsonl to runs/NAME. The same command goes on after a crash, and takes other thresholds
-without asking the model again."""
-
-WARMUP = """Collect long, verified answers for supervised fine-tuning (section 2.2).
-
-    kimi sft name=warm
-    kimi warmup name=long model.name=runs/warm/checkpoint 'warmup.ask="{prompt}"'
-    kimi sft name=longer model.name=runs/warm/checkpoint sft.data=runs/long/warmup.jsonl
-
-`model` answers the training prompts as `warmup.ask` asks it, `reward` judges. Right answers that
-plan, evaluate, reflect and explore are kept, the longest first. Writes warmup.jsonl, the report
-warmup.md and the record answers.jsonl to runs/NAME; the same command goes on after a crash."""
-
-LONG2SHORT = """Make a model that thinks long answer shorter, by four methods (section 2.4).
-
-    kimi long2short runs/think                      # all four, minutes on a laptop
-    kimi long2short runs/think --seeds 0 1 2 3 4
-    kimi long2short runs/think --methods merge --short models/short --weights 0.7 0.3
-    kimi long2short runs/think --out shorter long2short.rl.length_weight=0.5
-
-merge averages weights with those of short models, shortest is SFT on the shortest right one of 8
-samples, dpo prefers it to longer ones, and rl is a second RL phase with the length reward. Settings
-are those of the run and of [long2short]. Writes summary.json and figure7.png, accuracy against mean
-tokens, to runs/NAME/long2short. The same command goes on after a crash."""
-
-CHECK = """Check programming problems and their reference solutions before a run.
-
-    kimi check prompts.source=problems.jsonl
-    kimi check humaneval
-
-Every reference solution (`answer`) must pass its tests, and an empty program must not. Prints a
-JSON line for each problem that cannot be trained on, then the counts."""
-
-REWARD = """Train the two reward models of section 2.3.5 and compare them.
-
-    kimi reward                                     # a small model from scratch, both kinds
-    kimi reward --kind classic --model smollm2-135m
-    kimi reward --data labelled.jsonl --save models
-
-`--data` is JSONL as kimi_core/reward/judges/labelled.py describes it. Without it the examples are
-sums made from the `multiply` prompts. Prints a JSON line for each model: accuracy and calibration
-on examples whose problem was in no training example."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,8 +38,9 @@ def train(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue runs/NAME from its last token, or start it if there is no such run",
+        help="continue runs/NAME from where it stopped, or start it if there is no such run",
     )
+    _may_accept_changes(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
     given = parser.parse_intermixed_args(arguments)  # Options may stand between settings.
 
@@ -135,18 +51,23 @@ def train(arguments: Sequence[str]) -> int:
         if given.dry_run:
             print(describe(config))
         else:
-            print(f"run folder: {train_run(config, resume=given.resume)}")
+            done = train_run(config, resume=given.resume, accept_changes=given.accept_changes)
+            print(f"run folder: {done}")
 
     return with_config(given.arguments, run)
 
 
 def sft(arguments: Sequence[str]) -> int:
-    given = config_parser("sft", SFT).parse_intermixed_args(arguments)
+    parser = config_parser("sft", SFT)
+    parser.add_argument("--resume", action="store_true", help="continue from the last saved step")
+    _may_accept_changes(parser)
+    given = parser.parse_intermixed_args(arguments)
 
     def run(config: Config) -> None:
         from kimi_core.run.run import fine_tune_alone
 
-        print(f"checkpoint: {fine_tune_alone(config)}")
+        options = {"resume": given.resume, "accept_changes": given.accept_changes}
+        print(f"checkpoint: {fine_tune_alone(config, **options)}")
 
     return with_config(given.arguments, run)
 
@@ -337,6 +258,14 @@ def config_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _may_accept_changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume also if prompts or files that the run reads have changed",
+    )
+
+
 def with_config(
     arguments: Sequence[str], run: Callable[[Config], None], *, default: str = "think"
 ) -> int:
@@ -352,6 +281,7 @@ def with_config(
     # Only now, because torch takes seconds to load: --help and a misspelt key need not wait.
     from kimi_core.reward.base import RewardOutage
     from kimi_core.rollout.engine import EngineFailed
+    from kimi_core.run.stop import Stopped
     from kimi_core.trainer.ranks import RankFailed
     from kimi_core.trainer.trainer import LogprobMismatch, TrainingDiverged
 
@@ -372,13 +302,13 @@ def with_config(
             "memory of a run",
             1,
         )
-    except KeyboardInterrupt:  # During SFT or an evaluation; an iteration ends cleanly by itself.
-        print(
-            "interrupted: what was saved is kept; the same command (kimi train: with --resume) "
-            "goes on from there",
-            file=sys.stderr,
+    except KeyboardInterrupt as error:
+        said = str(error) or (
+            "interrupted: what was saved is kept; the same command (kimi train and kimi sft: with "
+            "--resume) goes on from there"
         )
-        return 130
+        print(said, file=sys.stderr)
+        return error.status if isinstance(error, Stopped) else 130
     return 0
 
 

@@ -8,7 +8,7 @@ i is drawn from ``(seed, i)``, so no random state has to be saved.
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,10 @@ class Loop:
     """Trajectories that the last iteration trained, or that have no verdict. The buffer keeps them
     until the next iteration begins."""
     latest: Outcome = field(default_factory=Outcome)
+    steps_before: int = 0
+    """Decode steps of the rollout that goes on after a crash, in the processes before."""
+    on_rollout: Callable[[Rollout], None] = lambda rollout: None
+    """Called when all tokens of an iteration are in the buffer."""
 
     def start(self, version: int = 0) -> None:
         """Publish the weights that the first rollout samples from."""
@@ -92,6 +96,9 @@ class Loop:
         self._begin(prompts)
         self.engine.wake()
         rollout = roll_out(self.engine, self.buffer, self.config.rollout, self.sampling)
+        rollout = replace(rollout, decode_steps=rollout.decode_steps + self.steps_before)
+        self.steps_before = 0
+        self.on_rollout(rollout)
         self.engine.sleep()
         clock.sampled()
         groups, unjudged = self._score(rollout)

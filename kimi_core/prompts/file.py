@@ -120,11 +120,10 @@ def _facts_of_records(first: int, records: Sequence[dict[str, Any]]) -> Facts:
     measured = [record.get("difficulty") for record in records]
     problems = [record.get("problem", text) for record, text in zip(records, texts, strict=True)]
     problems = [one if isinstance(one, str) else json.dumps(one) for one in problems]
-    ids = range(first, first + len(records))
     return Facts(
         np.arange(first, first + len(records)),
         np.array([math.nan if one is None else one for one in measured], np.float64),
         np.array([*map(hash, problems)]),
-        np.array([*map(checksum, ids, texts, answers)], np.uint32),
+        np.array([*map(checksum, texts, answers)], np.uint32),
         np.array([*map(bytes_of, texts)]),
     )

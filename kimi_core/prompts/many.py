@@ -31,7 +31,7 @@ class Facts:
     """A hash of the ``problem`` tag, or without one of the text, int64 ``[n]``. It differs from
     process to process."""
     checksums: np.ndarray
-    """CRC-32 of id, text and answer, uint32 ``[n]``."""
+    """CRC-32 of text and answer, uint32 ``[n]``."""
     sizes: np.ndarray
     """Bytes of the text in UTF-8, int64 ``[n]``; -1 for messages and as `bytes_of` says."""
 
@@ -166,7 +166,7 @@ def gather(prompts: Iterable[Prompt]) -> Facts:
         ids.append(prompt.id)
         difficulty.append(math.nan if measured is None else measured)
         problems.append(hash(prompt.tags.get("problem", text)))
-        checksums.append(checksum(prompt.id, text, prompt.answer))
+        checksums.append(checksum(text, prompt.answer))
         sizes.append(-1 if prompt.messages else bytes_of(text))
     return Facts(
         np.frombuffer(ids, np.int64),
@@ -177,9 +177,9 @@ def gather(prompts: Iterable[Prompt]) -> Facts:
     )
 
 
-def checksum(id_: int, text: str, answer: str) -> int:
-    """The CRC-32 by which a resumed run knows a prompt."""
-    return zlib.crc32(f"{id_}\0{text}\0{answer}".encode(errors="replace"))
+def checksum(text: str, answer: str) -> int:
+    """The CRC-32 by which a resumed run knows what a prompt asks."""
+    return zlib.crc32(f"{text}\0{answer}".encode(errors="replace"))
 
 
 def bytes_of(text: str) -> int:

@@ -47,7 +47,7 @@ def judge_all(
         raise RewardOutage(
             f"{len(failures)} of {len(verdicts)} verdicts could not be reached, the last because: "
             f"{failures[-1]}. Repair the checker and start again: --resume continues the run and "
-            "judges these responses a second time"
+            "judges these responses a second time (with --accept-changes if its file has changed)"
         ) from failures[-1]
     return [None if isinstance(one, InfrastructureError) else one for one in verdicts]
 

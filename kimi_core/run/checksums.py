@@ -12,7 +12,7 @@ BLOCK = 1 << 24
 def write_checksums(folder: Path) -> None:
     """Write the CRC-32C and the size of every other file in ``folder`` to ``checksums.json``."""
     found = {path.name: _sum(path) for path in sorted(folder.iterdir())}
-    (folder / NAME).write_text(json.dumps(found, indent=1))
+    (folder / NAME).write_text(json.dumps(found, separators=(",", ":")))
 
 
 def damage_in(folder: Path) -> str:
@@ -27,6 +27,8 @@ def damage_in(folder: Path) -> str:
             if found != wanted:
                 sizes = f"{wanted[1]} bytes were written, {found[1]} are there"
                 return f"{path} is damaged ({sizes}; the checksum differs)"
+        if unlisted := {path.name for path in folder.iterdir()} - expected.keys() - {NAME}:
+            return f"{folder / NAME} does not list {min(unlisted)}"
     except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
         return f"{folder / NAME} cannot be read ({type(error).__name__}: {error})"
     return ""

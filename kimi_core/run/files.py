@@ -86,6 +86,15 @@ def discard(folder: Path) -> None:
         shutil.rmtree(rubbish, ignore_errors=True)
 
 
+def clean(folder: Path) -> None:
+    """Remove what a killed process has left half-written below ``folder``: names in ``.tmp``."""
+    for path in [*folder.glob("*.tmp"), *folder.glob("*/*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def sync_tree(folder: Path) -> None:
     """Force a folder and everything in it to disk."""
     for path in [*folder.rglob("*"), folder]:

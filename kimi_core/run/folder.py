@@ -1,4 +1,4 @@
-"""The folder of one run: its lock, its settings, and states that survive any crash.
+"""The folder of one run: its lock, its settings, and where its states are.
 
 ::
 
@@ -6,39 +6,26 @@
       lock            held by the process that runs; holds its pid
       config.toml     every setting of the run, resolved
       buffer.bin      the rollout buffer, to which tokens are added as they are sampled
+      rollout.json    the last iteration whose tokens are all in the buffer
+      sft/000200/     what step 201 of SFT starts from; removed when RL starts
       states/000012/  what iteration 13 starts from: tensors.safetensors, state.json, other files
       checkpoint/     the policy in Hugging Face format
 
-A state is written under a name that ends in ``.tmp``, forced to disk, and only then renamed, so a
-folder without ``.tmp`` in its name is whole. The newest two states are kept. Each holds checksums
-of its files; if the newest is damaged, the one before is used, and the damaged one is renamed to
-``000012.damaged``. ``docs/metrics.md`` has the other files.
+``states.py`` says why a state survives. ``docs/metrics.md`` has the other files.
 """
 
 import fcntl
-import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
 from kimi_core.config import Config, Section
-from kimi_core.run.checksums import damage_in, write_checksums
 from kimi_core.run.config_file import dump_toml, load_config
-from kimi_core.run.files import (
-    OUT_OF_ROOM,
-    discard,
-    finish_swap,
-    os_errors,
-    swap,
-    sync,
-    sync_tree,
-    write_atomically,
-)
+from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
+from kimi_core.run.states import SavedState, States, removed_if_unfinished
 
 MAY_CHANGE_ON_RESUME = (
     "name",
@@ -46,6 +33,10 @@ MAY_CHANGE_ON_RESUME = (
     "iterations",
     "samples",
     "save_every",
+    "keep_states",
+    "resume",
+    "grace_s",
+    "sft.save_every",
     "evaluation",
     "trajectories",
     "curate",
@@ -73,23 +64,8 @@ MAY_CHANGE_WITH_A_LINE = (
 )
 """Keys and sections that our own errors advise to change. A line of metrics.jsonl says so."""
 
-KEPT_STATES = 2
-
 TRACES = ("checkpoint", "summary.json", "metrics.jsonl")
 """Other files that a run leaves; a folder with any of them is not used for a new run."""
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """What ``RunFolder.save_state`` was given, read back."""
-
-    iteration: int
-    """Iterations done when it was saved; 0 is the start of RL."""
-    folder: Path
-    """Holds the files that the writers wrote."""
-    state: dict[str, Any]
-    remark: str = ""
-    """Which newer state is damaged and was passed over."""
 
 
 class RunFolder:
@@ -102,14 +78,26 @@ class RunFolder:
             ValueError: another process runs in this folder.
         """
         self.path = Path(path)
-        self.states = self.path / "states"
         self.checkpoint = self.path / "checkpoint"
         self.buffer = self.path / "buffer.bin"
         self.changed: dict[str, list[Any]] = {}
-        """Settings that differ from the saved ones in a way that a line of metrics.jsonl tells."""
-        self.states.mkdir(parents=True, exist_ok=True)
+        """What differs from the saved state in a way that a line of metrics.jsonl tells."""
+        self.data: dict[str, str] = {}
+        """Name → digest of what the run reads outside of the folder; part of every state."""
+        self.environment: dict[str, str] = {}
+        """Name → what decides the last bits of a computation; part of every state."""
+        self.accept_changes = False
+        """Whether a state is taken whose ``data`` or training prompts differ."""
+        self.states, self.sft_states = self.states_in(self.path)
+        self.states.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = take_lock(self.path)
         finish_swap(self.checkpoint)
+        clean(self.path)
+
+    @staticmethod
+    def states_in(path: Path) -> tuple[States, States]:
+        """The states of RL and of SFT of a run at ``path``."""
+        return States(path / "states", "iteration"), States(path / "sft", "SFT step")
 
     @classmethod
     def create(cls, path: str | Path, config: Config) -> "RunFolder":
@@ -120,19 +108,19 @@ class RunFolder:
         """
         with ExitStack() as on_error:
             run = on_error.enter_context(cls(path))
-            found = run.latest_state()
-            if found:
-                raise ValueError(
-                    f"{run.path} holds a run that reached iteration {found[0]}: continue it with "
-                    "--resume, or give this one another name=..."
-                )
+            for states in (run.states, run.sft_states):
+                if found := states.latest():
+                    raise ValueError(
+                        f"{run.path} holds a run that reached {states.of} {found[0]}: continue it "
+                        "with --resume, or give this one another name=..."
+                    )
             traces = [name for name in TRACES if (run.path / name).exists()]
             if traces:
                 raise ValueError(
                     f"{run.path} holds {', '.join(traces)} of an earlier run, without a state to "
                     "resume from: give this run another name=..., or remove that folder"
                 )
-            write_atomically(run.path / "config.toml", dump_toml(config))
+            run._take(config)
             on_error.pop_all()
         return run
 
@@ -154,30 +142,42 @@ class RunFolder:
             )
         with ExitStack() as on_error:
             run = on_error.enter_context(cls(path))
-            if run.latest_state() is None:
+            if run._newest().latest() is None:
                 raise ValueError(
                     f"No state to resume from in {path}: the run stopped before its first one was "
                     "saved; start it again without --resume"
                 )
             run.changed = _changed(run.path, run._saved_config(), config)
-            write_atomically(run.path / "config.toml", dump_toml(config))
+            run._take(config)
             on_error.pop_all()
         return run
+
+    def _take(self, config: Config) -> None:
+        write_atomically(self.path / "config.toml", dump_toml(config))
+        self.states.keep = self.sft_states.keep = config.keep_states
 
     def _saved_config(self) -> Config:
         saved = self.path / "config.toml"
         try:
             return load_config(saved)
         except ValueError:  # It is missing or damaged.
-            whole, _ = self._examined()
-            record = json.loads((whole[1] / "state.json").read_text())
-            write_atomically(saved, record["config"])
+            write_atomically(saved, self._newest().load().record["config"])
             return load_config(saved)
 
-    def latest_state(self) -> tuple[int, Path] | None:
-        """The newest whole state as ``(iteration, folder)``; None where none was saved."""
-        found = _whole_states(self.states)
-        return found[-1] if found else None
+    def _newest(self) -> States:
+        """The states of RL or, before the first of them, those of SFT."""
+        return self.states if self.states.latest() else self.sft_states
+
+    def record(self, fingerprint: str) -> dict[str, Any]:
+        """What every state says of its run. ``fingerprint`` names the model."""
+        settings = self.path / "config.toml"
+        text = settings.read_text() if settings.is_file() else ""
+        return {
+            "fingerprint": fingerprint,
+            "config": text,
+            "data": self.data,
+            "environment": self.environment,
+        }
 
     def save_state(
         self,
@@ -186,85 +186,55 @@ class RunFolder:
         state: Mapping[str, Any],
         fingerprint: str = "",
     ) -> Path:
-        """Make everything the next iteration starts from durable; then drop the older state.
+        """Make everything the next iteration starts from durable, as ``States.save`` does it.
 
         Args:
-            iteration: iterations done, at least 0. Saving the same one again replaces it.
+            iteration: iterations done, at least 0.
             writers: functions that write their files into the folder they are given.
             state: whatever else there is, as JSON.
             fingerprint: names the model; ``load_state`` refuses another.
-
-        Returns the folder of the state. When it returns, the state survives a power cut.
-
-        Raises:
-            OSError: the disk or the quota is full, or the disk has another fault. The half-written
-                folder is gone, and the previous state is as it was.
         """
-        final = self.states / f"{iteration:06d}"
-        partial = final.with_suffix(".tmp")
-        for leftover in self.states.glob("*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        with self._writing(partial, f"the state of iteration {iteration}"):
-            partial.mkdir()
-            for write in writers:
-                write(partial)
-            settings = self.path / "config.toml"
-            record = {
-                "iteration": iteration,
-                "fingerprint": fingerprint,
-                "config": settings.read_text() if settings.is_file() else "",
-                "state": dict(state),
-            }
-            (partial / "state.json").write_text(json.dumps(record, indent=1))
-            write_checksums(partial)
-            sync_tree(partial)
-            swap(partial, final)
-        kept = sorted({iteration for iteration, _ in _whole_states(self.states)})[-KEPT_STATES:]
-        for older in list(self.states.iterdir()):
-            if _iteration_of(older) < kept[0]:
-                discard(older)
-        return final
+        record = self.record(fingerprint) | {"iteration": iteration, "state": dict(state)}
+        return self.states.save(iteration, writers, record)
 
-    def load_state(self, fingerprint: str = "") -> SavedState:
+    def load_state(self, fingerprint: str = "", states: States | None = None) -> SavedState:
         """Read the newest state back whose files are as they were written.
 
-        Newer ones, which are damaged, are renamed: they must not count among the states that
-        ``save_state`` keeps.
+        Newer ones, which are damaged, are set aside.
+
+        Args:
+            fingerprint: names the model.
+            states: where it is; None: the states of RL.
 
         Raises:
             ValueError: there is none, or it is of a model with another fingerprint. Nothing is
                 renamed then.
         """
-        (iteration, folder), damaged = self._examined()
-        record = json.loads((folder / "state.json").read_text())
-        if record["fingerprint"] != fingerprint:
+        states = states or self.states
+        saved = states.load()
+        if saved.record["fingerprint"] != fingerprint:
             raise ValueError(
-                f"{folder} was saved with the model {record['fingerprint']!r} and cannot be "
-                f"continued with {fingerprint!r}: resume with the same model, or start a run with "
+                f"{saved.folder} was saved with the model {saved.record['fingerprint']!r} and "
+                f"cannot be continued with {fingerprint!r}: resume with the same model, or start a "
+                "run with another name=..."
+            )
+        states.set_aside_after(saved.number)
+        return saved
+
+    def compare(self, saved: SavedState) -> None:
+        """Add to ``changed`` what the run reads, and where it runs, that a state had otherwise.
+
+        Raises:
+            ValueError: what it reads has changed, and ``accept_changes`` is not set.
+        """
+        other = changes(saved.record.get("data", {}), self.data)
+        if other and not self.accept_changes:
+            raise ValueError(
+                f"Changed since {saved.folder} was saved: {', '.join(other)}. Put the old content "
+                "back, give --accept-changes to continue with the new one, or start a run with "
                 "another name=..."
             )
-        for newer in damaged:
-            set_aside = newer.with_suffix(".damaged")
-            discard(set_aside)
-            newer.rename(set_aside)
-        sync(self.states)
-        remark = f"{'; '.join(damaged.values())}: continuing from the state of {iteration}"
-        return SavedState(iteration, folder, record["state"], remark if damaged else "")
-
-    def _examined(self) -> tuple[tuple[int, Path], dict[Path, str]]:
-        """The newest state without damage, as ``(iteration, folder)``; the damage in newer ones."""
-        damaged: dict[Path, str] = {}
-        for iteration, folder in reversed(_whole_states(self.states)):
-            damage = damage_in(folder)
-            if not damage:
-                return (iteration, folder), damaged
-            damaged[folder] = damage
-        if not damaged:
-            raise ValueError(f"No state in {self.states}: start the run without --resume")
-        raise ValueError(
-            f"No state to resume from in {self.path}: {'; '.join(damaged.values())}. Put the files "
-            "back from a copy, or start a run with another name=..."
-        )
+        self.changed |= other | changes(saved.record.get("environment", {}), self.environment)
 
     def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
@@ -277,7 +247,7 @@ class RunFolder:
         """
         partial = self.path / "checkpoint.tmp"
         shutil.rmtree(partial, ignore_errors=True)
-        with self._writing(partial, "the checkpoint"):
+        with removed_if_unfinished(partial, "the checkpoint", self._newest().way_on):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             sync_tree(partial)
@@ -296,37 +266,17 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextmanager
-    def _writing(self, partial: Path, what: str) -> Iterator[None]:
-        """Remove ``partial`` at the end; if the disk is full, say what to do."""
-        try:
-            with os_errors():
-                yield
-        except OSError as error:
-            if error.errno not in OUT_OF_ROOM:
-                raise
-            written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-            shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(self.path).free
-            raise OSError(
-                error.errno,
-                f"Cannot save {what} in {self.path}: {error.strerror} after {written / 1e6:.1f} MB"
-                f"; {free / 1e6:.1f} MB are free without it. {self._way_on()}",
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-
-    def _way_on(self) -> str:
-        found = self.latest_state()
-        if found is None:
-            return "No state was saved before: make room there and start again"
-        return f"The state of iteration {found[0]} is intact: make room there, then --resume"
-
 
 def holds_state(path: str | Path) -> bool:
     """Whether there is a run at ``path`` that ``RunFolder.resume`` could go on with."""
-    path = Path(path)
-    return (path / "states").is_dir() and bool(_whole_states(path / "states"))
+    with_states = RunFolder.states_in(Path(path))
+    return any(states.latest() for states in with_states)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Name → [before, now] of what is in both and differs."""
+    both = [key for key in before if key in now]
+    return {key: [before[key], now[key]] for key in both if before[key] != now[key]}
 
 
 def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
@@ -336,7 +286,7 @@ def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
         ValueError: a setting differs that may not.
     """
     before, now = flatten(saved), flatten(given)
-    differ = {key: [before[key], now[key]] for key in before if before[key] != now[key]}
+    differ = changes(before, now)
     refused = {
         key: pair
         for key, pair in differ.items()
@@ -384,19 +334,3 @@ def take_lock(path: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
-
-
-def _iteration_of(folder: Path) -> float:
-    """Iterations done when it was saved; infinite for what is no state."""
-    name = re.fullmatch(r"(\d{6,})(\.old|\.damaged)?", folder.name)
-    return int(name[1]) if name else float("inf")
-
-
-def _whole_states(states: Path) -> list[tuple[int, Path]]:
-    """Every whole state, oldest first. ``.old`` marks one that a newer write was replacing."""
-    found = []
-    for folder in states.iterdir():
-        name = re.fullmatch(r"(\d{6,})(\.old)?", folder.name)
-        if name:
-            found.append((int(name[1]), name[2] is None, folder))
-    return [(iteration, folder) for iteration, _, folder in sorted(found)]

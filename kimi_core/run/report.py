@@ -72,6 +72,14 @@ class Report:
         earlier = [record for _, record in read_lines(path) if record["kind"] == "resume"]
         self._lost_s = cut_s + sum(record["lost_s"] for record in earlier)
         self.iterations, self.evaluations = read_metrics(path)
+        there = {line.iteration for line in self.iterations}
+        if missing := [n for n in range(1, start_iteration + 1) if n not in there]:
+            self.console.print(
+                f"{path} lacks {len(missing)} of the {start_iteration} iterations done, the first "
+                f"{missing[0]}: no curve and no total counts them",
+                highlight=False,
+                soft_wrap=True,
+            )
         self._sft_s = sft_s
         self._sinks: list[Sink] = [
             JsonLines(path),

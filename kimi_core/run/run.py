@@ -4,71 +4,70 @@
 2. The state of iteration 0 is saved and evaluated.
 3. Each iteration is recorded and reported, and then its state is saved.
 
-Ctrl-C lets the running iteration finish and saves it. ``resume`` continues from the last saved
-state, with the tokens that were sampled since.
+Ctrl-C and SIGTERM let the running iteration finish and save it. ``resume`` continues from the last
+saved state; ``run/state.py`` says what becomes of the tokens that were sampled since.
 """
 
-import signal
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from threading import Event, current_thread, main_thread
-from time import perf_counter
-from typing import Any
 
 from rich.console import Console
 
 from kimi_core.config import Config
 from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics
-from kimi_core.prompts.jsonl import TextExample
-from kimi_core.prompts.messages import in_chat
-from kimi_core.prompts.overlap import overlaps
-from kimi_core.run import state
-from kimi_core.run.build import Parts, build, sft_examples
+from kimi_core.run import identity, state
+from kimi_core.run.build import Parts, build
+from kimi_core.run.fine_tuning import fine_tune, say, say_overlaps
 from kimi_core.run.folder import RunFolder, holds_state
 from kimi_core.run.report import Report, cut_off_s
+from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
-from kimi_core.trainer.sft import SftPhase
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the sampled half of an evaluation."""
 
 
-def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    accept_changes: bool = False,
+    console: Console | None = None,
+) -> Path:
     """Carry out the run that ``config`` describes and return its folder.
 
     Args:
         resume: continue the run in that folder, or start it if there is none yet.
+        accept_changes: continue it also if prompts or files that it reads have changed.
 
     Raises:
         ValueError: the config or a file that it names cannot work. Raised before training.
         RewardError, RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, RankFailed,
             OSError: training had to stop. The last saved state is intact, and ``resume`` continues
             from it.
+        Stopped: Ctrl-C or SIGTERM ended the run; its state was saved.
     """
     console = console or Console()
     parts = build(config)
-    path = Path(config.runs) / config.name
-    if resume and not holds_state(path):
-        console.print(f"no run to resume in {path}: starting it", highlight=False, soft_wrap=True)
-        resume = False
     with (
-        RunFolder.resume(path, config) if resume else RunFolder.create(path, config) as folder,
+        _open(config, resume, accept=accept_changes, console=console) as folder,
         closing(parts),
+        stop_on_signals(config.grace_s) as stop,
     ):
+        identity.write_down(folder, config, parts)
         cut_off = cut_off_s(folder.path)  # Before the buffer changes.
-        if resume:
+        if folder.states.latest():
             sft_s, remark = state.restore(parts.loop, folder)
-            console.print(remark, highlight=False, soft_wrap=True)
+            say(console, remark)
             say_overlaps(parts, config, console)
         else:
             parts.loop.buffer = state.start(folder.buffer, parts.new_buffer)
-            started = perf_counter()
-            fine_tune(parts, config, console)
-            sft_s = perf_counter() - started
+            sft_s = fine_tune(parts, config, console, folder, stop)
             parts.loop.start()
             state.save(parts.loop, folder, sft_s)
+        folder.sft_states.remove()
+        _say_changes(folder, console)
         with Report(
             folder.path,
             total_iterations=config.iterations,
@@ -78,58 +77,51 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
             changed=folder.changed,
             console=console,
         ) as report:
-            _reinforce(parts, config, folder, report, sft_s)
+            _reinforce(parts, config, folder, report, sft_s, stop)
         folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
+        if not _is_done(parts.loop, config):
+            stop.leave(f"{parts.loop.iteration} of {config.iterations}")
     return folder.path
 
 
-def fine_tune(parts: Parts, config: Config, console: Console) -> None:
-    """Say where the data overlap, then carry out the SFT phase, if the config has one.
-
-    Raises:
-        ValueError: the data is unknown, missing or malformed.
-        TrainingDiverged: a loss is not finite.
-    """
-    pairs = say_overlaps(parts, config, console)
-    if not pairs:
-        return
-    examples = [
-        parts.codec.encode_example(in_chat(prompt, config.prompts), response)
-        for prompt, response in pairs
-    ]
-    every = max(1, config.sft.steps // 10)
-
-    def report(step: int, loss: float) -> None:
-        if step % every == 0:
-            console.print(f"sft {step}/{config.sft.steps}  loss {loss:.3f}", highlight=False)
-
-    SftPhase(parts.loop.trainer, config.sft, config.trainer, report).fit(examples, config.seed)
+def _open(config: Config, resume: bool, *, accept: bool, console: Console) -> RunFolder:
+    """The folder of the run, which ``resume`` continues if there is one."""
+    path = Path(config.runs) / config.name
+    if resume and not holds_state(path):
+        say(console, f"no run to resume in {path}: starting it")
+        resume = False
+    folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config)
+    folder.accept_changes = accept
+    return folder
 
 
-def say_overlaps(parts: Parts, config: Config, console: Console) -> list[TextExample]:
-    """Say where the data overlap; return the examples of SFT, none if it is off."""
-    is_on = config.sft.data != "none" and config.sft.steps > 0
-    pairs = sft_examples(config, parts.train_prompts) if is_on else []
-    for sentence in overlaps(parts.train_prompts, parts.evaluator.prompts, pairs):
-        console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
-    return pairs
+def _say_changes(folder: RunFolder, console: Console) -> None:
+    for name, (before, now) in folder.changed.items():
+        say(console, f"changed since the last state: {name}: {before} before, {now} now")
+    if folder.changed.keys() & folder.environment.keys():
+        say(console, "the last bits may therefore differ from those of an unbroken run")
 
 
-def fine_tune_alone(config: Config) -> Path:
+def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: bool = False) -> Path:
     """Carry out the SFT phase of ``config``, evaluate it, and return the checkpoint's folder.
 
-    Raises: as ``train``.
+    Args and raises: as ``train``.
     """
     console = Console()
     with (
         closing(build(config)) as parts,
-        RunFolder.create(Path(config.runs) / config.name, config) as folder,
+        _open(config, resume, accept=accept_changes, console=console) as folder,
+        stop_on_signals(config.grace_s) as stop,
     ):
+        identity.write_down(folder, config, parts)
+        fine_tune(parts, config, console, folder, stop)
+        _say_changes(folder, console)
         with Report(folder.path, total_iterations=0, console=console) as report:
-            fine_tune(parts, config, console)
             parts.loop.start()
             evaluate(parts, config, report)
-        return folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
+        checkpoint = folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
+        folder.sft_states.remove()
+        return checkpoint
 
 
 def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMetrics:
@@ -143,25 +135,27 @@ def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMet
 
 
 def _reinforce(
-    parts: Parts, config: Config, folder: RunFolder, report: Report, sft_s: float
+    parts: Parts, config: Config, folder: RunFolder, report: Report, sft_s: float, stop: Stop
 ) -> None:
-    loop, limit = parts.loop, config.evaluation.prompts
+    loop = parts.loop
+    loop.on_rollout = lambda rollout: state.note_rollout(loop, rollout, folder.buffer)
     files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
-    _catch_up(parts, config, report, files)
-    with _stop_on_interrupt() as stop:
-        while not (stop.is_set() or _is_done(loop, config)):
-            metrics = loop.iterate()
-            records = records_of(
-                loop.latest, loop.iteration, loop.prompts, parts.codec.response_text
-            )
-            files.write(loop.iteration, records)
-            report.iteration(metrics)
-            last = stop.is_set() or _is_done(loop, config)
-            if last or loop.iteration % config.save_every == 0:
-                state.save(loop, folder, sft_s)
-            if last or loop.iteration % config.evaluation.every == 0:
-                evaluate(parts, config, report, limit=None if last else limit)
-                files.write_samples(loop.iteration, records)
+    if not stop.is_set():
+        _catch_up(parts, config, report, files)
+    while not (stop.is_set() or _is_done(loop, config)):
+        metrics = loop.iterate()
+        records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
+        files.write(loop.iteration, records)
+        last = _is_done(loop, config)
+        is_due = last or loop.iteration % config.evaluation.every == 0
+        if is_due:
+            files.write_samples(loop.iteration, records)
+        report.iteration(metrics)
+        if last or stop.is_set() or loop.iteration % config.save_every == 0:
+            state.save(loop, folder, sft_s)
+        if last or (is_due and not stop.is_set()):  # A resumed run catches up on it.
+            limit = None if last else config.evaluation.prompts
+            evaluate(parts, config, report, limit=limit)
 
 
 def _catch_up(parts: Parts, config: Config, report: Report, files: TrajectoryFiles) -> None:
@@ -172,9 +166,9 @@ def _catch_up(parts: Parts, config: Config, report: Report, files: TrajectoryFil
     last = done > 0 and _is_done(parts.loop, config)
     if last or done % config.evaluation.every == 0:
         limit = None if last or done == 0 else config.evaluation.prompts
-        evaluate(parts, config, report, limit=limit)
         if records := files.read(done):
             files.write_samples(done, records)
+        evaluate(parts, config, report, limit=limit)
 
 
 def _is_done(loop: Loop, config: Config) -> bool:
@@ -187,22 +181,3 @@ def evaluate(parts: Parts, config: Config, report: Report, *, limit: int | None 
     seed = config.seed + EVALUATION_SEED
     iteration = parts.loop.iteration
     report.evaluation(parts.evaluator.evaluate(iteration=iteration, seed=seed, limit=limit))
-
-
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Event]:
-    """Let the first Ctrl-C set the event; a second one interrupts at once."""
-    stop = Event()
-    if current_thread() is not main_thread():
-        yield stop  # Only the main thread may handle signals.
-        return
-
-    def request_stop(*_: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, previous)
-
-    previous = signal.signal(signal.SIGINT, request_stop)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)

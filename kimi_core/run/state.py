@@ -19,11 +19,18 @@ Take the state of iteration n:
   weights that are lost, and the trajectories that they trained are gone. The snapshot then replaces
   the live file.
 
-In the first two cases the run continues from the live file.
+In the first two cases the run can continue from the live file. With ``resume = "keep"`` it does.
+The first token of a response that goes on then comes from a prefill and not from a decode step, and
+the batch is another one, so last bits may differ. With ``resume = "exact"`` it does so only if the
+file holds what an unbroken run would have in it: no rollout has begun since the state, or a whole
+one has ended. ``rollout.json``, written when all tokens of an iteration are in the file, tells.
+Otherwise the snapshot replaces the file, and the iteration is sampled a second time.
 """
 
+import json
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +38,16 @@ from typing import Any
 import numpy as np
 
 from kimi_core.buffer import RolloutBuffer
+from kimi_core.config import Config
 from kimi_core.loop import Loop
+from kimi_core.rollout.phase import Rollout
+from kimi_core.run.files import write_atomically
 from kimi_core.run.folder import RunFolder
 
 SNAPSHOT = "buffer.bin"
 PROMPTS = "prompts.npy"
 CURRICULUM = "curriculum.npz"
+ROLLOUT = "rollout.json"
 
 
 def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
@@ -51,7 +62,7 @@ def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
     writers = [
         loop.trainer.save,
         lambda partial: loop.buffer.snapshot(partial / SNAPSHOT),
-        lambda partial: np.save(partial / PROMPTS, loop.prompts.facts.checksums),
+        lambda partial: np.save(partial / PROMPTS, prompts_of(loop)),
         lambda partial: np.savez(partial / CURRICULUM, **rates),
     ]
     state = loop.state() | {"sft_s": sft_s}
@@ -64,15 +75,47 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     Returns the seconds that SFT took, and a line that says which buffer the run continues with.
 
     Raises:
-        ValueError: there is no state, or it belongs to another model or to other prompts.
+        ValueError: there is no state, or it belongs to another model, or to other prompts or files
+            and ``folder.accept_changes`` is not set.
     """
     saved = folder.load_state(loop.trainer.fingerprint())
-    _check_prompts(loop, saved.folder / PROMPTS)
+    state = saved.record["state"]
+    rates = curriculum_in(saved.folder, state)
+    before = np.load(saved.folder / PROMPTS)
+    are_others = not _same_prompts(loop, before)
+    if are_others:
+        if not folder.accept_changes:
+            raise _other_prompts(loop, before, saved.folder)
+        rates, remark = _carried(rates, before, prompts_of(loop))
+        folder.changed["the training prompts"] = [before.shape[-1], remark]
+    folder.compare(saved)
     loop.trainer.load(saved.folder)
-    loop.curriculum.load_state(curriculum_in(saved.folder, saved.state))
-    buffer, remark = resume(folder.buffer, saved.folder / SNAPSHOT, saved.iteration)
-    loop.load_state(saved.state, buffer)
-    return float(saved.state["sft_s"]), f"{saved.remark}\n{remark}".strip()
+    loop.curriculum.load_state(rates)
+    buffer, steps, remark = resume(
+        folder.buffer, saved.folder / SNAPSHOT, saved.number, exact=is_exact(loop.config)
+    )
+    if are_others:  # The ids of the prompts may now name others.
+        buffer.evict([info.trajectory_id for info in buffer.trajectories()])
+        state |= {"consumed": [], "scorer": {}}
+        steps = 0
+    loop.load_state(state, buffer)
+    loop.steps_before = steps
+    return float(state["sft_s"]), f"{saved.remark}\n{remark}".strip()
+
+
+def is_exact(config: Config) -> bool:
+    """Whether a resumed run samples a rollout that was cut off a second time."""
+    return (config.resume or ("exact" if config.rollout.engine == "torch" else "keep")) == "exact"
+
+
+def note_rollout(loop: Loop, rollout: Rollout, path: Path) -> None:
+    """Write down that the live file holds all tokens of the iteration that runs."""
+    noted = {
+        "iteration": loop.iteration + 1,
+        "tokens": loop.buffer.stats().tokens,
+        "decode_steps": rollout.decode_steps,
+    }
+    write_atomically(path.with_name(ROLLOUT), json.dumps(noted) + "\n")
 
 
 def curriculum_in(folder: Path, state: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -85,22 +128,51 @@ def curriculum_in(folder: Path, state: dict[str, Any]) -> dict[str, np.ndarray]:
     return {key: np.array(value) for key, value in state["curriculum"].items()}
 
 
-def _check_prompts(loop: Loop, path: Path) -> None:
-    before, now = np.load(path), loop.prompts.facts.checksums
-    if np.array_equal(before, now):
-        return
-    both = min(len(before), len(now))
-    changed = np.flatnonzero(before[:both] != now[:both])
-    first = loop.prompts.prompts[int(changed[0])] if len(changed) else None
-    said = f"{len(before)} training prompts then, {len(now)} now"
-    if first is not None:
-        said += f", {len(changed)} of the first {both} differ, such as prompt {first.id}"
-        said += f" ({first.text!r:.60})"
-    raise ValueError(
-        f"The prompts have changed since {path.parent} was saved: {said}. The run's success rates "
-        "belong to the old ones. Put the prompts back, or start a run with another name=... and "
-        "model.name set to this run's checkpoint"
+def prompts_of(loop: Loop) -> np.ndarray:
+    """Ids of the training prompts and checksums of what they ask, int64 ``[2, n]``."""
+    facts = loop.prompts.facts
+    return np.stack([facts.ids, facts.checksums.astype(np.int64)])
+
+
+def _same_prompts(loop: Loop, before: np.ndarray) -> bool:
+    if before.ndim == 2:
+        return np.array_equal(before, prompts_of(loop))
+    # Until November 2026 a state had the CRC-32 of each id with text and answer, uint32 [n].
+    every = (f"{one.id}\0{one.text}\0{one.answer}" for one in loop.prompts.prompts)
+    return before.tolist() == [zlib.crc32(one.encode(errors="replace")) for one in every]
+
+
+def _other_prompts(loop: Loop, before: np.ndarray, folder: Path) -> ValueError:
+    now = prompts_of(loop)
+    said = f"{before.shape[-1]} training prompts then, {now.shape[1]} now"
+    if before.ndim == 2:
+        both = min(before.shape[1], now.shape[1])
+        changed = np.flatnonzero((before[:, :both] != now[:, :both]).any(axis=0))
+        if len(changed):
+            first = loop.prompts.prompts[int(changed[0])]
+            said += f", {len(changed)} of the first {both} differ, such as prompt {first.id}"
+            said += f" ({first.text!r:.60})"
+    return ValueError(
+        f"The prompts have changed since {folder} was saved: {said}. The run's success rates "
+        "belong to the old ones. Put the prompts back; or give --accept-changes, which carries the "
+        "success rates of prompts that are still there over and drops unfinished responses; or "
+        "start a run with another name=... and model.name set to this run's checkpoint"
     )
+
+
+def _carried(
+    rates: dict[str, np.ndarray], before: np.ndarray, now: np.ndarray
+) -> tuple[dict[str, np.ndarray], str]:
+    """The success rates by the rows of prompts that ask the same, and how many there are."""
+    row_of = {content: row for row, content in enumerate(now[1].tolist())}
+    contents = before[1][rates["rows"]].tolist() if before.ndim == 2 else []
+    kept = [at for at, content in enumerate(contents) if content in row_of]
+    rows = np.array([row_of[contents[at]] for at in kept], np.int64)
+    remark = (
+        f"{now.shape[1]}, success rates of {len(kept)} of {len(rates['attempts'])} carried over"
+    )
+    carried = {key: rates[key][kept] for key in ("attempts", "successes")}
+    return rates | carried | {"rows": rows}, remark
 
 
 def start(path: Path, new_buffer: Callable[[Path], RolloutBuffer]) -> RolloutBuffer:
@@ -115,24 +187,46 @@ def nameless(new_buffer: Callable[[Path], RolloutBuffer]) -> RolloutBuffer:
         return new_buffer(Path(folder) / "buffer.bin")
 
 
-def resume(path: Path, snapshot: Path, iteration: int) -> tuple[RolloutBuffer, str]:
-    """The buffer that continues the state of ``iteration``, and a line that says which it is."""
+def resume(
+    path: Path, snapshot: Path, iteration: int, *, exact: bool
+) -> tuple[RolloutBuffer, int, str]:
+    """The buffer that continues the state of ``iteration``, the decode steps of the rollout that it
+    holds, and a line that says which buffer it is.
+    """
     try:
         buffer = RolloutBuffer.open(path)
     except FileNotFoundError:
-        return _restore(path, snapshot), f"{path} is missing: restored from {snapshot}"
+        return _restore(path, snapshot), 0, f"{path} is missing: restored from {snapshot}"
     except ValueError as error:
-        return _restore(path, snapshot), f"{error}; restored from {snapshot}"
+        return _restore(path, snapshot), 0, f"{error}; restored from {snapshot}"
     if buffer.mark not in (iteration - 1, iteration):
         remark = f"{path} is of iteration {buffer.mark}: restored from {snapshot}"
         buffer.close()
-        return _restore(path, snapshot), remark
+        return _restore(path, snapshot), 0, remark
     stats, cuts = buffer.stats(), buffer.recovery["cuts"]
+    steps = _steps_of_whole_rollout(path, iteration + 1, stats.tokens)
+    if exact and (cuts or (buffer.mark == iteration and steps is None)):
+        remark = (
+            f"iteration {iteration + 1} was cut off and is sampled from its start "
+            f"(resume=keep goes on with the {stats.tokens} tokens in {path})"
+        )
+        buffer.close()
+        return _restore(path, snapshot), 0, remark
     remark = f"{path}: {stats.unfinished} unfinished trajectories, {stats.tokens} tokens"
     if cuts:
         lost = sum(lost for _, _, lost in cuts)
         remark += f"; {len(cuts)} were damaged and cut, {lost} tokens are sampled again"
-    return buffer, remark
+    return buffer, steps or 0, remark
+
+
+def _steps_of_whole_rollout(path: Path, iteration: int, tokens: int) -> int | None:
+    """Decode steps of the rollout of ``iteration``; None: not all of its tokens are there."""
+    try:
+        noted = json.loads(path.with_name(ROLLOUT).read_text())
+        is_whole = (noted["iteration"], noted["tokens"]) == (iteration, tokens)
+        return int(noted["decode_steps"]) if is_whole else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _restore(path: Path, snapshot: Path) -> RolloutBuffer:

@@ -123,7 +123,7 @@ class TrajectoryFiles:
     ) -> None:
         self._config = config
         self._trajectories, self._samples = folder / "trajectories", folder / "samples"
-        for path in self._trajectories.glob("*.jsonl"):
+        for path in [*self._trajectories.glob("*.jsonl"), *self._samples.glob("*.txt")]:
             if int(path.stem) > start_iteration:
                 path.unlink()
 

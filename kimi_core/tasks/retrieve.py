@@ -100,8 +100,8 @@ def examples(
 ) -> list[tuple[str, str]]:
     """``count`` (prompt, response) pairs, from short texts to long ones.
 
-    The first 75 % have ever more records, up to ``numbers``, and the next 15 % ever more filler, up
-    to the length of the prompts. The last 10 % keep that and draw their styles by ``shares``; the
+    Records grow up to ``numbers`` in the first 20 %. From 65 % to 90 % filler grows up to the
+    length of the prompts. The last 10 % draw their styles by ``shares``; the
     others are worked answers. A text has the records of names that follow one another, with the
     first name drawn at random. The pairs are drawn apart from the prompts.
 
@@ -112,8 +112,8 @@ def examples(
     room = length - 2 * numbers - QUESTION
     pairs = []
     for progress in (index / count for index in range(count)):
-        most = FEW + (numbers - FEW) * min(1, progress / 0.75) if numbers > FEW else numbers
-        power = 0.3 + 0.7 * min(1, max(0, (progress - 0.75) / 0.15))
+        most = FEW + (numbers - FEW) * min(1, progress / 0.2) if numbers > FEW else numbers
+        power = 0.3 + 0.7 * min(1, max(0, (progress - 0.65) / 0.25))
         named = 1 + int(most * rng.random())
         first = rng.randrange(numbers - named + 1)
         size = 2 * named + QUESTION + int(room ** (power * rng.random()))

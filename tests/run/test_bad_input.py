@@ -28,10 +28,10 @@ def run(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)
 
-    def call(*overrides: str, resume: bool = False) -> tuple[int, str]:
+    def call(*overrides: str, **options: bool) -> tuple[int, str]:
         given = ["tiny.toml", *overrides]
         quiet = Console(file=StringIO())
-        status = cli.with_config(given, lambda config: train(config, resume=resume, console=quiet))
+        status = cli.with_config(given, lambda config: train(config, console=quiet, **options))
         _, error, complaint = capsys.readouterr().err.partition("error: ")  # after progress bars
         return status, error + complaint
 
@@ -158,7 +158,8 @@ def test_a_reward_function_that_fails_stops_the_run_and_loses_nothing(run, wrong
     assert not (folder / "checkpoint").exists()
 
     Path("reward.py").write_text(reward.replace("CALLS", "1000"))  # mended: the run goes on
-    status, complaint = run(*overrides, resume=True)
+    assert_refused(run(*overrides, resume=True), "reward.py", "--accept-changes")
+    status, complaint = run(*overrides, resume=True, accept_changes=True)
     assert status == 0, complaint
     assert (folder / "states" / "000002" / "state.json").is_file()
 

@@ -187,45 +187,47 @@ def test_a_state_comes_back_as_it_was_given(tmp_path: Path) -> None:
         writers = [lambda folder: (folder / "x.bin").write_bytes(b"x" * 9)]
         run.save_state(4, writers, {"rng": [1, 2]}, "llama 3x96")
         saved = run.load_state("llama 3x96")
-    assert (saved.iteration, saved.state) == (4, {"rng": [1, 2]})
+    assert (saved.number, saved.record["state"]) == (4, {"rng": [1, 2]})
     assert (saved.folder / "x.bin").read_bytes() == b"x" * 9
 
 
 def test_the_newest_two_states_stay(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, Config()) as run:
-        assert run.latest_state() is None
+        assert run.states.latest() is None
         for iteration in (0, 1, 9, 10):
             save(run, iteration)
-        assert run.latest_state() == (10, tmp_path / "states" / "000010")
-        assert names(run.states) == ["000009", "000010"]
+        assert run.states.latest() == (10, tmp_path / "states" / "000010")
+        assert names(run.states.folder) == ["000009", "000010"]
 
 
 def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, Config()) as run:
         save(run, 5)
         run.save_state(5, [], {"i": "again"})
-        assert run.load_state().state == {"i": "again"}
-        assert names(run.states) == ["000005"]
+        assert run.load_state().record["state"] == {"i": "again"}
+        assert names(run.states.folder) == ["000005"]
 
 
 def test_the_state_being_replaced_counts_until_the_new_one_stands(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, Config()) as run:
         old = save(run, 5)
         old.rename(old.with_suffix(".old"))  # Killed between the two renames.
-        assert run.load_state().state == {"i": 5}
+        assert run.load_state().record["state"] == {"i": 5}
         save(run, 6)
         save(run, 7)
-        assert names(run.states) == ["000006", "000007"]
+        assert names(run.states.folder) == ["000006", "000007"]
 
 
 def test_half_a_state_is_never_chosen(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, Config()) as run:
         whole = save(run, 5)
-        (run.states / "000006.tmp").mkdir()
-        (run.states / "000006.tmp" / "state.json").write_bytes((whole / "state.json").read_bytes())
-        assert run.latest_state() == (5, whole)
+        (run.states.folder / "000006.tmp").mkdir()
+        (run.states.folder / "000006.tmp" / "state.json").write_bytes(
+            (whole / "state.json").read_bytes()
+        )
+        assert run.states.latest() == (5, whole)
         save(run, 6)
-        assert names(run.states) == ["000005", "000006"]
+        assert names(run.states.folder) == ["000005", "000006"]
 
 
 DAMAGES = {
@@ -258,12 +260,12 @@ def test_a_damaged_state_is_found_and_the_one_before_is_used(tmp_path: Path, dam
         damage(save(run, 6))
     with RunFolder.resume(tmp_path, Config()) as run:
         saved = run.load_state()
-        assert (saved.iteration, saved.state) == (5, {"i": 5})
+        assert (saved.number, saved.record["state"]) == (5, {"i": 5})
         assert "000006" in saved.remark and "continuing from the state of 5" in saved.remark
         save(run, 6)  # It replaces the damaged one.
-        assert run.load_state().iteration == 6 and not run.load_state().remark
-        damage(run.states / "000005")
-        damage(run.states / "000006")
+        assert run.load_state().number == 6 and not run.load_state().remark
+        damage(run.states.folder / "000005")
+        damage(run.states.folder / "000006")
         with pytest.raises(ValueError, match=r"000006.*000005.*Put the files back"):
             run.load_state()
 
@@ -273,17 +275,17 @@ def test_a_damaged_state_is_not_one_of_the_two_kept(tmp_path: Path) -> None:
         save(run, 5)
         flip(save(run, 10) / "state.json")
     with RunFolder.resume(tmp_path, Config()) as run:
-        assert run.load_state().iteration == 5
-        assert run.latest_state() == (5, run.states / "000005")
+        assert run.load_state().number == 5
+        assert run.states.latest() == (5, run.states.folder / "000005")
         save(run, 6)
-        assert names(run.states) == ["000005", "000006", "000010.damaged"]
-        flip(run.states / "000006" / "buffer.bin")
+        assert names(run.states.folder) == ["000005", "000006", "000010.damaged"]
+        flip(run.states.folder / "000006" / "buffer.bin")
     with RunFolder.resume(tmp_path, Config()) as run:
-        assert run.load_state().iteration == 5
-        assert names(run.states) == ["000005", "000006.damaged", "000010.damaged"]
+        assert run.load_state().number == 5
+        assert names(run.states.folder) == ["000005", "000006.damaged", "000010.damaged"]
         for iteration in range(6, 13):
             save(run, iteration)
-        assert names(run.states) == ["000011", "000012"]
+        assert names(run.states.folder) == ["000011", "000012"]
 
 
 def test_nothing_is_renamed_where_no_state_is_whole(tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_settings_that_are_lost_are_in_the_state(tmp_path: Path, lost) -> None:
         RunFolder.resume(tmp_path, Config(seed=4))
     lost(tmp_path / "config.toml")
     with RunFolder.resume(tmp_path, config) as run:
-        assert run.load_state().iteration == 5
+        assert run.load_state().number == 5
     assert load_config(tmp_path / "config.toml") == config
 
 
@@ -338,7 +340,7 @@ def test_a_fault_in_a_writer_leaves_the_previous_state(tmp_path: Path) -> None:
         save(run, 5)
         with pytest.raises(KeyboardInterrupt):
             run.save_state(6, [fail], {})
-        assert names(run.states) == ["000005"]
+        assert names(run.states.folder) == ["000005"]
 
 
 # ---- crashes and full disks
@@ -358,15 +360,15 @@ def test_a_killed_save_loop_always_leaves_a_whole_state(tmp_path: Path) -> None:
             acknowledged = [0, *map(int, process.stdout.read().split())][-1]
         with RunFolder.resume(folder, Config()) as run:
             saved = run.load_state()
-            i = saved.iteration
+            i = saved.number
             assert i >= acknowledged
-            assert saved.state == {"i": i}
+            assert saved.record["state"] == {"i": i}
             tensors = load_file(saved.folder / "tensors.safetensors")
             assert torch.equal(tensors["w"], torch.full((50_000,), float(i)))
             expected = i.to_bytes(8, "little") * 10_000
             assert (saved.folder / "buffer.bin").read_bytes() == expected
             save(run, i + 1)
-            assert names(run.states) == [f"{i:06d}", f"{i + 1:06d}"]
+            assert names(run.states.folder) == [f"{i:06d}", f"{i + 1:06d}"]
 
 
 NO_ROOM = """

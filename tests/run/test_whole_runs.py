@@ -21,12 +21,15 @@ from tiny_runs import TINY, make_folder
 
 from kimi_core import cli
 from kimi_core.metrics import read_metrics
+from kimi_core.prompts.many import ById
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.judging import judge_all
 from kimi_core.reward.threads import call_all
 from kimi_core.run import report
+from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
 from kimi_core.run.run import train
+from kimi_core.run.state import curriculum_in
 from kimi_core.types import Prompt
 
 FOLDER = Path("runs/think")
@@ -116,6 +119,35 @@ class TestOtherPrompts:
         Path("p.jsonl").write_text("\n".join(LINES))
         run(self.config(given, tmp_path, "iterations=2"), resume=True)
 
+    def test_success_rates_go_with_what_a_prompt_asks(self, given, tmp_path):
+        """The order is reversed, and one prompt is new: its id is that of an old one."""
+        Path("p.jsonl").write_text("\n".join(LINES))
+        budget = ("rollout.token_budget=3", "prompts.held_out=1")
+        before = build(self.config(given, tmp_path, *budget)).loop.prompts
+        run(self.config(given, tmp_path, *budget, "iterations=2"))
+        old = rates(2, before)
+        assert sum(old.values())
+        lines = [line.replace('"2*3="', '"5*5="') for line in LINES]
+        Path("p.jsonl").write_text("\n".join(lines[::-1]))
+        config = self.config(given, tmp_path, *budget, "iterations=3")
+        with pytest.raises(ValueError, match=r"give --accept-changes"):
+            run(config, resume=True)
+        said = run(config, resume=True, accept_changes=True)
+        assert "changed since the last state: the training prompts: 7 before, 7, success" in said
+        new = rates(3, build(config).loop.prompts)
+        both = old.keys() & new.keys()
+        assert len(both) >= 5
+        assert all(new[text] >= old[text] for text in both)
+        run(self.config(given, tmp_path, *budget, "iterations=4"), resume=True)
+
+
+def rates(iteration: int, prompts: ById) -> dict[str, float]:
+    """What a prompt asks → attempts in a state; attempts only grow."""
+    path = FOLDER / "states" / f"{iteration:06d}"
+    tried = curriculum_in(path, {})
+    found = dict(zip(tried["rows"].tolist(), tried["attempts"].tolist(), strict=True))
+    return {prompt.text: found.get(row, 0.0) for row, prompt in enumerate(prompts.prompts)}
+
 
 class TestWhatIsReported:
     def test_time_of_iterations_that_run_again_counts(self, given):
@@ -180,6 +212,15 @@ class TestDamage:
         (FOLDER / "config.toml").unlink()
         run(given("iterations=2"), resume=True)
         assert (FOLDER / "config.toml").is_file()
+
+    def test_a_missing_metrics_file_is_said_and_left_overs_go(self, given):
+        run(given("iterations=2"))
+        (FOLDER / "metrics.jsonl").unlink()
+        for name in ("summary.json.tmp", "trajectories/000002.jsonl.tmp", "states/000003.tmp"):
+            (FOLDER / name).touch()
+        said = run(given("iterations=3"), resume=True)
+        assert "metrics.jsonl lacks 2 of the 2 iterations done, the first 1" in said
+        assert not list(FOLDER.rglob("*.tmp"))
 
     def test_a_cut_metrics_file_is_named(self, given):
         run(given("iterations=1"))

@@ -64,7 +64,7 @@ def test_examples_grow_from_short_to_long():
     pairs = retrieve.examples(3000, 16, 4000, retrieve.MIXED, seed=0)
     assert pairs == retrieve.examples(3000, 16, 4000, retrieve.MIXED, seed=0)
     assert pairs != retrieve.examples(3000, 16, 4000, retrieve.MIXED, seed=1)
-    parts = pairs[:300], pairs[1950:2250], pairs[2700:]
+    parts = pairs[:100], pairs[1500:1900], pairs[2700:]
     records = [[len(RECORD.findall(text[:-3])) for text, _ in part] for part in parts]
     assert [max(counts) for counts in records] == [6, 16, 16]
     assert all(min(counts) == 1 for counts in records)

@@ -165,3 +165,31 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         train_sft(model, COPY_TWICE, config, TrainerConfig(), seed=0, report=break_the_model)
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_goes_on_from_a_saved_step_with_the_same_bits(tmp_path, dtype):
+    config = SftConfig(steps=7, batch_size=4, learning_rate=1e-2)
+
+    def losses_of(model, **given):
+        found = {}
+        train_sft(
+            model,
+            COPY_TWICE,
+            config,
+            TrainerConfig(weight_decay=0.1),
+            seed=0,
+            report=found.__setitem__,
+            **given,
+        )
+        return found
+
+    def save_after_3(step, save):
+        if step == 3:
+            save(tmp_path)
+
+    straight, resumed = llama().to(dtype), llama().to(dtype)
+    losses = losses_of(straight, after_step=save_after_3)
+    assert losses_of(resumed, resume=(3, tmp_path)) == {step: losses[step] for step in (4, 5, 6, 7)}
+    for name, tensor in straight.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name

@@ -1,20 +1,21 @@
 """Every setting of a run: typed, frozen, described. An unknown key is an error.
 
-A run is a TOML file of at most 50 lines. Each section of the file is one class below, and a key
-that is left out keeps the default written here. ``run/config_file.py`` reads and writes the files.
+A run is a TOML file of at most 50 lines. Each section of the file is one class, below or in
+``stages``, and a key that is left out keeps the default written there. ``run/config_file.py`` reads
+and writes the files.
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from kimi_core.config.section import Section as Section
+from kimi_core.config.stages import CurateConfig as CurateConfig
+from kimi_core.config.stages import DpoConfig as DpoConfig
+from kimi_core.config.stages import Long2ShortConfig as Long2ShortConfig
+from kimi_core.config.stages import ShortestConfig as ShortestConfig
+from kimi_core.config.stages import WarmupConfig as WarmupConfig
 from kimi_core.types import Normalize
-
-
-class Section(BaseModel):
-    """Frozen, without unknown keys. The text under a field is its description."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ScratchConfig(Section):
@@ -119,6 +120,8 @@ class SftConfig(Section):
     learning_rate: float = Field(3e-3, gt=0, le=1)
     """Peak learning rate. It is reached after 5 % of the steps, and a cosine then lowers it to a
     tenth."""
+    save_every: int = Field(200, ge=1)
+    """Steps between saved states of SFT. `--resume` repeats those after the last one."""
 
 
 class VLLMConfig(Section):
@@ -327,110 +330,6 @@ class TrajectoriesConfig(Section):
     """Write token ids and log-probs. Off: texts and rewards only, a sixth of the size or less."""
 
 
-class CurateConfig(Section):
-    samples: int = Field(10, ge=1)
-    """Answers to each prompt. Its difficulty is 1 − the share of right ones."""
-    temperature: float = Field(1.2, gt=0)
-    """Temperature of answers and guesses; the report takes a high one."""
-    lowest_difficulty: float = Field(0.1, ge=0, le=1)
-    """A prompt of less is trivial, and dropped."""
-    highest_difficulty: float = Field(0.9, ge=0, le=1)
-    """A prompt of more is hopeless, and dropped."""
-    guesses: int = Field(8, ge=0)
-    """Answers without a chain of thought. A prompt is dropped as easy to hack if one is right. 0
-    turns this off."""
-    guess_prompt: str = "{prompt}\n\nGive only the final answer, at once, without explanation."
-    """How a guess is asked for. A conversation's last message takes the place of `{prompt}`."""
-    guess_tokens: int = Field(16, ge=1)
-    """Length limit of a guess, so short that no chain of thought fits."""
-    similarity: float = Field(0.7, gt=0, le=1)
-    """Least Jaccard similarity (character 5-grams) of near-duplicates, of which the first stays."""
-    evaluation_sets: list[str] = []
-    """Evaluation sets: `prompts.source`, or `gsm8k:test.jsonl` and so on. A prompt is dropped that
-    is a near-duplicate of one of theirs, or has one inside."""
-    shared_words: int = Field(8, ge=1)
-    """Words of a run. What has all numbers and half of the runs of a prompt has it inside."""
-    most_per_discipline: int | None = Field(None, ge=1)
-    """Prompts that are kept of each discipline, spread over its difficulties. Unset: all."""
-
-    @model_validator(mode="after")
-    def _a_guess_asks_the_prompt(self) -> "CurateConfig":
-        if "{prompt}" not in self.guess_prompt:
-            raise ValueError(
-                f"curate.guess_prompt = {self.guess_prompt!r} lacks {{prompt}}, where a prompt goes"
-            )
-        if self.lowest_difficulty > self.highest_difficulty:
-            raise ValueError(
-                f"curate.lowest_difficulty = {self.lowest_difficulty} is above "
-                f"curate.highest_difficulty = {self.highest_difficulty}: nothing lies between"
-            )
-        return self
-
-
-class WarmupConfig(Section):
-    samples: int = Field(8, ge=1)
-    """Answers to each prompt, among which right ones are looked for."""
-    temperature: float = Field(1.0, gt=0)
-    ask: str = (
-        "{prompt}\n\nMake a plan first. Then work step by step. Check each step, say so if you "
-        "were wrong, and try another way where one fails."
-    )
-    """How the model is asked, as `curate.guess_prompt`. The examples have the prompt alone."""
-    keep: int = Field(1, ge=1)
-    """Right answers that are kept of a prompt: those with the most behaviours, then the longest."""
-    least_tokens: int = Field(0, ge=0)
-    """Shorter answers are not kept."""
-
-
-class ShortestConfig(Section):
-    steps: int = Field(100, ge=0)
-    """Optimizer steps of SFT on the shortest right answers."""
-    batch_size: int = Field(48, ge=1)
-    """Examples per step."""
-    learning_rate: float = Field(3e-4, gt=0, le=1)
-    """Peak learning rate; warm-up and cosine are those of `sft`."""
-
-
-class DpoConfig(Section):
-    steps: int = Field(100, ge=0)
-    """Optimizer steps of DPO."""
-    batch_size: int = Field(32, ge=1)
-    """Pairs per step."""
-    learning_rate: float = Field(1e-5, gt=0, le=1)
-    """Peak learning rate; warm-up and cosine are those of `sft`."""
-    beta: float = Field(0.1, gt=0)
-    """β: strength of the pull towards the starting policy."""
-
-
-class ShortRlConfig(Section):
-    iterations: int = Field(20, ge=1)
-    """Iterations of the second RL phase."""
-    length_weight: float = Field(0.3, gt=0, lt=2)
-    """Weight of the length reward from the first iteration on."""
-    max_response_tokens: int | None = Field(None, ge=1)
-    """Length limit of a response. Unset: the shortest right answers of 95 % of the sampled prompts
-    that have one fit into it."""
-
-
-class Long2ShortConfig(Section):
-    short: list[str] = []
-    """Folders of the models that the long one is merged with. Empty: the model that its RL
-    started from."""
-    weights: list[float] = []
-    """Weights of the merged models, the long one first; only their ratios matter. Empty: all the
-    same."""
-    prompts: int = Field(640, ge=1)
-    """Training prompts that are sampled for SFT and DPO; fewer if there are fewer."""
-    samples: int = Field(8, ge=2)
-    """Responses to each of them; the report takes 8."""
-    sft: ShortestConfig = ShortestConfig()
-    """SFT on the shortest right answer to each prompt."""
-    dpo: DpoConfig = DpoConfig()
-    """DPO with the shortest right answer chosen and longer ones rejected."""
-    rl: ShortRlConfig = ShortRlConfig()
-    """RL with the length reward and a smaller maximum length."""
-
-
 class Config(Section):
     name: str = Field("think", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/NAME`."""
@@ -444,6 +343,15 @@ class Config(Section):
     """Stop once this many responses were trained. Unset: stop when `iterations` are done."""
     save_every: int = Field(1, ge=1)
     """Iterations between saved states. Above 1, a crash repeats those after the last one."""
+    keep_states: int = Field(2, ge=1)
+    """Saved states that stay. If one is damaged, `--resume` goes on from the one before."""
+    resume: Literal["exact", "keep"] | None = None
+    """What `--resume` does with a rollout that was cut off. `exact` samples it a second time: the
+    run ends with the bits of a run that nothing stopped. `keep` goes on from the last stored token
+    of each response: nothing is sampled twice, and last bits may differ. Unset: `exact` with the
+    engine `torch`, `keep` with `vllm`, whose results differ in the last bits anyway."""
+    grace_s: float = Field(20.0, ge=0)
+    """Seconds that a run has after SIGTERM to finish the iteration and save it."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

@@ -1,0 +1,87 @@
+"""What ``kimi COMMAND --help`` says."""
+
+TRAIN = """Train a reasoning model by reinforcement learning (section 2.3 of the Kimi k1.5 report).
+
+    kimi train                              # the config `think`: minutes on a laptop
+    kimi train smollm2 seed=1               # a real pretrained model
+    kimi train my.toml trainer.tau=0.1
+    kimi train --dry-run                    # what would run, and its memory
+    kimi train --resume                     # start, or continue after a crash or Ctrl-C
+
+Any setting is overridden as section.key=value; kimi_core/config/ describes each of them."""
+
+SFT = """Supervised fine-tuning alone (section 2.2): packed sequences, loss on the responses.
+
+    kimi sft name=warm                      # the SFT phase of the config `think`
+    kimi sft my.toml model.name=smollm2-135m sft.data=chains.jsonl
+
+Writes runs/NAME/checkpoint in Hugging Face format, which `kimi train` takes as model.name (with
+sft.data=none), and evaluates it on the held-out prompts."""
+
+EVALUATE = """Accuracy of a model on held-out prompts, on HumanEval or on a benchmark.
+
+    kimi evaluate model.name=runs/think/checkpoint
+    kimi evaluate smollm2 seed=1 prompts.held_out=400
+    kimi evaluate --task humaneval model.name=smollm2-135m
+    kimi evaluate --task humaneval --solutions canonical
+    kimi evaluate --benchmark gsm8k --data test.jsonl --samples 8 model.name=my-model
+
+Prints one JSON line: the numbers of an evaluation line of metrics.jsonl or, for HumanEval (whose
+default config is `humaneval`), the counts of verdicts and pass@1.
+
+`--benchmark` reads a published benchmark from a file or folder, asks its problems as
+kimi_core/evaluation/benchmarks.py says (default config: `benchmark`), and prints avg@k, pass@k,
+maj@k and lengths with intervals. They are in runs/NAME/BENCHMARK/results.json, too, with all that
+repeats them. The same command goes on after a crash."""
+
+CURATE = """Make a training set of prompts, with a report (section 2.1).
+
+    kimi sft name=warm && kimi curate       # problems that ship with the package: minutes
+    kimi curate problems.jsonl my.toml
+    kimi curate problems.jsonl my.toml curate.highest_difficulty=0.8
+
+Drops multiple-choice, true/false and proof questions, near-duplicates, prompts of evaluation sets
+(curate.evaluation_sets), prompts that are easy to hack, trivial and hopeless ones. `model` answers,
+`rollout` says how, `reward` judges. Writes curated.jsonl, dropped.jsonl, report.md and the record
+answers.jsonl to runs/NAME. The same command goes on after a crash, and takes other thresholds
+without asking the model again."""
+
+WARMUP = """Collect long, verified answers for supervised fine-tuning (section 2.2).
+
+    kimi sft name=warm
+    kimi warmup name=long model.name=runs/warm/checkpoint 'warmup.ask="{prompt}"'
+    kimi sft name=longer model.name=runs/warm/checkpoint sft.data=runs/long/warmup.jsonl
+
+`model` answers the training prompts as `warmup.ask` asks it, `reward` judges. Right answers that
+plan, evaluate, reflect and explore are kept, the longest first. Writes warmup.jsonl, the report
+warmup.md and the record answers.jsonl to runs/NAME; the same command goes on after a crash."""
+
+LONG2SHORT = """Make a model that thinks long answer shorter, by four methods (section 2.4).
+
+    kimi long2short runs/think                      # all four, minutes on a laptop
+    kimi long2short runs/think --seeds 0 1 2 3 4
+    kimi long2short runs/think --methods merge --short models/short --weights 0.7 0.3
+    kimi long2short runs/think --out shorter long2short.rl.length_weight=0.5
+
+merge averages weights with those of short models, shortest is SFT on the shortest right one of 8
+samples, dpo prefers it to longer ones, and rl is a second RL phase with the length reward. Settings
+are those of the run and of [long2short]. Writes summary.json and figure7.png, accuracy against mean
+tokens, to runs/NAME/long2short. The same command goes on after a crash."""
+
+CHECK = """Check programming problems and their reference solutions before a run.
+
+    kimi check prompts.source=problems.jsonl
+    kimi check humaneval
+
+Every reference solution (`answer`) must pass its tests, and an empty program must not. Prints a
+JSON line for each problem that cannot be trained on, then the counts."""
+
+REWARD = """Train the two reward models of section 2.3.5 and compare them.
+
+    kimi reward                                     # a small model from scratch, both kinds
+    kimi reward --kind classic --model smollm2-135m
+    kimi reward --data labelled.jsonl --save models
+
+`--data` is JSONL as kimi_core/reward/judges/labelled.py describes it. Without it the examples are
+sums made from the `multiply` prompts. Prints a JSON line for each model: accuracy and calibration
+on examples whose problem was in no training example."""

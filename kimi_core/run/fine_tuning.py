@@ -1,0 +1,91 @@
+"""The SFT phase of a run, with states from which a killed one continues bit for bit."""
+
+from time import perf_counter
+
+from rich.console import Console
+
+from kimi_core.config import Config
+from kimi_core.prompts.jsonl import TextExample
+from kimi_core.prompts.messages import in_chat
+from kimi_core.prompts.overlap import overlaps
+from kimi_core.run.build import Parts, sft_examples
+from kimi_core.run.folder import RunFolder
+from kimi_core.run.stop import Stop
+from kimi_core.trainer.fitting import Save
+from kimi_core.trainer.sft import SftPhase
+
+
+def fine_tune(
+    parts: Parts,
+    config: Config,
+    console: Console,
+    folder: RunFolder | None = None,
+    stop: Stop | None = None,
+) -> float:
+    """Say where the data overlap, then carry out the SFT phase, if the config has one.
+
+    Args:
+        folder: where states of SFT are saved; the phase continues from the newest one that is
+            there. None: nothing is saved. With several ranks nothing is saved either, so far.
+        stop: looked at after each step.
+
+    Returns the seconds that it took, in all processes.
+
+    Raises:
+        ValueError: the data is unknown, missing, malformed, or not that of the state.
+        TrainingDiverged: a loss is not finite.
+        Stopped: a signal came; the last step is saved.
+        OSError: as ``States.save``.
+    """
+    started, steps = perf_counter(), config.sft.steps
+    pairs = say_overlaps(parts, config, console)
+    if not pairs:
+        return perf_counter() - started
+    examples = [
+        parts.codec.encode_example(in_chat(prompt, config.prompts), response)
+        for prompt, response in pairs
+    ]
+    fingerprint = parts.loop.trainer.fingerprint()
+    resume = None
+    if folder and folder.sft_states.latest():
+        saved = folder.load_state(fingerprint, folder.sft_states)
+        folder.compare(saved)
+        resume = saved.number, saved.folder
+        started -= saved.record["sft_s"]
+        say(console, f"{saved.remark}\nsft goes on after step {saved.number}".strip())
+
+    def report(step: int, loss: float) -> None:
+        if step % max(1, steps // 10) == 0:
+            console.print(f"sft {step}/{steps}  loss {loss:.3f}", highlight=False)
+
+    def after_step(step: int, save: Save) -> None:
+        if folder is None or step == steps:
+            return
+        if parts.loop.trainer.ranks.size > 1:
+            if stop:
+                stop.leave(f"step {step} of {steps} of SFT, which begins again")
+            return
+        if step % config.sft.save_every == 0 or (stop and stop.is_set()):
+            record = folder.record(fingerprint) | {"sft_s": perf_counter() - started}
+            folder.sft_states.save(step, [save], record)
+            if stop:
+                stop.leave(f"step {step} of {steps} of SFT")
+
+    SftPhase(parts.loop.trainer, config.sft, config.trainer, report, after_step, resume).fit(
+        examples, config.seed
+    )
+    return perf_counter() - started
+
+
+def say_overlaps(parts: Parts, config: Config, console: Console) -> list[TextExample]:
+    """Say where the data overlap; return the examples of SFT, none if it is off."""
+    is_on = config.sft.data != "none" and config.sft.steps > 0
+    pairs = sft_examples(config, parts.train_prompts) if is_on else []
+    for sentence in overlaps(parts.train_prompts, parts.evaluator.prompts, pairs):
+        say(console, f"warning: {sentence}")
+    return pairs
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

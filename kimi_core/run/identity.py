@@ -1,0 +1,64 @@
+"""What a run consists of outside of its folder: the files that it reads, and where it computes."""
+
+import hashlib
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from kimi_core.config import Config
+from kimi_core.prompts.many import facts_of
+from kimi_core.run.build import Parts
+from kimi_core.run.folder import RunFolder
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
+
+
+def write_down(folder: RunFolder, config: Config, parts: Parts) -> None:
+    """Have the states of ``folder`` hold all this, and compare it with that of a state."""
+    folder.data = data(config, parts)
+    folder.environment = environment(parts.model.device)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What decides the last bits of a computation, by name.
+
+    A run has the same bits again only where all of it is the same.
+    """
+    on_gpu = device.type == "cuda"
+    return {
+        **{name: version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "threads": str(torch.get_num_threads()),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def data(config: Config, parts: Parts) -> dict[str, str]:
+    """Name → digest of what the run reads, without training prompts and model, which a state
+    compares in other ways."""
+    held_out = facts_of(parts.evaluator.prompts).checksums
+    found = {"the held-out prompts": _digest(held_out.tobytes())}
+    functions = [config.reward.function, *(one.function for one in config.reward.functions)]
+    for spec in (*functions, config.trainer.objective, config.sft.data):
+        path = Path(spec.rpartition(":")[0] or spec)
+        if path.suffix in (".py", ".jsonl") and path.is_file():
+            found[str(path)] = _digest(path.read_bytes())
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or os.uname().machine

@@ -1,0 +1,175 @@
+"""Numbered states of a run in one folder. They survive any crash, and damage is found.
+
+A state is written under a name that ends in ``.tmp``, forced to disk, and only then renamed, so a
+folder without ``.tmp`` in its name is whole. The newest ``keep`` states stay. Each holds checksums
+of its files; if the newest is damaged, the one before is used, and the damaged one is renamed to
+``000012.damaged``. ``RunFolder.states`` are those of RL, ``RunFolder.sft_states`` those of SFT.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kimi_core.run.checksums import damage_in, write_checksums
+from kimi_core.run.files import OUT_OF_ROOM, discard, os_errors, swap, sync, sync_tree
+
+RECORD = "state.json"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What ``States.save`` was given, read back."""
+
+    number: int
+    """Iterations done when it was saved (0 is the start of RL), or steps of SFT."""
+    folder: Path
+    """Holds the files that the writers wrote."""
+    record: dict[str, Any]
+    remark: str = ""
+    """Which newer state is damaged and was passed over."""
+
+
+class States:
+    """The states in ``folder``, which need not exist.
+
+    Args:
+        folder: for nothing but states.
+        of: what the numbers count, for messages: ``iteration`` or ``SFT step``.
+        keep: whole states that ``save`` leaves there, at least 1.
+    """
+
+    def __init__(self, folder: Path, of: str, keep: int = 2) -> None:
+        self.folder = folder
+        self.of = of
+        self.keep = keep
+
+    def latest(self) -> tuple[int, Path] | None:
+        """The newest whole state as ``(number, folder)``; None where none was saved."""
+        found = self._whole()
+        return found[-1] if found else None
+
+    def save(
+        self,
+        number: int,
+        writers: Sequence[Callable[[Path], None]],
+        record: Mapping[str, Any],
+    ) -> Path:
+        """Make a state durable; then drop older ones.
+
+        Args:
+            number: at least 0. Saving the same one again replaces it.
+            writers: functions that write their files into the folder they are given.
+            record: whatever else there is, as JSON.
+
+        Returns the folder of the state. When it returns, the state survives a power cut.
+
+        Raises:
+            OSError: the disk or the quota is full, or the disk has another fault. The half-written
+                folder is gone, and the previous state is as it was.
+        """
+        final = self.folder / f"{number:06d}"
+        partial = final.with_suffix(".tmp")
+        self.folder.mkdir(exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        with removed_if_unfinished(partial, f"the state of {self.of} {number}", self.way_on):
+            partial.mkdir()
+            for write in writers:
+                write(partial)
+            text = json.dumps(dict(record), separators=(",", ":"))
+            (partial / RECORD).write_text(text)
+            write_checksums(partial)
+            sync_tree(partial)
+            swap(partial, final)
+        kept = sorted({number for number, _ in self._whole()})[-self.keep :]
+        for older in list(self.folder.iterdir()):
+            if _number_of(older) < kept[0]:
+                discard(older)
+        return final
+
+    def load(self) -> SavedState:
+        """Read the newest state back whose files are as they were written. Changes nothing.
+
+        Raises:
+            ValueError: there is none.
+        """
+        damaged: list[str] = []
+        for number, folder in reversed(self._whole()):
+            damage = damage_in(folder)
+            if damage:
+                damaged.append(damage)
+                continue
+            remark = f"{'; '.join(damaged)}: continuing from the state of {number}"
+            record = json.loads((folder / RECORD).read_text())
+            return SavedState(number, folder, record, remark if damaged else "")
+        if not damaged:
+            raise ValueError(f"No state in {self.folder}: start the run without --resume")
+        raise ValueError(
+            f"No state to resume from in {self.folder.parent}: {'; '.join(damaged)}. Put the files "
+            "back from a copy, or start a run with another name=..."
+        )
+
+    def set_aside_after(self, number: int) -> None:
+        """Rename newer states, which are damaged: they must not count among those that are kept."""
+        for newer, folder in self._whole():
+            if newer > number:
+                set_aside = folder.with_suffix(".damaged")
+                discard(set_aside)
+                folder.rename(set_aside)
+        sync(self.folder)
+
+    def remove(self) -> None:
+        """Remove all of them, with the folder."""
+        discard(self.folder)
+
+    def way_on(self) -> str:
+        """What to do after a full disk."""
+        found = self.latest()
+        if found is None:
+            return "No state was saved before: make room there and start again"
+        return f"The state of {self.of} {found[0]} is intact: make room there, then --resume"
+
+    def _whole(self) -> list[tuple[int, Path]]:
+        """Every whole state, oldest first. ``.old`` marks one that a newer write was replacing."""
+        found = []
+        for folder in self.folder.iterdir() if self.folder.is_dir() else ():
+            name = re.fullmatch(r"(\d{6,})(\.old)?", folder.name)
+            if name:
+                found.append((int(name[1]), name[2] is None, folder))
+        return [(number, folder) for number, _, folder in sorted(found)]
+
+
+@contextmanager
+def removed_if_unfinished(partial: Path, what: str, way_on: Callable[[], str]) -> Iterator[None]:
+    """Remove the folder ``partial`` at the end; if the disk is full, say what to do.
+
+    Raises:
+        OSError: what was raised inside; that of a full disk names ``what`` and the way on.
+    """
+    try:
+        with os_errors():
+            yield
+    except OSError as error:
+        if error.errno not in OUT_OF_ROOM:
+            raise
+        written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(partial.parent).free
+        raise OSError(
+            error.errno,
+            f"Cannot save {what} in {partial.parent}: {error.strerror} after {written / 1e6:.1f} MB"
+            f"; {free / 1e6:.1f} MB are free without it. {way_on()}",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _number_of(folder: Path) -> float:
+    """The number of a state; infinite for what is no state."""
+    name = re.fullmatch(r"(\d{6,})(\.old|\.damaged)?", folder.name)
+    return int(name[1]) if name else float("inf")

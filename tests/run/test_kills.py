@@ -1,0 +1,50 @@
+"""``kill -9`` of whole runs at random moments: what they leave has the bits of an unbroken run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kimi_core.run import state
+
+KILLS = Path(__file__).parents[1] / "kills.py"
+
+
+def kill(*arguments: str) -> dict:
+    done = subprocess.run(
+        [sys.executable, str(KILLS), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    print(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_killed_runs_end_with_the_same_bits():
+    assert kill("--kills", "20")["kills"] >= 20
+
+
+@pytest.mark.nightly
+def test_many_killed_runs_end_with_the_same_bits():
+    counts = kill("--kills", "100", "--seed", "1")
+    assert counts["kills"] >= 100
+    missed = {"sft", "rollout", "reward", "training", "save", "evaluation", "checkpoint"}
+    assert missed <= counts["in"].keys()
+
+
+@pytest.mark.nightly
+def test_so_do_runs_whose_processes_are_new_interpreters():
+    assert kill("--kills", "10", "--seed", "2", "--fresh")["kills"] >= 10
+
+
+def test_the_rollout_note_is_not_believed_where_it_does_not_fit(tmp_path):
+    buffer = tmp_path / "buffer.bin"
+    note = tmp_path / state.ROLLOUT
+    assert state._steps_of_whole_rollout(buffer, 3, 100) is None
+    for text in ("", "[1]", '{"iteration": 3}', '{"iteration": 3, "tokens": 9, "decode_steps": 7}'):
+        note.write_text(text)
+        assert state._steps_of_whole_rollout(buffer, 3, 100) is None
+    note.write_text('{"iteration": 3, "tokens": 100, "decode_steps": 7}')
+    assert state._steps_of_whole_rollout(buffer, 3, 100) == 7
+    assert state._steps_of_whole_rollout(buffer, 4, 100) is None
