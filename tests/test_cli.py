@@ -19,8 +19,8 @@ def test_an_interrupt_is_one_line_and_status_130(capsys):
 
     assert cli.with_config([], interrupted) == 130
     assert capsys.readouterr().err.splitlines() == [
-        "interrupted: what was saved is kept; the same command (kimi train: with --resume) goes "
-        "on from there"
+        "interrupted: what was saved is kept; the same command (kimi train and kimi "
+        "sft: with --resume) goes on from there"
     ]
 
 

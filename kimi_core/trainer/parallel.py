@@ -15,7 +15,7 @@ from kimi_core.trainer.ranks import Ranks
 
 
 def shard(policy: Policy, ranks: Ranks) -> None:
-    """Replace the policy's parameters by this rank's shards. With one rank nothing happens.
+    """Replace the policy's parameters by this rank's shards. One rank keeps the policy as it is.
 
     Gradients are summed in float32 whatever the model's dtype is.
     """

@@ -143,7 +143,7 @@ class Policy(nn.Module):
             self.logprobs(self._one_sequence(np.append(ids_1l[0].cpu().numpy(), 0)))
 
     def nothing(self) -> Tensor:
-        """A loss of 0 from a pass of one token: for a rank without a micro-batch of its own.
+        """A loss of 0 from a pass of one token: for a rank that has no micro-batch.
 
         The pass gathers and reduces what the other ranks' passes do, and its gradient is 0.
 
