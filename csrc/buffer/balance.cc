@@ -22,7 +22,7 @@ std::vector<std::vector<size_t>> Balance(std::span<const uint64_t> sizes, uint64
                                 std::to_string(sizes[order[0]]) + "; raise max_tokens");
   }
   const uint64_t total = std::accumulate(sizes.begin(), sizes.end(), uint64_t{0});
-  for (size_t count = std::max<uint64_t>(1, (total + most - 1) / most);; ++count) {
+  for (size_t count = total == 0 ? 1 : (total - 1) / most + 1;; ++count) {
     std::vector<std::vector<size_t>> batches(count);
     using Filled = std::pair<uint64_t, size_t>;  // Tokens in a batch, and its index.
     std::priority_queue<Filled, std::vector<Filled>, std::greater<>> filled;  // Emptiest on top.

@@ -37,6 +37,8 @@ void TestBatchesAtTheLimit() {
   CHECK(Balance({}, 5).empty());
   const std::vector<uint64_t> full = {5, 5, 5}, over = {5, 6};
   CHECK_EQ(Balance(full, 5).size(), 3u);
+  const std::vector<uint64_t> empty = {0, 0};
+  CHECK_EQ(Balance(empty, 0).size(), 1u);
   CHECK_EQ(test::MessageOf<std::invalid_argument>([&] { Balance(over, 5); }),
            "Cannot make micro-batches of at most 5 tokens: item 1 alone has 6; raise max_tokens");
 }
