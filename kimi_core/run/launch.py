@@ -4,8 +4,10 @@ A follower needs three things: the address of rank 0's store, the generation, an
 has to know of the run is in the store. Whatever else starts followers has to give them no more.
 """
 
+import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -66,6 +68,19 @@ class LocalFollowers:
             process.wait()
 
 
+def local_store(timeout_s: float) -> dist.TCPStore:
+    """A store that only processes of this host can reach; by itself torch listens everywhere."""
+    listener = socket.create_server((HOST, 0))
+    return dist.TCPStore(
+        HOST,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
+    )
+
+
 def start_ranks(config: Config, longest: int) -> Ranks:
     """The ranks of a run's trainer, of which this process is rank 0. Waits until all have come.
 
@@ -78,8 +93,9 @@ def start_ranks(config: Config, longest: int) -> Ranks:
     settings = config.trainer
     if settings.ranks == 1:
         return Ranks()
-    limit = timedelta(seconds=settings.ranks_timeout_s)
-    server = dist.TCPStore(HOST, 0, is_master=True, wait_for_workers=False, timeout=limit)
+    # Orders are pickled, so nobody outside of this host may reach the ranks.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    server = local_store(settings.ranks_timeout_s)
     generation = secrets.token_hex(4)
     store = dist.PrefixStore(generation, server)
     store.set("config", config.model_dump_json())

@@ -19,7 +19,7 @@ class ArenaEngine(TorchEngine):
     first ``serve``. On a GPU the weights are copied there.
 
     Args:
-        model: a module that nothing else uses, on any device, with the weights that the constructor checks.
+        model: a module that nothing else uses, on any device. Its weights are checked here.
         arena: gives the arena, after the first publication.
         settings: as for ``TorchEngine``.
 
