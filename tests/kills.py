@@ -36,10 +36,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.reward.groups import GroupScorer
-from kimi_core.run import curves, fine_tuning, run
+from kimi_core.run import curves, run
 from kimi_core.run.config_file import load_config
 from kimi_core.run.folder import RunFolder
 from kimi_core.run.states import States
+from kimi_core.trainer.sft import SftPhase
 from kimi_core.trainer.trainer import Trainer
 
 CONFIG = """
@@ -99,7 +100,7 @@ KINDS = {
 """Names of configs → settings."""
 
 STAGES: dict[str, tuple[Any, str]] = {
-    "sft": (fine_tuning, "train_sft"),
+    "sft": (SftPhase, "fit"),
     "rollout": (run.state.Loop.iterate.__globals__, "roll_out"),
     "reward": (GroupScorer, "judge"),
     "training": (Trainer, "train"),

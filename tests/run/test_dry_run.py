@@ -139,7 +139,7 @@ def test_a_model_that_is_not_here_is_named_and_not_fetched(tmp_path, monkeypatch
     monkeypatch.setattr(smollm2, "cache_folder", lambda: tmp_path)
     text = describe(config("model.name=smollm2-135m"))
     assert "smollm2-135m is not on this machine" in text
-    assert "weights" not in text
+    assert "weights" not in text.replace("weights = []", "")  # A setting of long2short.
     assert Config(**tomllib.loads(text)).model.name == "smollm2-135m"
 
 

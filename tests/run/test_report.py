@@ -145,8 +145,9 @@ def test_without_a_terminal_each_iteration_prints_one_line(tmp_path: Path) -> No
     metrics.iteration(replace(ITERATION, iteration=11, wall_s=2.0))
     metrics.iteration(ITERATION)
     lines = output.getvalue().splitlines()
-    assert len(lines) == 2
-    assert lines[1].endswith("eta 1:55")  # 48 left at (2.0 + 2.8) / 2 s each
+    assert len(lines) == 3
+    assert "metrics.jsonl lacks 10 of the 10 iterations" in lines[0]
+    assert lines[2].endswith("eta 1:55")  # 48 left at (2.0 + 2.8) / 2 s each
     metrics.close()
 
 
