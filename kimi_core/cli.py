@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kimi_core.config import Config
-from kimi_core.help import CHECK, CURATE, EVALUATE, LONG2SHORT, REWARD, SFT, TRAIN, WARMUP
+from kimi_core.help import CHECK, CURATE, EVALUATE, LONG2SHORT, REPLAY, REWARD, SFT, TRAIN, WARMUP
 from kimi_core.long2short import METHODS
 from kimi_core.run.config_file import load_config
 
@@ -198,6 +198,25 @@ def reward(arguments: Sequence[str]) -> int:
     return 0
 
 
+def replay(arguments: Sequence[str]) -> int:
+    parser = _parser("replay", REPLAY)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--iteration", type=int, required=True, metavar="N")
+    given = parser.parse_args(arguments)
+
+    from kimi_core.run.replay import replay as compare
+
+    status = 0
+    try:
+        for is_equal, line in compare(given.run, given.iteration):
+            print(line)
+            status = status if is_equal else 1
+    except ValueError as error:
+        return _fail(str(error), 2)
+    print("equal" if status == 0 else "not equal")
+    return status
+
+
 def sandbox(arguments: Sequence[str]) -> int:
     from kimi_core.sandbox.__main__ import main as sandbox_main
 
@@ -219,6 +238,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "long2short": (long2short, "make a trained model answer shorter, by four methods"),
     "check": (check, "check programming problems and their reference solutions"),
     "reward": (reward, "train and compare two reward models"),
+    "replay": (replay, "do an iteration of a run again and compare every bit"),
     "sandbox": (sandbox, "run programs in a sandbox, serve it, or check this machine"),
     "buffer": (buffer, "print what a rollout buffer's file holds"),
 }

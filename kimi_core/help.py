@@ -85,3 +85,12 @@ REWARD = """Train the two reward models of section 2.3.5 and compare them.
 `--data` is JSONL as kimi_core/reward/judges/labelled.py describes it. Without it the examples are
 sums made from the `multiply` prompts. Prints a JSON line for each model: accuracy and calibration
 on examples whose problem was in no training example."""
+
+REPLAY = """Do one iteration of a run again and compare it with what the run recorded, bit for bit.
+
+    kimi replay runs/think --iteration 12
+
+Needs the state of the iteration before, which keep_states may keep. Compares metrics other than
+times, every response in trajectories/, and the weights of the next state. Its exit status is 0 if
+all is equal and 1 if not; the first difference is printed, and what differs in libraries,
+processor and threads."""

@@ -11,6 +11,9 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s")
+"""Numbers of a record that a clock measures; all others come again with the same bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class IterationMetrics:

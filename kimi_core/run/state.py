@@ -82,7 +82,7 @@ def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:
     state = saved.record["state"]
     rates = curriculum_in(saved.folder, state)
     before = np.load(saved.folder / PROMPTS)
-    are_others = not _same_prompts(loop, before)
+    are_others = not same_prompts(loop, before)
     if are_others:
         if not folder.accept_changes:
             raise _other_prompts(loop, before, saved.folder)
@@ -134,7 +134,8 @@ def prompts_of(loop: Loop) -> np.ndarray:
     return np.stack([facts.ids, facts.checksums.astype(np.int64)])
 
 
-def _same_prompts(loop: Loop, before: np.ndarray) -> bool:
+def same_prompts(loop: Loop, before: np.ndarray) -> bool:
+    """Whether ``before``, of a state, is what ``prompts_of`` gives now."""
     if before.ndim == 2:
         return np.array_equal(before, prompts_of(loop))
     # Until November 2026 a state had the CRC-32 of each id with text and answer, uint32 [n].

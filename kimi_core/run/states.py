@@ -86,7 +86,7 @@ class States:
             write_checksums(partial)
             sync_tree(partial)
             swap(partial, final)
-        kept = sorted({number for number, _ in self._whole()})[-self.keep :]
+        kept = self.numbers()[-self.keep :]
         for older in list(self.folder.iterdir()):
             if _number_of(older) < kept[0]:
                 discard(older)
@@ -113,6 +113,23 @@ class States:
             f"No state to resume from in {self.folder.parent}: {'; '.join(damaged)}. Put the files "
             "back from a copy, or start a run with another name=..."
         )
+
+    def numbered(self, number: int) -> SavedState | None:
+        """The state of that number; None: it is not there.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        for one, folder in reversed(self._whole()):
+            if one == number:
+                if damage := damage_in(folder):
+                    raise ValueError(damage)
+                return SavedState(one, folder, json.loads((folder / RECORD).read_text()))
+        return None
+
+    def numbers(self) -> list[int]:
+        """Of all whole states, oldest first."""
+        return sorted({number for number, _ in self._whole()})
 
     def set_aside_after(self, number: int) -> None:
         """Rename newer states, which are damaged: they must not count among those that are kept."""
