@@ -6,8 +6,7 @@ the loss has a bench already. The memory is the peak of the process over what it
 pass, with gradients in place. Freed blocks return to the system (``MALLOC_MMAP_THRESHOLD_``); with
 glibc's defaults up to 1.4 times as much was seen.
 
-The model of ``configs/long.toml`` gets one sequence of 131,072 tokens, which takes about 10
-CPU-minutes.
+The model of ``configs/long.toml`` gets one sequence of 131,072 tokens.
 """
 
 import json

@@ -1,7 +1,5 @@
 """Memory of a prefill beyond the keys and values that it stores.
 
-    pytest benches/bench_prefill.py                 # 70 CPU-seconds
-
 Two layers of SmolLM2's shape, one thread, float32, a process for each case. The memory is the peak
 of the process over what it held before, less the cache, when freed blocks return to the system
 (``MALLOC_MMAP_THRESHOLD_``). A context of 32,768 tokens is held against one of 8,192.

@@ -35,4 +35,4 @@ def preference_pairs(answers: Sequence[Answer]) -> list[tuple[Answer, Answer]]:
 
 def is_right(answer: Answer) -> bool:
     """Whether an answer is right, as for the length reward; one without text never is."""
-    return bool(answer.text) and answer.reward is not None and answer.reward > 0.5
+    return bool(answer.text) and answer.is_right

@@ -32,6 +32,12 @@ def check_messages(found: object, where: object) -> tuple[Message, ...]:
     return tuple(found)
 
 
+def fields_of(prompt: Prompt) -> dict[str, object]:
+    """What is asked, as the fields of a JSONL line: ``messages``, or ``prompt``."""
+    messages = [*map(dict, prompt.messages)]
+    return {"messages": messages} if messages else {"prompt": prompt.text}
+
+
 def question(messages: Sequence[Message]) -> str:
     """The messages as text for people and reward functions, without the system message.
 

@@ -28,7 +28,7 @@ from kimi_core.evaluation.record import Answer, Record
 from kimi_core.prompts.duplicates import Leaks, near_duplicates
 from kimi_core.prompts.forms import form_of, subject_of
 from kimi_core.prompts.load import load_prompts
-from kimi_core.prompts.messages import chat_prompts
+from kimi_core.prompts.messages import chat_prompts, fields_of
 from kimi_core.run.curation import Curation, page
 from kimi_core.run.files import write_atomically
 from kimi_core.types import Prompt
@@ -154,9 +154,9 @@ def _balance(curation: Curation, settings: CurateConfig) -> None:
 
 def line_of(prompt: Prompt, **others: Any) -> str:
     """A prompt as a line of a JSONL file that ``prompts.source`` reads back."""
-    messages = [*map(dict, prompt.messages)]
-    line: dict[str, Any] = {"messages": messages} if messages else {"prompt": prompt.text}
-    return json.dumps({**line, "answer": prompt.answer, **prompt.tags, **others}) + "\n"
+    return (
+        json.dumps({**fields_of(prompt), "answer": prompt.answer, **prompt.tags, **others}) + "\n"
+    )
 
 
 def _write(curation: Curation, config: Config, folder: Path) -> None:

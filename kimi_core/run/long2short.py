@@ -319,8 +319,6 @@ def _rl(work: _Work) -> _Made:
     )
     folder = train(config, resume=True, console=work.console)
     iterations, _ = read_metrics(folder / "metrics.jsonl")
-    if len(iterations) < settings.iterations:
-        raise KeyboardInterrupt  # The first Ctrl-C lets an iteration finish.
     return _Made(
         folder / "checkpoint",
         samples + iterations[-1].samples_trained_total,

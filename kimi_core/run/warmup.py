@@ -22,7 +22,7 @@ from kimi_core.config import Config
 from kimi_core.evaluation.answers import Draw, Responder, answers_to, asked_by
 from kimi_core.evaluation.record import Answer, Record
 from kimi_core.prompts.load import load_prompts, split
-from kimi_core.prompts.messages import chat_prompts
+from kimi_core.prompts.messages import chat_prompts, fields_of
 from kimi_core.run.curation import quoted
 from kimi_core.run.files import write_atomically
 from kimi_core.types import Prompt
@@ -112,10 +112,8 @@ def _is_whole(answer: Answer) -> bool:
 
 def _line(kept: Kept) -> str:
     prompt, answer = kept
-    messages = [*map(dict, prompt.messages)]
-    asked = {"messages": messages} if messages else {"prompt": prompt.text}
     facts = {"tokens": answer.tokens, "behaviours": behaviours_of(answer.text)}
-    return json.dumps({**asked, "response": answer.text, **facts}) + "\n"
+    return json.dumps({**fields_of(prompt), "response": answer.text, **facts}) + "\n"
 
 
 def _page(
