@@ -11,44 +11,28 @@ The model of ``configs/long.toml`` gets one sequence of 131,072 tokens.
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from timing import in_a_process, status
 
-HERE = Path(__file__)
 LENGTHS = (8192, 16384, 32768)
 MOST_AT_32K = 1.2e9
 LONGEST, MOST_AT_LONGEST = 131_072, 1e9
 EXPONENT = 1.1
 
 
-def passed(tokens: int, memory_gb: float, shape: str = "smollm2") -> dict[str, float]:
-    """One pass in a process: measured and predicted bytes, and what was recomputed."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, HERE, str(tokens), str(memory_gb), shape],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("memory_gb", [100.0, 0.75])
 def test_a_pass_that_keeps_much(ratios, memory_gb):
-    found = passed(LENGTHS[0], memory_gb)
+    found = in_a_process(__file__, LENGTHS[0], memory_gb, "smollm2")
     _record(ratios, LENGTHS[0], found)
 
 
 def test_a_pass_that_recomputes_everything(ratios):
     peaks = {}
     for tokens in LENGTHS:
-        found = passed(tokens, 0.001)
+        found = in_a_process(__file__, tokens, 0.001, "smollm2")
         assert found["layers"] == 2 and found["chunked"]
         _record(ratios, tokens, found)
         peaks[tokens] = found["measured"]
@@ -60,7 +44,7 @@ def test_a_pass_that_recomputes_everything(ratios):
 
 
 def test_the_longest_context(ratios):
-    found = passed(LONGEST, 0.001, "long")
+    found = in_a_process(__file__, LONGEST, 0.001, "long")
     _record(ratios, LONGEST, found)
     ratios.record("activations, long.toml", "1 GB", MOST_AT_LONGEST / found["measured"], 1.0)
 
@@ -129,7 +113,7 @@ def _model(shape: str):
         from kimi_core.run.build import alphabet
         from kimi_core.run.config_file import load_config
 
-        given = load_config(HERE.parent.parent / "configs" / "long.toml")
+        given = load_config(Path(__file__).parent.parent / "configs" / "long.toml")
         return scratch_model(given.model, alphabet(given), seed=0)[0]
     config = LlamaConfig(
         hidden_size=576,
@@ -143,12 +127,6 @@ def _model(shape: str):
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def status(key: str) -> int:
-    """Bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -6,36 +6,20 @@ of the process over what it held before, less the cache, when freed blocks retur
 """
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from bench_memory import status
+from timing import in_a_process, status
 
 GROWTH = 1.3
 """Most memory that four times the tokens may take, as a multiple."""
 
 
-def prefilled(tokens: int, window: int) -> dict[str, float]:
-    """One context in a process: CPU-seconds, and bytes beyond the cache."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, __file__, str(tokens), str(window)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("window", [0, 1024])
 def test_memory_does_not_grow_with_the_context(ratios, window):
-    short, long = prefilled(8192, window), prefilled(32768, window)
+    short, long = in_a_process(__file__, 8192, window), in_a_process(__file__, 32768, window)
     ratios.record(
         f"prefill of 32,768 tokens, window {window or 'none'}",
         "memory of 8,192",
