@@ -23,6 +23,7 @@ from kimi_core.run.folder import RunFolder, holds_state
 from kimi_core.run.report import Report, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
+from kimi_core.run.viewing import PromptLines, write_tokenizer
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the sampled half of an evaluation."""
@@ -56,6 +57,7 @@ def train(
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
+        write_tokenizer(folder.path, parts.tokenizer)
         cut_off = cut_off_s(folder.path)  # Before the buffer changes.
         if folder.states.latest():
             sft_s, remark = state.restore(parts.loop, folder)
@@ -140,12 +142,14 @@ def _reinforce(
     loop = parts.loop
     loop.on_rollout = lambda rollout: state.note_rollout(loop, rollout, folder.buffer)
     files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
+    rates = PromptLines(folder.path, start_iteration=loop.iteration)
     if not stop.is_set():
         _catch_up(parts, config, report, files)
     while not (stop.is_set() or _is_done(loop, config)):
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
         files.write(loop.iteration, records)
+        rates.write(loop.iteration, loop.latest.groups, loop.curriculum)
         last = _is_done(loop, config)
         is_due = last or loop.iteration % config.evaluation.every == 0
         if is_due:
