@@ -7,7 +7,7 @@ Its exit status is 0 if all went well, 1 if a run had to stop, 2 for bad input, 
 import sys
 from collections.abc import Callable, Sequence
 
-from kimi_core.cli import data, runs
+from kimi_core.cli import data, runs, viewing
 from kimi_core.cli.settings import fail
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (data.check, "check programming problems and their reference solutions"),
     "reward": (data.reward, "train and compare two reward models"),
     "replay": (runs.replay, "do an iteration of a run again and compare every bit"),
+    "dashboard": (viewing.dashboard, "look at runs in a browser, down to every token"),
     "sandbox": (data.sandbox, "run programs in a sandbox, serve it, or check this machine"),
     "buffer": (data.buffer, "print what a rollout buffer's file holds"),
 }

@@ -70,9 +70,8 @@ def one_script(folder: Path, entry: str = ENTRY) -> str:
             add(path)
         body = IMPORT.sub(lambda m: f"const {{{m[1]}}} = modules[{needed[m[2]]!r}];", text)
         names = ", ".join(EXPORT.findall(text))
-        done[name] = (
-            f"modules[{name!r}] = (() => {{\n{EXPORT.sub('', body)}\nreturn {{ {names} }};\n}})();\n"
-        )
+        module = f"{EXPORT.sub('', body)}\nreturn {{ {names} }};"
+        done[name] = f"modules[{name!r}] = (() => {{\n{module}\n}})();\n"
         done[name] = done.pop(name)  # Behind those that it needs.
 
     add(entry)

@@ -1,6 +1,6 @@
 """The dashboard as a web server for this machine alone.
 
-    GET /                                          the page; its pages are behind the # of the address
+    GET /                                          the page; what it shows is behind the address's #
     GET /data/runs                                 all runs
     GET /data/runs/RUN/settings                    RUN is a name, which may have slashes
     GET /data/runs/RUN/metrics?epoch=E&after=N     lines behind the first N
@@ -18,10 +18,12 @@ loads nothing from elsewhere (``HEADERS``). Whoever has an account on this machi
 """
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -54,7 +56,9 @@ Ask = Callable[[Run, Request], Any]
 
 QUESTIONS: dict[str, Ask] = {
     "settings": lambda run, request: run.settings(),
-    "metrics": lambda run, request: run.metrics(_query(request, "epoch", -1), _query(request, "after")),
+    "metrics": lambda run, request: run.metrics(
+        _query(request, "epoch", -1), _query(request, "after")
+    ),
     "iterations": lambda run, request: run.iterations(),
     "iterations/{number:int}": lambda run, request: run.iteration(request.path_params["number"]),
     "iterations/{number:int}/groups/{one:int}": lambda run, request: run.group(
@@ -78,7 +82,10 @@ def application(runs: Runs) -> ASGIApp:
 
     routes = [
         Route("/data/runs", lambda request: _json(runs.summary)),
-        *(Route(f"/data/runs/{{run:path}}/{path}", answers(ask)) for path, ask in QUESTIONS.items()),
+        *(
+            Route(f"/data/runs/{{run:path}}/{path}", answers(ask))
+            for path, ask in QUESTIONS.items()
+        ),
         Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
@@ -120,3 +127,28 @@ def as_json(value: Any) -> bytes:
 def _query(request: Request, name: str, default: int = 0) -> int:
     given = request.query_params.get(name, "")
     return int(given) if given.removeprefix("-").isdecimal() and len(given) < 12 else default
+
+
+def serve(runs: Runs, port: int, say: Callable[[str], object]) -> None:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Args:
+        port: 0 takes a free one.
+        say: is told the address.
+
+    Raises:
+        ValueError: another process listens on that port.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOSTS[0], port))
+        except OSError as error:
+            raise ValueError(
+                f"Cannot listen on {HOSTS[0]}:{port}: {error.strerror}; give another --port, or 0 "
+                "for a free one"
+            ) from None
+        listener.listen()
+        say(f"http://{HOSTS[0]}:{listener.getsockname()[1]}/")
+        config = uvicorn.Config(application(runs), log_level="warning", server_header=False)
+        uvicorn.Server(config).run(sockets=[listener])

@@ -15,17 +15,16 @@ def token_texts(tokenizer: Path, token_ids: Sequence[int]) -> list[str] | None:
     """
     try:
         core = _load(tokenizer, tokenizer.stat().st_mtime_ns)
-    except OSError:
-        return None
-    if core is None:
+    except (OSError, ValueError):
         return None
     stream = DecodeStream(skip_special_tokens=False)
     return [stream.step(core, token) or "" for token in token_ids]
 
 
 @lru_cache(maxsize=4)
-def _load(path: Path, _changed_ns: int) -> Tokenizer | None:
+def _load(path: Path, _changed_ns: int) -> Tokenizer:
+    text = path.read_text()
     try:
-        return Tokenizer.from_str(path.read_text())
-    except Exception:  # noqa: BLE001; tokenizers raises a bare Exception for what is no tokenizer.
-        return None
+        return Tokenizer.from_str(text)
+    except Exception as error:  # The library raises a bare Exception for what is no tokenizer.
+        raise ValueError(f"{path} holds no tokenizer: {error}") from error

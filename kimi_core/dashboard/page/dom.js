@@ -65,7 +65,7 @@ export function oneLine(text, length = 160) {
 
 function escaped(code) {
   if (code < 0x100) return "\\x" + code.toString(16).padStart(2, "0");
-  return code < 0x10000 ? "\\u" + code.toString(16).padStart(4, "0") : `\\u{${code.toString(16)}}`;
+  return code < 0x10000 ? "\\u" + code.toString(16).padStart(4, "0") : "\\U" + code.toString(16).padStart(8, "0");
 }
 
 const PART = 200_000;
