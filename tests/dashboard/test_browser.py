@@ -115,7 +115,7 @@ def test_a_click_on_a_curve_opens_its_iteration(page, served):
     show(page, served + "#/run/made")
     box = page.query_selector("figure .chart svg").bounding_box()
     page.mouse.move(box["x"] + box["width"] - 10, box["y"] + 40)
-    assert "iteration 3" in page.inner_text(".cursor")
+    assert "iteration 3" in page.text_content(".cursor")
     page.mouse.click(box["x"] + box["width"] - 10, box["y"] + 40)
     page.wait_for_selector("h1:text('Iteration 3')")
 
@@ -169,7 +169,7 @@ def test_a_live_run_is_followed(page, tmp_path):
         line = json.loads(next(one for one in lines if '"iteration"' in one and '"loss"' in one))
         with (run / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line | {"iteration": 3}) + "\n")
-        page.wait_for_function("document.querySelector('.tile b').textContent === '3'")
+        page.wait_for_function("() => document.querySelector('.tile b').textContent === '3'")
 
 
 def test_a_folder_without_runs_and_a_server_that_is_gone(page, tmp_path):

@@ -13,16 +13,17 @@ export async function curvesPage({ run, query }) {
   const state = { smooth: Number(query.get("smooth") ?? 5), search: query.get("search") ?? "" };
   const grid = h("div", { class: "grid" });
   const top = h("div", { class: "tiles" });
-  let count = -1;
+  let shown = { lines: null };
+  const draw = () => drawGrid(grid, [[run, shown.lines]], state);
   const update = async (isCurrent = () => true) => {
-    const { lines, broken } = await metricsOf(run);
-    if (lines.length === count || !isCurrent()) return;
-    count = lines.length;
-    fill(top, tiles(lines, broken));
-    drawGrid(grid, [[run, lines]], state);
+    const found = await metricsOf(run);
+    if (found.lines.length === shown.lines?.length && found.epoch === shown.epoch || !isCurrent()) return;
+    shown = found;
+    fill(top, tiles(found.lines, found.broken));
+    draw();
   };
   await update();
-  return { node: h("section", {}, top, controls(state, () => { count = -1; update(); }), grid), refresh: update };
+  return { node: h("section", {}, top, controls(state, draw, "a click on a curve opens the iteration"), grid), refresh: update };
 }
 
 export async function comparePage({ runs, query }) {
@@ -60,7 +61,7 @@ function differences(settings) {
     settings.map((one) => h("td", { class: "n" }, one[key] === undefined ? "–" : JSON.stringify(one[key])))))];
 }
 
-function controls(state, redraw) {
+function controls(state, redraw, note = "") {
   return h("div", { class: "controls" },
     h("input", { type: "search", placeholder: "search metrics", value: state.search, "aria-label": "search metrics",
       input: (event) => { state.search = event.target.value; redraw(); } }),
@@ -68,7 +69,7 @@ function controls(state, redraw) {
       h("input", { type: "range", min: 1, max: 50, value: state.smooth,
         input: (event) => { state.smooth = Number(event.target.value); event.target.nextSibling.textContent = state.smooth; redraw(); } }),
       h("output", {}, String(state.smooth)), " iterations"),
-    h("span", { class: "note" }, "a click on a curve opens the iteration"));
+    h("span", { class: "note" }, note));
 }
 
 function tiles(lines, broken) {
