@@ -30,6 +30,9 @@ class ScratchConfig(Section):
     rope_theta: float = Field(10_000.0, gt=1)
     """Base of the rotary position embedding. Long contexts need a large one: the report takes
     1,000,000 (its part on long-context activation)."""
+    vocabulary: int | None = Field(None, ge=258)
+    """Most tokens of a byte-level BPE, trained on prompts, answers and SFT data: prose takes fewer
+    tokens so. Unset: one token per character that they have, for tasks on letters and digits."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ScratchConfig":
@@ -44,7 +47,7 @@ class ScratchConfig(Section):
 class ModelConfig(Section):
     name: str = "scratch"
     """A folder in Hugging Face format, a hub id, `smollm2-135m`, or `scratch`: a small Llama with
-    random weights and one token per character, which `[sft]` teaches first."""
+    random weights, which `[sft]` teaches first. It knows the characters of the run's data."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of weights and arithmetic. `auto`: float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"

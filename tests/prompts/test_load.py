@@ -61,9 +61,9 @@ class TestDispatch:
         ("body", "message"),
         [
             ("[]", "expected a non-empty list of Prompt"),
-            ("None", "returned None; expected a non-empty list"),
+            ("None", "found None; expected a non-empty list"),
             ("[('a', 'b')]", r"returned \('a', 'b'\) at index 0; expected a Prompt"),
-            ("[Prompt(1, 'a', 'b'), Prompt(1, 'c', 'd')]", "two prompts with id 1"),
+            ("[Prompt(1, 'a', 'b'), Prompt(1, 'c', 'd')]", "two prompts have the id 1"),
         ],
     )
     def test_what_a_function_must_return(self, tmp_path, body, message):
