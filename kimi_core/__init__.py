@@ -35,7 +35,7 @@ except ImportError as error:
 _EXPORTS = {
     "Config": "kimi_core.config",
     "Prompt": "kimi_core.types",
-    "train": "kimi_core.run.run",
+    "train": "kimi_core.run.api",
 }
 
 

@@ -1,7 +1,7 @@
 """The examples of SFT: from a built-in task, a file, a function of the user, or given in Python."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kimi_core.config import Config
@@ -13,9 +13,12 @@ from kimi_core.types import Prompt
 
 
 def sft_examples(
-    config: Config, train_prompts: Sequence[Prompt], given: Sequence[Any] | None = None
+    config: Config, train_prompts: Sequence[Prompt], given: Any = None
 ) -> list[TextExample]:
     """The examples that ``sft.data`` names, or those that are ``given``, as text.
+
+    Args:
+        given: pairs, or a function that makes them from the training prompts; None: nothing is.
 
     Raises:
         ValueError: the data is unknown, missing or malformed.
@@ -28,10 +31,10 @@ def sft_examples(
     return pairs
 
 
-def _examples_of(
-    config: Config, train_prompts: Sequence[Prompt], given: Sequence[Any] | None
-) -> list[TextExample]:
+def _examples_of(config: Config, train_prompts: Sequence[Prompt], given: Any) -> list[TextExample]:
     source = config.sft.data
+    if callable(given):
+        return _made_by(given, train_prompts, "examples")
     if given is not None:
         return _checked(given, "examples")
     if source in ("multiply", "multiply_lengths"):
@@ -44,16 +47,21 @@ def _examples_of(
     if source.endswith(".jsonl"):
         return load_examples(source)
     if ".py:" in source:
-        function = load_function(source)
-        try:
-            found = function(list(train_prompts))
-        except Exception as error:  # The user's code may raise anything.
-            raise ValueError(f"{source} raised {type(error).__name__}: {error}") from error
-        return _checked(found, source)
+        return _made_by(load_function(source), train_prompts, source)
     raise ValueError(
         f"sft.data = {source!r}; allowed are none, multiply, multiply_lengths, retrieve, programs, "
         "a file that ends in .jsonl, or file.py:function, which takes the training prompts"
     )
+
+
+def _made_by(
+    function: Callable[..., Any], train_prompts: Sequence[Prompt], source: str
+) -> list[TextExample]:
+    try:
+        found = function(list(train_prompts))
+    except Exception as error:  # The user's code may raise anything.
+        raise ValueError(f"{source} raised {type(error).__name__}: {error}") from error
+    return _checked(found, source)
 
 
 def _retrieve_examples(config: Config) -> list[tuple[str, str]]:

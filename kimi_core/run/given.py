@@ -4,7 +4,9 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from kimi_core.config import Config
@@ -20,8 +22,8 @@ class Given:
     """Each is None where the config names it."""
 
     prompts: Sequence[Prompt] | None = None
-    examples: Sequence[Any] | None = None
-    """(prompt, response) pairs for SFT."""
+    examples: Any = None
+    """(prompt, response) pairs for SFT, or a function that makes them from the training prompts."""
     reward: RewardFunction | None = None
 
     def named_in(self, config: Config) -> Config:
@@ -39,13 +41,17 @@ class Given:
     def digests(self) -> dict[str, str]:
         """Name → digest, by which a resumed run knows what it was given.
 
-        A function counts with its source, or its compiled code if there is no source. What it
+        A function counts with its source, a lambda with what it compiles to. What it
         refers to is not part of it: values of variables outside of it, and functions that it calls.
         Prompts are compared in another way (``run/state.py``).
         """
         found = {}
         if self.examples is not None:
-            found["the given SFT examples"] = _digest(json.dumps(self.examples, default=repr))
+            is_function = callable(self.examples)
+            text = (
+                _code_of(self.examples) if is_function else json.dumps(self.examples, default=repr)
+            )
+            found["the given SFT examples"] = _digest(text)
         if self.reward is not None:
             found["the given reward function"] = _digest(_code_of(self.reward))
         return found
@@ -73,12 +79,25 @@ def refuse_missing(config: Config, given: Given) -> None:
             )
 
 
-def _code_of(function: object) -> str:
-    try:
-        return inspect.getsource(function)  # type: ignore[arg-type]
-    except (OSError, TypeError):  # Typed at a prompt, or an object with __call__.
-        code = getattr(function, "__code__", None)
-        return repr((code.co_code, code.co_consts)) if code else type(function).__qualname__
+def _code_of(function: Any) -> str:
+    """The source of a function that ``def`` made; of a lambda and others, what they compile to."""
+    if inspect.isfunction(function) and function.__name__ != "<lambda>":
+        with suppress(OSError):  # It was typed at a prompt.
+            return inspect.getsource(function)
+    called = function if inspect.isfunction(function) else type(function).__call__
+    code = getattr(called, "__code__", None)
+    return _compiled(code) if code else type(function).__qualname__
+
+
+def _compiled(code: CodeType) -> str:
+    """Instructions, names and constants, without where the code stands."""
+    constants = [
+        _compiled(one)
+        if isinstance(one, CodeType)
+        else repr(sorted(map(repr, one)) if isinstance(one, frozenset) else one)
+        for one in code.co_consts
+    ]
+    return repr((code.co_code, code.co_names, constants))
 
 
 def _digest(text: str) -> str:

@@ -51,7 +51,7 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
     ("override", "parts"),
     [
         ("rollout.budget=7", ["Unknown key rollout.budget = 7", "token_budget"]),
-        ("speed=9", ["Unknown key speed = 9", "iterations"]),
+        ("speed=9", ["Unknown key speed = 9", "did you mean seed=9"]),
         ("rollout.samples_per_prompt=1", ["rollout.samples_per_prompt = 1", "2"]),
         ("reward.length_weight=2", ["reward.length_weight = 2", "below 2"]),
         ("reward.length_weight=2.5", ["reward.length_weight = 2.5", "below 2"]),
