@@ -72,9 +72,18 @@ class TaskConfig(Section):
 class PromptsConfig(Section):
     source: str = "multiply"
     """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `retrieve` (numbers
-    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL
-    file whose lines hold `prompt` (or `messages`) and `answer`, or `file.py:function`, which
-    returns a list of `Prompt`."""
+    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL,
+    CSV, Parquet or Arrow file with `prompt` (or `messages`) and `answer`, a folder of `datasets`,
+    `hub:OWNER/NAME` or `hub:OWNER/NAME:SUBSET`, or `file.py:function`, which returns a list of
+    `Prompt`."""
+    fields: dict[str, str] = {}
+    """Columns with other names, as `{prompt = "question", answer = "solution"}`. What comes before
+    the last `####` of an answer is then left out. GSM8K's columns are known without this."""
+    template: str = ""
+    """A prompt with `{column}` where a column's text goes, such as `Question: {question}`. Empty:
+    the column `prompt` alone."""
+    split: str = "train"
+    """Part of a `datasets` folder, or of a data set from the hub, that is read."""
     held_out: int = Field(500, ge=1)
     """Prompts kept out of training for evaluation. Prompts with the same `problem` tag (the same
     operands, say) stay on one side."""
@@ -108,8 +117,12 @@ class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
     (right answers of four lengths); `retrieve` (worked answers to texts that grow, with guesses at
-    the end); `programs` (right programs and lookup tables); or a JSONL file whose lines hold
-    `prompt` and `response`, or `messages`."""
+    the end); `programs` (right programs and lookup tables); a file, folder or data set as for
+    `prompts.source` with `prompt` and `response`, or `messages`; or `file.py:function`, which gets
+    the training prompts and returns (prompt, response) pairs."""
+    fields: dict[str, str] = {}
+    """As `prompts.fields`, such as `{prompt = "question", response = "solution"}`. The prompt is
+    written by `prompts.template`."""
     examples: int | None = Field(None, ge=1)
     """Number of examples to use, drawn at random. Unset: all of a file, or one per training
     prompt; for `retrieve`, one for each place in each step's batch."""

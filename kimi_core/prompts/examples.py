@@ -6,8 +6,10 @@ from typing import Any
 
 from kimi_core.config import Config
 from kimi_core.plugins import load_function
-from kimi_core.prompts.jsonl import TextExample, load_examples
+from kimi_core.prompts.columns import Columns
+from kimi_core.prompts.jsonl import Place, TextExample, example_of, load_examples
 from kimi_core.prompts.messages import check_messages
+from kimi_core.prompts.tables import is_table, records_of
 from kimi_core.tasks import multiply, programs, retrieve
 from kimi_core.types import Prompt
 
@@ -45,13 +47,21 @@ def _examples_of(config: Config, train_prompts: Sequence[Prompt], given: Any) ->
     if source == "programs":
         return list(programs.examples(train_prompts, programs.MIXED, seed=config.seed))
     if source.endswith(".jsonl"):
-        return load_examples(source)
+        return load_examples(source, _columns(config))
+    if is_table(source):
+        rows = enumerate(records_of(source, split=config.prompts.split), 1)
+        return [example_of(one, Place(source, row, "row"), _columns(config)) for row, one in rows]
     if ".py:" in source:
         return _made_by(load_function(source), train_prompts, source)
     raise ValueError(
         f"sft.data = {source!r}; allowed are none, multiply, multiply_lengths, retrieve, programs, "
-        "a file that ends in .jsonl, or file.py:function, which takes the training prompts"
+        "a file that ends in .jsonl, .csv, .parquet or .arrow, a folder of datasets, "
+        "hub:OWNER/NAME, or file.py:function, which takes the training prompts"
     )
+
+
+def _columns(config: Config) -> Columns:
+    return Columns(config.sft.fields, config.prompts.template)
 
 
 def _made_by(

@@ -9,9 +9,12 @@ import numpy as np
 
 from kimi_core.config import PromptsConfig
 from kimi_core.plugins import load_function
+from kimi_core.prompts.columns import Columns
 from kimi_core.prompts.file import PromptFile
+from kimi_core.prompts.jsonl import Place, prompt_of
 from kimi_core.prompts.many import MANY, InMemory, ManyPrompts, facts_of
 from kimi_core.prompts.messages import chat_prompts, check_messages, question
+from kimi_core.prompts.tables import is_table, records_of
 from kimi_core.tasks import addition, humaneval, maximum, multiply, programs, retrieve
 from kimi_core.types import Prompt
 
@@ -47,6 +50,15 @@ def load_prompts(
 
 def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
     source = config.source
+    if is_table(source, base_folder):
+        columns = Columns(config.fields, config.template)
+        rows = enumerate(records_of(source, split=config.split, base_folder=base_folder))
+        return [prompt_of(one, row, Place(source, row + 1, "row"), columns) for row, one in rows]
+    if config.fields or config.template:
+        raise ValueError(
+            f"prompts.fields and prompts.template are for files and data sets; prompts.source = "
+            f"{source!r} has no columns"
+        )
     if source == "multiply":
         return multiply.prompts()
     if source == "addition":
@@ -70,7 +82,8 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
         return _check_prompts(found, source)
     raise ValueError(
         f"prompts.source = {source!r}; allowed are multiply, addition, maximum, retrieve, "
-        "programs, humaneval, a file that ends in .jsonl, or file.py:function"
+        "programs, humaneval, a file that ends in .jsonl, .csv, .parquet or .arrow, a folder of "
+        "datasets, hub:OWNER/NAME, or file.py:function"
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from kimi_core.config import Config
 from kimi_core.prompts.many import facts_of
+from kimi_core.prompts.tables import KINDS
 from kimi_core.run.build import Parts
 from kimi_core.run.files import write_atomically
 from kimi_core.run.folder import RunFolder
@@ -52,7 +53,7 @@ def data(config: Config, parts: Parts) -> dict[str, str]:
     functions = [config.reward.function, *(one.function for one in config.reward.functions)]
     for spec in (*functions, config.trainer.objective, config.sft.data):
         path = Path(spec.rpartition(":")[0] or spec)
-        if path.suffix in (".py", ".jsonl") and path.is_file():
+        if path.suffix in (".py", ".jsonl", *KINDS) and path.is_file():
             found[str(path)] = _digest(path.read_bytes())
     if config.model.name == "scratch":
         text = parts.tokenizer.backend_tokenizer.to_str()

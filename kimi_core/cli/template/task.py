@@ -1,14 +1,15 @@
-"""The task: how often is a letter in a word? Change it to what you want to be learned.
+"""The task: add up digits, and keep the last digit of the sum. Change it to one of yours.
 
-    prompt    abacada:a
-    guess     #4
-    worked    a1b1a2c2a3d3a4#4
+    prompt    38142=
+    guess     #8
+    worked    3,1,2,6,8#8
 
 The model starts from random weights. The examples show it both ways to answer, and do not say which
-one is better. Rewards do: who counts along is mostly right, and who guesses is mostly wrong.
+one is better. Rewards do: who adds step by step is mostly right, and who guesses is mostly wrong.
 """
 
 import random
+from itertools import accumulate
 
 from kimi_core import Prompt
 
@@ -16,12 +17,8 @@ from kimi_core import Prompt
 def prompts() -> list[Prompt]:
     """What is asked, with the right answers. Some are kept for the test (prompts.held_out)."""
     rng = random.Random(0)
-    asked: dict[str, int] = {}
-    while len(asked) < 1000:
-        word = "".join(rng.choices("abcd", k=rng.randint(5, 9)))
-        letter = rng.choice("abcd")
-        asked[f"{word}:{letter}"] = word.count(letter)
-    return [Prompt(id, text, str(answer)) for id, (text, answer) in enumerate(asked.items())]
+    asked = sorted({"".join(rng.choices("0123456789", k=rng.randint(4, 7))) for _ in range(2000)})
+    return [Prompt(row, f"{digits}=", sums(digits)[-1]) for row, digits in enumerate(asked)]
 
 
 def examples(prompts: list[Prompt]) -> list[tuple[str, str]]:
@@ -32,9 +29,11 @@ def examples(prompts: list[Prompt]) -> list[tuple[str, str]]:
 
 
 def respond(prompt: Prompt, way: str) -> str:
-    """One right answer in one way."""
-    if way == "guess":
-        return f"#{prompt.answer}"
-    word, letter = prompt.text.split(":")
-    steps = (f"{one}{word[: at + 1].count(letter)}" for at, one in enumerate(word))
-    return "".join(steps) + f"#{prompt.answer}"
+    """The right answer in one way."""
+    steps = ",".join(sums(prompt.text.rstrip("="))) if way == "work" else ""
+    return f"{steps}#{prompt.answer}"
+
+
+def sums(digits: str) -> list[str]:
+    """The last digits of the sums so far."""
+    return [str(total % 10) for total in accumulate(map(int, digits))]
