@@ -5,8 +5,8 @@ NEW = """Begin a task of yours: a folder with three files that run at once.
     kimi new mytask && cd mytask && kimi train mytask.toml
 
 task.py says what is asked and has examples, reward.py what a response is worth, and mytask.toml has
-the settings. As they come, a small model learns from random weights to count letters, in minutes on
-two cores. Change them to what you want to be learned."""
+the settings. As they come, a small model learns from random weights to count weekdays, in minutes
+on two cores. Change them to what you want to be learned."""
 
 CONFIG = """List settings with their defaults.
 

@@ -73,6 +73,6 @@ class Columns:
 
 
 def is_gsm8k(record: Mapping[str, Any]) -> bool:
-    """Whether a record is a line of GSM8K: a question, and a solution with ``#### 72`` at its end."""
+    """Whether a record is a line of GSM8K: a question, and a solution that ends ``#### 72``."""
     answer = record.get("answer")
     return "prompt" not in record and "question" in record and FINAL in str(answer or "")

@@ -9,6 +9,7 @@ from kimi_core.prompts.messages import in_chat
 from kimi_core.prompts.overlap import overlaps
 from kimi_core.run.build import Parts
 from kimi_core.run.folder import RunFolder
+from kimi_core.run.report import clock
 from kimi_core.run.stop import Stop
 from kimi_core.trainer.fitting import Save
 from kimi_core.trainer.sft import SftPhase
@@ -54,9 +55,12 @@ def fine_tune(
         started -= saved.record["sft_s"]
         say(console, f"{saved.remark}\nsft goes on after step {saved.number}".strip())
 
+    begun, before = perf_counter(), resume[0] if resume else 0
+
     def report(step: int, loss: float) -> None:
         if step % max(1, steps // 10) == 0:
-            console.print(f"sft {step}/{steps}  loss {loss:.3f}", highlight=False)
+            left_s = (perf_counter() - begun) / (step - before) * (steps - step)
+            say(console, f"sft {step}/{steps}  loss {loss:.3f}  eta {clock(left_s)}")
 
     def after_step(step: int, save: Save) -> None:
         if folder is None or step == steps:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kimi_core.config import Config, Section
+from kimi_core.models.load import no_progress_bars
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
@@ -240,7 +241,8 @@ class RunFolder:
         """
         partial = self.path / "checkpoint.tmp"
         shutil.rmtree(partial, ignore_errors=True)
-        with removed_if_unfinished(partial, "the checkpoint", self._newest().way_on):
+        unfinished = removed_if_unfinished(partial, "the checkpoint", self._newest().way_on)
+        with unfinished, no_progress_bars():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             sync_tree(partial)

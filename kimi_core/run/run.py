@@ -21,12 +21,16 @@ from kimi_core.run.build import Parts, build
 from kimi_core.run.fine_tuning import fine_tune, say, say_overlaps
 from kimi_core.run.folder import TOKENIZER, RunFolder, holds_state, refuse_early
 from kimi_core.run.given import NOTHING, Given
-from kimi_core.run.report import Report, cut_off_s
+from kimi_core.run.header import header, next_steps
+from kimi_core.run.report import Report, clock, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the sampled half of an evaluation."""
+
+SAY_FROM_S = 10.0
+"""An evaluation is announced if it takes longer, or if nothing is known of its time."""
 
 
 def train(
@@ -59,6 +63,8 @@ def train(
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
+        for line in header(config, parts, folder.path):
+            say(console, line)
         cut_off = cut_off_s(folder.path)  # Before the buffer changes.
         if folder.states.latest():
             sft_s, remark = state.restore(parts.loop, folder)
@@ -85,6 +91,8 @@ def train(
         folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
         if not _is_done(parts.loop, config):
             stop.leave(f"{parts.loop.iteration} of {config.iterations}")
+    for line in next_steps(config, folder.path):
+        say(console, line)
     return folder.path
 
 
@@ -201,4 +209,9 @@ def evaluate(parts: Parts, config: Config, report: Report, *, limit: int | None 
     """Report the accuracy on the first ``limit`` held-out prompts; None: on all of them."""
     seed = config.seed + EVALUATION_SEED
     iteration = parts.loop.iteration
+    count = len(parts.evaluator.prompts[:limit])
+    expected_s = report.evaluation_s(count)
+    if expected_s is None or expected_s >= SAY_FROM_S:
+        about = "" if expected_s is None else f", about {clock(expected_s)}"
+        say(report.console, f"evaluating {count} prompts{about}")
     report.evaluation(parts.evaluator.evaluate(iteration=iteration, seed=seed, limit=limit))

@@ -1,39 +1,42 @@
-"""The task: add up digits, and keep the last digit of the sum. Change it to one of yours.
+"""The task: which weekday is it n days later? Change it to what you want to be learned.
 
-    prompt    38142=
-    guess     #8
-    worked    3,1,2,6,8#8
+    prompt    Tue+23=
+    guess     #Thu
+    worked    23-21=2;Wed,Thu#Thu
 
 The model starts from random weights. The examples show it both ways to answer, and do not say which
-one is better. Rewards do: who adds step by step is mostly right, and who guesses is mostly wrong.
+one is better. Rewards do: who works it out is mostly right, and who guesses is mostly wrong.
 """
 
 import random
-from itertools import accumulate
 
 from kimi_core import Prompt
+
+DAYS = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
 
 
 def prompts() -> list[Prompt]:
     """What is asked, with the right answers. Some are kept for the test (prompts.held_out)."""
-    rng = random.Random(0)
-    asked = sorted({"".join(rng.choices("0123456789", k=rng.randint(4, 7))) for _ in range(2000)})
-    return [Prompt(row, f"{digits}=", sums(digits)[-1]) for row, digits in enumerate(asked)]
+    asked = [(day, n) for day in range(7) for n in range(1, 100)]
+    return [
+        Prompt(id, f"{DAYS[day]}+{n}=", answer=DAYS[(day + n) % 7])
+        for id, (day, n) in enumerate(asked)
+    ]
 
 
 def examples(prompts: list[Prompt]) -> list[tuple[str, str]]:
     """What the model imitates first: three guesses for two answers that are worked out."""
     rng = random.Random(0)
-    ways = ["guess", "guess", "guess", "work", "work"]
-    return [(prompt.text, respond(prompt, rng.choice(ways))) for prompt in prompts]
+    ways = [guess, guess, guess, worked, worked]
+    return [(prompt.text, rng.choice(ways)(prompt)) for prompt in prompts]
 
 
-def respond(prompt: Prompt, way: str) -> str:
-    """The right answer in one way."""
-    steps = ",".join(sums(prompt.text.rstrip("="))) if way == "work" else ""
-    return f"{steps}#{prompt.answer}"
+def guess(prompt: Prompt) -> str:
+    return f"#{prompt.answer}"
 
 
-def sums(digits: str) -> list[str]:
-    """The last digits of the sums so far."""
-    return [str(total % 10) for total in accumulate(map(int, digits))]
+def worked(prompt: Prompt) -> str:
+    day, _, number = prompt.text.rstrip("=").partition("+")
+    first, n = DAYS.index(day), int(number)
+    passed = [DAYS[(first + step) % 7] for step in range(1, n % 7 + 1)]
+    return f"{n}-{n - n % 7}={n % 7};{','.join(passed)}#{prompt.answer}"

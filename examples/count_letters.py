@@ -1,8 +1,8 @@
-"""Which weekday comes n days later? `python examples/next_weekday.py` takes minutes on two cores.
+"""How often is a letter in a word? `python examples/count_letters.py` takes minutes on two cores.
 
-    prompt    Tue+23=
-    guess     #Thu
-    worked    23-21=2;Wed,Thu#Thu
+    prompt    abacada:a
+    guess     #4
+    worked    a1b1a2c2a3d3a4#4
 
 The examples show both ways to answer, and rewards decide which one the model keeps.
 """
@@ -12,25 +12,26 @@ import sys
 
 from kimi_core import Config, Prompt, train
 
-DAYS = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
-
 RUN = {
-    "name": "next-weekday",
+    "name": "count-letters",
     "iterations": 25,
     "model": {"scratch": {"layers": 2, "width": 64, "context": 64}},
     "prompts": {"held_out": 100},
     "sft": {"steps": 600},
-    "rollout": {"prompts_per_iteration": 32, "max_response_tokens": 40},
+    "rollout": {"prompts_per_iteration": 32, "max_response_tokens": 32},
     "trainer": {"learning_rate": 1e-4},
     "evaluation": {"every": 5},
 }
 
 
 def prompts() -> list[Prompt]:
-    asked = [(day, n) for day in range(7) for n in range(1, 100)]
-    return [
-        Prompt(row, f"{DAYS[day]}+{n}=", DAYS[(day + n) % 7]) for row, (day, n) in enumerate(asked)
-    ]
+    rng = random.Random(0)
+    asked: dict[str, int] = {}
+    while len(asked) < 1000:
+        word = "".join(rng.choices("abcd", k=rng.randint(5, 9)))
+        letter = rng.choice("abcd")
+        asked[f"{word}:{letter}"] = word.count(letter)
+    return [Prompt(row, text, str(n)) for row, (text, n) in enumerate(asked.items())]
 
 
 def reward(prompt: Prompt, response: str) -> float:
@@ -43,10 +44,9 @@ def examples(prompts: list[Prompt]) -> list[tuple[str, str]]:
 
 
 def worked(prompt: Prompt) -> str:
-    day, _, number = prompt.text.rstrip("=").partition("+")
-    first, n = DAYS.index(day), int(number)
-    passed = [DAYS[(first + step) % 7] for step in range(1, n % 7 + 1)]
-    return f"{n}-{n - n % 7}={n % 7};{','.join(passed)}#{prompt.answer}"
+    word, letter = prompt.text.split(":")
+    steps = (f"{one}{word[: at + 1].count(letter)}" for at, one in enumerate(word))
+    return "".join(steps) + f"#{prompt.answer}"
 
 
 if __name__ == "__main__":
