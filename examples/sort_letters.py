@@ -7,13 +7,13 @@ from kimi_core import Config, Prompt, Score, train
 
 RUN = {
     "name": "sort-letters",
-    "iterations": 25,
+    "iterations": 40,
     "model": {"scratch": {"layers": 2, "width": 64, "context": 32}},
     "prompts": {"held_out": 200},
-    "sft": {"steps": 200},
+    "sft": {"steps": 250},
     "rollout": {"prompts_per_iteration": 32, "max_response_tokens": 12},
-    "trainer": {"learning_rate": 1e-4},
-    "evaluation": {"every": 5},
+    "trainer": {"learning_rate": 3e-4},
+    "evaluation": {"every": 10},
 }
 
 

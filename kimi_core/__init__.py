@@ -35,6 +35,7 @@ except ImportError as error:
 _EXPORTS = {
     "Config": "kimi_core.config",
     "Prompt": "kimi_core.types",
+    "Score": "kimi_core.types",
     "train": "kimi_core.run.api",
 }
 

@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
+from kimi_core import cli
 from kimi_core.config import Config
 from kimi_core.prompts.load import load_prompts
 from kimi_core.run.data import load_data, scratch_tokenizer
@@ -110,3 +113,46 @@ def test_a_function_for_sft_gets_the_training_prompts_alone(tmp_path, monkeypatc
     data = load_data(settings)
     assert [text for text, _ in data.examples] == [prompt.text for prompt in data.train]
     assert len(data.train) == 3 and len(load_prompts(settings.prompts)) == 4
+
+
+TINY = """
+iterations = 1
+model = { device = "cpu", scratch = { layers = 1, width = 16, heads = 2, context = 256 } }
+prompts.held_out = 2
+sft.steps = 2
+rollout = { prompts_per_iteration = 2, samples_per_prompt = 2, max_response_tokens = 8 }
+"""
+
+
+def runs(source: str, *settings: str) -> bool:
+    """Whether `kimi train` goes through with this file as prompts and as SFT examples."""
+    Path("tiny.toml").write_text(TINY)
+    words = [f"prompts.source={source}", f"sft.data={source}", f"name={Path(source).stem}"]
+    return cli.main(["train", "tiny.toml", *words, *settings]) == 0
+
+
+@pytest.mark.slow
+def test_a_file_like_gsm8k_trains_without_a_line_of_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        {"question": f"Ann has {n} eggs and buys 2. How many?", "answer": f"{n}+2.\n#### {n + 2}"}
+        for n in range(8)
+    ]
+    Path("g.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert runs("g.jsonl")
+    assert "6 prompts to train on, 2 held out, 8 SFT examples" in capsys.readouterr().out
+    assert runs("g.jsonl", "name=bpe", "model.scratch.vocabulary=300")
+
+
+@pytest.mark.slow
+def test_a_parquet_of_messages_trains_without_a_line_of_code(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"messages": [{"role": "user", "content": f"{n}+2?"}], "answer": n + 2, "response": str(n)}
+        for n in range(8)
+    ]
+    parquet.write_table(pa.Table.from_pylist(rows), "m.parquet")
+    assert runs("m.parquet", "resume=exact")
+    assert "8 SFT examples" in capsys.readouterr().out
+    assert cli.main(["replay", "runs/m", "--iteration", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "equal"
