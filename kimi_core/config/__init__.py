@@ -164,11 +164,11 @@ class RolloutConfig(Section):
     """Most trajectories decoded together, by each worker. Bounds the memory of the key-value
     cache."""
     workers: int = Field(1, ge=1)
-    """Processes that sample together on this host, each with an engine of `torch` on the CPU and the
-    weights in shared memory. 1: the run's process samples, and no process is started."""
+    """Processes of this host that sample together, each with an engine of `torch` on the CPU and
+    the weights in shared memory. 1: the run's process samples, and no process is started."""
     worker_timeout_s: float = Field(300.0, gt=0)
-    """Longest time without a decode step of a worker that has work, in seconds. It is replaced after
-    that; others take its work over."""
+    """Longest time without a decode step of a worker that has work, in seconds. The worker is
+    replaced after that, and others take its work over."""
 
     @model_validator(mode="after")
     def _workers_are_of_torch(self) -> "RolloutConfig":

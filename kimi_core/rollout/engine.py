@@ -88,8 +88,9 @@ class Engine(Protocol):
     ) -> Iterator[list[Segment] | SegmentColumns]:
         """Extend every request by at most its budget; yield segments as they are complete.
 
-        Segments of one decode step, or of one message, come together. A request is answered by one segment, or by
-        several in order if ``sampling`` streams; all but its last have ``end_reason`` None.
+        Segments of one decode step, or of one message, come together. A request is answered by one
+        segment, or by several in order if ``sampling`` streams; all but its last have
+        ``end_reason`` None.
         """
         ...
 

@@ -22,6 +22,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from multiprocessing.connection import wait
@@ -137,9 +138,7 @@ class Fleet:
         """Of all workers together."""
         return self._steps_before + sum(worker.steps for worker in self._workers)
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling
-    ) -> Iterator[SegmentColumns]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[SegmentColumns]:
         """Extend every request by at most its budget; yield what comes, a message at a time.
 
         Raises:
@@ -300,10 +299,8 @@ class Fleet:
     def _stop_all(self) -> None:
         for worker in self._workers:
             if worker.ready:
-                try:
+                with suppress(WorkerGone):  # The next call finds out.
                     worker.stop()
-                except WorkerGone:
-                    pass  # The next call finds out.
 
 
 class _Work:
@@ -355,7 +352,7 @@ class _Work:
         self._came[worker].append(columns)
 
     def take_back(self, worker: int) -> int:
-        """Let what ``worker`` has not answered wait again, from its last token; return its count."""
+        """Let what ``worker`` has not answered wait again, from its last token; return how many."""
         at = np.flatnonzero(self._owner == worker)
         keys = self._ids[at]
         parts: dict[int, list[np.ndarray]] = {key: [] for key in keys.tolist()}

@@ -88,8 +88,8 @@ def _fleet(
 ) -> Fleet:
     if model.device.type != "cpu":
         raise ValueError(
-            f"rollout.workers = {rollout.workers} with a model on {model.device}: workers sample on "
-            "a CPU so far; set model.device to cpu, or rollout.workers to 1"
+            f"rollout.workers = {rollout.workers} with a model on {model.device}: workers sample "
+            "on a CPU so far; set model.device to cpu, or rollout.workers to 1"
         )
     engine = TorchEngine(model, batch_rows=rollout.batch_rows, longest=longest)  # Checks the model.
     skeleton = without_weights(model)

@@ -23,8 +23,8 @@ import numpy as np
 from kimi_core.types import Segment, SegmentColumns
 
 HELLO, READY, SEGMENTS, FAULT = range(4)
-"""``HELLO``: the worker's process can be told what to do. ``READY``: the worker serves the version that the header names. ``SEGMENTS``: the header's call
-has made these; there may be none, and the message then says only that the worker is alive."""
+"""``HELLO``: the process can be told what to do. ``READY``: it serves the version in the header.
+``SEGMENTS``: what the header's call has made; with no segments the message is a sign of life."""
 
 HEADER = struct.Struct("<4i2q")
 
@@ -61,11 +61,11 @@ def packed(
     return b"".join(
         (
             HEADER.pack(kind, call, n, t, policy_version, steps),
-            columns.trajectory_ids.astype("<i8"),
-            columns.token_ids.astype("<i4"),
-            columns.logprobs.astype("<f4"),
-            columns.cu_seqlens.astype("<i4"),
-            columns.end_reasons,
+            columns.trajectory_ids.astype("<i8").tobytes(),
+            columns.token_ids.astype("<i4").tobytes(),
+            columns.logprobs.astype("<f4").tobytes(),
+            columns.cu_seqlens.astype("<i4").tobytes(),
+            columns.end_reasons.tobytes(),
         )
     )
 

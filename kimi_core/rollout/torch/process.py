@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -122,10 +123,8 @@ class ProcessWorker:
         """Let the process end by itself. Safe to call twice."""
         self._hang_up()
         if self._process is not None:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                pass
         self._kill()
 
     @property

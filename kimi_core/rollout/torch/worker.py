@@ -5,7 +5,7 @@
 ``process.py`` starts it. The socket is one end of a pair, so nobody else can connect to it. What
 comes in is pickled:
 
-1. a ``Start``, once the worker has said ``HELLO``; the answer is ``READY``, or ``FAULT`` and the end of the process;
+1. a ``Start``, once the worker has said ``HELLO``. It answers ``READY``, or ``FAULT`` and ends;
 2. ``("serve", version)``: switch to the version that the arena has now; ``READY`` or ``FAULT``;
 3. ``("begin", call, sampling, most_steps)``, then ``("feed", requests)`` any number of times;
 4. ``("stop",)``: give up what was fed.
