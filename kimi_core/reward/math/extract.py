@@ -14,7 +14,9 @@ LONGEST = 2000
 """Most characters of a sentence or an answer that is looked at closely."""
 
 _THOUGHTS_END = re.compile(r"</(?:think|thinking|thought|thoughts|reasoning)>|<\|end_of_thought\|>")
-_TURN_END = re.compile(r"<\|(?:im_start|im_end|eot_id|end|endoftext|end_of_text)\|>")
+_TURN_END = re.compile(
+    r"<\|(?:im_start|im_end|eot_id|end|endoftext|end_of_text)\|>|</s>|<eos>|<end_of_turn>|<｜end▁of▁sentence｜>"
+)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _SEPARATOR = re.compile(r"\\?q?quad|\\[,;:! ()\[\]]|[$&\s]|\\text\s*\{([^{}]*)\}")
 _ANSWER = re.compile(
