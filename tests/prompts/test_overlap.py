@@ -63,7 +63,10 @@ def test_short_prompts_stand_in_other_texts_by_chance():
     assert overlaps([], prompts("three times four"), [("three times four is", "12")]) == []
 
 
-ELSEWHERE = "{} SFT examples have the answer to a held-out prompt under another prompt, to {} held-out prompts"
+ELSEWHERE = (
+    "{} SFT examples have the answer to a held-out prompt under another prompt, "
+    "to {} held-out prompts"
+)
 
 
 def held(*answers: str) -> list[Prompt]:
@@ -77,7 +80,7 @@ def held(*answers: str) -> list[Prompt]:
         ("1234567890123", "hence $n = 1,234,567,890,123$."),
         ("1,234,567,890,123", "\\boxed{1234567890123}"),
         (r"\frac{1234567}{7654321}", r"it is \dfrac{1234567}{7654321}"),
-        ("def f(x):\n    return x + offset", "```python\ndef f(x): return x + offset\n```"),
+        ("def shift(x):\n    return x + offset", "```\ndef shift(x): return x + offset\n```"),
         ("Ｔｈｅ Treaty of Kiel was signed", "The treaty of Kiel was signed"),
         ("北京是中国的首都", "答:北京是中国的首都。"),
     ],
