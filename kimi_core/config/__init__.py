@@ -274,7 +274,7 @@ class RewardConfig(Section):
     """Subtracted from the reward of a response that was stopped for repeating itself."""
     workers: int = Field(1, ge=1)
     """Responses judged at the same time. A function of yours runs in as many processes."""
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0)
     """Seconds that one call of a function may take. After that its response has no verdict."""
 
     @model_validator(mode="after")
