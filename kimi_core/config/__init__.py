@@ -177,7 +177,23 @@ class RolloutConfig(Section):
     """Tokens of a growing response between two segments. A segment survives a kill of the process.
     0: one segment, when the response has ended or spent its budget."""
     batch_rows: int = Field(1024, ge=1)
-    """Most trajectories decoded together. Bounds the memory of the key-value cache."""
+    """Most trajectories decoded together, by each worker. Bounds the memory of the key-value
+    cache."""
+    workers: int = Field(1, ge=1)
+    """Processes of this host that sample together, each with an engine of `torch` on the CPU and
+    the weights in shared memory. 1: the run's process samples, and no process is started."""
+    worker_timeout_s: float = Field(300.0, gt=0)
+    """Longest time without a decode step of a worker that has work, in seconds. The worker is
+    replaced after that, and others take its work over."""
+
+    @model_validator(mode="after")
+    def _workers_are_of_torch(self) -> "RolloutConfig":
+        if self.workers > 1 and self.engine != "torch":
+            raise ValueError(
+                f"rollout.workers = {self.workers} with rollout.engine = {self.engine!r}: workers "
+                "run the engine 'torch'; give 1, and rollout.vllm.args for more of vLLM's processes"
+            )
+        return self
 
 
 class SandboxConfig(Section):
@@ -258,7 +274,7 @@ class RewardConfig(Section):
     """Subtracted from the reward of a response that was stopped for repeating itself."""
     workers: int = Field(1, ge=1)
     """Responses judged at the same time. A function of yours runs in as many processes."""
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0)
     """Seconds that one call of a function may take. After that its response has no verdict."""
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ from kimi_core.reward.combined import Reward
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
 from kimi_core.rollout.engine import Engine
-from kimi_core.rollout.load import load_engine, tensor_parallel
+from kimi_core.rollout.load import load_engine, reads_trainer, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.run import state
 from kimi_core.run.data import load_data, scratch_tokenizer
@@ -133,7 +133,8 @@ def _trainer(
     ranks = start_ranks(config, longest, scratch)
     try:
         publisher = publisher_of(model, config.rollout, ranks)
-        engine, _ = load_engine(model, config.rollout, longest, publisher)
+        exact = config.resume != "keep"
+        engine, _ = load_engine(model, config.rollout, longest, publisher, exact=exact)
         return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
     except BaseException:
         ranks.close()
@@ -175,7 +176,7 @@ def policy_of(model: PreTrainedModel, config: Config, longest: int) -> Policy:
 
 def publisher_of(model: PreTrainedModel, rollout: RolloutConfig, ranks: Ranks) -> Publisher:
     """Takes the trainer's weights to the engine; ``model`` is not sharded yet."""
-    if rollout.engine == "torch" and ranks.size == 1:
+    if reads_trainer(rollout) and ranks.size == 1:
         return InPlace()
     size = tensor_parallel(rollout)
     return ArenaPublisher(model.config, model.dtype, tp_size=size, ranks=ranks)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
-from kimi_core.metrics import TIMES, IterationMetrics, read_lines, to_record
+from kimi_core.metrics import PROCESSES, TIMES, IterationMetrics, read_lines, to_record
 from kimi_core.run import identity, state
 from kimi_core.run.build import Parts, build
 from kimi_core.run.config_file import load_config
@@ -86,7 +86,7 @@ def _compare(
     found = [one for one in lines if (one["kind"], one["iteration"]) == ("iteration", number)]
     mine = json.loads(json.dumps(to_record(metrics)))
     if found:
-        recorded = {k: v for k, v in found[0].items() if k not in (*TIMES, "kind")}
+        recorded = {k: v for k, v in found[0].items() if k not in (*TIMES, *PROCESSES, "kind")}
         yield _equal("metrics", recorded, {key: mine.get(key) for key in recorded})
     file = run / "trajectories" / f"{number:06d}.jsonl"
     if file.is_file():
