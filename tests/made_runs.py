@@ -11,7 +11,6 @@ from kimi_core.metrics import EvaluationMetrics, IterationMetrics, to_record
 from kimi_core.models.scratch import character_tokenizer
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.trajectories import TOKEN_FIELDS, TrajectoryRecord
-from kimi_core.run.viewing import write_tokenizer
 
 ALPHABET = "0123456789+*=>;,.?# abcdefghijklmnopqrstuvwxyz\n"
 
@@ -35,7 +34,7 @@ def make_run(
     path.mkdir(parents=True)
     rng = random.Random(seed)
     tokenizer = character_tokenizer(ALPHABET + "".join(filter(_has_tokens, texts)))
-    write_tokenizer(path, tokenizer)
+    (path / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str())
     settings = [f"name={path.name}", f"iterations={iterations}"]
     (path / "config.toml").write_text(dump_toml(load_config(None, settings)))
     lines = [_evaluation(0, 0.4)]

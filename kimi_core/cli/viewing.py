@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kimi_core.cli.help import DASHBOARD
-from kimi_core.cli.settings import fail, parser_of
+from kimi_core.cli.parser import fail
+from kimi_core.cli.settings import parser_of
 
 PORT = 8765
 

@@ -1,12 +1,11 @@
-"""What a run writes for those who look at it: ``tokenizer.json`` and ``prompts.jsonl``.
+"""``prompts.jsonl``: what the curriculum knows of each prompt over time, for the dashboard.
 
-Nothing of it is needed to go on with the run. ``docs/metrics.md`` describes both files.
+A run does not read it. ``docs/metrics.md`` describes the file.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.run.files import write_atomically
@@ -16,18 +15,8 @@ TEXT_SHOWN = 100
 """Characters of a prompt in ``prompts.jsonl``."""
 
 
-def write_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Write the tokenizer as the ``tokenizers`` library reads it, so that tokens have a text.
-
-    A tokenizer without that form writes no file, and its tokens are shown as numbers.
-    """
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    if core is not None:
-        write_atomically(folder / "tokenizer.json", core.to_str())
-
-
 class PromptLines:
-    """``prompts.jsonl``: the success rate of each prompt after every iteration that trained it.
+    """A line for each prompt after every iteration that trained it.
 
     Lines of iterations after ``start_iteration`` are removed: those iterations run a second time.
     """

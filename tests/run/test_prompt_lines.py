@@ -1,15 +1,13 @@
-"""What a run writes for the dashboard: the tokenizer, and the success rates of prompts."""
+"""``prompts.jsonl``: a line for each prompt that an iteration trained, also after a resume."""
 
 import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 from kimi_core.config import CurriculumConfig
-from kimi_core.models.scratch import character_tokenizer
 from kimi_core.prompts.curriculum import Curriculum
-from kimi_core.run.viewing import TEXT_SHOWN, PromptLines, write_tokenizer
+from kimi_core.run.prompt_lines import TEXT_SHOWN, PromptLines
 from kimi_core.types import Group, Prompt
 
 PROMPTS = [Prompt(0, "1+1=", "2"), Prompt(1, "9" * 500, "3", difficulty=0.9)]
@@ -63,13 +61,3 @@ def test_a_resumed_run_drops_what_it_does_again_and_a_torn_line(tmp_path, curric
         (2, 0),
         (3, 1),
     ]
-
-
-def test_the_tokenizer_reads_back_and_one_without_that_form_writes_nothing(tmp_path):
-    tokenizer = character_tokenizer("ab \n")
-    write_tokenizer(tmp_path, tokenizer)
-    core = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    assert core.decode(tokenizer("ab b\n").input_ids) == "ab b\n"
-    (tmp_path / "other").mkdir()
-    write_tokenizer(tmp_path / "other", object())
-    assert list((tmp_path / "other").iterdir()) == []
