@@ -120,3 +120,14 @@ DASHBOARD = """Look at runs in a browser: curves, groups, every token, the buffe
 
 Serves this machine alone, reads the runs' files and changes nothing, and follows runs that are
 going on. docs/dashboard.md has the pages and the keys."""
+
+CHAT = """Ask the model of a run: k responses with their rewards.
+
+    kimi chat runs/think                            # type prompts
+    kimi chat runs/think '3*214=' --samples 8
+    kimi chat runs/think --prompt 12 --before       # one of the run's, before and after RL
+    kimi chat runs/think --prompt 12 --at 30        # the state after iteration 30
+
+Only states that the run keeps can be asked (keep_states); --before needs the one after iteration 0,
+or a run without SFT. A prompt that the run has is judged with its answer, any other with --answer.
+The run's folder is not changed."""
