@@ -30,6 +30,9 @@ class ScratchConfig(Section):
     rope_theta: float = Field(10_000.0, gt=1)
     """Base of the rotary position embedding. Long contexts need a large one: the report takes
     1,000,000 (its part on long-context activation)."""
+    vision_layers: int = Field(0, ge=0)
+    """Layers of a vision tower of width 64, which reads images of 32 x 32 pixels in patches of 8 x
+    8; an image takes 16 positions. 0: the model reads text only."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ScratchConfig":

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -76,7 +78,7 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"No model folder {source}; give one with config.json and *.safetensors")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(
             source, dtype=precision, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -95,6 +97,15 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
             "save the whole model again"
         )
     return model.to(place).eval(), tokenizer
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a model with this config: with images or without."""
+    if getattr(config, "vision_config", None) is None:
+        return AutoModelForCausalLM
+    from transformers import AutoModelForImageTextToText  # Loads Pillow.
+
+    return AutoModelForImageTextToText
 
 
 def context_of(model: PreTrainedModel) -> int | None:

@@ -10,8 +10,8 @@ from kimi_core.prompts.code_datasets import MARKS, as_problem
 from kimi_core.prompts.messages import check_messages, question
 from kimi_core.types import Message, Prompt
 
-TextExample = tuple[str | Sequence[Message], str]
-"""A prompt, as text or as messages, and its response."""
+TextExample = tuple[str | Sequence[Message] | Prompt, str]
+"""A prompt, as text, as messages, or with images as a `Prompt`; and its response."""
 
 PROMPT_KEYS = ("prompt", "answer")
 EXAMPLE_KEYS = ("prompt", "response")

@@ -12,7 +12,7 @@ from kimi_core.plugins import load_function
 from kimi_core.prompts.file import PromptFile
 from kimi_core.prompts.many import MANY, InMemory, ManyPrompts, facts_of
 from kimi_core.prompts.messages import chat_prompts, check_messages, question
-from kimi_core.tasks import addition, humaneval, maximum, multiply, programs, retrieve
+from kimi_core.tasks import addition, humaneval, maximum, multiply, programs, retrieve, vision
 from kimi_core.types import Prompt
 
 
@@ -52,6 +52,8 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
         return retrieve.prompts(task.count, task.numbers, task.length, config.split_seed)
     if source == "programs":
         return programs.prompts()
+    if source == "vision":
+        return vision.prompts(config.split_seed)
     if source == "humaneval":
         return humaneval.prompts()
     if ".py:" in source:
@@ -63,7 +65,7 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
         return _check_prompts(found, source)
     raise ValueError(
         f"prompts.source = {source!r}; allowed are multiply, addition, maximum, retrieve, "
-        "programs, humaneval, a file that ends in .jsonl, or file.py:function"
+        "programs, vision, humaneval, a file that ends in .jsonl, or file.py:function"
     )
 
 
@@ -73,7 +75,7 @@ def split(
     """Split into (training prompts in the given order, held-out prompts in random order).
 
     So the first held-out prompts, which evaluations during a run use, are a fair sample. Prompts
-    with the same ``problem`` tag (or, without the tag, the same text) stay on one side, so that no
+    with the same ``problem`` tag (or, without the tag, the same text and images) stay on one side, so that no
     held-out question appears in training in another form. Whole problems are drawn at random as
     long as they fit into ``held_out`` prompts.
 

@@ -50,6 +50,19 @@ def question(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"{one['role']}: {one['content']}" for one in turns or messages)
 
 
+def example_in_chat(
+    prompt: str | Sequence[Message] | Prompt, config: PromptsConfig
+) -> str | Sequence[Message] | Prompt:
+    """The prompt of an SFT example as ``config.chat`` and ``config.system`` want it.
+
+    Raises: as `in_chat`.
+    """
+    if isinstance(prompt, Prompt):
+        (prompt,) = chat_prompts([prompt], config)
+        return prompt
+    return in_chat(prompt, config)
+
+
 def in_chat(prompt: str | Sequence[Message], config: PromptsConfig) -> str | Sequence[Message]:
     """The prompt as ``config.chat`` and ``config.system`` want it.
 

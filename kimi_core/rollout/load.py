@@ -3,6 +3,7 @@
 from transformers import PreTrainedModel
 
 from kimi_core.config import RolloutConfig
+from kimi_core.models.vision import Images
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.torch.arena_engine import ArenaEngine
 from kimi_core.rollout.torch.engine import TorchEngine
@@ -15,18 +16,20 @@ def load_engine(
     rollout: RolloutConfig,
     longest: int | None,
     publisher: Publisher | None = None,
+    images: Images | None = None,
 ) -> tuple[Engine, Publisher]:
     """The engine that ``rollout.engine`` names. It samples once a version was published.
 
     Args:
         longest: tokens of the longest sequence that the engine will see; None: not known.
         publisher: takes weights to the engine; None: one for a trainer in this process.
+        images: the images of prompts, if the model reads some.
     """
     if publisher is None and rollout.engine == "torch":
         publisher = InPlace()
     elif publisher is None:
         publisher = ArenaPublisher(model.config, model.dtype, tp_size=tensor_parallel(rollout))
-    return _engine(model, rollout, longest, publisher), publisher
+    return _engine(model, rollout, longest, publisher, images), publisher
 
 
 def tensor_parallel(rollout: RolloutConfig) -> int:
@@ -35,14 +38,20 @@ def tensor_parallel(rollout: RolloutConfig) -> int:
 
 
 def _engine(
-    model: PreTrainedModel, rollout: RolloutConfig, longest: int | None, publisher: Publisher
+    model: PreTrainedModel,
+    rollout: RolloutConfig,
+    longest: int | None,
+    publisher: Publisher,
+    images: Images | None,
 ) -> Engine:
     if rollout.engine == "torch":
         read, rows = module_to_read(model), rollout.batch_rows
         if isinstance(publisher, ArenaPublisher):
             arenas = publisher.arenas
-            return ArenaEngine(read, lambda: arenas[0], batch_rows=rows, longest=longest)
-        return TorchEngine(read, batch_rows=rows, longest=longest)
+            return ArenaEngine(
+                read, lambda: arenas[0], batch_rows=rows, longest=longest, images=images
+            )
+        return TorchEngine(read, batch_rows=rows, longest=longest, images=images)
     assert isinstance(publisher, ArenaPublisher)
     # vLLM is neither loaded nor started before the first response is asked for.
     return VLLMEngine(

@@ -15,6 +15,8 @@ from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, context_of, load_model
 from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
+from kimi_core.models.vision import Images
+from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.jsonl import TextExample, load_examples
 from kimi_core.prompts.load import load_prompts, split
@@ -28,7 +30,7 @@ from kimi_core.rollout.load import load_engine, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.run import state
 from kimi_core.run.launch import start_ranks
-from kimi_core.tasks import multiply, programs, retrieve
+from kimi_core.tasks import multiply, programs, retrieve, vision
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
@@ -50,6 +52,8 @@ class Parts:
     loop: Loop
     new_buffer: Callable[[Path], RolloutBuffer]
     """Makes an empty buffer of the size that the run needs."""
+    images: Images | None
+    """The images of prompts and SFT examples; None: the model reads text only."""
 
     def close(self) -> None:
         """End the processes of reward function, engine and trainer, and free what they shared."""
@@ -70,13 +74,16 @@ def build(config: Config) -> Parts:
     reward = load_reward(config.reward)
     try_reward(reward, held_out, train_prompts)
     model, tokenizer = model_to_train(config)
-    codec = Codec(tokenizer, config.rollout.stop, model)
+    images = load_images(model, config)
+    if images is not None:
+        images.add(everything)
+    codec = Codec(tokenizer, config.rollout.stop, model, images)
     response = config.rollout.max_response_tokens
     encode = PromptTokens(codec, everything, context=context_of(model), response=response)
     encode.check()
     encode.keep(held_out)
     longest = encode.longest + response
-    trainer, engine, publisher = _trainer(model, config, longest)
+    trainer, engine, publisher = _trainer(model, config, longest, images)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -104,7 +111,16 @@ def build(config: Config) -> Parts:
         timeout_s=config.reward.timeout_s,
     )
     return Parts(
-        model, tokenizer, codec, train_prompts, reward, publisher, evaluator, loop, new_buffer
+        model,
+        tokenizer,
+        codec,
+        train_prompts,
+        reward,
+        publisher,
+        evaluator,
+        loop,
+        new_buffer,
+        images,
     )
 
 
@@ -114,17 +130,17 @@ def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path
 
 
 def _trainer(
-    model: PreTrainedModel, config: Config, longest: int
+    model: PreTrainedModel, config: Config, longest: int, images: Images | None
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
 
     The engine is made before the trainer shards the model, because it checks what it reads.
     """
-    policy = policy_of(model, config, longest)
+    policy = policy_of(model, config, longest, images)
     ranks = start_ranks(config, longest)
     try:
         publisher = publisher_of(model, config.rollout, ranks)
-        engine, _ = load_engine(model, config.rollout, longest, publisher)
+        engine, _ = load_engine(model, config.rollout, longest, publisher, images)
         return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
     except BaseException:
         ranks.close()
@@ -145,13 +161,16 @@ def model_to_train(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizer
     return model, tokenizer
 
 
-def policy_of(model: PreTrainedModel, config: Config, longest: int) -> Policy:
+def policy_of(
+    model: PreTrainedModel, config: Config, longest: int, images: Images | None = None
+) -> Policy:
     """The policy that a trainer updates; ``longest`` as for ``Policy``. Raises: as ``Policy``."""
     return Policy(
         model,
         temperature=config.rollout.temperature,
         head_chunk=config.trainer.head_chunk,
         longest=longest,
+        images=images,
     )
 
 
@@ -175,6 +194,8 @@ def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextEx
         pairs = list(multiply.examples(train_prompts, shares, seed=config.seed))
     elif config.sft.data == "retrieve":
         pairs = list(_retrieve_examples(config))
+    elif config.sft.data == "vision":
+        pairs = list(_vision_examples(config, train_prompts))
     elif config.sft.data == "programs":
         pairs = list(programs.examples(train_prompts, programs.MIXED, seed=config.seed))
     elif config.sft.data.endswith(".jsonl"):
@@ -182,7 +203,7 @@ def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextEx
     else:
         raise ValueError(
             f"sft.data = {config.sft.data!r}; allowed are none, multiply, multiply_lengths, "
-            "retrieve, programs, or a file that ends in .jsonl"
+            "retrieve, programs, vision, or a file that ends in .jsonl"
         )
     if config.sft.examples is not None:
         count = min(config.sft.examples, len(pairs))
@@ -198,16 +219,28 @@ def _retrieve_examples(config: Config) -> list[tuple[str, str]]:
     return retrieve.examples(count, task.numbers, task.length, retrieve.MIXED, seed=config.seed)
 
 
+def _vision_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
+    if config.prompts.source != "vision":
+        raise ValueError(
+            f"sft.data = 'vision' goes with prompts.source = 'vision', not {config.prompts.source!r}"
+        )
+    count = config.sft.examples or config.sft.steps * config.sft.batch_size
+    split_seed = config.prompts.split_seed
+    return vision.examples(train_prompts, count, split_seed=split_seed, seed=config.seed)
+
+
 def alphabet(config: Config) -> str:
     """The characters that a model made from scratch must read and write."""
     if config.prompts.source == "programs":
         return programs.ALPHABET
+    if config.prompts.source == "vision":
+        return vision.ALPHABET
     if config.prompts.source == "retrieve":
         return retrieve.alphabet(config.prompts.task.numbers)
     if config.model.name == "scratch" and config.prompts.source != "multiply":
         raise ValueError(
             "model.name = 'scratch' knows the characters of prompts.source = 'multiply', "
-            f"'retrieve' and 'programs' only, not of {config.prompts.source!r}: name a pretrained "
+            f"'retrieve', 'programs' and 'vision' only, not of {config.prompts.source!r}: name a pretrained "
             "model in model.name"
         )
     return multiply.ALPHABET

@@ -6,13 +6,14 @@ from rich.console import Console
 
 from kimi_core.config import Config
 from kimi_core.prompts.jsonl import TextExample
-from kimi_core.prompts.messages import in_chat
+from kimi_core.prompts.messages import example_in_chat
 from kimi_core.prompts.overlap import overlaps
 from kimi_core.run.build import Parts, sft_examples
 from kimi_core.run.folder import RunFolder
 from kimi_core.run.stop import Stop
 from kimi_core.trainer.fitting import Save
 from kimi_core.trainer.sft import SftPhase
+from kimi_core.types import Prompt
 
 
 def fine_tune(
@@ -41,8 +42,10 @@ def fine_tune(
     pairs = say_overlaps(parts, config, console)
     if not pairs:
         return perf_counter() - started
+    if parts.images is not None:
+        parts.images.add(prompt for prompt, _ in pairs if isinstance(prompt, Prompt))
     examples = [
-        parts.codec.encode_example(in_chat(prompt, config.prompts), response)
+        parts.codec.encode_example(example_in_chat(prompt, config.prompts), response)
         for prompt, response in pairs
     ]
     fingerprint = parts.loop.trainer.fingerprint()

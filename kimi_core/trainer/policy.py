@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from kimi_core.kernels import Head, OmdLoss, linear_logprob, omd_loss
 from kimi_core.models.packed_attention import use_packed_attention
 from kimi_core.models.switches import length_to_check
+from kimi_core.models.vision import Bounded, Images, is_frozen
 from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.packing import Layout, MicroBatch, micro_batches
 from kimi_core.types import Batch, Normalize
@@ -47,6 +48,7 @@ class Policy(nn.Module):
         head_chunk: rows of logits that exist at once.
         longest: tokens of the longest sequence of the run, if it is known; the check crosses the
             windows and original contexts that such sequences cross.
+        images: the run's images, if prompts or SFT examples have some.
 
     Raises:
         ValueError: the model is sharded already, its logits are not made from its last hidden state
@@ -60,6 +62,7 @@ class Policy(nn.Module):
         temperature: float,
         head_chunk: int,
         longest: int | None = None,
+        images: Images | None = None,
     ) -> None:
         super().__init__()
         if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -70,6 +73,9 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.head_chunk = head_chunk
+        self.images = images
+        frozen = images is not None and is_frozen(model)
+        self._features = Bounded() if frozen else None
         if model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no output embeddings: not a causal LM")
         text = model.config.get_text_config()
@@ -193,13 +199,18 @@ class Policy(nn.Module):
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states that predict the wanted tokens, ``[t, d]``."""
         hidden_rld = self.model.base_model(
-            input_ids=micro.ids_rl,
+            **self._inputs(micro.ids_rl),
             attention_mask=self._mask(micro),
             position_ids=micro.positions_rl,
             use_cache=False,
             **({} if micro.packing is None else {"packing": micro.packing}),
         ).last_hidden_state
         return hidden_rld[micro.row_t, micro.column_t]
+
+    def _inputs(self, ids_rl: Tensor) -> dict[str, Tensor]:
+        if self.images is None:
+            return {"input_ids": ids_rl}
+        return self.images.inputs(self.model, ids_rl, self._features)
 
     def _kernel_head(self) -> Head:
         temperature = self.temperature / self._scale

@@ -42,6 +42,7 @@ class ArenaEngine(TorchEngine):
                 keeps the previous version.
         """
         check_newer(version, self.policy_version)
+        self._forget_features()
         try:
             if self.model.device.type != "cpu":
                 self._copy()
