@@ -130,7 +130,7 @@ class Codec:
             raise ValueError("SFT needs a tokenizer with an end-of-text token")
         images: tuple[Image, ...] = ()
         if isinstance(prompt, Prompt):
-            prompt, images = prompt.messages or prompt.text, prompt.images
+            images, prompt = prompt.images, prompt.messages or prompt.text
         prompt_ids = self._encode_prompt(prompt, "An SFT prompt", images)
         if isinstance(prompt, str):
             before, end = prompt, self._ends[0]

@@ -77,6 +77,13 @@ def image_of_picture(picture: "Picture") -> Image:
     return checked(stream.getvalue())
 
 
+def reference_of(image: Image) -> str:
+    """What `image_of` makes the image of, wherever the line stands."""
+    if isinstance(image.source, Path):
+        return str(image.source.absolute())
+    return f"{DATA_URI}png;base64,{base64.b64encode(image.source).decode()}"
+
+
 def decoded(image: Image) -> "Picture":
     """The picture in RGB, upright, on white where it is transparent.
 

@@ -6,8 +6,10 @@ token of the vocabulary stands for an image, so text can never be taken for one.
 """
 
 import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +26,9 @@ KEPT_BYTES = 1 << 28
 PLACE = -1
 """Stands for a position of the image in what a processor returns."""
 
+STANDARDISED = "standardised_images.json"
+"""File of a checkpoint whose images are processed by `Standardised`: its arguments."""
+
 Pixels = Mapping[str, Tensor]
 """What ``get_image_features`` takes for one image, by name."""
 
@@ -37,6 +42,10 @@ class Processor(Protocol):
 
     def settings(self) -> str:
         """What decides the result."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `vision_load.load_images` makes the same processor of."""
         ...
 
 
@@ -118,6 +127,12 @@ class Images:
     def places(self, number: int) -> int:
         """Positions that an image takes."""
         return self._ids[number].count(PLACE)
+
+    def save(self, folder: Path) -> None:
+        """Write the processor into the folder of a checkpoint."""
+        if self._processor is None:
+            self._processor = self._load_processor()
+        self._processor.save(folder)
 
     def fingerprint(self) -> str:
         """Names the images, their numbers, and how they are processed."""
@@ -242,7 +257,10 @@ class Standardised:
         return [PLACE] * self._places, {"pixel_values": values}
 
     def settings(self) -> str:
-        return f"standardised {self._size} {self._places}"
+        return json.dumps({"size": self._size, "places": self._places})
+
+    def save(self, folder: Path) -> None:
+        (folder / STANDARDISED).write_text(self.settings() + "\n")
 
 
 def _bytes_of(value: Tensor | Pixels) -> int:

@@ -1,5 +1,7 @@
 """What makes a model's input of a picture, from the model's own files."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +9,24 @@ from transformers import PreTrainedModel
 
 from kimi_core.config import Config
 from kimi_core.models import scratch
-from kimi_core.models.vision import PLACE, Images, Pixels, Processor, Standardised, has_vision
+from kimi_core.models.vision import (
+    PLACE,
+    STANDARDISED,
+    Images,
+    Pixels,
+    Processor,
+    Standardised,
+    has_vision,
+)
+from kimi_core.types import Prompt
 
 NOT_PIXELS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
 
 
-def load_images(model: PreTrainedModel, config: Config) -> Images | None:
-    """An empty table of images for a run; None if the model reads text only.
+def load_images(
+    model: PreTrainedModel, config: Config, prompts: Iterable[Prompt] = ()
+) -> Images | None:
+    """A table of the images of ``prompts``, in their order; None if the model reads text only.
 
     Raises:
         ValueError: the engine or the ranks of the config cannot handle images yet.
@@ -26,12 +39,16 @@ def load_images(model: PreTrainedModel, config: Config) -> Images | None:
             f"{config.rollout.engine!r} with trainer.ranks = {config.trainer.ranks} cannot; set "
             "rollout.engine = 'torch' and trainer.ranks = 1"
         )
-    return Images(lambda: _processor(config.model.name, model))
+    images = Images(lambda: _processor(config.model.name, model))
+    images.add(prompts)
+    return images
 
 
 def _processor(name: str, model: PreTrainedModel) -> Processor:
     if name == "scratch":
         return Standardised(scratch.IMAGE_SIZE, scratch.PLACES)
+    if (settings := Path(name) / STANDARDISED).is_file():
+        return Standardised(**json.loads(settings.read_text()))
     return Pretrained(name, model)
 
 
@@ -73,3 +90,6 @@ class Pretrained:
 
     def settings(self) -> str:
         return str(self._processor.image_processor.to_json_string())
+
+    def save(self, folder: Path) -> None:
+        self._processor.save_pretrained(folder)

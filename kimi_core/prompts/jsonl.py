@@ -4,10 +4,12 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kimi_core.prompts.code_datasets import MARKS, as_problem
+from kimi_core.prompts.images import take_images
 from kimi_core.prompts.messages import check_messages, question
+from kimi_core.prompts.place import Place
 from kimi_core.types import Message, Prompt
 
 TextExample = tuple[str | Sequence[Message] | Prompt, str]
@@ -18,24 +20,13 @@ EXAMPLE_KEYS = ("prompt", "response")
 BOM = b"\xef\xbb\xbf"
 
 
-class Place(NamedTuple):
-    """Where a line stands, for errors. It becomes text only if there is one."""
-
-    path: Path
-    number: int
-    """Counted from 1."""
-
-    def __str__(self) -> str:
-        return f"{self.path}, line {self.number}"
-
-
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts from a JSONL file, numbered from 0: ``prompt`` and ``answer``, both strings.
 
     ``messages`` may stand in place of ``prompt``: a list of objects with ``role`` and ``content``.
-    ``difficulty`` is optional, and so is ``answer`` where there are ``tests``; other keys become
-    tags, as text. Lines of published datasets of programs are read as they are, see
-    ``code_datasets``.
+    ``images`` lists paths or data URIs, see ``prompts/images.py``. ``difficulty`` is optional, and
+    so is ``answer`` where there are ``tests``; other keys become tags, as text. Lines of published
+    datasets of programs are read as they are, see ``code_datasets``.
 
     Raises:
         ValueError: the file is missing or empty, or a line is bad; the message says what was found.
@@ -56,7 +47,17 @@ def load_examples(path: str | Path) -> list[TextExample]:
     path = Path(path)
     lines = lines_in(path, EXAMPLE_KEYS)
     records = (_record(line, EXAMPLE_KEYS, Place(path, number)) for _, number, line in lines)
-    return [(record["prompt"], record["response"]) for record in records]
+    return [(_asked(record), record["response"]) for record in records]
+
+
+def _asked(record: dict[str, Any]) -> str | Sequence[Message] | Prompt:
+    """The prompt of an example, which is a `Prompt` if it has images."""
+    prompt, images = record["prompt"], record["images"]
+    if not images:
+        return prompt
+    if isinstance(prompt, str):
+        return Prompt(0, prompt, record["response"], images=images)
+    return Prompt(0, question(prompt), record["response"], messages=prompt, images=images)
 
 
 def lines_in(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, int, bytes]]:
@@ -88,6 +89,7 @@ def prompt_in(line: bytes, id_: int, where: Place) -> Prompt:
     """
     record = _record(line, PROMPT_KEYS, where)
     prompt, answer = record.pop("prompt"), record.pop("answer")
+    images = record.pop("images")
     difficulty = record.pop("difficulty", None)
     if difficulty is not None and not _is_fraction(difficulty):
         raise ValueError(
@@ -96,8 +98,8 @@ def prompt_in(line: bytes, id_: int, where: Place) -> Prompt:
         )
     tags = {k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()}
     if isinstance(prompt, str):
-        return Prompt(id_, prompt, answer, difficulty, tags)
-    return Prompt(id_, question(prompt), answer, difficulty, tags, prompt)
+        return Prompt(id_, prompt, answer, difficulty, tags, images=images)
+    return Prompt(id_, question(prompt), answer, difficulty, tags, prompt, images)
 
 
 def plain_records(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
@@ -129,24 +131,26 @@ def plain_records(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     return None
 
 
-NOT_PLAIN = MARKS | {"messages", "tests"}
+NOT_PLAIN = MARKS | {"messages", "tests", "images"}
 """Keys of lines that are not just a prompt, an answer and tags."""
 
 
 def _record(line: bytes, keys: tuple[str, ...], where: Place) -> dict[str, Any]:
-    """What a line holds, as an object in which each key has a non-empty string.
+    """What a line holds, as an object in which each key has a non-empty string, with its images.
 
-    With ``tests``, the answer may be missing or empty.
+    With ``tests``, the answer may be missing or empty; with images, the prompt may be empty.
     """
     record = _object(line, keys, where)
     if "answer" in keys:
         record = _problem_in(record, where)
     _take_messages(record, keys)
+    record["images"] = take_images(record, where)
     for key in keys:
         value = record.get(key)
         if isinstance(value, str) and value:
             continue
-        if key == "answer" and "tests" in record and not value:
+        may_be_empty = "tests" in record if key == "answer" else record["images"]
+        if key in PROMPT_KEYS and may_be_empty and not value:
             record[key] = ""
         elif key == "prompt" and isinstance(value, list):
             record[key] = check_messages(value, where)

@@ -75,9 +75,9 @@ def split(
     """Split into (training prompts in the given order, held-out prompts in random order).
 
     So the first held-out prompts, which evaluations during a run use, are a fair sample. Prompts
-    with the same ``problem`` tag (or, without the tag, the same text and images) stay on one side, so that no
-    held-out question appears in training in another form. Whole problems are drawn at random as
-    long as they fit into ``held_out`` prompts.
+    with the same ``problem`` tag (or, without the tag, the same text and images) stay on one side,
+    so that no held-out question appears in training in another form. Whole problems are drawn at
+    random as long as they fit into ``held_out`` prompts.
 
     Raises:
         ValueError: no prompt would be left to train on, or no problem is small enough to hold out.

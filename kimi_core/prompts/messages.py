@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kimi_core.config import PromptsConfig
+from kimi_core.models.images import reference_of
 from kimi_core.types import Message, Prompt
 
 EXAMPLE = '[{"role": "user", "content": "..."}]'
@@ -33,9 +34,11 @@ def check_messages(found: object, where: object) -> tuple[Message, ...]:
 
 
 def fields_of(prompt: Prompt) -> dict[str, object]:
-    """What is asked, as the fields of a JSONL line: ``messages``, or ``prompt``."""
+    """What is asked, as the fields of a JSONL line: ``messages``, or ``prompt``; and ``images``."""
     messages = [*map(dict, prompt.messages)]
-    return {"messages": messages} if messages else {"prompt": prompt.text}
+    asked: dict[str, object] = {"messages": messages} if messages else {"prompt": prompt.text}
+    images = [reference_of(image) for image in prompt.images]
+    return asked | {"images": images} if images else asked
 
 
 def question(messages: Sequence[Message]) -> str:

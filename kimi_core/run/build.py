@@ -1,11 +1,12 @@
 """From a config to the parts of a run, loaded and wired. Nothing is trained or written here."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kimi_core.buffer import RolloutBuffer
@@ -16,6 +17,7 @@ from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, context_of, load_model
 from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
 from kimi_core.models.vision import Images
+from kimi_core.models.vision_check import check
 from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.jsonl import TextExample, load_examples
@@ -28,13 +30,14 @@ from kimi_core.reward.load import close_reward, load_reward, try_reward
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.load import load_engine, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
+from kimi_core.rollout.texts import complete
 from kimi_core.run import state
 from kimi_core.run.launch import start_ranks
 from kimi_core.tasks import multiply, programs, retrieve, vision
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
-from kimi_core.types import Prompt
+from kimi_core.types import Prompt, Sampling
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher
 
 
@@ -74,9 +77,7 @@ def build(config: Config) -> Parts:
     reward = load_reward(config.reward)
     try_reward(reward, held_out, train_prompts)
     model, tokenizer = model_to_train(config)
-    images = load_images(model, config)
-    if images is not None:
-        images.add(everything)
+    images = load_images(model, config, everything)
     codec = Codec(tokenizer, config.rollout.stop, model, images)
     response = config.rollout.max_response_tokens
     encode = PromptTokens(codec, everything, context=context_of(model), response=response)
@@ -98,10 +99,27 @@ def build(config: Config) -> Parts:
         scorer=GroupScorer(config, reward, codec.response_text),
         trainer=trainer,
     )
-    evaluator = Evaluator(
-        engine=engine,
+    return Parts(
+        model=model,
+        tokenizer=tokenizer,
+        codec=codec,
+        train_prompts=train_prompts,
+        reward=reward,
+        publisher=publisher,
+        evaluator=_evaluator(config, held_out, loop, codec, reward),
+        loop=loop,
+        new_buffer=new_buffer,
+        images=images,
+    )
+
+
+def _evaluator(
+    config: Config, held_out: Sequence[Prompt], loop: Loop, codec: Codec, reward: Reward
+) -> Evaluator:
+    return Evaluator(
+        engine=loop.engine,
         prompts=held_out,
-        encode=encode,
+        encode=loop.encode,
         response_text=codec.response_text,
         reward=reward,
         rollout=config.rollout,
@@ -110,18 +128,25 @@ def build(config: Config) -> Parts:
         workers=config.reward.workers,
         timeout_s=config.reward.timeout_s,
     )
-    return Parts(
-        model,
-        tokenizer,
-        codec,
-        train_prompts,
-        reward,
-        publisher,
-        evaluator,
-        loop,
-        new_buffer,
-        images,
-    )
+
+
+def check_images(model: PreTrainedModel, images: Images, policy: Policy, engine: Engine) -> None:
+    """Compare trainer and engine with the model's own forward pass, on two made-up images.
+
+    Raises:
+        ValueError: one of them reads images in another way.
+    """
+
+    def sampled(contexts: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        sampling = Sampling(1.0, seed=0, stop_token_ids=frozenset())
+        for ids, one in zip(
+            contexts, complete(engine, contexts, sampling, max_tokens=2), strict=True
+        ):
+            unknown = np.full(len(ids) - 1, np.nan)
+            yield np.append(ids, one.token_ids), np.append(unknown, one.logprobs)
+
+    check(model, images, policy.on_sequences, "The trainer")
+    check(model, images, sampled, "The embedded engine")
 
 
 def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path], RolloutBuffer]:
@@ -141,6 +166,8 @@ def _trainer(
     try:
         publisher = publisher_of(model, config.rollout, ranks)
         engine, _ = load_engine(model, config.rollout, longest, publisher, images)
+        if images:
+            check_images(model, images, policy, engine)
         return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
     except BaseException:
         ranks.close()
@@ -222,7 +249,7 @@ def _retrieve_examples(config: Config) -> list[tuple[str, str]]:
 def _vision_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
     if config.prompts.source != "vision":
         raise ValueError(
-            f"sft.data = 'vision' goes with prompts.source = 'vision', not {config.prompts.source!r}"
+            f"sft.data = 'vision' needs prompts.source = 'vision', not {config.prompts.source!r}"
         )
     count = config.sft.examples or config.sft.steps * config.sft.batch_size
     split_seed = config.prompts.split_seed
@@ -240,7 +267,7 @@ def alphabet(config: Config) -> str:
     if config.model.name == "scratch" and config.prompts.source != "multiply":
         raise ValueError(
             "model.name = 'scratch' knows the characters of prompts.source = 'multiply', "
-            f"'retrieve', 'programs' and 'vision' only, not of {config.prompts.source!r}: name a pretrained "
-            "model in model.name"
+            f"'retrieve', 'programs' and 'vision' only, not of {config.prompts.source!r}: name a "
+            "pretrained model in model.name"
         )
     return multiply.ALPHABET

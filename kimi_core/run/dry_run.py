@@ -124,9 +124,7 @@ def estimate(
     Raises:
         ValueError: a prompt or a stop string cannot be tokenized.
     """
-    images = load_images(model, config)
-    if images is not None:
-        images.add(prompts)
+    images = load_images(model, config, prompts)
     codec = Codec(tokenizer, config.rollout.stop, model, images)
     response = config.rollout.max_response_tokens
     prompt_tokens = PromptTokens(codec, prompts, context=context_of(model), response=response)

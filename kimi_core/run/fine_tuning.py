@@ -8,7 +8,7 @@ from kimi_core.config import Config
 from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.messages import example_in_chat
 from kimi_core.prompts.overlap import overlaps
-from kimi_core.run.build import Parts, sft_examples
+from kimi_core.run.build import Parts, check_images, sft_examples
 from kimi_core.run.folder import RunFolder
 from kimi_core.run.stop import Stop
 from kimi_core.trainer.fitting import Save
@@ -43,7 +43,11 @@ def fine_tune(
     if not pairs:
         return perf_counter() - started
     if parts.images is not None:
+        first = not parts.images
         parts.images.add(prompt for prompt, _ in pairs if isinstance(prompt, Prompt))
+        if first and parts.images:
+            loop = parts.loop
+            check_images(parts.model, parts.images, loop.trainer.policy, loop.engine)
     examples = [
         parts.codec.encode_example(example_in_chat(prompt, config.prompts), response)
         for prompt, response in pairs

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kimi_core.config import Config, Section
+from kimi_core.models.vision import Images
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
@@ -236,11 +237,12 @@ class RunFolder:
             )
         self.changed |= other | changes(saved.record.get("environment", {}), self.environment)
 
-    def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
+    def save_checkpoint(self, model: Any, tokenizer: Any, images: Images | None = None) -> Path:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
 
         Args:
             model: has ``save_pretrained``, as has ``tokenizer``.
+            images: their processor is written, too.
 
         Raises:
             OSError: the disk is full; the previous checkpoint is as it was.
@@ -250,6 +252,8 @@ class RunFolder:
         with removed_if_unfinished(partial, "the checkpoint", self._newest().way_on):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            if images is not None:
+                images.save(partial)
             sync_tree(partial)
             swap(partial, self.checkpoint)
         return self.checkpoint

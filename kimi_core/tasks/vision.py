@@ -44,7 +44,7 @@ Example = tuple[Prompt, str]
 
 
 def prompts(seed: int) -> list[Prompt]:
-    """720 prompts of each kind: products of 2 to 9 and 10 to 99, as text and rendered, photos, bars.
+    """720 prompts of each kind: products of 2 to 9 and 10 to 99 twice, photos, and bars.
 
     Raises:
         ValueError: Pillow or the photographs cannot be had.
@@ -83,9 +83,7 @@ def _reading_share(progress: float) -> float:
     return float(np.interp(progress, [start, end], [1.0, last]))
 
 
-def _pools(
-    train: Sequence[Prompt], split_seed: int, rng: random.Random
-) -> dict[str, list[Prompt]]:
+def _pools(train: Sequence[Prompt], split_seed: int, rng: random.Random) -> dict[str, list[Prompt]]:
     """Kind → prompts to make examples of."""
     texts = [one for one in train if one.tags["domain"] == "text"]
     trained = {one.tags["problem"] for one in train}

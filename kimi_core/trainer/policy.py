@@ -1,7 +1,7 @@
 """A Hugging Face causal LM as the trainer sees it: tokens in, log-probs or a loss out."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -156,6 +156,25 @@ class Policy(nn.Module):
         Raises: as ``forward``.
         """
         return self.logprobs(self._one_sequence(np.zeros(2))).sum() * 0.0
+
+    def on_sequences(self, sequences: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each sequence, int32 ``[n]``, with the log-probs of its tokens but the first, float64.
+
+        At temperature 1, without gradients, all in one micro-batch. NaN at the places of images.
+        """
+        edges = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
+        ids = np.concatenate(sequences)
+        blank = np.zeros(len(ids), np.float32)
+        batch = Batch(ids, blank, blank.astype(np.uint8), blank.astype(np.int32), edges)
+        wanted = ids >= 0
+        wanted[edges[:-1]] = False
+        with self.at_temperature(1.0), torch.no_grad():
+            found = self._logprobs_in(batch, wanted, max_tokens=len(ids), layout=self.layout)
+        found[~wanted] = np.nan
+        return [
+            (one, part[1:])
+            for one, part in zip(sequences, np.split(found, edges[1:-1]), strict=True)
+        ]
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
