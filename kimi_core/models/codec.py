@@ -20,6 +20,9 @@ LEADS = ("a", "0", "=", ".", "\n", " ", "A", "(", '"')
 """Texts to put before a response. One must not merge with the response's first character, so they
 differ in kind."""
 
+IMAGE_TOKENS = ("image_token_id", "video_token_id")
+"""Tokens of a config that stand for images; sampled, they end a response."""
+
 
 class Codec:
     """A tokenizer, with what ends a response.
@@ -57,6 +60,8 @@ class Codec:
             ends += [
                 end for config in configs for end in _ids(getattr(config, "eos_token_id", None))
             ]
+            # A response goes on in tokens alone, so a sampled image token cannot become an image.
+            ends += [t for name in IMAGE_TOKENS if (t := getattr(model.config, name, None))]
         if self._turn_end is not None:
             ends.append(self._turn_end)
         if not ends and not strings:

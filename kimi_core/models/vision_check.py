@@ -59,6 +59,9 @@ def check(model: PreTrainedModel, images: Images, given: Given, who: str) -> Non
     sequences = made_up(images, model.get_input_embeddings().num_embeddings)
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
     for ids, ours in given(sequences):
+        # The model's own pass would take a sampled image token for an image.
+        place = np.flatnonzero(ids == model.config.image_token_id)
+        ids, ours = (ids[: place[0] + 1], ours[: place[0]]) if len(place) else (ids, ours)
         known = ~np.isnan(ours)
         theirs = own_logprobs(model, images, ids)[known]
         gap = float(np.abs(ours[known] - theirs).max())
@@ -75,7 +78,8 @@ def own_logprobs(model: PreTrainedModel, images: Images, ids: np.ndarray) -> np.
     """Log-prob of each token but the first by the model's own forward pass with pixels."""
     place: int = model.config.image_token_id
     numbers = list(dict.fromkeys((-1 - ids[ids < 0]).tolist()))
-    inputs = torch.from_numpy(np.where(ids < 0, place, ids).astype(np.int64)).to(model.device)
+    targets = torch.from_numpy(np.where(ids < 0, place, ids).astype(np.int64)).to(model.device)
+    inputs, targets = targets[:-1], targets[1:]
     pixels: dict[str, Tensor] = {}
     for number in numbers:
         for name, value in images.pixels(number).items():
@@ -91,8 +95,8 @@ def own_logprobs(model: PreTrainedModel, images: Images, ids: np.ndarray) -> np.
         logits = model(input_ids=inputs[None], **pixels, **kinds, use_cache=False).logits[0]
     finally:
         model.train(was_training)
-    table = torch.log_softmax(logits[:-1].float(), -1)
-    return table.gather(1, inputs[1:, None])[:, 0].cpu().numpy()
+    table = torch.log_softmax(logits.float(), -1)
+    return table.gather(1, targets[:, None])[:, 0].cpu().numpy()
 
 
 def _reason(model: PreTrainedModel) -> str:

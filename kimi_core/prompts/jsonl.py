@@ -144,12 +144,12 @@ def _record(line: bytes, keys: tuple[str, ...], where: Place) -> dict[str, Any]:
     if "answer" in keys:
         record = _problem_in(record, where)
     _take_messages(record, keys)
-    record["images"] = take_images(record, where)
+    images = take_images(record, where)
     for key in keys:
         value = record.get(key)
         if isinstance(value, str) and value:
             continue
-        may_be_empty = "tests" in record if key == "answer" else record["images"]
+        may_be_empty = "tests" in record if key == "answer" else images
         if key in PROMPT_KEYS and may_be_empty and not value:
             record[key] = ""
         elif key == "prompt" and isinstance(value, list):
@@ -163,6 +163,7 @@ def _record(line: bytes, keys: tuple[str, ...], where: Place) -> dict[str, Any]:
             raise ValueError(
                 f'{where}: "{key}" is {json.dumps(value)}; allowed is a non-empty string'
             )
+    record["images"] = images
     return record
 
 
