@@ -24,10 +24,11 @@ SIDE = 64
 
 Given = Callable[[Sequence[np.ndarray]], Iterable[tuple[np.ndarray, np.ndarray]]]
 """Takes sequences, and gives for each the sequence (or a longer one that begins with it) and the
-log-probs of its tokens but the first at temperature 1; NaN where they are not known."""
+log-probs of its tokens but the first at temperature 1, as `own_logprobs` defines them; NaN where
+they are not known."""
 
 
-def made_up(images: Images, vocabulary: int) -> list[np.ndarray]:
+def made_up(model: PreTrainedModel, images: Images) -> list[np.ndarray]:
     """Three sequences with two images: one with both, one with each; token ids int32 ``[n]``.
 
     They are added to ``images``.
@@ -37,7 +38,9 @@ def made_up(images: Images, vocabulary: int) -> list[np.ndarray]:
     pictures.append(image_of_pixels(np.tile(np.linspace(0, 255, SIDE), (SIDE, 1)).astype(np.uint8)))
     images.add([Prompt(0, "", "", images=tuple(pictures))])
     first, second = (images.ids(one) for one in pictures)
-    text = rng.integers(min(3, vocabulary - 1), vocabulary, size=(6, 5)).tolist()
+    vocabulary, place = model.get_input_embeddings().num_embeddings, model.config.image_token_id
+    words = [one for one in range(min(3, vocabulary - 2), vocabulary) if one != place]
+    text = rng.choice(words, size=(6, 5)).tolist()
     sequences = [
         [*text[0], *first, *text[1], *second, *text[2]],
         [*first, *text[3]],
@@ -56,13 +59,15 @@ def check(model: PreTrainedModel, images: Images, given: Given, who: str) -> Non
     Raises:
         ValueError: they differ.
     """
-    sequences = made_up(images, model.get_input_embeddings().num_embeddings)
+    sequences = made_up(model, images)
     tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
     for ids, ours in given(sequences):
         # The model's own pass would take a sampled image token for an image.
         place = np.flatnonzero(ids == model.config.image_token_id)
         ids, ours = (ids[: place[0] + 1], ours[: place[0]]) if len(place) else (ids, ours)
         known = ~np.isnan(ours)
+        if not known.any():
+            continue
         theirs = own_logprobs(model, images, ids)[known]
         gap = float(np.abs(ours[known] - theirs).max())
         if not gap <= tolerance * (1 + float(np.abs(theirs).max())):
@@ -75,11 +80,14 @@ def check(model: PreTrainedModel, images: Images, given: Given, who: str) -> Non
 
 @torch.no_grad()
 def own_logprobs(model: PreTrainedModel, images: Images, ids: np.ndarray) -> np.ndarray:
-    """Log-prob of each token but the first by the model's own forward pass with pixels."""
+    """Log-prob of each token but the first by the model's own forward pass with pixels.
+
+    At the places of images it is that of token 0: what the model computes there counts, too.
+    """
     place: int = model.config.image_token_id
     numbers = list(dict.fromkeys((-1 - ids[ids < 0]).tolist()))
-    targets = torch.from_numpy(np.where(ids < 0, place, ids).astype(np.int64)).to(model.device)
-    inputs, targets = targets[:-1], targets[1:]
+    inputs = torch.from_numpy(np.where(ids < 0, place, ids)[:-1].astype(np.int64)).to(model.device)
+    targets = torch.from_numpy(ids[1:].clip(min=0).astype(np.int64)).to(model.device)
     pixels: dict[str, Tensor] = {}
     for number in numbers:
         for name, value in images.pixels(number).items():

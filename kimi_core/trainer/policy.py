@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -157,24 +158,33 @@ class Policy(nn.Module):
         """
         return self.logprobs(self._one_sequence(np.zeros(2))).sum() * 0.0
 
+    @torch.no_grad()
     def on_sequences(self, sequences: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Each sequence, int32 ``[n]``, with the log-probs of its tokens but the first, float64.
 
-        At temperature 1, without gradients, all in one micro-batch. NaN at the places of images.
+        At temperature 1, all in one micro-batch; of token 0 at the places of images. A sequence
+        ends with a token of text.
         """
         edges = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
         ids = np.concatenate(sequences)
         blank = np.zeros(len(ids), np.float32)
         batch = Batch(ids, blank, blank.astype(np.uint8), blank.astype(np.int32), edges)
-        wanted = ids >= 0
+        wanted = np.ones(len(ids), bool)
         wanted[edges[:-1]] = False
-        with self.at_temperature(1.0), torch.no_grad():
-            found = self._logprobs_in(batch, wanted, max_tokens=len(ids), layout=self.layout)
-        found[~wanted] = np.nan
-        return [
-            (one, part[1:])
-            for one, part in zip(sequences, np.split(found, edges[1:-1]), strict=True)
-        ]
+        found = np.zeros(len(ids))
+        with self.at_temperature(1.0):
+            for micro in micro_batches(
+                batch,
+                wanted,
+                range(len(batch)),
+                max_tokens=len(ids),
+                layout=self.layout,
+                device=self.model.device,
+            ):
+                micro = replace(micro, ids_t=micro.ids_t.clamp(min=0))
+                found[micro.source_t.cpu().numpy()] = self.logprobs(micro).double().cpu().numpy()
+        parts = np.split(found, edges[1:-1])
+        return [(one, part[1:]) for one, part in zip(sequences, parts, strict=True)]
 
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:

@@ -180,7 +180,7 @@ class TestFeatures:
         assert sum(passes) == 4
         passes.clear()
         for _ in range(2):
-            policy.on_sequences(parts.contexts)
+            policy.on_sequences([np.append(ids, np.int32(5)) for ids in parts.contexts])
         assert sum(passes) == 4
         handle.remove()
 
