@@ -72,9 +72,9 @@ class TaskConfig(Section):
 class PromptsConfig(Section):
     source: str = "multiply"
     """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `retrieve` (numbers
-    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL
-    file whose lines hold `prompt` (or `messages`) and `answer`, or `file.py:function`, which
-    returns a list of `Prompt`."""
+    spread over a long text), `programs` (Python expressions from examples), `vision` (text and
+    three kinds of images), `humaneval`, a JSONL file whose lines hold `prompt` (or `messages`) and
+    `answer`, or `file.py:function`, which returns a list of `Prompt`."""
     held_out: int = Field(500, ge=1)
     """Prompts kept out of training for evaluation. Prompts with the same `problem` tag (the same
     operands, say) stay on one side."""
@@ -108,8 +108,8 @@ class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
     (right answers of four lengths); `retrieve` (worked answers to texts that grow, with guesses at
-    the end); `programs` (right programs and lookup tables); or a JSONL file whose lines hold
-    `prompt` and `response`, or `messages`."""
+    the end); `programs` (right programs and lookup tables); `vision` (reading, then answers); or a
+    JSONL file whose lines hold `prompt` and `response`, or `messages`."""
     examples: int | None = Field(None, ge=1)
     """Number of examples to use, drawn at random. Unset: all of a file, or one per training
     prompt; for `retrieve`, one for each place in each step's batch."""
