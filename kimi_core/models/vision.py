@@ -215,6 +215,13 @@ class Images:
         return self._processor(decoded(image))
 
 
+def inputs_of(
+    images: Images | None, model: PreTrainedModel, ids: Tensor, kept: Bounded | None
+) -> dict[str, Tensor]:
+    """As ``Images.inputs``; the ids themselves if the model reads text only."""
+    return {"input_ids": ids} if images is None else images.inputs(model, ids, kept)
+
+
 def encode(model: PreTrainedModel, pixels: Pixels, count: int) -> Tensor:
     """Features of ``count`` images of one shape, ``[count, places, d]``."""
     there = {

@@ -33,11 +33,12 @@ def load_images(
     """
     if not has_vision(model):
         return None
-    if config.rollout.engine != "torch" or config.trainer.ranks > 1:
+    engine, workers, ranks = config.rollout.engine, config.rollout.workers, config.trainer.ranks
+    if engine != "torch" or workers > 1 or ranks > 1:
         raise ValueError(
-            f"{type(model).__name__} reads images, which rollout.engine = "
-            f"{config.rollout.engine!r} with trainer.ranks = {config.trainer.ranks} cannot; set "
-            "rollout.engine = 'torch' and trainer.ranks = 1"
+            f"{type(model).__name__} reads images, which rollout.engine = {engine!r} with "
+            f"rollout.workers = {workers} and trainer.ranks = {ranks} cannot; set them to 'torch', "
+            "1 and 1"
         )
     images = Images(lambda: _processor(config.model.name, model))
     images.add(prompts)

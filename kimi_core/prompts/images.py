@@ -1,9 +1,10 @@
 """Images of a JSONL line: a list of references, or parts of its messages."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from kimi_core.models.images import image_of
+from kimi_core.models.images import checked, image_of
 from kimi_core.prompts.place import Place
 from kimi_core.types import IMAGE_MARK, Image
 
@@ -13,7 +14,8 @@ REFERENCES = '"images": ["charts/1.png", "data:image/png;base64,..."]'
 def take_images(record: dict[str, Any], where: Place) -> tuple[Image, ...]:
     """Take the images out of a line, so that prompt and messages hold marks in their places.
 
-    ``images`` lists paths, relative to the file, and data URIs. A message's content may be a list
+    ``images`` lists paths, relative to the file, data URIs, and what an image column of
+    ``datasets`` holds, ``{"bytes": ...}``. A message's content may be a list
     of parts: ``{"type": "text", "text": ...}``, ``{"type": "image"}`` for the next one of
     ``images``, or ``{"type": "image", "image": REFERENCE}`` and ``{"type": "image_url",
     "image_url": {"url": REFERENCE}}`` with a reference of their own.
@@ -22,8 +24,11 @@ def take_images(record: dict[str, Any], where: Place) -> tuple[Image, ...]:
         ValueError: a reference cannot be read, or marks and images are not equally many.
     """
     listed = record.pop("images", None) or []
-    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
-        raise ValueError(f"{where}: images are {json.dumps(listed):.80}; allowed are {REFERENCES}")
+    listed = [listed] if isinstance(listed, dict) else listed
+    if not isinstance(listed, list) or not all(map(_is_reference, listed)):
+        raise ValueError(
+            f"{where}: images are {json.dumps(listed, default=repr):.80}; allowed are {REFERENCES}"
+        )
     prompt, references, marks = record.get("prompt"), list(listed), 0
     if isinstance(prompt, list):
         found: list[str] = []
@@ -43,9 +48,19 @@ def take_images(record: dict[str, Any], where: Place) -> tuple[Image, ...]:
             "for each image, or none to put all before the text"
         )
     try:
-        return tuple(image_of(one, where.path.parent) for one in references)
+        return tuple(_image(one, Path(where.path).parent) for one in references)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _is_reference(one: object) -> bool:
+    return isinstance(one, str) or (isinstance(one, dict) and isinstance(one.get("bytes"), bytes))
+
+
+def _image(reference: str | dict[str, Any], folder: Path) -> Image:
+    if isinstance(reference, str):
+        return image_of(reference, folder)
+    return checked(reference["bytes"])
 
 
 def _flat(message: Any, found: list[str], where: Place) -> Any:

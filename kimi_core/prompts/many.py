@@ -33,8 +33,8 @@ class Facts:
     checksums: np.ndarray
     """CRC-32 of text, digests and answer, uint32 ``[n]``."""
     sizes: np.ndarray
-    """Bytes of the text in UTF-8, int64 ``[n]``; -1 for messages, with images, and as `bytes_of`
-    says."""
+    """Bytes of the text in UTF-8, int64 ``[n]``; -1 for messages and as `bytes_of` says, 0 with
+    images."""
 
     def take(self, rows: np.ndarray) -> "Facts":
         """The facts of some prompts; ``rows`` is int64 ``[m]``."""
@@ -169,7 +169,7 @@ def gather(prompts: Iterable[Prompt]) -> Facts:
         images = "".join(image.digest for image in prompt.images)
         problems.append(hash(prompt.tags.get("problem", text + images)))
         checksums.append(checksum(text + images, prompt.answer))
-        sizes.append(-1 if prompt.messages or images else bytes_of(text))
+        sizes.append(-1 if prompt.messages else 0 if images else bytes_of(text))
     return Facts(
         np.frombuffer(ids, np.int64),
         np.frombuffer(difficulty, np.float64),

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kimi_core.kernels import Head, OmdLoss, linear_logprob, omd_loss
 from kimi_core.models.packed_attention import use_packed_attention
 from kimi_core.models.switches import length_to_check
-from kimi_core.models.vision import Bounded, Images, is_frozen
+from kimi_core.models.vision import Bounded, Images, inputs_of, is_frozen
 from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.packing import Layout, MicroBatch, micro_batches
 from kimi_core.types import Batch, Normalize
@@ -228,18 +228,13 @@ class Policy(nn.Module):
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states that predict the wanted tokens, ``[t, d]``."""
         hidden_rld = self.model.base_model(
-            **self._inputs(micro.ids_rl),
+            **inputs_of(self.images, self.model, micro.ids_rl, self._features),
             attention_mask=self._mask(micro),
             position_ids=micro.positions_rl,
             use_cache=False,
             **({} if micro.packing is None else {"packing": micro.packing}),
         ).last_hidden_state
         return hidden_rld[micro.row_t, micro.column_t]
-
-    def _inputs(self, ids_rl: Tensor) -> dict[str, Tensor]:
-        if self.images is None:
-            return {"input_ids": ids_rl}
-        return self.images.inputs(self.model, ids_rl, self._features)
 
     def _kernel_head(self) -> Head:
         temperature = self.temperature / self._scale

@@ -10,8 +10,8 @@
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from inspect import signature
 from itertools import groupby, product
 from typing import Any
@@ -22,13 +22,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from kimi_core.models import packed_attention
-from kimi_core.models.switches import attention_layers, has_alibi, length_to_check, switches
-from kimi_core.models.vision import Bounded, Images, is_frozen
-from kimi_core.rollout.engine import check_newer, check_request
+from kimi_core.models.switches import length_to_check, switches
+from kimi_core.models.vision import Bounded, Images, inputs_of, is_frozen
+from kimi_core.rollout.engine import check_newer, check_request, order
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.rollout.torch import attention
 from kimi_core.rollout.torch.head import head_logits
 from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, Cohort, KVCache
+from kimi_core.rollout.torch.layers import attention_layers, has_alibi
 from kimi_core.rollout.torch.rows import Rows
 from kimi_core.types import Request, Sampling, Segment
 
@@ -81,6 +82,7 @@ class TorchEngine:
         self.batch_rows = batch_rows
         self.policy_version = policy_version
         self.decode_steps = 0
+        self.restarts = 0
         self.images = images
         self.features = Bounded()
         """Of images, for as long as the weights that make them stay the same."""
@@ -113,13 +115,14 @@ class TorchEngine:
                 once, before anything is generated.
         """
         for request in requests:
-            check_request(
-                request,
-                vocabulary=self.embedding.num_embeddings,
-                context=self.max_positions,
-                images=0 if self.images is None else len(self.images),
-            )
+            self.check(request)
         return self._generate(requests, sampling)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError if the model cannot extend ``request``."""
+        limits = self.embedding.num_embeddings, self.max_positions
+        images = 0 if self.images is None else len(self.images)
+        check_request(request, vocabulary=limits[0], context=limits[1], images=images)
 
     def serve(self, version: int) -> None:
         """Write ``version`` on segments from now on: the module shares the published parameters.
@@ -128,7 +131,8 @@ class TorchEngine:
             ValueError: the version is older than the present one.
         """
         check_newer(version, self.policy_version)
-        self._forget_features()
+        if self.images is not None and not is_frozen(self.model):
+            self.features.clear()
         self.policy_version = version
 
     def sleep(self) -> None:
@@ -143,27 +147,33 @@ class TorchEngine:
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         if not requests:
             return
-        # Shortest first, because entries are taken from the end. Equal contexts are neighbours.
-        waiting = sorted(requests, key=lambda r: (len(r.token_ids), r.token_ids.tobytes()))
-        rows = Rows(
-            min(self.batch_rows, len(requests)),
-            max(request.steps for request in requests),
-            sampling,
-        )
+        waiting, most = sorted(requests, key=order), max(request.steps for request in requests)
+        rows = Rows(min(self.batch_rows, len(requests)), most, sampling)
+        with closing(self.steps(waiting, rows)) as steps:
+            yield from filter(None, steps)
+
+    def steps(self, waiting: list[Request], rows: Rows) -> Generator[list[Segment]]:
+        """Extend requests that ``check`` allows; one list of segments a step, which may be empty.
+
+        Args:
+            waiting: sorted by ``order``; entries are taken from the end. Between two steps the
+                caller may put in others, or take some out.
+            rows: where they grow. Empty, and with room for as many tokens as any request may add.
+        """
         cache = self._cache()
         with self._lent():
             while waiting or rows.count:
                 free = rows.capacity - rows.count
                 if _time_to_enter(waiting, free, rows.capacity):
-                    entering, waiting = waiting[-free:][::-1], waiting[:-free]
+                    entering = waiting[-free:][::-1]
+                    del waiting[-free:]
                     first_row = rows.count
                     logits_nv = self._enter(rows, cache, entering)
                 else:
                     first_row = 0
                     logits_nv = self._decode(rows, cache)
                 self.decode_steps += 1
-                if segments := self._append(rows, cache, first_row, logits_nv):
-                    yield segments
+                yield self._append(rows, cache, first_row, logits_nv)
 
     @contextmanager
     def _lent(self) -> Iterator[None]:
@@ -181,11 +191,6 @@ class TorchEngine:
         finally:
             text._attn_implementation = implementation
             model.train(was_training)
-
-    def _forget_features(self) -> None:
-        """Before other weights are served."""
-        if self.images is not None and not is_frozen(self.model):
-            self.features.clear()
 
     def _cache(self) -> KVCache:
         like = self.embedding.weight
@@ -228,7 +233,7 @@ class TorchEngine:
             rows = slice(first_row, first_row := first_row + int(counts_b.sum()))
             last_b = self._tensor(np.array([len(context) - 1 for context, *_ in batch]))
             chunk = most if self.split and longest > most else longest
-            inputs = self._inputs(self._tensor(ids_bs))
+            inputs = inputs_of(self.images, self.model, self._tensor(ids_bs), self.features)
             for begin in range(0, longest, chunk):
                 end = min(begin + chunk, longest)
                 cache.begin_prefill(rows, begin, end, context_m)
@@ -248,12 +253,6 @@ class TorchEngine:
         newest, positions = self._tensor(rows.newest[:n]), self._tensor(positions_n)
         mask = None if cache.split else _mask(cache.cohorts[0])
         return self._logits({"input_ids": newest[:, None]}, positions[:, None], mask, cache, None)
-
-    def _inputs(self, ids_bs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model reads for whole contexts, which may have images."""
-        if self.images is None:
-            return {"input_ids": ids_bs}
-        return self.images.inputs(self.model, ids_bs, self.features)
 
     def _logits(
         self,
