@@ -1,4 +1,4 @@
-"""Rollout workers: CPU a token beside one engine, the master's share, and verdicts on the way.
+"""Rollout workers: CPU a token against one engine, the master's share, and verdicts on the way.
 
     pytest benches/bench_fleet.py                # about 1 CPU-minute
 

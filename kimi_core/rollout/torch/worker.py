@@ -77,6 +77,8 @@ class Served:
         )
         self._inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
         self._sending = threading.Lock()
+        self._next: tuple[Any, ...] | None = None
+        """A message that was taken out of the inbox too early."""
         self._busy = False
         self._call = 0
         self._waiting: list[Request] = []
@@ -90,7 +92,8 @@ class Served:
         sampling, most = Sampling(0.0, 0, frozenset()), 1
         while True:
             self._busy = not self._inbox.empty()
-            match self._inbox.get():
+            message, self._next = self._next or self._inbox.get(), None
+            match message:
                 case ("serve", int(version)):
                     self._serve(version)
                 case ("begin", int(call), given, int(most)):
@@ -136,11 +139,11 @@ class Served:
                 if self._outbox and time.monotonic() - self._sent >= self._start.linger_s:
                     self._flush()
                 while not self._inbox.empty():
-                    match self._inbox.get():
+                    match message := self._inbox.get():
                         case ("feed", requests):
                             self._wait_for_rows(requests)
-                        case ("stop",):
-                            self._waiting.clear()
+                        case _:  # The call is over: given up, or all of it was sent.
+                            self._next = message
                             self._outbox.clear()
                             return
         self._flush()
