@@ -53,15 +53,15 @@ def test_workers_follow_the_arena_and_one_that_hangs_is_replaced(monkeypatch):
                 one.get_output_embeddings().weight.mul_(0.5)
         publisher.publish(read.named_parameters(), 1)
         engine.serve(1)
-        stopped = engine._workers[1]._process.pid
+        stopped = engine._workers[1].pid
         monkeypatch.setattr(process, "SILENT_S", 5)
         found = gathered(
             engine.generate(requests_of(40), sampling),
             at_first=lambda: os.kill(stopped, signal.SIGSTOP),
         )
         assert found == gathered(twin.generate(requests_of(40), sampling))
-        assert engine.restarts >= 1 and engine._workers[1]._process.pid != stopped
+        assert engine.restarts >= 1 and engine._workers[1].pid != stopped
     finally:
         engine.close()
         publisher.close()
-    assert all(worker._process is None for worker in engine._workers)
+    assert all(worker.pid == 0 for worker in engine._workers)
