@@ -112,6 +112,8 @@ class ProcessWorker:
         self._start = start
         self._timeout_s = timeout_s
         self._connection: Connection | None = None
+        self._answers = 0
+        """How often it is still to say that it serves a version."""
         self._heard = self._moved = 0.0
 
     def start(self) -> None:
@@ -124,6 +126,7 @@ class ProcessWorker:
         with theirs:
             self._nursery.fork(theirs)
         self._connection = Connection(ours.detach())
+        self._answers = 1
         self._heard = self._moved = time.monotonic()
 
     def fileno(self) -> int:
@@ -134,7 +137,9 @@ class ProcessWorker:
     def serve(self, version: int) -> None:
         """Have the worker switch to what was published; it is ``ready`` when it has."""
         self.ready = False
-        self._ask(("serve", version))
+        if self.pid:  # Otherwise it starts with the newest version.
+            self._answers += 1
+            self._ask(("serve", version))
 
     def begin(self, call: int, sampling: Sampling, most_steps: int) -> None:
         """Announce a call: what is fed from now on belongs to it."""
@@ -195,7 +200,8 @@ class ProcessWorker:
             self._send(self._start())
             return
         if message.kind == wire.READY:
-            self.ready, self.policy_version = True, message.policy_version
+            self._answers -= 1
+            self.ready, self.policy_version = self._answers == 0, message.policy_version
         if message.kind == wire.READY or message.segments or message.steps > self.steps:
             self._moved = self._heard
         self.steps = max(self.steps, message.steps)
