@@ -11,7 +11,7 @@ from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.fleet import Fleet, linger_s
 from kimi_core.rollout.torch.arena_engine import ArenaEngine
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.rollout.torch.process import ProcessWorker, without_weights
+from kimi_core.rollout.torch.process import Nursery, ProcessWorker, without_weights
 from kimi_core.rollout.torch.worker import Start
 from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher, module_to_read
@@ -115,11 +115,12 @@ def _fleet(
         )
 
     timeout_s = rollout.worker_timeout_s
-    workers = [ProcessWorker(i, start, timeout_s=timeout_s) for i in range(rollout.workers)]
+    nursery = Nursery()
     return Fleet(
-        workers,
+        [ProcessWorker(i, nursery, start, timeout_s=timeout_s) for i in range(rollout.workers)],
         batch_rows=rollout.batch_rows,
         vocabulary=engine.embedding.num_embeddings,
         context=engine.max_positions,
         exact=exact,
+        on_close=nursery.close,
     )

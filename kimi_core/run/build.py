@@ -30,6 +30,7 @@ from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.load import load_engine, reads_trainer, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.rollout.texts import complete
+from kimi_core.rollout.vllm.server import check_options
 from kimi_core.run import state
 from kimi_core.run.data import load_data, scratch_tokenizer
 from kimi_core.run.given import NOTHING, Given
@@ -82,6 +83,8 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     """
     data = load_data(config, given)
     load_objective(config.trainer)
+    if config.rollout.engine == "vllm":
+        check_options(config.rollout.vllm.args)
     reward = given.reward or load_reward(config.reward)
     try_reward(reward, data.held_out, data.train)
     scratch = scratch_tokenizer(config, data, tokenizer_file)

@@ -58,6 +58,8 @@ MAY_CHANGE_WITH_A_LINE = (
     "trainer.ranks_timeout_s",
     "trainer.logprob_gap_limit",
     "rollout.batch_rows",
+    "rollout.workers",
+    "rollout.worker_timeout_s",
     "rollout.vllm",
     "reward.workers",
     "reward.timeout_s",
