@@ -16,6 +16,7 @@ from kimi_core.config import Config
 from kimi_core.help import CHECK, CURATE, EVALUATE, LONG2SHORT, REPLAY, REWARD, SFT, TRAIN, WARMUP
 from kimi_core.long2short import METHODS
 from kimi_core.run.config_file import load_config
+from kimi_core.run.output import keep_output
 
 CONFIGS = Path(__file__).parent / "configs"
 """The configs that ship with the package."""
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0 if given else 2
+    keep_output()
     name, *rest = given
     if name not in COMMANDS:
         return _fail(f"kimi has no command {name!r}; it has {', '.join(COMMANDS)}", 2)
