@@ -12,8 +12,9 @@ A policy version is an int. Version 0 is the policy that RL starts from, and eac
 publishes the next one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -24,11 +25,35 @@ PROMPT_VERSION = -1
 EndReason = Literal["stop", "length", "repeat"]
 """Why a response ended: with a stop token, at the total length limit, or by repeating itself."""
 
+END_REASONS: tuple[EndReason | None, ...] = (None, "stop", "length", "repeat")
+"""Every end reason by its number in columns; None: the response goes on."""
+
 Normalize = Literal["none", "length", "sqrt_length"]
 """What an objective divides a response's summed log-probs by: 1, its length, or its root."""
 
 Message = Mapping[str, Any]
 """One turn of a conversation: at least ``role`` and ``content``, both strings."""
+
+IMAGE_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Where an image stands in the text of a prompt that has images."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of a prompt, by reference. ``models/images.py`` makes and decodes it.
+
+    In a token array, the image with number i in the run's table is a run of the id −1−i, one for
+    each position that it takes. So buffer, engines and trainer handle plain token ids, and two
+    prompts that differ only in an image have different ids.
+
+    >>> Image("9f86d081", Path("charts/1.png")) == Image("9f86d081", b"the same bytes")
+    True
+    """
+
+    digest: str
+    """SHA-256 of the encoded bytes, in hexadecimal; two images with one digest are the same."""
+    source: Path | bytes = field(compare=False, repr=False)
+    """The file, or the encoded bytes (PNG, JPEG or WebP)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,9 @@ class Prompt:
     messages: Sequence[Message] = ()
     """The prompt as a conversation, which the model's chat template renders. ``text`` is then its
     question, for people and reward functions. Empty: the model reads ``text``."""
+    images: tuple[Image, ...] = ()
+    """The images, in order. Each ``IMAGE_MARK`` in the text (or in the messages) is the place of
+    one; without marks, all stand before the text."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +116,71 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class SegmentColumns:
+    """n segments as columns: what passes between processes and what the buffer appends.
+
+    Segment ``i`` has the tokens ``cu_seqlens[i]:cu_seqlens[i + 1]``. A trajectory may have several
+    segments, in order.
+
+    >>> part = Segment(0, np.array([9, 7], np.int32), np.array([-0.1, -0.7], np.float32), 4, None)
+    >>> last = Segment(0, np.array([5], np.int32), np.array([-0.2], np.float32), 4, "stop")
+    >>> columns = SegmentColumns.of([part, last])
+    >>> columns.token_ids.tolist(), columns.cu_seqlens.tolist(), columns.end_reasons.tolist()
+    ([9, 7, 5], [0, 2, 3], [0, 1])
+    >>> [segment.end_reason for segment in columns]
+    [None, 'stop']
+    """
+
+    trajectory_ids: np.ndarray
+    """int64 ``[n]``."""
+    token_ids: np.ndarray
+    """int32 ``[t]``, all segments end to end."""
+    logprobs: np.ndarray
+    """float32 ``[t]``."""
+    cu_seqlens: np.ndarray
+    """int32 ``[n + 1]``."""
+    policy_versions: np.ndarray
+    """int32 ``[n]``."""
+    end_reasons: np.ndarray
+    """uint8 ``[n]``, numbers of ``END_REASONS``."""
+    worker: int = 0
+    """Which worker of the engine sampled them; 0 if it has only one."""
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> "SegmentColumns":
+        """The columns of at least one segment."""
+        return cls(
+            trajectory_ids=np.array([one.trajectory_id for one in segments], np.int64),
+            token_ids=np.concatenate([one.token_ids for one in segments]),
+            logprobs=np.concatenate([one.logprobs for one in segments]),
+            cu_seqlens=np.cumsum([0, *map(len, segments)], dtype=np.int32),
+            policy_versions=np.array([one.policy_version for one in segments], np.int32),
+            end_reasons=np.array([END_REASONS.index(one.end_reason) for one in segments], np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return len(self.trajectory_ids)
+
+    def __iter__(self) -> Iterator[Segment]:
+        return map(self.segment, range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.cu_seqlens)
+
+    def segment(self, index: int) -> Segment:
+        """One segment, whose arrays are views."""
+        tokens = slice(int(self.cu_seqlens[index]), int(self.cu_seqlens[index + 1]))
+        return Segment(
+            trajectory_id=int(self.trajectory_ids[index]),
+            token_ids=self.token_ids[tokens],
+            logprobs=self.logprobs[tokens],
+            policy_version=int(self.policy_versions[index]),
+            end_reason=END_REASONS[self.end_reasons[index]],
+        )
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,16 @@ def match(prompt: Prompt, response: str) -> float:
     >>> match(Prompt(7, "3*214=", "642"), "3*14=42;3*200=600#642")
     1.0
     """
-    return float(response.rpartition("#")[2].strip() == prompt.answer.strip())
+    return float(final(response) == prompt.answer.strip())
+
+
+def final(response: str) -> str:
+    """What ``match`` takes for the answer of a response.
+
+    >>> final("3*14=42;3*200=600# 642")
+    '642'
+    """
+    return response.rpartition("#")[2].strip()
 
 
 def close_reward(function: Reward) -> None:

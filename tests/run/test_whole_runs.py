@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, make_folder
 
-from kimi_core import cli
+from kimi_core.cli import settings
 from kimi_core.metrics import read_metrics
 from kimi_core.prompts.many import ById
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.judging import judge_all
-from kimi_core.reward.threads import call_all
+from kimi_core.reward.threads import Calls
 from kimi_core.run import report
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
@@ -280,16 +280,19 @@ class TestFunctionsThatNeverReturn:
         assert [one and one.value for one in found] == [1, None, 1]
 
     def test_the_message_names_what_did_not_return(self):
-        (found,) = call_all(time.sleep, [60], workers=1, timeout_s=0.3, what="the function f")
+        calls = Calls(1)
+        calls.add(time.sleep, 60, timeout_s=0.3, what="the function f")
+        (found,) = calls.results()
         assert isinstance(found, InfrastructureError)
         assert str(found) == "the function f did not return in 0.3 s"
 
-    def test_the_error_of_the_first_is_raised(self):
-        def fail(n):
-            raise KeyError(n)
-
-        with pytest.raises(KeyError, match="0"):
-            call_all(fail, range(4), workers=4, timeout_s=9, what="f")
+    def test_results_and_errors_stand_in_the_order_of_the_calls(self):
+        calls = Calls(4)
+        for n in range(4):
+            calls.add([10, 11].__getitem__, n, timeout_s=9, what="f")
+        ten, eleven, *errors = calls.results()
+        assert (ten, eleven) == (10, 11)
+        assert [type(error) for error in errors] == [IndexError, IndexError]
 
     @pytest.mark.parametrize("workers", [1, 4])
     def test_ctrl_c_ends_a_run_that_waits_for_one(self, given, workers):
@@ -299,11 +302,11 @@ class TestFunctionsThatNeverReturn:
             "    time.sleep(600 if text else 0)\n    return 0.0\n"
         )
         command = [sys.executable, "-m", "kimi_core.cli", "train", "tiny.toml", "sft.steps=2"]
-        settings = ["reward.function=reward.py:f", f"reward.workers={workers}"]
+        chosen = ["reward.function=reward.py:f", f"reward.workers={workers}"]
         # A shell without job control lets its background jobs ignore SIGINT, and children inherit.
         default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         with subprocess.Popen(
-            [*command, *settings], stderr=subprocess.PIPE, preexec_fn=default
+            [*command, *chosen], stderr=subprocess.PIPE, preexec_fn=default
         ) as process:
             try:
                 deadline = time.monotonic() + 120
@@ -320,7 +323,7 @@ class TestFunctionsThatNeverReturn:
 
 class TestOneLine:
     def status(self, config, capsys) -> tuple[int, str]:
-        status = cli.with_config(["tiny.toml", *config], lambda c: train(c, console=quiet()))
+        status = settings.with_config(["tiny.toml", *config], lambda c: train(c, console=quiet()))
         _, error, said = capsys.readouterr().err.partition("error: ")
         return status, error + said
 
@@ -355,7 +358,7 @@ class TestOneLine:
         def raises(config):
             raise error
 
-        assert cli.with_config(["tiny.toml"], raises) == 1
+        assert settings.with_config(["tiny.toml"], raises) == 1
         assert "tokens_per_micro_batch" in capsys.readouterr().err
 
 

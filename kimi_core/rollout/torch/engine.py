@@ -10,8 +10,8 @@
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from inspect import signature
 from itertools import groupby, product
 from typing import Any
@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kimi_core.models import packed_attention
 from kimi_core.models.switches import length_to_check, switches
-from kimi_core.rollout.engine import check_newer, check_request
+from kimi_core.models.vision import Bounded, Images, inputs_of, is_frozen
+from kimi_core.rollout.engine import check_newer, check_request, order
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.rollout.torch import attention
 from kimi_core.rollout.torch.head import head_logits
 from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, Cohort, KVCache
+from kimi_core.rollout.torch.layers import attention_layers, has_alibi
 from kimi_core.rollout.torch.rows import Rows
 from kimi_core.types import Request, Sampling, Segment
 
@@ -60,6 +61,7 @@ class TorchEngine:
         policy_version: the version written on every segment.
         longest: tokens of the longest sequence of the run, if it is known; the check crosses the
             windows and original contexts that such sequences cross.
+        images: the run's images, if prompts have some.
 
     Raises:
         ValueError: the model keeps a state other than keys and values, or the check fails.
@@ -72,6 +74,7 @@ class TorchEngine:
         batch_rows: int,
         policy_version: int = 0,
         longest: int | None = None,
+        images: Images | None = None,
     ):
         if batch_rows < 1:
             raise ValueError(f"batch_rows = {batch_rows}: at least 1 row is needed")
@@ -79,7 +82,11 @@ class TorchEngine:
         self.batch_rows = batch_rows
         self.policy_version = policy_version
         self.decode_steps = 0
-        self.windows, self.max_positions = _attention_layers(model)
+        self.restarts = 0
+        self.images = images
+        self.features = Bounded()
+        """Of images, for as long as the weights that make them stay the same."""
+        self.windows, self.max_positions = attention_layers(model)
         self.embedding = model.get_input_embeddings()
         self.plain_head = True
         # transformers renames the argument; models from before 5.24 have the old name alone.
@@ -108,12 +115,14 @@ class TorchEngine:
                 once, before anything is generated.
         """
         for request in requests:
-            check_request(
-                request,
-                vocabulary=self.embedding.num_embeddings,
-                context=self.max_positions,
-            )
+            self.check(request)
         return self._generate(requests, sampling)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError if the model cannot extend ``request``."""
+        limits = self.embedding.num_embeddings, self.max_positions
+        images = 0 if self.images is None else len(self.images)
+        check_request(request, vocabulary=limits[0], context=limits[1], images=images)
 
     def serve(self, version: int) -> None:
         """Write ``version`` on segments from now on: the module shares the published parameters.
@@ -122,6 +131,8 @@ class TorchEngine:
             ValueError: the version is older than the present one.
         """
         check_newer(version, self.policy_version)
+        if self.images is not None and not is_frozen(self.model):
+            self.features.clear()
         self.policy_version = version
 
     def sleep(self) -> None:
@@ -136,42 +147,49 @@ class TorchEngine:
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         if not requests:
             return
-        # Shortest first, because entries are taken from the end. Equal contexts are neighbours.
-        waiting = sorted(requests, key=lambda r: (len(r.token_ids), r.token_ids.tobytes()))
-        rows = Rows(
-            min(self.batch_rows, len(requests)),
-            max(request.steps for request in requests),
-            sampling,
-        )
+        waiting, most = sorted(requests, key=order), max(request.steps for request in requests)
+        rows = Rows(min(self.batch_rows, len(requests)), most, sampling)
+        with closing(self.steps(waiting, rows)) as steps:
+            yield from filter(None, steps)
+
+    def steps(self, waiting: list[Request], rows: Rows) -> Generator[list[Segment]]:
+        """Extend requests that ``check`` allows; one list of segments a step, which may be empty.
+
+        Args:
+            waiting: sorted by ``order``; entries are taken from the end. Between two steps the
+                caller may put in others, or take some out.
+            rows: where they grow. Empty, and with room for as many tokens as any request may add.
+        """
         cache = self._cache()
         with self._lent():
             while waiting or rows.count:
                 free = rows.capacity - rows.count
                 if _time_to_enter(waiting, free, rows.capacity):
-                    entering, waiting = waiting[-free:][::-1], waiting[:-free]
+                    entering = waiting[-free:][::-1]
+                    del waiting[-free:]
                     first_row = rows.count
                     logits_nv = self._enter(rows, cache, entering)
                 else:
                     first_row = 0
                     logits_nv = self._decode(rows, cache)
                 self.decode_steps += 1
-                if segments := self._append(rows, cache, first_row, logits_nv):
-                    yield segments
+                yield self._append(rows, cache, first_row, logits_nv)
 
     @contextmanager
     def _lent(self) -> Iterator[None]:
         """Put the model into eval mode with our attention, and afterwards back."""
         model, was_training = self.model, self.model.training
-        implementation = model.config._attn_implementation
+        text = model.config.get_text_config()  # A vision tower attends as it always does.
+        implementation = text._attn_implementation
         model.eval()
         if self.split:
-            model.config._attn_implementation = attention.NAME
+            text._attn_implementation = attention.NAME
         on_gpu = self.embedding.weight.is_cuda
         try:
             with sdpa_kernel(WITHOUT_PLANS) if on_gpu else nullcontext():
                 yield
         finally:
-            model.config._attn_implementation = implementation
+            text._attn_implementation = implementation
             model.train(was_training)
 
     def _cache(self) -> KVCache:
@@ -215,12 +233,14 @@ class TorchEngine:
             rows = slice(first_row, first_row := first_row + int(counts_b.sum()))
             last_b = self._tensor(np.array([len(context) - 1 for context, *_ in batch]))
             chunk = most if self.split and longest > most else longest
+            inputs = inputs_of(self.images, self.model, self._tensor(ids_bs), self.features)
             for begin in range(0, longest, chunk):
                 end = min(begin + chunk, longest)
                 cache.begin_prefill(rows, begin, end, context_m)
                 positions_bs = self._tensor(np.arange(begin, end)).expand(len(batch), -1)
-                ids, at_b = self._tensor(ids_bs[:, begin:end]), last_b.clamp(max=end - 1) - begin
-                logits_bv = self._logits(ids, positions_bs, None, cache, at_b)
+                part = {name: whole[:, begin:end] for name, whole in inputs.items()}
+                at_b = last_b.clamp(max=end - 1) - begin
+                logits_bv = self._logits(part, positions_bs, None, cache, at_b)
             logits.append(logits_bv[context_m] if shared else logits_bv)
         return logits
 
@@ -232,11 +252,11 @@ class TorchEngine:
         cache.begin_decode(positions_n)
         newest, positions = self._tensor(rows.newest[:n]), self._tensor(positions_n)
         mask = None if cache.split else _mask(cache.cohorts[0])
-        return self._logits(newest[:, None], positions[:, None], mask, cache, None)
+        return self._logits({"input_ids": newest[:, None]}, positions[:, None], mask, cache, None)
 
     def _logits(
         self,
-        ids_bs: torch.Tensor,
+        tokens: dict[str, torch.Tensor],
         positions_bs: torch.Tensor,
         mask: Mask,
         cache: KVCache,
@@ -244,10 +264,10 @@ class TorchEngine:
     ) -> torch.Tensor:
         """Logits ``[b, V]`` at position ``last_b`` of each row; None: at the only position."""
         inputs: dict[str, Any] = dict(
-            input_ids=ids_bs, position_ids=positions_bs, attention_mask=mask, use_cache=True
+            **tokens, position_ids=positions_bs, attention_mask=mask, use_cache=True
         )
         inputs[self.cache_argument] = cache
-        rows = range(len(ids_bs))
+        rows = range(len(positions_bs))
         if self.plain_head:
             hidden_bsd = self.model.base_model(**inputs).last_hidden_state
             hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows, last_b]
@@ -319,7 +339,7 @@ class TorchEngine:
             f"The embedded engine cannot run {type(self.model).__name__}: decoding with its cache "
             f"differs from a plain forward pass ({reason}; rows of {length} and {length // 2} "
             f"tokens; windows and original contexts: {sorted(switches(self.model)) or 'none'}"
-            f"{'; it has ALiBi' if _has_alibi(self.model) else ''}). It needs a causal model whose "
+            f"{'; it has ALiBi' if has_alibi(self.model) else ''}). It needs a causal model whose "
             "only state is the keys and values of all positions or of a sliding window, and that "
             "takes position_ids and a 4D mask. Use such a model (Llama, Qwen, Mistral, GPT-2, "
             "GPT-NeoX, Gemma and the like)"
@@ -363,31 +383,6 @@ def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:
         return True
     tokens = sum(len(request.token_ids) for request in waiting[-free:])
     return free >= capacity / 8 and tokens >= WORTH_A_PASS
-
-
-def _attention_layers(model: PreTrainedModel) -> tuple[list[int | None], int | None]:
-    """The window of each layer with keys and values, and the model's context (None: no limit).
-
-    Raises:
-        ValueError: a layer keeps something else, as a state-space or linear-attention layer does.
-    """
-    config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    other = {type(layer).__name__ for layer in layers}
-    other -= {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
-    if other or not layers:
-        raise ValueError(
-            f"The embedded engine cannot run model type {config.model_type!r}: its cache has "
-            f"{', '.join(sorted(other)) or 'no layers'}; allowed are layers that keep the keys and "
-            "values of all positions (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, Gemma and the like)"
-        )
-    windows = [layer.get_max_length() if layer.is_sliding else None for layer in layers]
-    return windows, getattr(config, "max_position_embeddings", None)
-
-
-def _has_alibi(model: PreTrainedModel) -> bool:
-    config = model.config
-    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
 
 
 def _mask(cohort: Cohort) -> Mask:
