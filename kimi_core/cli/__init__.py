@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from kimi_core.cli import data, runs, start, viewing
 from kimi_core.cli.parser import fail
+from kimi_core.run.output import keep_output
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "new": (start.new, "begin a task of yours: a folder with three files that run at once"),
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0 if given else 2
+    keep_output()
     name, *rest = given
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
