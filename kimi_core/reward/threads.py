@@ -12,7 +12,7 @@ from kimi_core.reward.base import InfrastructureError
 
 log = logging.getLogger(__name__)
 
-SAY_AFTER_S = 60.0
+SAY_AFTER_S = 30.0
 """A call that takes longer is named once, so that a user knows what a run waits for."""
 
 LOOK_S = 0.2

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -22,17 +21,17 @@ from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import check_folder, context_of
+from kimi_core.models.load import auto_class, check_folder, context_of
 from kimi_core.models.placement import device_of, dtype_of, freeze_below
-from kimi_core.models.scratch import scratch_model
-from kimi_core.prompts.load import load_prompts
+from kimi_core.models.scratch import scratch_llama
+from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.rollout.load import reads_trainer
 from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
-from kimi_core.run.build import alphabet
 from kimi_core.run.config_file import dump_toml
+from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
 from kimi_core.trainer.master_weights import SIXTEEN_BITS
 from kimi_core.types import Prompt
@@ -72,13 +71,13 @@ def describe(config: Config) -> str:
     Raises:
         ValueError: the model or the prompts do not exist or do not fit the config.
     """
-    prompts = load_prompts(config.prompts)
-    found = _skeleton(config)
+    data = load_data(config)
+    found = _skeleton(config, data)
     if found is None:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
         return "\n".join([dump_toml(config), *remark, ""])
     model, tokenizer = found
-    memory = estimate(config, model, tokenizer, prompts)
+    memory = estimate(config, model, tokenizer, data.prompts)
     parts = asdict(memory)
     parts["total"] = sum(parts.values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -125,7 +124,8 @@ def estimate(
     Raises:
         ValueError: a prompt or a stop string cannot be tokenized.
     """
-    codec = Codec(tokenizer, config.rollout.stop, model)
+    images = load_images(model, config, prompts)
+    codec = Codec(tokenizer, config.rollout.stop, model, images)
     response = config.rollout.max_response_tokens
     prompt_tokens = PromptTokens(codec, prompts, context=context_of(model), response=response)
     tokens, trajectories = buffer_size(prompt_tokens.longest, config.rollout)
@@ -197,12 +197,12 @@ def _kv_bytes(model: PreTrainedModel) -> int:
     return 2 * text.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
 
 
-def _skeleton(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+def _skeleton(config: Config, data: Data) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
     """The model without weights, and its tokenizer; None if they would have to be fetched."""
     settings = config.model
     device = device_of(settings.device)
-    if settings.name == "scratch":
-        model, tokenizer = scratch_model(settings, alphabet(config), config.seed)
+    if scratch := scratch_tokenizer(config, data):
+        model, tokenizer = scratch_llama(settings, scratch, config.seed), scratch
     else:
         source = settings.name
         if source == smollm2.SMOLLM2:
@@ -220,7 +220,7 @@ def _skeleton(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
                 raise ValueError(f"Cannot load the model in {source}: {error}") from error
             return None
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(architecture).from_config(
                 architecture, dtype=dtype_of(settings.dtype, device)
             )
         with suppress(OSError):  # Not every model has one.
