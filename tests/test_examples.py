@@ -9,7 +9,7 @@ import pytest
 from kimi_core import Config, train
 from kimi_core.plugins import load_function
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 TINY = {
     "iterations": 1,
     "model": {"device": "cpu", "scratch": {"layers": 1, "width": 16, "heads": 2, "context": 64}},

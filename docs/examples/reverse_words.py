@@ -1,4 +1,4 @@
-"""Write a word backwards. `python examples/reverse_words.py` takes minutes on two cores.
+"""Write a word backwards. `python docs/examples/reverse_words.py` takes minutes on two cores.
 
     prompt    garden>
     copied    garden

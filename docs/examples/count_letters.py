@@ -1,4 +1,4 @@
-"""How often is a letter in a word? `python examples/count_letters.py` takes minutes on two cores.
+"""How often is a letter in a word? `python docs/examples/count_letters.py` takes minutes on two cores.
 
     prompt    abacada:a
     guess     #4
