@@ -1,4 +1,6 @@
-"""How often is a letter in a word? `python docs/examples/count_letters.py` takes minutes on two cores.
+"""How often is a letter in a word? Minutes on two cores:
+
+    python docs/examples/count_letters.py
 
     prompt    abacada:a
     guess     #4

@@ -65,7 +65,7 @@ def one_script(folder: Path, entry: str = ENTRY) -> str:
             return
         done[name] = ""
         text = (folder / name).read_text()
-        needed = {path: _beside(name, path) for _, path in IMPORT.findall(text)}
+        needed = {path: _next_to(name, path) for _, path in IMPORT.findall(text)}
         for path in needed.values():
             add(path)
         body = IMPORT.sub(lambda m: f"const {{{m[1]}}} = modules[{needed[m[2]]!r}];", text)
@@ -78,7 +78,7 @@ def one_script(folder: Path, entry: str = ENTRY) -> str:
     return "const modules = {};\n" + "\n".join(done.values())
 
 
-def _beside(name: str, path: str) -> str:
+def _next_to(name: str, path: str) -> str:
     """The module that ``path`` means in the module ``name``: ("pages/a.js", "../b.js") → "b.js"."""
     parts = name.split("/")[:-1]
     for part in path.split("/"):
