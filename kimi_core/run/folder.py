@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from kimi_core.config import Config, Section
-from kimi_core.run.config_file import dump_toml, load_config
+from kimi_core.run.checksums import checksum
+from kimi_core.run.config_file import dump_toml, load_config, parse_config
 from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
 
@@ -86,6 +87,8 @@ class RunFolder:
         """Name → digest of what the run reads outside of the folder; part of every state."""
         self.environment: dict[str, str] = {}
         """Name → what decides the last bits of a computation; part of every state."""
+        self._settings = ""
+        """The text of config.toml."""
         self.accept_changes = False
         """Whether a state is taken whose ``data`` or training prompts differ."""
         self.states, self.sft_states = self.states_in(self.path)
@@ -128,8 +131,9 @@ class RunFolder:
     def resume(cls, path: str | Path, config: Config) -> "RunFolder":
         """Open the run at ``path`` to continue it from the state that ``load_state`` gives.
 
-        Settings in ``MAY_CHANGE_ON_RESUME`` and ``MAY_CHANGE_WITH_A_LINE`` may differ from the
-        saved ones; the new ones are saved. If config.toml is lost, a state has the settings, too.
+        Settings in ``MAY_CHANGE_ON_RESUME`` and ``MAY_CHANGE_WITH_A_LINE`` may differ from those of
+        the newest state; the new ones are saved. A state has them under its checksum, so
+        config.toml may be lost or damaged.
 
         Raises:
             ValueError: there is no run or no state, another process runs in this folder, or
@@ -153,16 +157,16 @@ class RunFolder:
         return run
 
     def _take(self, config: Config) -> None:
-        write_atomically(self.path / "config.toml", dump_toml(config))
+        self._settings = dump_toml(config)
+        write_atomically(self.path / "config.toml", self._settings)
         self.states.keep = self.sft_states.keep = config.keep_states
 
     def _saved_config(self) -> Config:
-        saved = self.path / "config.toml"
+        record = self._newest().newest_record()
         try:
-            return load_config(saved)
-        except ValueError:  # It is missing or damaged.
-            write_atomically(saved, self._newest().load().record["config"])
-            return load_config(saved)
+            return parse_config(record["config"], self._newest().folder)
+        except ValueError:  # An earlier version wrote it. config.toml may have been mended.
+            return load_config(self.path / "config.toml")
 
     def _newest(self) -> States:
         """The states of RL or, before the first of them, those of SFT."""
@@ -170,11 +174,9 @@ class RunFolder:
 
     def record(self, fingerprint: str) -> dict[str, Any]:
         """What every state says of its run. ``fingerprint`` names the model."""
-        settings = self.path / "config.toml"
-        text = settings.read_text() if settings.is_file() else ""
         return {
             "fingerprint": fingerprint,
-            "config": text,
+            "config": self._settings,
             "data": self.data,
             "environment": self.environment,
         }
@@ -194,8 +196,17 @@ class RunFolder:
             state: whatever else there is, as JSON.
             fingerprint: names the model; ``load_state`` refuses another.
         """
-        record = self.record(fingerprint) | {"iteration": iteration, "state": dict(state)}
+        names = ("metrics.jsonl", f"trajectories/{iteration:06d}.jsonl")
+        records = {name: checksum(self.path / name) for name in names if self._has(name)}
+        record = self.record(fingerprint) | {
+            "iteration": iteration,
+            "state": dict(state),
+            "records": records,
+        }
         return self.states.save(iteration, writers, record)
+
+    def _has(self, name: str) -> bool:
+        return (self.path / name).is_file()
 
     def load_state(self, fingerprint: str = "", states: States | None = None) -> SavedState:
         """Read the newest state back whose files are as they were written.
@@ -225,9 +236,14 @@ class RunFolder:
         """Add to ``changed`` what the run reads, and where it runs, that a state had otherwise.
 
         Raises:
-            ValueError: what it reads has changed, and ``accept_changes`` is not set.
+            ValueError: what it reads or has recorded has changed, and ``accept_changes`` is not
+                set. A record that is missing does not count.
         """
         other = changes(saved.record.get("data", {}), self.data)
+        for name, before in saved.record.get("records", {}).items():
+            now = checksum(self.path / name, before[1]) if self._has(name) else before
+            if now != before:
+                other[str(self.path / name)] = [f"{before[1]} bytes", "other ones, or fewer"]
         if other and not self.accept_changes:
             raise ValueError(
                 f"Changed since {saved.folder} was saved: {', '.join(other)}. Put the old content "
@@ -325,12 +341,28 @@ def take_lock(path: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
+        said = _holder(path / "lock", os.read(lock, 32).decode(errors="replace").strip())
         os.close(lock)
         raise ValueError(
-            f"{path} is in use by the process with pid {holder}: wait for it or stop it, or give "
-            "this run another name=..."
+            f"{path} is in use by {said}: wait for it or stop it, or give this run another name=..."
         ) from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
+
+
+def _holder(lock: Path, pid: str) -> str:
+    """The process that holds the lock. Its owner wrote ``pid``; a fork may have outlived it."""
+    living = [process.name for process in Path("/proc").glob("[0-9]*") if _has_open(process, lock)]
+    if pid in living or not living:
+        return f"the process with pid {pid or 'unknown'}"
+    return f"a fork of the dead process {pid}, which has the pid {' and '.join(living)}"
+
+
+def _has_open(process: Path, path: Path) -> bool:
+    if process.name == str(os.getpid()):
+        return False  # We have opened it to ask.
+    try:
+        return any(handle.samefile(path) for handle in (process / "fd").iterdir())
+    except OSError:  # It has ended, or belongs to another user.
+        return False

@@ -18,8 +18,11 @@ from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics
 from kimi_core.run import identity, state
 from kimi_core.run.build import Parts, build
+from kimi_core.run.collapse import watch
+from kimi_core.run.disk import disk_faults_named
 from kimi_core.run.fine_tuning import fine_tune, say, say_overlaps
 from kimi_core.run.folder import RunFolder, holds_state
+from kimi_core.run.go_back import go_back
 from kimi_core.run.report import Report, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
@@ -33,12 +36,14 @@ def train(
     *,
     resume: bool = False,
     accept_changes: bool = False,
+    back_to: int | None = None,
     console: Console | None = None,
 ) -> Path:
     """Carry out the run that ``config`` describes and return its folder.
 
     Args:
         resume: continue the run in that folder, or start it if there is none yet.
+        back_to: continue it from the state of that iteration; what came after it is set aside.
         accept_changes: continue it also if prompts or files that it reads have changed.
 
     Raises:
@@ -51,11 +56,14 @@ def train(
     console = console or Console()
     parts = build(config)
     with (
+        disk_faults_named(Path(config.runs) / config.name),
         _open(config, resume, accept=accept_changes, console=console) as folder,
         closing(parts),
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
+        if back_to is not None:
+            say(console, go_back(folder, back_to))
         cut_off = cut_off_s(folder.path)  # Before the buffer changes.
         if folder.states.latest():
             sft_s, remark = state.restore(parts.loop, folder)
@@ -110,6 +118,7 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
     console = Console()
     with (
         closing(build(config)) as parts,
+        disk_faults_named(Path(config.runs) / config.name),
         _open(config, resume, accept=accept_changes, console=console) as folder,
         stop_on_signals(config.grace_s) as stop,
     ):
@@ -140,8 +149,11 @@ def _reinforce(
     loop = parts.loop
     loop.on_rollout = lambda rollout: state.note_rollout(loop, rollout, folder.buffer)
     files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
+    watch(report, folder, config)
+    folder.states.prune()  # As the process that saved the last one may not have done.
     if not stop.is_set():
         _catch_up(parts, config, report, files)
+        watch(report, folder, config)
     while not (stop.is_set() or _is_done(loop, config)):
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
@@ -151,11 +163,13 @@ def _reinforce(
         if is_due:
             files.write_samples(loop.iteration, records)
         report.iteration(metrics)
+        watch(report, folder, config)
         if last or stop.is_set() or loop.iteration % config.save_every == 0:
             state.save(loop, folder, sft_s)
         if last or (is_due and not stop.is_set()):  # A resumed run catches up on it.
             limit = None if last else config.evaluation.prompts
             evaluate(parts, config, report, limit=limit)
+            watch(report, folder, config)
 
 
 def _catch_up(parts: Parts, config: Config, report: Report, files: TrajectoryFiles) -> None:
