@@ -10,6 +10,7 @@ import pytest
 
 import kimi_core
 from kimi_core import cli
+from kimi_core.cli import settings
 from kimi_core.run.config_file import load_config
 
 
@@ -17,7 +18,7 @@ def test_an_interrupt_is_one_line_and_status_130(capsys):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    assert cli.with_config([], interrupted) == 130
+    assert settings.with_config([], interrupted) == 130
     assert capsys.readouterr().err.splitlines() == [
         "interrupted: what was saved is kept; the same command (kimi train and kimi "
         "sft: with --resume) goes on from there"
@@ -26,12 +27,12 @@ def test_an_interrupt_is_one_line_and_status_130(capsys):
 
 def test_config_and_overrides_in_any_order():
     seen = []
-    assert cli.with_config(["seed=3", "smollm2", "trainer.tau=0.5"], seen.append) == 0
+    assert settings.with_config(["seed=3", "smollm2", "trainer.tau=0.5"], seen.append) == 0
     assert (seen[0].name, seen[0].seed, seen[0].trainer.tau) == ("smollm2", 3, 0.5)
 
 
 def test_two_configs_are_one_too_many(capsys):
-    assert cli.with_config(["think", "smollm2"], lambda config: None) == 2
+    assert settings.with_config(["think", "smollm2"], lambda config: None) == 2
     assert "One config at a time, not 2" in capsys.readouterr().err
 
 
@@ -50,18 +51,22 @@ def test_options_and_settings_come_in_any_order(words, capsys):
 
 def test_a_file_comes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.find_config("think") == cli.find_config("think.toml") == cli.CONFIGS / "think.toml"
+    assert (
+        settings.find_config("think")
+        == settings.find_config("think.toml")
+        == settings.CONFIGS / "think.toml"
+    )
     Path("think.toml").write_text("")
-    assert cli.find_config("think.toml") == Path("think.toml")
+    assert settings.find_config("think.toml") == Path("think.toml")
     with pytest.raises(
         ValueError, match=r"No config file thing; .* benchmark, code, curate, humaneval, .*think"
     ):
-        cli.find_config("thing")
+        settings.find_config("thing")
 
 
-@pytest.mark.parametrize("name", cli.shipped())
+@pytest.mark.parametrize("name", settings.shipped())
 def test_every_shipped_config_is_valid_and_short(name):
-    path = cli.CONFIGS / f"{name}.toml"
+    path = settings.CONFIGS / f"{name}.toml"
     assert load_config(path).name == name
     assert len(path.read_text().splitlines()) <= 50
 
@@ -122,8 +127,8 @@ def test_commands_hand_their_arguments_on(tmp_path, capsys):
 def test_sft_writes_a_checkpoint_that_evaluate_takes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny = ["model.scratch.layers=1", "model.scratch.width=16", "model.scratch.heads=2"]
-    settings = [*tiny, "sft.steps=2", "prompts.held_out=8", "model.device=cpu"]
-    assert cli.main(["sft", "name=warm", *settings]) == 0
+    small = [*tiny, "sft.steps=2", "prompts.held_out=8", "model.device=cpu"]
+    assert cli.main(["sft", "name=warm", *small]) == 0
     assert "checkpoint: runs/warm/checkpoint" in capsys.readouterr().out
     model = ["model.name=runs/warm/checkpoint", "prompts.held_out=8"]
     assert cli.main(["evaluate", *model, "--limit", "4", "seed=1"]) == 0

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_runs import TINY, make_folder
 
 import kimi_core
-from kimi_core import cli
+from kimi_core.cli import settings
 from kimi_core.reward.base import RewardError
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
@@ -31,7 +31,7 @@ def run(tmp_path, capsys, monkeypatch):
     def call(*overrides: str, **options: bool) -> tuple[int, str]:
         given = ["tiny.toml", *overrides]
         quiet = Console(file=StringIO())
-        status = cli.with_config(given, lambda config: train(config, console=quiet, **options))
+        status = settings.with_config(given, lambda config: train(config, console=quiet, **options))
         _, error, complaint = capsys.readouterr().err.partition("error: ")  # after progress bars
         return status, error + complaint
 
@@ -82,7 +82,7 @@ def test_a_stop_string_outside_of_the_alphabet_never_occurs(run):
 
 def test_no_config_and_no_toml(run):
     def load(name: str) -> tuple[int, str]:
-        return cli.with_config([name], lambda config: None)
+        return settings.with_config([name], lambda config: None)
 
     Path("broken.toml").write_text("iterations = = 3")
     assert load("nowhere.toml") == load("broken.toml") == 2
@@ -213,11 +213,11 @@ def test_what_is_not_the_users_fault_has_another_status(run, capsys, error):
 
     given = ["tiny.toml"]
     if isinstance(error, OSError):
-        assert cli.with_config(given, broken) == 1
+        assert settings.with_config(given, broken) == 1
         assert capsys.readouterr().err == "error: the disk is full\n"
     else:
         with pytest.raises(RuntimeError):
-            cli.with_config(given, broken)
+            settings.with_config(given, broken)
 
 
 def test_the_driver_itself(tmp_path):
@@ -241,7 +241,7 @@ def test_the_driver_itself(tmp_path):
 
 def test_a_dry_run_complains_as_a_run_does(run, capsys):
     given = ["tiny.toml", "prompts.source=riddles"]
-    assert cli.with_config(given, lambda config: print(describe(config))) == 2
+    assert settings.with_config(given, lambda config: print(describe(config))) == 2
     assert "prompts.source = 'riddles'" in capsys.readouterr().err
 
 

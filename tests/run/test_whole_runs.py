@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, make_folder
 
-from kimi_core import cli
+from kimi_core.cli import settings
 from kimi_core.metrics import read_metrics
 from kimi_core.prompts.many import ById
 from kimi_core.reward.base import InfrastructureError
@@ -299,11 +299,11 @@ class TestFunctionsThatNeverReturn:
             "    time.sleep(600 if text else 0)\n    return 0.0\n"
         )
         command = [sys.executable, "-m", "kimi_core.cli", "train", "tiny.toml", "sft.steps=2"]
-        settings = ["reward.function=reward.py:f", f"reward.workers={workers}"]
+        chosen = ["reward.function=reward.py:f", f"reward.workers={workers}"]
         # A shell without job control lets its background jobs ignore SIGINT, and children inherit.
         default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         with subprocess.Popen(
-            [*command, *settings], stderr=subprocess.PIPE, preexec_fn=default
+            [*command, *chosen], stderr=subprocess.PIPE, preexec_fn=default
         ) as process:
             try:
                 deadline = time.monotonic() + 120
@@ -320,7 +320,7 @@ class TestFunctionsThatNeverReturn:
 
 class TestOneLine:
     def status(self, config, capsys) -> tuple[int, str]:
-        status = cli.with_config(["tiny.toml", *config], lambda c: train(c, console=quiet()))
+        status = settings.with_config(["tiny.toml", *config], lambda c: train(c, console=quiet()))
         _, error, said = capsys.readouterr().err.partition("error: ")
         return status, error + said
 
@@ -355,7 +355,7 @@ class TestOneLine:
         def raises(config):
             raise error
 
-        assert cli.with_config(["tiny.toml"], raises) == 1
+        assert settings.with_config(["tiny.toml"], raises) == 1
         assert "tokens_per_micro_batch" in capsys.readouterr().err
 
 
