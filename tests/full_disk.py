@@ -12,13 +12,14 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import kills
 
-from kimi_core import cli
+from kimi_core.cli import settings
 from kimi_core.run import curves, run, state
 from kimi_core.run.report import JsonLines, Report, TensorBoard
 from kimi_core.run.trajectories import TrajectoryFiles
@@ -55,8 +56,17 @@ def make_room(runs: Path) -> None:
     (runs / "other").unlink(missing_ok=True)
 
 
-def remount(how: str) -> Callable[[Path], None]:
-    return lambda runs: subprocess.run(["mount", "-o", f"remount,{how}", runs], check=True) and None
+def read_only(runs: Path) -> None:
+    """Put a read-only view over the folder: a disk with open files cannot be mounted otherwise."""
+    view = runs.with_name("view")
+    view.mkdir(exist_ok=True)
+    for command in (["--bind", runs, view], ["-o", "remount,bind,ro", view], ["--bind", view, runs]):
+        subprocess.run(["mount", *command], check=True)
+
+
+def writable(runs: Path) -> None:
+    for path in (runs, runs.with_name("view")):
+        subprocess.run(["umount", path], check=False)
 
 
 def vanish(runs: Path) -> None:
@@ -71,7 +81,7 @@ def come_back(runs: Path) -> None:
 
 FAULTS = {
     "full": (fill, make_room, "the disk is full"),
-    "read-only": (remount("ro"), remount("rw"), "the disk is read-only"),
+    "read-only": (read_only, writable, "the disk is read-only"),
     "vanished": (vanish, come_back, "has vanished"),
 }
 """Kind → how it comes, how it goes, and what is said."""
@@ -86,6 +96,7 @@ def main(place: Path) -> int:
                 continue
             folder = place / f"{fault} {write}"
             outcomes[folder.name] = scenario(folder, fault, write, wanted)
+            print(folder.name, json.dumps(outcomes[folder.name]), file=sys.stderr, flush=True)
     print(json.dumps(outcomes))
     return 0
 
@@ -102,7 +113,7 @@ def scenario(folder: Path, fault: str, write: str, wanted: dict[str, Any]) -> di
         go(runs)
         status_after = in_fork(folder, lambda: None)
         found = kills.left(folder) if status_after == 0 else {}
-        differ = [key for key in wanted if found.get(key) != wanted[key]]
+        differ = [key for key in wanted if found.get(key) != wanted[key]][:3]
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         return {
             "status": status,
@@ -110,7 +121,7 @@ def scenario(folder: Path, fault: str, write: str, wanted: dict[str, Any]) -> di
             "traceback": "Traceback" in said,
             "after": status_after,
             "differ": differ,
-            "said after": "" if not differ else (folder / "said.txt").read_text()[-2000:],
+            "said after": (folder / "said.txt").read_text()[-2000:] if differ else "",
         }
     finally:
         subprocess.run(["umount", "-l", str(runs)], check=True)
@@ -131,7 +142,9 @@ def in_fork(folder: Path, prepare: Callable[[], None]) -> int:
         Path("reward.py").write_text(kills.REWARD)
         prepare()
         given = ["config.toml", *kills.KINDS["budget"]]
-        status = cli.with_config(given, lambda config: run.train(config, resume=True) and None)
+        status = settings.with_config(given, lambda config: run.train(config, resume=True) and None)
+    except BaseException:  # noqa: BLE001, a fork must not go on as the parent does.
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)

@@ -102,6 +102,7 @@ def build(config: Config) -> Parts:
         stop_strings=codec.stop_strings,
         workers=config.reward.workers,
         timeout_s=config.reward.timeout_s,
+        keep_responses=not state.is_exact(config),
     )
     return Parts(
         model, tokenizer, codec, train_prompts, reward, publisher, evaluator, loop, new_buffer

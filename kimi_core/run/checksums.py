@@ -1,9 +1,7 @@
-"""Checksums of files and of lines, so that damage on the disk is found and not trained on."""
+"""Checksums of files, so that damage on the disk is found and not trained on."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from kimi_core import _C
 
@@ -46,23 +44,3 @@ def checksum(path: Path, size: int | None = None) -> list[int]:
         while block := file.read(BLOCK if size is None else min(BLOCK, size - count)):
             crc, count = _C.crc32c(block, crc), count + len(block)
     return [crc, count]
-
-
-def sealed_line(record: Mapping[str, Any]) -> str:
-    """A line of JSON that holds its checksum; ``unsealed`` reads it."""
-    text = json.dumps(dict(record), separators=(",", ":"))
-    return f"{_C.crc32c(text.encode(), 0):08x} {text}\n"
-
-
-def unsealed(line: str) -> dict[str, Any] | None:
-    """The record of a line that ``sealed_line`` wrote; None: it is damaged or cut.
-
-    >>> unsealed(sealed_line({"a": 1}))
-    {'a': 1}
-    >>> unsealed(sealed_line({"a": 1}).replace("1", "3"))
-    """
-    crc, _, text = line.rstrip("\n").partition(" ")
-    if crc != f"{_C.crc32c(text.encode(errors='surrogateescape'), 0):08x}":
-        return None
-    record: dict[str, Any] = json.loads(text)
-    return record

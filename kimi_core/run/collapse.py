@@ -24,6 +24,9 @@ ENTROPY_SMALL = 0.05
 ENTROPY_LARGE = 0.5
 """Nats a token. A fall from below the one, or a rise to below the other, is ignored."""
 
+LEARNS = 0.02
+"""Rise of the accuracy with which an entropy may fall."""
+
 NORM_FACTOR = 10.0
 
 CHANCE = 4.0
@@ -84,7 +87,7 @@ def _entropy(before: Sequence[IterationMetrics], recent: Sequence[IterationMetri
     if not all(map(math.isfinite, (usual, *now))):
         return None
     # A policy that gets better also gets surer.
-    learns = _weighted(recent)[0] > _weighted(before)[0]
+    learns = _weighted(recent)[0] > _weighted(before)[0] + LEARNS
     falls = usual > ENTROPY_SMALL and max(now) < usual / ENTROPY_FACTOR and not learns
     rises = min(now) > max(ENTROPY_LARGE, usual * ENTROPY_FACTOR)
     return Sign("entropy", usual, now[-1]) if falls or rises else None

@@ -23,7 +23,7 @@ def disk_faults_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        said = "" if "--resume" in str(error) else _said(error, folder)
+        said = "" if "make room" in str(error) else _said(error, folder)
         if not said:
             raise
         raise OSError(

@@ -264,6 +264,7 @@ class RunFolder:
         partial = self.path / "checkpoint.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         with removed_if_unfinished(partial, "the checkpoint", self._newest().way_on):
+            partial.mkdir()  # ``save_pretrained`` would make a run's folder that has vanished.
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             sync_tree(partial)

@@ -14,8 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from kimi_core.config import Config
+from kimi_core.evaluation.progress import Progress
 from kimi_core.loop import Loop
-from kimi_core.metrics import EvaluationMetrics
+from kimi_core.metrics import EvaluationMetrics, to_record
 from kimi_core.run import identity, state
 from kimi_core.run.build import Parts, build
 from kimi_core.run.collapse import watch
@@ -26,6 +27,9 @@ from kimi_core.run.go_back import go_back
 from kimi_core.run.report import Report, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
+
+EVALUATION = "evaluation.jsonl"
+"""What an evaluation has so far."""
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the sampled half of an evaluation."""
@@ -127,7 +131,7 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
         _say_changes(folder, console)
         with Report(folder.path, total_iterations=0, console=console) as report:
             parts.loop.start()
-            evaluate(parts, config, report)
+            evaluate(parts, config, folder, report)
         checkpoint = folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
         folder.sft_states.remove()
         return checkpoint
@@ -152,7 +156,7 @@ def _reinforce(
     watch(report, folder, config)
     folder.states.prune()  # As the process that saved the last one may not have done.
     if not stop.is_set():
-        _catch_up(parts, config, report, files)
+        _catch_up(parts, config, folder, report, files)
         watch(report, folder, config)
     while not (stop.is_set() or _is_done(loop, config)):
         metrics = loop.iterate()
@@ -168,21 +172,24 @@ def _reinforce(
             state.save(loop, folder, sft_s)
         if last or (is_due and not stop.is_set()):  # A resumed run catches up on it.
             limit = None if last else config.evaluation.prompts
-            evaluate(parts, config, report, limit=limit)
+            evaluate(parts, config, folder, report, limit=limit)
             watch(report, folder, config)
 
 
-def _catch_up(parts: Parts, config: Config, report: Report, files: TrajectoryFiles) -> None:
+def _catch_up(
+    parts: Parts, config: Config, folder: RunFolder, report: Report, files: TrajectoryFiles
+) -> None:
     """The evaluation that is due before the first iteration, or was due when the run was killed."""
     done = parts.loop.iteration
-    if any(evaluation.iteration == done for evaluation in report.evaluations):
-        return
     last = done > 0 and _is_done(parts.loop, config)
-    if last or done % config.evaluation.every == 0:
-        limit = None if last or done == 0 else config.evaluation.prompts
-        if records := files.read(done):
-            files.write_samples(done, records)
-        evaluate(parts, config, report, limit=limit)
+    is_there = any(evaluation.iteration == done for evaluation in report.evaluations)
+    if is_there or not (last or done % config.evaluation.every == 0):
+        (folder.path / EVALUATION).unlink(missing_ok=True)
+        return
+    limit = None if last or done == 0 else config.evaluation.prompts
+    if records := files.read(done):
+        files.write_samples(done, records)
+    evaluate(parts, config, folder, report, limit=limit)
 
 
 def _is_done(loop: Loop, config: Config) -> bool:
@@ -190,8 +197,26 @@ def _is_done(loop: Loop, config: Config) -> bool:
     return enough or loop.iteration >= config.iterations
 
 
-def evaluate(parts: Parts, config: Config, report: Report, *, limit: int | None = None) -> None:
-    """Report the accuracy on the first ``limit`` held-out prompts; None: on all of them."""
+def evaluate(
+    parts: Parts, config: Config, folder: RunFolder, report: Report, *, limit: int | None = None
+) -> None:
+    """Report the accuracy on the first ``limit`` held-out prompts; None: on all of them.
+
+    What an earlier process has of this evaluation, with these weights, is kept.
+    """
     seed = config.seed + EVALUATION_SEED
     iteration = parts.loop.iteration
-    report.evaluation(parts.evaluator.evaluate(iteration=iteration, seed=seed, limit=limit))
+    trained = to_record(report.iterations[-1]) if report.iterations else {}
+    about = {
+        "iteration": iteration,
+        "seed": seed,
+        "limit": limit,
+        "data": folder.data,
+        "trained": {key: trained[key] for key in ("loss", "grad_norm") if key in trained},
+    }
+    with closing(Progress(folder.path / EVALUATION, about)) as progress:
+        found = parts.evaluator.evaluate(
+            iteration=iteration, seed=seed, limit=limit, progress=progress
+        )
+        report.evaluation(found)
+        progress.remove()

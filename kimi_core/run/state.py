@@ -37,9 +37,9 @@ import numpy as np
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
+from kimi_core.evaluation.progress import sealed_line, unsealed
 from kimi_core.loop import Loop
 from kimi_core.rollout.phase import Rollout
-from kimi_core.run.checksums import sealed_line, unsealed
 from kimi_core.run.files import write_atomically
 from kimi_core.run.folder import RunFolder
 
@@ -230,8 +230,8 @@ def _damage(buffer: RolloutBuffer) -> str:
 def _steps_of_whole_rollout(path: Path, iteration: int, tokens: int) -> int | None:
     """Decode steps of the rollout of ``iteration``; None: not all of its tokens are there."""
     try:
-        noted = unsealed(path.with_name(ROLLOUT).read_text())
-    except (OSError, UnicodeDecodeError):
+        noted = unsealed(path.with_name(ROLLOUT).read_bytes())
+    except FileNotFoundError:
         return None
     if noted is None or (noted["iteration"], noted["tokens"]) != (iteration, tokens):
         return None

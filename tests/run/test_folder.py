@@ -320,6 +320,7 @@ def test_settings_that_errors_advise_to_change_may_change(tmp_path: Path) -> Non
             "reward.workers": [1, 8],
             "reward.judge.url": ["", "x"],
         }
+        save(run, 2)
     with RunFolder.resume(tmp_path, other) as run:
         assert not run.changed
 
@@ -466,3 +467,36 @@ def test_a_checkpoint_swap_that_was_cut_is_undone(tmp_path: Path) -> None:
         run.checkpoint.rename(tmp_path / "checkpoint.old")
     with RunFolder.resume(tmp_path, Config()) as run:
         assert (run.checkpoint / "model").read_text() == "one"
+
+
+# ---- a folder in use
+
+
+def test_a_fork_of_a_dead_process_that_holds_the_lock_is_named(tmp_path: Path) -> None:
+    """A run was killed, and a process that it had forked lives on with its lock."""
+    script = """
+        import os, sys, time
+        from kimi_core.config import Config
+        from kimi_core.run.folder import RunFolder
+
+        run = RunFolder.create(sys.argv[1], Config())
+        child = os.fork()
+        if child:
+            print(os.getpid(), child, flush=True)
+            os._exit(0)
+        os.close(1)
+        time.sleep(600)
+    """
+    done = subprocess.run(
+        python(script, tmp_path), stdout=subprocess.PIPE, env=environment(), check=True
+    )
+    dead, child = map(int, done.stdout.split())
+    try:
+        with pytest.raises(ValueError, match=f"a fork of the dead process {dead}.* pid {child}"):
+            RunFolder.create(tmp_path, Config())
+    finally:
+        os.kill(child, 9)
+    with RunFolder.create(tmp_path, Config()) as living:
+        with pytest.raises(ValueError, match=f"by the process with pid {os.getpid()}"):
+            RunFolder.create(tmp_path, Config())
+        assert living.path == tmp_path

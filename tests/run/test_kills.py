@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from kimi_core.evaluation.progress import sealed_line
 from kimi_core.run import state
-from kimi_core.run.checksums import sealed_line
 
 KILLS = Path(__file__).parents[1] / "kills.py"
 
