@@ -60,7 +60,11 @@ def read_only(runs: Path) -> None:
     """Put a read-only view over the folder: a disk with open files cannot be mounted otherwise."""
     view = runs.with_name("view")
     view.mkdir(exist_ok=True)
-    for command in (["--bind", runs, view], ["-o", "remount,bind,ro", view], ["--bind", view, runs]):
+    for command in (
+        ["--bind", runs, view],
+        ["-o", "remount,bind,ro", view],
+        ["--bind", view, runs],
+    ):
         subprocess.run(["mount", *command], check=True)
 
 

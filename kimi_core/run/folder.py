@@ -18,7 +18,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -363,7 +363,9 @@ def _holder(lock: Path, pid: str) -> str:
 def _has_open(process: Path, path: Path) -> bool:
     if process.name == str(os.getpid()):
         return False  # We have opened it to ask.
-    try:
-        return any(handle.samefile(path) for handle in (process / "fd").iterdir())
-    except OSError:  # It has ended, or belongs to another user.
-        return False
+    with suppress(OSError):  # It has ended, or belongs to another user.
+        for handle in (process / "fd").iterdir():
+            with suppress(OSError):  # It was closed meanwhile.
+                if handle.samefile(path):
+                    return True
+    return False

@@ -18,8 +18,7 @@ namespace {
 // Trajectories of many segments, of pages that list pages, evicted ones, and an open one.
 std::string SoundFile(const std::string& path) {
   std::filesystem::remove(path);
-  BufferWriter::Create(path,
-                       {.capacity_tokens = 3000, .max_trajectories = 6, .page_tokens = 8});
+  BufferWriter::Create(path, {.capacity_tokens = 3000, .max_trajectories = 6, .page_tokens = 8});
   {
     BufferWriter writer(path);
     for (int64_t id = 0; id < 4; ++id) {
