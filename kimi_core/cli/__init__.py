@@ -4,13 +4,16 @@ Its exit status is 0 if all went well, 1 if a run had to stop, 2 for bad input, 
 143 for SIGTERM. Errors that a user can act on are printed in one line, without a traceback.
 """
 
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 
-from kimi_core.cli import data, runs
-from kimi_core.cli.settings import fail
+from kimi_core.cli import data, runs, start
+from kimi_core.cli.parser import fail
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "new": (start.new, "begin a task of yours: a folder with three files that run at once"),
+    "config": (start.config, "list every setting with its default"),
     "train": (runs.train, "train a model by reinforcement learning"),
     "sft": (runs.sft, "supervised fine-tuning alone"),
     "evaluate": (runs.evaluate, "accuracy of a model on held-out prompts or a benchmark"),
@@ -33,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     name, *rest = given
     if name not in COMMANDS:
-        return fail(f"kimi has no command {name!r}; it has {', '.join(COMMANDS)}", 2)
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        return fail(f"kimi has no command {name!r}{meant}; it has {', '.join(COMMANDS)}", 2)
     return COMMANDS[name][0](rest)
 
 

@@ -7,7 +7,8 @@ from contextlib import closing
 from pathlib import Path
 
 from kimi_core.cli.help import CHECK, CURATE, REWARD, WARMUP
-from kimi_core.cli.settings import CONFIGS, config_parser, fail, parser_of, with_config
+from kimi_core.cli.parser import fail
+from kimi_core.cli.settings import CONFIGS, config_parser, parser_of, with_config
 from kimi_core.config import Config
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from kimi_core.cli.help import EVALUATE, LONG2SHORT, REPLAY, SFT, TRAIN
-from kimi_core.cli.settings import config_parser, fail, may_accept_changes, parser_of, with_config
+from kimi_core.cli.parser import fail
+from kimi_core.cli.settings import config_parser, may_accept_changes, parser_of, with_config
 from kimi_core.config import Config
 from kimi_core.long2short import METHODS
 

@@ -1,10 +1,12 @@
 """From the arguments of a command to its ``Config``, and from an error to its exit status."""
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from kimi_core.cli.parser import Parser, fail
 from kimi_core.config import Config
 from kimi_core.run.config_file import load_config
 from kimi_core.run.out_of_memory import advice, is_out_of_memory
@@ -13,7 +15,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 """The configs that ship with the package."""
 
 
-def config_parser(name: str, description: str) -> argparse.ArgumentParser:
+def config_parser(name: str, description: str) -> Parser:
     """A parser of at most one config and any overrides, in any order."""
     parser = parser_of(name, description)
     parser.add_argument(
@@ -26,8 +28,8 @@ def config_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parser_of(name: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+def parser_of(name: str, description: str) -> Parser:
+    return Parser(
         prog=f"kimi {name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -93,16 +95,14 @@ def find_config(name: str) -> Path:
     stem = name.removesuffix(".toml")
     if stem in shipped():
         return CONFIGS / f"{stem}.toml"
+    near = difflib.get_close_matches(stem, shipped(), 1)
+    meant_one = f"; did you mean {near[0]}?" if near else ""
     raise ValueError(
-        f"No config file {name}; give the path of a TOML file, or one of {', '.join(shipped())}"
+        f"No config file {name}{meant_one}; give the path of a TOML file, or one of "
+        f"{', '.join(shipped())}"
     )
 
 
 def shipped() -> list[str]:
     """Names of the configs that ship with the package."""
     return sorted(path.stem for path in CONFIGS.glob("*.toml"))
-
-
-def fail(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return status

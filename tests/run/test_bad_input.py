@@ -51,7 +51,7 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
     ("override", "parts"),
     [
         ("rollout.budget=7", ["Unknown key rollout.budget = 7", "token_budget"]),
-        ("speed=9", ["Unknown key speed = 9", "iterations"]),
+        ("speed=9", ["Unknown key speed = 9", "did you mean seed=9"]),
         ("rollout.samples_per_prompt=1", ["rollout.samples_per_prompt = 1", "2"]),
         ("reward.length_weight=2", ["reward.length_weight = 2", "below 2"]),
         ("reward.length_weight=2.5", ["reward.length_weight = 2.5", "below 2"]),
@@ -113,7 +113,7 @@ def test_a_model_folder_without_weights(run, tmp_path):
         ("\n \n", ["p.jsonl is empty"]),
         ('{"prompt": "2*3=", "answer": "6"}\n{"prompt": "2*4=", ans', ["p.jsonl, line 2", "ans"]),
         ('{"prompt": "2*3=", "answer": "6"}\n\n{"prompt": "2*4="}', ['line 3: no "answer"']),
-        ('{"prompt": "2*3=", "answer": 6}', ['line 1: "answer" is 6', "non-empty string"]),
+        ('{"prompt": "2*3=", "answer": true}', ['line 1: "answer" is true', "non-empty string"]),
         ("[1, 2]", ["line 1: found '[1, 2]'"]),
     ],
 )
