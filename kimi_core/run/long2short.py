@@ -41,7 +41,8 @@ from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.load import load_prompts, split
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import discard, swap, sync_tree, write_atomically
-from kimi_core.run.folder import flatten, holds_state, take_lock
+from kimi_core.run.folder import flatten, holds_state
+from kimi_core.run.lock import take_lock
 from kimi_core.run.run import evaluate_alone, fine_tune_alone, train
 from kimi_core.run.stop import Stopped
 from kimi_core.trainer.dpo import Pair, train_dpo
