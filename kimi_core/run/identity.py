@@ -95,12 +95,14 @@ def _imports(path: Path) -> Iterator[str]:
     except (SyntaxError, ValueError):  # Whoever imports it says so.
         return
     for node in ast.walk(tree):
-        names = [one.name for one in node.names] if hasattr(node, "names") else []
         if isinstance(node, ast.Import):
-            yield from (name for name in names if not name.startswith("kimi_core"))
-        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("kimi_core"):
+            names = [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
-            yield from filter(None, (module, *(f"{module}.{name}".strip(".") for name in names)))
+            names = [module, *(f"{module}.{one.name}".strip(".") for one in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name and not name.startswith("kimi_core"))
 
 
 def _digest(content: bytes) -> str:

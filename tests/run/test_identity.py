@@ -17,7 +17,7 @@ def test_files_that_a_file_imports(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "more"))
     for name, text in {
         "reward.py": "import torch, helper\nfrom package import part\nimport kimi_core.types\n",
-        "helper.py": "def f():\n    from far import away  # Not at the top.\n",
+        "helper.py": "def f():\n    global a\n    from far import away  # Not at the top.\n",
         "package/__init__.py": "from . import inner\n",
         "package/part.py": "import reward  # A circle.\n",
         "package/inner.py": "",
