@@ -12,6 +12,7 @@ from kimi_core.evaluation.progress import Progress
 from kimi_core.metrics import EvaluationMetrics, mean_parts
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.judging import judge_all
+from kimi_core.reward.load import final
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import sampling_for
 from kimi_core.rollout.texts import complete
@@ -67,8 +68,8 @@ class Evaluator:
         """
         started = time.perf_counter()
         prompts = self.prompts[:limit]
-        greedy, _ = self._answer("greedy", prompts, seed, progress)
-        sampled, lengths = self._answer("sampled", prompts, seed, progress)
+        greedy, _, texts = self._answer("greedy", prompts, seed, progress)
+        sampled, lengths, _ = self._answer("sampled", prompts, seed, progress)
         return EvaluationMetrics(
             iteration=iteration,
             policy_version=self.engine.policy_version,
@@ -80,6 +81,9 @@ class Evaluator:
             wall_s=time.perf_counter() - started,
             infrastructure_errors=greedy.count(None) + sampled.count(None),
             reward_parts=mean_parts([one.parts for one in sampled if one is not None]),
+            greedy_by_domain=_by_domain(prompts, greedy),
+            sampled_by_domain=_by_domain(prompts, sampled),
+            same_answer=same_answer(prompts, texts),
         )
 
     def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
@@ -90,8 +94,8 @@ class Evaluator:
 
     def _answer(
         self, which: str, prompts: Sequence[Prompt], seed: int, progress: Progress | None
-    ) -> tuple[list[Score | None], list[int]]:
-        """Score (None: no verdict) and length of one response to each prompt."""
+    ) -> tuple[list[Score | None], list[int], list[str]]:
+        """Score (None: no verdict), length and text of one response to each prompt."""
         sampling = self._sampling(seed, greedy=which == "greedy")
         answers: dict[int, np.ndarray] = {}
         for start in range(0, len(prompts), self.rollout.batch_rows):
@@ -116,9 +120,8 @@ class Evaluator:
                 scores[at] = score
                 if progress and score is not None:
                     progress.judged((which, at), score)
-        return [scores[at] for at in range(len(prompts))], [
-            len(answers[at]) for at in range(len(prompts))
-        ]
+        order = range(len(prompts))
+        return [scores[at] for at in order], [len(answers[at]) for at in order], texts
 
     def _complete(
         self, which: str, block: range, sampling: Sampling, progress: Progress | None
@@ -149,6 +152,31 @@ class Evaluator:
             on_end=keep,
         )
         return found | {at: one.token_ids for at, one in zip(left, answers, strict=True)}
+
+
+def same_answer(prompts: Sequence[Prompt], responses: Sequence[str]) -> float:
+    """Share of the questions asked as text and as an image that got the same final answer.
+
+    The ``question`` tag of a prompt with images is the text of its other form. NaN: there is none.
+    """
+    given = zip(prompts, responses, strict=True)
+    as_text = {prompt.text: final(one) for prompt, one in given if not prompt.images}
+    given = zip(prompts, responses, strict=True)
+    pairs = [
+        (as_text[question], final(one))
+        for prompt, one in given
+        if prompt.images and (question := prompt.tags.get("question", "")) in as_text
+    ]
+    return float(np.mean([a == b for a, b in pairs])) if pairs else math.nan
+
+
+def _by_domain(prompts: Sequence[Prompt], scores: Sequence[Score | None]) -> dict[str, float]:
+    """Mean score of the prompts of each domain that have a verdict."""
+    found: dict[str, list[Score | None]] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        if score is not None and "domain" in prompt.tags:
+            found.setdefault(prompt.tags["domain"], []).append(score)
+    return {domain: _mean(some) for domain, some in sorted(found.items())}
 
 
 def _mean(scores: Sequence[Score | None]) -> float:

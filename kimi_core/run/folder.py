@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from kimi_core.config import Config, Section
 from kimi_core.models.load import no_progress_bars
+from kimi_core.models.vision import Images
 from kimi_core.run.checksums import checksum
 from kimi_core.run.config_file import dump_toml, load_config, parse_config
 from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
@@ -58,6 +59,8 @@ MAY_CHANGE_WITH_A_LINE = (
     "trainer.ranks_timeout_s",
     "trainer.logprob_gap_limit",
     "rollout.batch_rows",
+    "rollout.workers",
+    "rollout.worker_timeout_s",
     "rollout.vllm",
     "reward.workers",
     "reward.timeout_s",
@@ -239,11 +242,12 @@ class RunFolder:
             )
         self.changed |= other | changes(saved.record.get("environment", {}), self.environment)
 
-    def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
+    def save_checkpoint(self, model: Any, tokenizer: Any, images: Images | None = None) -> Path:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
 
         Args:
             model: has ``save_pretrained``, as has ``tokenizer``.
+            images: their processor is written, too.
 
         Raises:
             OSError: the disk is full; the previous checkpoint is as it was.
@@ -255,6 +259,8 @@ class RunFolder:
             partial.mkdir()  # ``save_pretrained`` would make a run's folder that has vanished.
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            if images is not None:
+                images.save(partial)
             sync_tree(partial)
             swap(partial, self.checkpoint)
         return self.checkpoint

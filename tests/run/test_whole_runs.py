@@ -24,7 +24,7 @@ from kimi_core.metrics import read_metrics
 from kimi_core.prompts.many import ById
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.judging import judge_all
-from kimi_core.reward.threads import call_all
+from kimi_core.reward.threads import Calls
 from kimi_core.run import report
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
@@ -285,16 +285,19 @@ class TestFunctionsThatNeverReturn:
         assert [one and one.value for one in found] == [1, None, 1]
 
     def test_the_message_names_what_did_not_return(self):
-        (found,) = call_all(time.sleep, [60], workers=1, timeout_s=0.3, what="the function f")
+        calls = Calls(1)
+        calls.add(time.sleep, 60, timeout_s=0.3, what="the function f")
+        (found,) = calls.results()
         assert isinstance(found, InfrastructureError)
         assert str(found) == "the function f did not return in 0.3 s"
 
-    def test_the_error_of_the_first_is_raised(self):
-        def fail(n):
-            raise KeyError(n)
-
-        with pytest.raises(KeyError, match="0"):
-            call_all(fail, range(4), workers=4, timeout_s=9, what="f")
+    def test_results_and_errors_stand_in_the_order_of_the_calls(self):
+        calls = Calls(4)
+        for n in range(4):
+            calls.add([10, 11].__getitem__, n, timeout_s=9, what="f")
+        ten, eleven, *errors = calls.results()
+        assert (ten, eleven) == (10, 11)
+        assert [type(error) for error in errors] == [IndexError, IndexError]
 
     @pytest.mark.parametrize("workers", [1, 4])
     def test_ctrl_c_ends_a_run_that_waits_for_one(self, given, workers):
