@@ -147,9 +147,18 @@ class TrajectoryFiles:
         write_atomically(self._trajectories / f"{iteration:06d}.jsonl", "".join(lines))
 
     def read(self, iteration: int) -> list[TrajectoryRecord]:
-        """The records of an iteration; empty where none were written."""
+        """The records of an iteration; empty where none were written.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         path = self._trajectories / f"{iteration:06d}.jsonl"
-        return list(read_trajectories(path)) if path.is_file() else []
+        try:
+            return list(read_trajectories(path)) if path.is_file() else []
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): remove it; --resume then goes on without its samples"
+            ) from None
 
     def write_samples(self, iteration: int, records: Sequence[TrajectoryRecord]) -> None:
         """Write the first records to ``samples/000010.txt`` for a person to read."""

@@ -58,7 +58,7 @@ def test_other_threads_handle_no_signal():
 
 def test_the_command_says_it_in_a_line(capsys):
     def stopped(config):
-        raise Stopped(signal.SIGTERM, "stopped at 4 of 6; --resume goes on")
+        raise Stopped(signal.SIGTERM, "stopped at 4 of 6")
 
     assert settings.with_config([], stopped) == 143
     assert capsys.readouterr().err == "stopped at 4 of 6; --resume goes on\n"

@@ -86,7 +86,10 @@ class TestEvaluations:
         run(given("iterations=1"))
         drop_lines("evaluation", 0)
         drop_lines("evaluation", 1)
-        run(given("iterations=2", "evaluation.every=1"), resume=True)
+        config = given("iterations=2", "evaluation.every=1")
+        with pytest.raises(ValueError, match=r"Changed since .*metrics\.jsonl.*--accept-changes"):
+            run(config, resume=True)  # State 1 was saved after the first evaluation was written.
+        run(config, resume=True, accept_changes=True)
         assert evaluations() == [(1, 2), (2, 4)]
 
 
@@ -226,8 +229,10 @@ class TestDamage:
         run(given("iterations=1"))
         path = FOLDER / "metrics.jsonl"
         path.write_text("{" + path.read_text()[5:])
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
+        with pytest.raises(ValueError, match=r"Changed since .*metrics\.jsonl"):
             run(given("iterations=2"), resume=True)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
+            run(given("iterations=2"), resume=True, accept_changes=True)
 
 
 def points(tag: str) -> list[tuple[int, float]]:
@@ -359,7 +364,7 @@ class TestOneLine:
             raise error
 
         assert settings.with_config(["tiny.toml"], raises) == 1
-        assert "tokens_per_micro_batch" in capsys.readouterr().err
+        assert "rollout.batch_rows=512 (now 1024)" in capsys.readouterr().err
 
 
 def quiet() -> Console:
