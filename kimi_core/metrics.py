@@ -257,7 +257,11 @@ def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         if not isinstance(record, dict) or record.get("kind") not in KINDS:
             raise ValueError(f"{path}, line {number}: its kind must be {' or '.join(KINDS)}")
-        required = {f.name for f in fields(KINDS[record["kind"]]) if f.default is MISSING}
+        required = {
+            f.name
+            for f in fields(KINDS[record["kind"]])
+            if f.default is MISSING and f.default_factory is MISSING
+        }
         if missing := sorted(required - record.keys()):
             raise ValueError(f"{path}, line {number} lacks {', '.join(missing)}")
         records.append((line, record))

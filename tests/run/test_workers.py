@@ -191,7 +191,7 @@ def test_workers_that_are_killed_change_nothing(run, killer, kills, length):
     print(f"{kills} kills, seen after {max(late):.2f} s at most")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_run_dies_its_workers_end_and_ranks_take_it_over(run):
     run("name=one", "iterations=6")
     command = [sys.executable, "-P", "-m", "kimi_core.cli", "train", "--resume", "tiny.toml"]
