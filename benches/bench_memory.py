@@ -110,11 +110,12 @@ def _model(shape: str):
 
     if shape == "long":
         from kimi_core.models.scratch import scratch_model
-        from kimi_core.run.build import alphabet
         from kimi_core.run.config_file import load_config
+        from kimi_core.tasks import retrieve
 
         given = load_config(Path(__file__).parent.parent / "configs" / "long.toml")
-        return scratch_model(given.model, alphabet(given), seed=0)[0]
+        alphabet = retrieve.alphabet(given.prompts.task.numbers)
+        return scratch_model(given.model, alphabet, seed=0)[0]
     config = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,

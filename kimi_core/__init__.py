@@ -35,7 +35,8 @@ except ImportError as error:
 _EXPORTS = {
     "Config": "kimi_core.config",
     "Prompt": "kimi_core.types",
-    "train": "kimi_core.run.run",
+    "Score": "kimi_core.types",
+    "train": "kimi_core.run.api",
 }
 
 

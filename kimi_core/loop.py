@@ -86,7 +86,7 @@ class Loop:
             EngineFailed: the engine could not be kept alive, or refused the new weights.
         """
         clock = _Clock()
-        version = self.engine.policy_version
+        version, restarts = self.engine.policy_version, self.engine.restarts
         self._evict_consumed()
         prompts = self.curriculum.draw(
             self.config.rollout.prompts_per_iteration,
@@ -95,7 +95,13 @@ class Loop:
         )
         self._begin(prompts)
         self.engine.wake()
-        rollout = roll_out(self.engine, self.buffer, self.config.rollout, self.sampling)
+        rollout = roll_out(
+            self.engine,
+            self.buffer,
+            self.config.rollout,
+            self.sampling,
+            on_end=lambda one: self.scorer.begin(self.prompts[one.prompt_id], one),
+        )
         rollout = replace(rollout, decode_steps=rollout.decode_steps + self.steps_before)
         self.steps_before = 0
         self.on_rollout(rollout)
@@ -108,7 +114,13 @@ class Loop:
         self.engine.serve(version + 1)
         self._count(groups, unjudged)
         self.latest = Outcome(groups, unjudged, _by_trajectory(groups, trained))
-        return self._report(version, rollout, trained, clock.seconds())
+        report = self._report(version, rollout, trained, clock.seconds())
+        by_worker = {str(number): n for number, n in rollout.tokens_by_worker.items()}
+        return replace(
+            report,
+            worker_restarts=self.engine.restarts - restarts,
+            worker_tokens=by_worker if self.config.rollout.workers > 1 else {},
+        )
 
     def state(self) -> dict[str, Any]:
         """What the next iteration starts from, as JSON, except tensors, curriculum and buffer."""
@@ -226,7 +238,7 @@ class Loop:
         version: int,
         rollout: Rollout,
         trained: TrainingMetrics | None,
-        seconds: dict[str, float],
+        seconds: dict[str, Any],
     ) -> IterationMetrics:
         groups = self.latest.groups
         nothing = float("nan")

@@ -15,6 +15,10 @@ TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s")
 """Numbers of a record that a clock measures; all others come again with the same bits."""
 
 
+PROCESSES = ("worker_restarts", "worker_tokens")
+"""Numbers of a record that tell what its processes went through."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class IterationMetrics:
     """One RL iteration: a rollout phase, then a training phase."""
@@ -77,6 +81,10 @@ class IterationMetrics:
     """Share of this iteration's tokens whose |Δ log-prob| exceeds the limit, in [0, 1]."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     """Mean over the trained responses of each part that the reward functions report."""
+    worker_restarts: int = 0
+    """Processes of the engine that were lost and started a second time."""
+    worker_tokens: dict[str, int] = field(default_factory=dict)
+    """Tokens that each of several rollout workers sampled, by its number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ A policy version is an int. Version 0 is the policy that RL starts from, and eac
 publishes the next one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +23,9 @@ PROMPT_VERSION = -1
 
 EndReason = Literal["stop", "length", "repeat"]
 """Why a response ended: with a stop token, at the total length limit, or by repeating itself."""
+
+END_REASONS: tuple[EndReason | None, ...] = (None, "stop", "length", "repeat")
+"""Every end reason by its number in columns; None: the response goes on."""
 
 Normalize = Literal["none", "length", "sqrt_length"]
 """What an objective divides a response's summed log-probs by: 1, its length, or its root."""
@@ -88,6 +91,71 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class SegmentColumns:
+    """n segments as columns: what passes between processes and what the buffer appends.
+
+    Segment ``i`` has the tokens ``cu_seqlens[i]:cu_seqlens[i + 1]``. A trajectory may have several
+    segments, in order.
+
+    >>> part = Segment(0, np.array([9, 7], np.int32), np.array([-0.1, -0.7], np.float32), 4, None)
+    >>> last = Segment(0, np.array([5], np.int32), np.array([-0.2], np.float32), 4, "stop")
+    >>> columns = SegmentColumns.of([part, last])
+    >>> columns.token_ids.tolist(), columns.cu_seqlens.tolist(), columns.end_reasons.tolist()
+    ([9, 7, 5], [0, 2, 3], [0, 1])
+    >>> [segment.end_reason for segment in columns]
+    [None, 'stop']
+    """
+
+    trajectory_ids: np.ndarray
+    """int64 ``[n]``."""
+    token_ids: np.ndarray
+    """int32 ``[t]``, all segments end to end."""
+    logprobs: np.ndarray
+    """float32 ``[t]``."""
+    cu_seqlens: np.ndarray
+    """int32 ``[n + 1]``."""
+    policy_versions: np.ndarray
+    """int32 ``[n]``."""
+    end_reasons: np.ndarray
+    """uint8 ``[n]``, numbers of ``END_REASONS``."""
+    worker: int = 0
+    """Which worker of the engine sampled them; 0 if it has only one."""
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> "SegmentColumns":
+        """The columns of at least one segment."""
+        return cls(
+            trajectory_ids=np.array([one.trajectory_id for one in segments], np.int64),
+            token_ids=np.concatenate([one.token_ids for one in segments]),
+            logprobs=np.concatenate([one.logprobs for one in segments]),
+            cu_seqlens=np.cumsum([0, *map(len, segments)], dtype=np.int32),
+            policy_versions=np.array([one.policy_version for one in segments], np.int32),
+            end_reasons=np.array([END_REASONS.index(one.end_reason) for one in segments], np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return len(self.trajectory_ids)
+
+    def __iter__(self) -> Iterator[Segment]:
+        return map(self.segment, range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.cu_seqlens)
+
+    def segment(self, index: int) -> Segment:
+        """One segment, whose arrays are views."""
+        tokens = slice(int(self.cu_seqlens[index]), int(self.cu_seqlens[index + 1]))
+        return Segment(
+            trajectory_id=int(self.trajectory_ids[index]),
+            token_ids=self.token_ids[tokens],
+            logprobs=self.logprobs[tokens],
+            policy_version=int(self.policy_versions[index]),
+            end_reason=END_REASONS[self.end_reasons[index]],
+        )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ class ScratchConfig(Section):
     rope_theta: float = Field(10_000.0, gt=1)
     """Base of the rotary position embedding. Long contexts need a large one: the report takes
     1,000,000 (its part on long-context activation)."""
+    vocabulary: int | None = Field(None, ge=258)
+    """Most tokens of a byte-level BPE, trained on prompts, answers and SFT data: prose takes fewer
+    tokens so. Unset: one token per character that they have, for tasks on letters and digits."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ScratchConfig":
@@ -44,7 +47,7 @@ class ScratchConfig(Section):
 class ModelConfig(Section):
     name: str = "scratch"
     """A folder in Hugging Face format, a hub id, `smollm2-135m`, or `scratch`: a small Llama with
-    random weights and one token per character, which `[sft]` teaches first."""
+    random weights, which `[sft]` teaches first. It knows the characters of the run's data."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of weights and arithmetic. `auto`: float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"
@@ -69,9 +72,18 @@ class TaskConfig(Section):
 class PromptsConfig(Section):
     source: str = "multiply"
     """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `retrieve` (numbers
-    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL
-    file whose lines hold `prompt` (or `messages`) and `answer`, or `file.py:function`, which
-    returns a list of `Prompt`."""
+    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL,
+    CSV, Parquet or Arrow file with `prompt` (or `messages`) and `answer`, a folder of `datasets`,
+    `hub:OWNER/NAME` or `hub:OWNER/NAME:SUBSET`, or `file.py:function`, which returns a list of
+    `Prompt`."""
+    fields: dict[str, str] = {}
+    """Columns with other names, as `{prompt = "question", answer = "solution"}`. What comes before
+    the last `####` of an answer is then left out. GSM8K's columns are known without this."""
+    template: str = ""
+    """A prompt with `{column}` where a column's text goes, such as `Question: {question}`. Empty:
+    the column `prompt` alone."""
+    split: str = "train"
+    """Part of a `datasets` folder, or of a data set from the hub, that is read."""
     held_out: int = Field(500, ge=1)
     """Prompts kept out of training for evaluation. Prompts with the same `problem` tag (the same
     operands, say) stay on one side."""
@@ -105,8 +117,12 @@ class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
     (right answers of four lengths); `retrieve` (worked answers to texts that grow, with guesses at
-    the end); `programs` (right programs and lookup tables); or a JSONL file whose lines hold
-    `prompt` and `response`, or `messages`."""
+    the end); `programs` (right programs and lookup tables); a file, folder or data set as for
+    `prompts.source` with `prompt` and `response`, or `messages`; or `file.py:function`, which gets
+    the training prompts and returns (prompt, response) pairs."""
+    fields: dict[str, str] = {}
+    """As `prompts.fields`, such as `{prompt = "question", response = "solution"}`. The prompt is
+    written by `prompts.template`."""
     examples: int | None = Field(None, ge=1)
     """Number of examples to use, drawn at random. Unset: all of a file, or one per training
     prompt; for `retrieve`, one for each place in each step's batch."""
@@ -161,7 +177,23 @@ class RolloutConfig(Section):
     """Tokens of a growing response between two segments. A segment survives a kill of the process.
     0: one segment, when the response has ended or spent its budget."""
     batch_rows: int = Field(1024, ge=1)
-    """Most trajectories decoded together. Bounds the memory of the key-value cache."""
+    """Most trajectories decoded together, by each worker. Bounds the memory of the key-value
+    cache."""
+    workers: int = Field(1, ge=1)
+    """Processes of this host that sample together, each with an engine of `torch` on the CPU and
+    the weights in shared memory. 1: the run's process samples, and no process is started."""
+    worker_timeout_s: float = Field(300.0, gt=0)
+    """Longest time without a decode step of a worker that has work, in seconds. The worker is
+    replaced after that, and others take its work over."""
+
+    @model_validator(mode="after")
+    def _workers_are_of_torch(self) -> "RolloutConfig":
+        if self.workers > 1 and self.engine != "torch":
+            raise ValueError(
+                f"rollout.workers = {self.workers} with rollout.engine = {self.engine!r}: workers "
+                "run the engine 'torch'; give 1, and rollout.vllm.args for more of vLLM's processes"
+            )
+        return self
 
 
 class SandboxConfig(Section):
@@ -242,7 +274,7 @@ class RewardConfig(Section):
     """Subtracted from the reward of a response that was stopped for repeating itself."""
     workers: int = Field(1, ge=1)
     """Responses judged at the same time. A function of yours runs in as many processes."""
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(600.0, gt=0)
     """Seconds that one call of a function may take. After that its response has no verdict."""
 
     @model_validator(mode="after")

@@ -186,7 +186,9 @@ class Codec:
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises a bare Exception for an unknown character.
-            raise ValueError(f"{what} ({text!r:.80}) cannot be tokenized: {error}") from error
+            raise ValueError(
+                f"{what} ({text!r:.80}) cannot be tokenized: {self._unknown(text) or error}"
+            ) from error
         if not ids:
             raise ValueError(f"{what} ({text!r:.80}) has no tokens; it needs at least one")
         return list(ids)
@@ -198,6 +200,18 @@ class Codec:
             return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         # transformers makes an object of each encoding, which takes longer than tokenizing.
         return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _unknown(self, text: str) -> str:
+        """What a tokenizer of characters does not know in ``text``; "" for another tokenizer."""
+        known = self._tokenizer.get_vocab()
+        is_of_characters = sum(len(token) == 1 for token in known) == len(known) - 2
+        unknown = sorted(set(text) - known.keys()) if is_of_characters else []
+        if not unknown:
+            return ""
+        return (
+            f"the model does not know {', '.join(map(repr, unknown[:10]))}; one from scratch knows "
+            "the characters of its run's prompts, answers and SFT examples"
+        )
 
     def _try(self, text: str) -> list[int]:
         """As ``_encode``; empty if the text cannot be tokenized."""

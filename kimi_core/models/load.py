@@ -4,6 +4,8 @@ Every function returns ``(model, tokenizer)`` as transformers makes them. The mo
 and on its device.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from kimi_core.config import ModelConfig
 from kimi_core.models.placement import device_of, dtype_of
@@ -76,9 +79,10 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"No model folder {source}; give one with config.json and *.safetensors")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=precision, output_loading_info=True
-        )
+        with no_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=precision, output_loading_info=True
+            )
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         if is_folder:
@@ -95,6 +99,18 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
             "save the whole model again"
         )
     return model.to(place).eval(), tokenizer
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars over what a run prints."""
+    were_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            transformers_logging.enable_progress_bar()
 
 
 def context_of(model: PreTrainedModel) -> int | None:

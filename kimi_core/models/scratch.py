@@ -1,10 +1,12 @@
-"""A small Llama with random weights, and a tokenizer with one token per character."""
+"""A small Llama with random weights, and tokenizers for it: of characters, or trained on a text."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,6 +22,13 @@ PAD, EOS = "<pad>", "<eos>"
 """The special tokens, ids 0 and 1."""
 
 
+CHAT = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""The chat template of a scratch model whose prompts are conversations."""
+
+
 def scratch_model(
     config: ModelConfig, alphabet: str, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -27,18 +36,28 @@ def scratch_model(
 
     Args:
         alphabet: every character that the model must know; order and repeats do not matter.
-        seed: seed of the weights, which are the same on every device. torch's own generator is
-            not touched.
+        seed: as for `scratch_llama`.
 
     Raises:
         ValueError: the alphabet is empty, or the device does not exist.
     """
-    if not alphabet:
-        raise ValueError(
-            "A scratch model needs an alphabet: the characters of all prompts and answers"
-        )
-    place = device_of(config.device)
     tokenizer = character_tokenizer(alphabet)
+    return scratch_llama(config, tokenizer, seed), tokenizer
+
+
+def scratch_llama(
+    config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """Make a small Llama with random weights and tied embeddings for a tokenizer.
+
+    Args:
+        seed: seed of the weights, which are the same on every device. torch's own generator is
+            not touched.
+
+    Raises:
+        ValueError: the device does not exist.
+    """
+    place = device_of(config.device)
     architecture = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.scratch.width,
@@ -55,7 +74,7 @@ def scratch_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = LlamaForCausalLM(architecture)
-    return model.to(device=place, dtype=dtype_of(config.dtype, place)).eval(), tokenizer
+    return model.to(device=place, dtype=dtype_of(config.dtype, place)).eval()
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
@@ -63,11 +82,65 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
     Decoding gives back the exact text. A character outside the alphabet raises, because there is no
     unknown token that could hide it.
+
+    Raises:
+        ValueError: the alphabet is empty, or has half of a surrogate pair.
     """
+    if not alphabet:
+        raise ValueError(
+            "A scratch model needs an alphabet: the characters of all prompts and answers"
+        )
+    if halves := sorted({one for one in alphabet if "\ud800" <= one <= "\udfff"}):
+        raise ValueError(
+            f"The text has {halves[0]!r}, half of a surrogate pair, which is no character: mend "
+            "the source of the text"
+        )
     tokens = [PAD, EOS, *sorted(set(alphabet))]
     core = Tokenizer(WordLevel({token: index for index, token in enumerate(tokens)}))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     core.decoder = decoders.Fuse()  # the default joins tokens with spaces
+    return tokenizer_of(core)
+
+
+def trained_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most ``size`` tokens, trained on ``texts``; it can write any text.
+
+    ``<pad>`` = 0 and ``<eos>`` = 1, then the 256 bytes, then the merges, the most frequent first.
+    A digit is always a token. The same texts give the same tokenizer.
+
+    Raises:
+        ValueError: a text has half of a surrogate pair.
+    """
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    try:
+        core.train_from_iterator(texts, trainer)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The text {error.object!r:.80} has half of a surrogate pair, which is no character: "
+            "mend the source of the text"
+        ) from error
+    return tokenizer_of(core)
+
+
+def tokenizer_of(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer of this module as transformers takes it.
+
+    A text that holds ``<eos>`` does not end there: it is tokenized as any other characters.
+    """
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
     )

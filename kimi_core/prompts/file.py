@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kimi_core.config import PromptsConfig
+from kimi_core.prompts.columns import Columns
 from kimi_core.prompts.jsonl import PROMPT_KEYS, Place, lines_in, plain_records, prompt_in
 from kimi_core.prompts.many import Facts, bytes_of, checksum, gather, joined
 from kimi_core.prompts.messages import chat_prompts
@@ -32,7 +33,9 @@ class PromptFile:
 
     def __init__(self, path: Path, config: PromptsConfig) -> None:
         self._path, self._config = path, config
-        self._is_plain = not (config.chat or config.system)
+        self._columns = Columns(config.fields, config.template)
+        self._as_it_is = not (config.chat or config.system or self._columns)
+        self._is_plain = self._as_it_is
         """Whether `plain_records` has read all of it."""
         starts, checksums = array("q"), array("I")
         facts = []
@@ -97,19 +100,19 @@ class PromptFile:
         )
 
     def _prompt(self, row: int, line: bytes, number: int) -> Prompt:
-        prompt = prompt_in(line, row, Place(self._path, number))
+        prompt = prompt_in(line, row, Place(self._path, number), self._columns)
         if not (self._config.chat or self._config.system):
             return prompt
         (prompt,) = chat_prompts([prompt], self._config)
         return prompt
 
     def _facts(self, first: int, block: Sequence[tuple[int, int, bytes]]) -> Facts:
-        as_text = not (self._config.chat or self._config.system)
-        records = plain_records([line for _, _, line in block]) if as_text else None
+        lines = [line for _, _, line in block]
+        records = plain_records(lines) if self._as_it_is else None
         if records is None:
             self._is_plain = False
-            lines = enumerate(block, first)
-            return gather(self._prompt(row, line, number) for row, (_, number, line) in lines)
+            rows = enumerate(block, first)
+            return gather(self._prompt(row, line, number) for row, (_, number, line) in rows)
         return _facts_of_records(first, records)
 
 

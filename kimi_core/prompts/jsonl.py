@@ -2,11 +2,12 @@
 
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kimi_core.prompts.code_datasets import MARKS, as_problem
+from kimi_core.prompts.columns import Columns
 from kimi_core.prompts.messages import check_messages, question
 from kimi_core.types import Message, Prompt
 
@@ -16,21 +17,24 @@ TextExample = tuple[str | Sequence[Message], str]
 PROMPT_KEYS = ("prompt", "answer")
 EXAMPLE_KEYS = ("prompt", "response")
 BOM = b"\xef\xbb\xbf"
+PLAIN = Columns()
 
 
 class Place(NamedTuple):
     """Where a line stands, for errors. It becomes text only if there is one."""
 
-    path: Path
+    path: str | Path
     number: int
     """Counted from 1."""
+    unit: str = "line"
 
     def __str__(self) -> str:
-        return f"{self.path}, line {self.number}"
+        return f"{self.path}, {self.unit} {self.number}"
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts from a JSONL file, numbered from 0: ``prompt`` and ``answer``, both strings.
+    """Prompts from a JSONL file, numbered from 0: ``prompt`` and ``answer``. A number
+    as the answer becomes text.
 
     ``messages`` may stand in place of ``prompt``: a list of objects with ``role`` and ``content``.
     ``difficulty`` is optional, and so is ``answer`` where there are ``tests``; other keys become
@@ -45,7 +49,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return [prompt_in(line, row, Place(path, number)) for row, (_, number, line) in lines]
 
 
-def load_examples(path: str | Path) -> list[TextExample]:
+def load_examples(path: str | Path, columns: Columns = PLAIN) -> list[TextExample]:
     """(prompt, response) pairs for SFT from a JSONL file; other keys are ignored.
 
     ``messages`` may stand in place of ``prompt``. If a line has no ``response``, the last of its
@@ -55,8 +59,19 @@ def load_examples(path: str | Path) -> list[TextExample]:
     """
     path = Path(path)
     lines = lines_in(path, EXAMPLE_KEYS)
-    records = (_record(line, EXAMPLE_KEYS, Place(path, number)) for _, number, line in lines)
-    return [(record["prompt"], record["response"]) for record in records]
+    return [
+        example_of(_object(line, EXAMPLE_KEYS, Place(path, number)), Place(path, number), columns)
+        for _, number, line in lines
+    ]
+
+
+def example_of(record: Mapping[str, Any], where: Place, columns: Columns = PLAIN) -> TextExample:
+    """The example that a record holds.
+
+    Raises: ValueError as `read_prompts`.
+    """
+    record = _checked(_in_our_words(columns.example, record, where), EXAMPLE_KEYS, where)
+    return record["prompt"], record["response"]
 
 
 def lines_in(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, int, bytes]]:
@@ -81,12 +96,23 @@ def lines_in(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, int, byte
         raise ValueError(f"{path} is empty; its lines should hold {' and '.join(keys)}")
 
 
-def prompt_in(line: bytes, id_: int, where: Place) -> Prompt:
+def prompt_in(line: bytes, id_: int, where: Place, columns: Columns = PLAIN) -> Prompt:
     """The prompt that a line holds.
 
     Raises: ValueError as `read_prompts`.
     """
-    record = _record(line, PROMPT_KEYS, where)
+    return prompt_of(_object(line, PROMPT_KEYS, where), id_, where, columns)
+
+
+def prompt_of(
+    record: Mapping[str, Any], id_: int, where: Place, columns: Columns = PLAIN
+) -> Prompt:
+    """The prompt that a record holds.
+
+    Raises: ValueError as `read_prompts`.
+    """
+    renamed = _in_our_words(columns.prompt, record, where)
+    record = _checked(_problem_in(renamed, where), PROMPT_KEYS, where)
     prompt, answer = record.pop("prompt"), record.pop("answer")
     difficulty = record.pop("difficulty", None)
     if difficulty is not None and not _is_fraction(difficulty):
@@ -94,7 +120,7 @@ def prompt_in(line: bytes, id_: int, where: Place) -> Prompt:
             f'{where}: "difficulty" is {json.dumps(difficulty)}; allowed are 0 to 1, or leave it '
             "out"
         )
-    tags = {k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()}
+    tags = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in record.items()}
     if isinstance(prompt, str):
         return Prompt(id_, prompt, answer, difficulty, tags)
     return Prompt(id_, question(prompt), answer, difficulty, tags, prompt)
@@ -133,14 +159,20 @@ NOT_PLAIN = MARKS | {"messages", "tests"}
 """Keys of lines that are not just a prompt, an answer and tags."""
 
 
-def _record(line: bytes, keys: tuple[str, ...], where: Place) -> dict[str, Any]:
-    """What a line holds, as an object in which each key has a non-empty string.
+def _in_our_words(
+    read: Callable[[Mapping[str, Any]], dict[str, Any]], record: Mapping[str, Any], where: Place
+) -> dict[str, Any]:
+    try:
+        return read(record)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; mend `fields` or `template`") from None
+
+
+def _checked(record: dict[str, Any], keys: tuple[str, ...], where: Place) -> dict[str, Any]:
+    """The record, in which each key has a non-empty string.
 
     With ``tests``, the answer may be missing or empty.
     """
-    record = _object(line, keys, where)
-    if "answer" in keys:
-        record = _problem_in(record, where)
     _take_messages(record, keys)
     for key in keys:
         value = record.get(key)
@@ -157,7 +189,8 @@ def _record(line: bytes, keys: tuple[str, ...], where: Place) -> dict[str, Any]:
             )
         else:
             raise ValueError(
-                f'{where}: "{key}" is {json.dumps(value)}; allowed is a non-empty string'
+                f'{where}: "{key}" is {json.dumps(value, default=str):.80}; allowed is a non-empty '
+                "string"
             )
     return record
 

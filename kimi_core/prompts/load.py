@@ -9,30 +9,40 @@ import numpy as np
 
 from kimi_core.config import PromptsConfig
 from kimi_core.plugins import load_function
+from kimi_core.prompts.columns import Columns
 from kimi_core.prompts.file import PromptFile
+from kimi_core.prompts.jsonl import Place, prompt_of
 from kimi_core.prompts.many import MANY, InMemory, ManyPrompts, facts_of
 from kimi_core.prompts.messages import chat_prompts, check_messages, question
+from kimi_core.prompts.tables import is_table, records_of
 from kimi_core.tasks import addition, humaneval, maximum, multiply, programs, retrieve
 from kimi_core.types import Prompt
 
 
-def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> Sequence[Prompt]:
+def load_prompts(
+    config: PromptsConfig,
+    *,
+    base_folder: str | Path = ".",
+    given: Sequence[Prompt] | None = None,
+) -> Sequence[Prompt]:
     """All prompts of ``config.source``, in a fixed order and with distinct ids.
 
     ``config.chat`` and ``config.system`` are applied. More than ``MANY`` prompts are `ManyPrompts`.
 
     Args:
         base_folder: the folder that a relative file name in ``config.source`` starts from.
+        given: these are taken in place of ``config.source``.
 
     Raises:
         ValueError: the source is unknown, a file is missing or malformed, or a function does not
             return a list of prompts with distinct ids.
     """
-    if config.source.endswith(".jsonl"):
+    if given is None and config.source.endswith(".jsonl"):
         file = PromptFile(Path(base_folder) / config.source, config)
         many = ManyPrompts(file, file.facts, np.arange(len(file)))
         return many if len(many) > MANY else list(many)
-    prompts = chat_prompts(_prompts_of(config, base_folder), config)
+    found = _prompts_of(config, base_folder) if given is None else _check_prompts(given, "prompts")
+    prompts = chat_prompts(found, config)
     if len(prompts) <= MANY:
         return prompts
     return ManyPrompts(InMemory(prompts), facts_of(prompts), np.arange(len(prompts)))
@@ -40,6 +50,15 @@ def load_prompts(config: PromptsConfig, *, base_folder: str | Path = ".") -> Seq
 
 def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
     source = config.source
+    if is_table(source, base_folder):
+        columns = Columns(config.fields, config.template)
+        rows = enumerate(records_of(source, split=config.split, base_folder=base_folder))
+        return [prompt_of(one, row, Place(source, row + 1, "row"), columns) for row, one in rows]
+    if config.fields or config.template:
+        raise ValueError(
+            f"prompts.fields and prompts.template are for files and data sets; prompts.source = "
+            f"{source!r} has no columns"
+        )
     if source == "multiply":
         return multiply.prompts()
     if source == "addition":
@@ -63,7 +82,8 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
         return _check_prompts(found, source)
     raise ValueError(
         f"prompts.source = {source!r}; allowed are multiply, addition, maximum, retrieve, "
-        "programs, humaneval, a file that ends in .jsonl, or file.py:function"
+        "programs, humaneval, a file that ends in .jsonl, .csv, .parquet or .arrow, a folder of "
+        "datasets, hub:OWNER/NAME, or file.py:function"
     )
 
 
@@ -120,18 +140,16 @@ def _by_problem(problems: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_prompts(found: object, source: str) -> list[Prompt]:
-    if not isinstance(found, list) or not found:
-        raise ValueError(f"{source} returned {found!r:.80}; expected a non-empty list of Prompt")
+    if not isinstance(found, list | tuple) or not found:
+        raise ValueError(f"{source}: found {found!r:.80}; expected a non-empty list of Prompt")
     ids: set[int] = set()
     prompts = []
     for index, prompt in enumerate(found):
         if not isinstance(prompt, Prompt):
-            raise ValueError(
-                f"{source} returned {prompt!r:.80} at index {index}; expected a Prompt"
-            )
+            raise ValueError(f"{source}: found {prompt!r:.80} at index {index}; expected a Prompt")
         if prompt.id in ids:
             raise ValueError(
-                f"{source} returned two prompts with id {prompt.id}; give each its own, as "
+                f"{source}: two prompts have the id {prompt.id}; give each its own, as "
                 "success rates are kept by id"
             )
         ids.add(prompt.id)

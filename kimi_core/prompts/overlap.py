@@ -9,6 +9,7 @@ from kimi_core.prompts.candidates import Filter
 from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.many import texts_of
 from kimi_core.prompts.messages import question
+from kimi_core.prompts.telling import COMMON, COMMON_SHARE, TellingAnswers
 from kimi_core.types import Prompt
 
 QUOTED_WORDS = 8
@@ -22,7 +23,8 @@ def overlaps(
     """A sentence for each kind of overlap, with its count; empty if there is none.
 
     Texts are compared in any case, with any white space, and without punctuation at the ends of
-    words (see ``normalized``).
+    words (see ``normalized``). Under other prompts only telling answers are looked for (see
+    ``telling``).
 
     Args:
         train: the prompts that RL trains on.
@@ -30,8 +32,11 @@ def overlaps(
         examples: the (prompt, response) pairs of SFT.
     """
     held: dict[str, set[str]] = defaultdict(set)
+    answers: dict[str, set[str]] = defaultdict(set)
     for one in held_out:
         held[normalized(one.text)].add(normalized(one.answer))
+        answers[normalized(one.text)].add(one.answer)
+    telling = TellingAnswers(answers)
     quotes = Quotes(held)
     trained: set[str] = set()
     quoting: set[str] = set()
@@ -44,9 +49,11 @@ def overlaps(
     twice = sum(normalized(prompt.text) in trained for prompt in held_out)
     asked = answered = 0
     for prompt_text, response in examples:
-        text = normalized(prompt_text if isinstance(prompt_text, str) else question(prompt_text))
-        response = normalized(response)
+        given = prompt_text if isinstance(prompt_text, str) else question(prompt_text)
+        text, raw = normalized(given), response
+        response = normalized(raw)
         found = {text} & held.keys() | quotes.inside(text) | quotes.inside(response)
+        telling.look(f"{given} / {raw}", found)
         asked += bool(found)
         answered += any(_has(response, answer) for one in found for answer in held[one])
     said = []
@@ -57,6 +64,23 @@ def overlaps(
     if asked:
         said.append(
             f"{asked} SFT examples have a held-out prompt, {answered} of them with its answer"
+        )
+    return said + _elsewhere(telling)
+
+
+def _elsewhere(telling: TellingAnswers) -> list[str]:
+    """Sentences on held-out answers in SFT examples of other prompts."""
+    examples, prompts, common = telling.found()
+    said = []
+    if examples:
+        said.append(
+            f"{len(examples)} SFT examples have the answer to a held-out prompt under another "
+            f"prompt, to {len(prompts)} held-out prompts"
+        )
+    if common:
+        said.append(
+            f"{common} held-out answers stand in more than {COMMON} SFT examples of other prompts, "
+            f"and in more than {COMMON_SHARE:.0%} of them; they are too common to be counted"
         )
     return said
 

@@ -3,7 +3,8 @@
 import asyncio
 import inspect
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from kimi_core.reward.base import (
@@ -46,7 +47,17 @@ def call_async(
     function: RewardFunction, responses: Sequence[Response], workers: int, timeout_s: float
 ) -> list[Verdict]:
     """Await all calls, ``workers`` at the same time, each for ``timeout_s``. Raises RewardError."""
-    return asyncio.run(_together(function, responses, workers, timeout_s))
+    return _run(_together(function, responses, workers, timeout_s))
+
+
+def _run(awaited: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns, also where this thread runs an event loop, as a notebook does."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # There is none.
+        return asyncio.run(awaited)
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(asyncio.run, awaited).result()
 
 
 async def _together(
@@ -80,7 +91,7 @@ def call_batch(function: RewardFunction, responses: Sequence[Response]) -> list[
     try:
         with named_errors(function, prompts[0], texts[0]):
             value: Any = function(prompts, texts)  # type: ignore[arg-type]
-            found = list(asyncio.run(_value_of(value)) if inspect.isawaitable(value) else value)
+            found = list(_run(_value_of(value)) if inspect.isawaitable(value) else value)
     except InfrastructureError as error:
         return [error] * len(responses)
     if len(found) != len(responses):

@@ -11,8 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from kimi_core.config import Config
+from kimi_core.reward.calls import Response
 from kimi_core.reward.combined import Reward
-from kimi_core.reward.judging import judge_all
+from kimi_core.reward.judging import Judging, scores
 from kimi_core.reward.length import length_rewards
 from kimi_core.types import Group, Prompt, Score, Trajectory
 
@@ -49,11 +50,23 @@ class GroupScorer:
         self._reward = reward
         self._response_text = response_text
         self._ended: dict[int, list[Ended]] = {}
+        self._judging, self._texts = self._new_judging()
+
+    def begin(self, prompt: Prompt, one: Trajectory) -> None:
+        """Have a response that ended judged while others are still sampled.
+
+        A function that is ``async`` or takes all responses at once is called in ``judge``. So are
+        all errors raised.
+        """
+        response = prompt, self._response_text(one.response_ids)
+        self._texts[one.trajectory_id] = response
+        self._judging.add(one.trajectory_id, response)
 
     def judge(self, finished: Sequence[tuple[Prompt, Trajectory]]) -> list[int]:
         """Judge the responses that ended; return the ids of those without a verdict.
 
-        A response that an earlier call judged is not judged again. An error leaves the scorer as it
+        A response that an earlier call judged is not judged again; on one that went through
+        ``begin``, the verdict is waited for. An error leaves the scorer as it
         was.
 
         Raises:
@@ -62,12 +75,17 @@ class GroupScorer:
         """
         seen = {one.trajectory_id for ended in self._ended.values() for one in ended}
         new = [(prompt, one) for prompt, one in finished if one.trajectory_id not in seen]
-        verdicts = judge_all(
-            self._reward,
-            [(prompt, self._response_text(one.response_ids)) for prompt, one in new],
-            workers=self._config.reward.workers,
+        for prompt, one in new:
+            if one.trajectory_id not in self._texts:
+                self.begin(prompt, one)
+        judging, texts = self._judging, self._texts
+        self._judging, self._texts = self._new_judging()
+        # In the order of ``finished`` and not of arrival: sums over a group then round alike.
+        keys = [one.trajectory_id for _, one in new]
+        verdicts = scores(
+            [texts[key] for key in keys],
+            judging.verdicts(keys),
             outage_from=self._config.rollout.samples_per_prompt,
-            timeout_s=self._config.reward.timeout_s,
         )
         unjudged = []
         for (_, one), score in zip(new, verdicts, strict=True):
@@ -149,6 +167,11 @@ class GroupScorer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
         self._ended = {int(key): [Ended(**one) for one in ended] for key, ended in state.items()}
+
+    def _new_judging(self) -> tuple[Judging, dict[int, Response]]:
+        """Verdicts that are asked for from now on, and the responses by trajectory id."""
+        settings = self._config.reward
+        return Judging(self._reward, settings.workers, settings.timeout_s), {}
 
     def _length_rewards(
         self, ended: Sequence[Ended], open_lengths: Sequence[int], iteration: int

@@ -3,82 +3,102 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TypeVar
+from typing import Any
 
 from kimi_core.reward.base import InfrastructureError
 
-Given = TypeVar("Given")
-Result = TypeVar("Result")
-
 log = logging.getLogger(__name__)
 
-SAY_AFTER_S = 60.0
+SAY_AFTER_S = 30.0
 """A call that takes longer is named once, so that a user knows what a run waits for."""
 
 LOOK_S = 0.2
 """Seconds between two looks at the clock. Ctrl-C is heard as often."""
 
 
-def call_all(
-    function: Callable[[Given], Result],
-    given: Sequence[Given],
-    *,
-    workers: int,
-    timeout_s: float,
-    what: str,
-) -> list[Result | InfrastructureError]:
-    """``function`` of each of ``given``, in order, in ``workers`` threads.
+class Calls:
+    """Calls in at most ``workers`` threads. Each begins when it is added, or when a thread is free.
 
-    A call that takes longer than ``timeout_s`` is given up: its entry is an InfrastructureError.
-    Python cannot end its thread, so another thread takes its place. All are daemons, so that they
-    cannot keep the process alive.
-
-    Args:
-        what: names the calls in messages.
-
-    Raises: whatever a call raises; if several do, that of the first of ``given``.
+    A call that takes longer than its time limit is given up in ``results``. Python cannot end its
+    thread, so another thread takes its place. All are daemons, so that they never keep the process
+    alive.
     """
-    done: SimpleQueue[tuple[int, Result | BaseException]] = SimpleQueue()
-    pending, lock = iter(range(len(given))), threading.Lock()
-    started: dict[int, float] = {}
 
-    def work() -> None:
-        while True:
-            with lock:
-                index = next(pending, None)
-            if index is None:
-                return
-            started[index] = time.monotonic()
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._jobs: list[_Job] = []
+        self._begun = self._threads = 0
+        self._lock = threading.Lock()
+        self._done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        self._found: dict[int, Any] = {}
+
+    def add(
+        self, function: Callable[[Any], Any], given: Any, *, timeout_s: float, what: str
+    ) -> int:
+        """Have ``function(given)`` called; return its place in ``results``.
+
+        Args:
+            what: names the function in messages.
+        """
+        with self._lock:
+            self._jobs.append(_Job(function, given, timeout_s, what))
+            wanted = self._threads < self._workers
+            self._threads += wanted
+        if wanted:
+            self._begin()
+        return len(self._jobs) - 1
+
+    def results(self) -> list[Any]:
+        """What each call returned or raised; waits for all that were added so far.
+
+        InfrastructureError stands for a call that was given up.
+        """
+        named: set[int] = set()
+        while len(self._found) < len(self._jobs):
             try:
-                done.put((index, function(given[index])))
-            except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
-                done.put((index, error))
+                number, result = self._done.get(timeout=LOOK_S)
+                self._found.setdefault(number, result)
+                continue
+            except Empty:
+                now = time.monotonic()
+            for number, job in enumerate(self._jobs[: self._begun]):
+                taken_s = now - job.started
+                if number not in self._found and taken_s > job.timeout_s:
+                    self._found[number] = InfrastructureError(
+                        f"{job.what} did not return in {job.timeout_s:g} s"
+                    )
+                    self._begin()
+                elif not (number in self._found or number in named) and taken_s > SAY_AFTER_S:
+                    named.add(number)
+                    log.warning("Waiting for %s, which has taken %.0f s", job.what, taken_s)
+        return [self._found[number] for number in range(len(self._jobs))]
 
-    def begin() -> None:
-        threading.Thread(target=work, daemon=True, name="reward").start()
+    def _begin(self) -> None:
+        threading.Thread(target=self._work, daemon=True, name="reward").start()
 
-    for _ in range(min(workers, len(given))):
-        begin()
-    results: dict[int, Result | BaseException] = {}
-    named: set[int] = set()
-    while len(results) < len(given):
-        try:
-            index, result = done.get(timeout=LOOK_S)
-            results.setdefault(index, result)
-            continue
-        except Empty:
-            now = time.monotonic()
-        for index, start in list(started.items()):
-            if index not in results and now - start > timeout_s:
-                results[index] = InfrastructureError(f"{what} did not return in {timeout_s:g} s")
-                begin()
-            elif index not in results and index not in named and now - start > SAY_AFTER_S:
-                named.add(index)
-                log.warning("Waiting for %s, which has taken %.0f s", what, now - start)
-    ordered = [results[index] for index in range(len(given))]
-    for result in ordered:
-        if isinstance(result, BaseException) and not isinstance(result, InfrastructureError):
-            raise result
-    return ordered  # type: ignore[return-value]
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                number = self._begun
+                if number == len(self._jobs):
+                    self._threads -= 1
+                    return
+                job = self._jobs[number]
+                job.started = time.monotonic()
+                self._begun += 1
+            try:
+                self._done.put((number, job.function(job.given)))
+            except BaseException as error:  # noqa: BLE001 - the caller of ``results`` gets it
+                self._done.put((number, error))
+
+
+@dataclass
+class _Job:
+    function: Callable[[Any], Any]
+    given: Any
+    timeout_s: float
+    what: str
+    started: float = 0.0

@@ -1,9 +1,9 @@
-"""What the loop asks of an inference engine. ``TorchEngine`` and ``VLLMEngine`` implement it."""
+"""What the loop asks of an engine. ``TorchEngine``, ``VLLMEngine`` and ``Fleet`` implement it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from kimi_core.types import Request, Sampling, Segment
+from kimi_core.types import Request, Sampling, Segment, SegmentColumns
 
 
 def check_request(request: Request, *, vocabulary: int, context: int | None) -> None:
@@ -36,6 +36,11 @@ def check_request(request: Request, *, vocabulary: int, context: int | None) -> 
             f"attends to {context} positions; lower rollout.max_response_tokens or "
             "rollout.token_budget, or drop the longest prompts"
         )
+
+
+def order(request: Request) -> tuple[int, bytes]:
+    """How requests are sorted: by length, and equal contexts are neighbours."""
+    return len(request.token_ids), request.token_ids.tobytes()
 
 
 def check_newer(version: int, present: int) -> None:
@@ -73,11 +78,19 @@ class Engine(Protocol):
         """Decode steps since the engine was made; a step adds at most one token to a trajectory."""
         ...
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
+    @property
+    def restarts(self) -> int:
+        """How often a process of the engine was started in place of one that was lost."""
+        ...
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> Iterator[list[Segment] | SegmentColumns]:
         """Extend every request by at most its budget; yield segments as they are complete.
 
-        Segments of one decode step come together. A request is answered by one segment, or by
-        several in order if ``sampling`` streams; all but its last have ``end_reason`` None.
+        Segments of one decode step, or of one message, come together. A request is answered by one
+        segment, or by several in order if ``sampling`` streams; all but its last have
+        ``end_reason`` None.
         """
         ...
 

@@ -1,11 +1,17 @@
 """From settings to an engine, with the publisher that takes a model's weights to it."""
 
+import os
+
+import torch
 from transformers import PreTrainedModel
 
 from kimi_core.config import RolloutConfig
 from kimi_core.rollout.engine import Engine
+from kimi_core.rollout.fleet import Fleet, linger_s
 from kimi_core.rollout.torch.arena_engine import ArenaEngine
 from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.rollout.torch.process import ProcessWorker, without_weights
+from kimi_core.rollout.torch.worker import Start
 from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher, module_to_read
 
@@ -15,18 +21,29 @@ def load_engine(
     rollout: RolloutConfig,
     longest: int | None,
     publisher: Publisher | None = None,
+    *,
+    exact: bool = True,
 ) -> tuple[Engine, Publisher]:
-    """The engine that ``rollout.engine`` names. It samples once a version was published.
+    """The engine that ``rollout`` describes. It samples once a version was published.
 
     Args:
         longest: tokens of the longest sequence that the engine will see; None: not known.
         publisher: takes weights to the engine; None: one for a trainer in this process.
+        exact: as for ``Fleet``.
+
+    Raises:
+        ValueError: the engine cannot run the model, or workers are asked for on a GPU.
     """
-    if publisher is None and rollout.engine == "torch":
+    if publisher is None and reads_trainer(rollout):
         publisher = InPlace()
     elif publisher is None:
         publisher = ArenaPublisher(model.config, model.dtype, tp_size=tensor_parallel(rollout))
-    return _engine(model, rollout, longest, publisher), publisher
+    return _engine(model, rollout, longest, publisher, exact), publisher
+
+
+def reads_trainer(rollout: RolloutConfig) -> bool:
+    """Whether the engine can read the parameters of a trainer that is one process."""
+    return rollout.engine == "torch" and rollout.workers == 1
 
 
 def tensor_parallel(rollout: RolloutConfig) -> int:
@@ -35,10 +52,17 @@ def tensor_parallel(rollout: RolloutConfig) -> int:
 
 
 def _engine(
-    model: PreTrainedModel, rollout: RolloutConfig, longest: int | None, publisher: Publisher
+    model: PreTrainedModel,
+    rollout: RolloutConfig,
+    longest: int | None,
+    publisher: Publisher,
+    exact: bool,
 ) -> Engine:
     if rollout.engine == "torch":
         read, rows = module_to_read(model), rollout.batch_rows
+        if rollout.workers > 1:
+            assert isinstance(publisher, ArenaPublisher)
+            return _fleet(read, rollout, longest, publisher, exact)
         if isinstance(publisher, ArenaPublisher):
             arenas = publisher.arenas
             return ArenaEngine(read, lambda: arenas[0], batch_rows=rows, longest=longest)
@@ -52,4 +76,44 @@ def _engine(
         batch_rows=rollout.batch_rows,
         options=rollout.vllm.args,
         timeout_s=rollout.vllm.timeout_s,
+    )
+
+
+def _fleet(
+    model: PreTrainedModel,
+    rollout: RolloutConfig,
+    longest: int | None,
+    publisher: ArenaPublisher,
+    exact: bool,
+) -> Fleet:
+    if model.device.type != "cpu":
+        raise ValueError(
+            f"rollout.workers = {rollout.workers} with a model on {model.device}: workers sample "
+            "on a CPU so far; set model.device to cpu, or rollout.workers to 1"
+        )
+    engine = TorchEngine(model, batch_rows=rollout.batch_rows, longest=longest)  # Checks the model.
+    skeleton = without_weights(model)
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, threads // rollout.workers)
+
+    def start() -> Start:
+        (arena,) = publisher.paths
+        return Start(
+            model=skeleton,
+            arena=arena,
+            batch_rows=rollout.batch_rows,
+            longest=longest,
+            threads=threads,
+            linger_s=linger_s(rollout.workers),
+        )
+
+    timeout_s = rollout.worker_timeout_s
+    workers = [ProcessWorker(i, start, timeout_s=timeout_s) for i in range(rollout.workers)]
+    return Fleet(
+        workers,
+        batch_rows=rollout.batch_rows,
+        vocabulary=engine.embedding.num_embeddings,
+        context=engine.max_positions,
+        exact=exact,
     )

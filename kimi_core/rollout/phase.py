@@ -5,7 +5,8 @@ comes from that read and from the segments as they pass. An iteration reads toke
 the trainer packs the responses that have ended.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -15,15 +16,19 @@ from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
 from kimi_core.config import RolloutConfig
 from kimi_core.rollout.engine import Engine
 from kimi_core.types import (
+    END_REASONS,
     PROMPT_VERSION,
     EndReason,
     Prompt,
     Request,
     Sampling,
-    Segment,
+    SegmentColumns,
     StopStrings,
     Trajectory,
 )
+
+Part = tuple[SegmentColumns, int]
+"""A segment: its columns, and its place in them."""
 
 SPARE_SEGMENTS = 100
 """Extra segments that fit into each trajectory: a crash cuts a response once more."""
@@ -47,6 +52,8 @@ class Rollout:
     """Decode steps of this process."""
     tokens_drawn: int
     """Those of them that this process has sampled, and not one before a resume."""
+    tokens_by_worker: dict[int, int]
+    """Worker of the engine → tokens that it sampled, of ``tokens_drawn``."""
 
     @property
     def unfinished(self) -> int:
@@ -82,43 +89,60 @@ def begin_group(
 
 
 def roll_out(
-    engine: Engine, buffer: RolloutBuffer, config: RolloutConfig, sampling: Sampling
+    engine: Engine,
+    buffer: RolloutBuffer,
+    config: RolloutConfig,
+    sampling: Sampling,
+    *,
+    on_end: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> Rollout:
     """Extend every unfinished trajectory in ``buffer``; segments are appended as they arrive.
 
     Tokens that the engine's present version sampled before a crash count towards a trajectory's
     budget and in the report.
+
+    Args:
+        on_end: called with each trajectory that ends, once its last token is in the buffer.
     """
     version, steps_before = engine.policy_version, engine.decode_steps
     before = [buffer.read(info.trajectory_id) for info in buffer.trajectories()]
     requests = [_request(one, config, version) for one in before if one.end_reason is None]
     requests = [request for request in requests if request.budget > 0]
-    added: dict[int, list[Segment]] = {}
+    begun = {one.trajectory_id: one for one in before}
+    added: defaultdict[int, list[Part]] = defaultdict(list)
+    grown: Counter[int] = Counter()
+    by_worker: Counter[int] = Counter()
+    ended: dict[int, Trajectory] = {}
     for segments in engine.generate(requests, sampling):
-        _append(buffer, segments)
-        for segment in segments:
-            added.setdefault(segment.trajectory_id, []).append(segment)
-    return _report(before, added, version, engine.decode_steps - steps_before)
+        columns = segments if isinstance(segments, SegmentColumns) else SegmentColumns.of(segments)
+        _append(buffer, columns)
+        by_worker[columns.worker] += len(columns.token_ids)
+        keys = columns.trajectory_ids.tolist()
+        for place, (key, tokens) in enumerate(zip(keys, columns.lengths.tolist(), strict=True)):
+            added[key].append((columns, place))
+            grown[key] += tokens
+        for place in np.flatnonzero(columns.end_reasons).tolist():
+            ended[keys[place]] = _extended(begun[keys[place]], added[keys[place]])
+            on_end(ended[keys[place]])
+    return _report(before, grown, ended, version, engine.decode_steps - steps_before, by_worker)
 
 
-def _append(buffer: RolloutBuffer, segments: Sequence[Segment]) -> None:
+def _append(buffer: RolloutBuffer, columns: SegmentColumns) -> None:
     """Store segments in one call; the end of a response is stored with its last token."""
-    token_ids = np.concatenate([segment.token_ids for segment in segments])
     buffer.append_many(
-        np.array([segment.trajectory_id for segment in segments]),
-        token_ids,
-        np.concatenate([segment.logprobs for segment in segments]),
-        np.ones(len(token_ids), np.uint8),
-        np.cumsum([0, *map(len, segments)], dtype=np.int32),
-        np.array([segment.policy_version for segment in segments], np.int32),
-        end_reasons=[segment.end_reason for segment in segments],
+        columns.trajectory_ids,
+        columns.token_ids,
+        columns.logprobs,
+        np.ones(len(columns.token_ids), np.uint8),
+        columns.cu_seqlens,
+        columns.policy_versions,
+        end_reasons=[END_REASONS[reason] for reason in columns.end_reasons.tolist()],
     )
 
 
-def _extended(one: Trajectory, segments: Sequence[Segment]) -> Trajectory:
-    """The trajectory as the buffer holds it after ``segments`` were appended."""
-    if not segments:
-        return one
+def _extended(one: Trajectory, parts: Sequence[Part]) -> Trajectory:
+    """The trajectory as the buffer holds it after its segments were appended."""
+    segments = [columns.segment(place) for columns, place in parts]
     new = sum(map(len, segments))
     versions = [np.full(len(part), part.policy_version, np.int32) for part in segments]
     return replace(
@@ -133,27 +157,27 @@ def _extended(one: Trajectory, segments: Sequence[Segment]) -> Trajectory:
 
 def _report(
     before: Sequence[Trajectory],
-    added: Mapping[int, Sequence[Segment]],
+    grown: Mapping[int, int],
+    ended: Mapping[int, Trajectory],
     version: int,
     decode_steps: int,
+    by_worker: Mapping[int, int],
 ) -> Rollout:
     """What came of the phase. A trajectory that goes on is only counted; no token is copied."""
     finished: list[Trajectory] = []
     open_lengths: dict[int, list[int]] = {}
     reasons: list[EndReason | None] = []
-    tokens = tokens_drawn = 0
+    tokens = 0
     for one in before:
-        segments = added.get(one.trajectory_id, ())
-        drawn = sum(map(len, segments))
-        sampled = int(np.count_nonzero(one.policy_versions == version))
-        sampled += sum(len(part) for part in segments if part.policy_version == version)
-        reason = segments[-1].end_reason if segments else one.end_reason
-        if reason is None:
+        drawn = grown.get(one.trajectory_id, 0)
+        sampled = int(np.count_nonzero(one.policy_versions == version)) + drawn
+        now = ended.get(one.trajectory_id, one)
+        if now.end_reason is None:
             open_lengths.setdefault(one.group_id, []).append(one.response_length + drawn)
         else:
-            finished.append(_extended(one, segments))
-        reasons += [reason] * (sampled > 0)
-        tokens, tokens_drawn = tokens + sampled, tokens_drawn + drawn
+            finished.append(now)
+        reasons += [now.end_reason] * (sampled > 0)
+        tokens += sampled
     return Rollout(
         finished=finished,
         open_lengths=open_lengths,
@@ -161,7 +185,8 @@ def _report(
         repeat_stops=reasons.count("repeat"),
         tokens=tokens,
         decode_steps=decode_steps,
-        tokens_drawn=tokens_drawn,
+        tokens_drawn=sum(by_worker.values()),
+        tokens_by_worker=dict(sorted(by_worker.items())),
     )
 
 

@@ -1,12 +1,11 @@
 """From a config to the parts of a run, loaded and wired. Nothing is trained or written here."""
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, RolloutConfig
@@ -15,20 +14,22 @@ from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, context_of, load_model
 from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
+from kimi_core.models.scratch import scratch_llama
 from kimi_core.prompts.curriculum import Curriculum
-from kimi_core.prompts.jsonl import TextExample, load_examples
-from kimi_core.prompts.load import load_prompts, split
+from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.many import ById
 from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.reward.load import close_reward, load_reward, try_reward
 from kimi_core.rollout.engine import Engine
-from kimi_core.rollout.load import load_engine, tensor_parallel
+from kimi_core.rollout.load import load_engine, reads_trainer, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.run import state
+from kimi_core.run.data import load_data, scratch_tokenizer
+from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.launch import start_ranks
-from kimi_core.tasks import multiply, programs, retrieve
+from kimi_core.trainer.objectives import load_objective
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
@@ -44,6 +45,9 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     codec: Codec
     train_prompts: Sequence[Prompt]
+    examples: list[TextExample]
+    """Those of SFT, which empties the list when it begins."""
+    given: Given
     reward: Reward
     publisher: Publisher
     evaluator: Evaluator
@@ -59,30 +63,35 @@ class Parts:
         self.loop.trainer.ranks.close()
 
 
-def build(config: Config) -> Parts:
-    """Load and wire everything.
+def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None = None) -> Parts:
+    """Load and wire everything. What can be refused without the model is refused before it loads.
+
+    Args:
+        given: what a Python program hands over in place of names in the config.
+        tokenizer_file: the tokenizer of a scratch model's run, if that is continued.
 
     Raises:
         ValueError: a setting or a file cannot work, or a prompt does not fit into the context.
     """
-    everything = load_prompts(config.prompts)
-    train_prompts, held_out = split(everything, config.prompts.held_out, config.prompts.split_seed)
-    reward = load_reward(config.reward)
-    try_reward(reward, held_out, train_prompts)
-    model, tokenizer = model_to_train(config)
+    data = load_data(config, given)
+    load_objective(config.trainer)
+    reward = given.reward or load_reward(config.reward)
+    try_reward(reward, data.held_out, data.train)
+    scratch = scratch_tokenizer(config, data, tokenizer_file)
+    model, tokenizer = model_to_train(config, scratch)
     codec = Codec(tokenizer, config.rollout.stop, model)
     response = config.rollout.max_response_tokens
-    encode = PromptTokens(codec, everything, context=context_of(model), response=response)
+    encode = PromptTokens(codec, data.prompts, context=context_of(model), response=response)
     encode.check()
-    encode.keep(held_out)
+    encode.keep(data.held_out)
     longest = encode.longest + response
-    trainer, engine, publisher = _trainer(model, config, longest)
+    trainer, engine, publisher = _trainer(model, config, longest, scratch)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
-        prompts=ById(train_prompts),
+        prompts=ById(data.train),
         encode=encode,
-        curriculum=Curriculum(train_prompts, config.curriculum),
+        curriculum=Curriculum(data.train, config.curriculum),
         engine=engine,
         sampling=sampling_for(
             config.rollout, codec.stop_token_ids, codec.stop_strings, seed=config.seed
@@ -93,7 +102,7 @@ def build(config: Config) -> Parts:
     )
     evaluator = Evaluator(
         engine=engine,
-        prompts=held_out,
+        prompts=data.held_out,
         encode=encode,
         response_text=codec.response_text,
         reward=reward,
@@ -104,7 +113,17 @@ def build(config: Config) -> Parts:
         timeout_s=config.reward.timeout_s,
     )
     return Parts(
-        model, tokenizer, codec, train_prompts, reward, publisher, evaluator, loop, new_buffer
+        model,
+        tokenizer,
+        codec,
+        data.train,
+        data.examples,
+        given,
+        reward,
+        publisher,
+        evaluator,
+        loop,
+        new_buffer,
     )
 
 
@@ -114,30 +133,40 @@ def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path
 
 
 def _trainer(
-    model: PreTrainedModel, config: Config, longest: int
+    model: PreTrainedModel, config: Config, longest: int, scratch: PreTrainedTokenizerFast | None
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
 
     The engine is made before the trainer shards the model, because it checks what it reads.
     """
     policy = policy_of(model, config, longest)
-    ranks = start_ranks(config, longest)
+    ranks = start_ranks(config, longest, scratch)
     try:
         publisher = publisher_of(model, config.rollout, ranks)
-        engine, _ = load_engine(model, config.rollout, longest, publisher)
+        exact = config.resume != "keep"
+        engine, _ = load_engine(model, config.rollout, longest, publisher, exact=exact)
         return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
     except BaseException:
         ranks.close()
         raise
 
 
-def model_to_train(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def model_to_train(
+    config: Config, scratch: PreTrainedTokenizerFast | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model as every rank of a trainer loads it, and its tokenizer.
+
+    Args:
+        scratch: the tokenizer of a model from scratch; None for any other model.
 
     Raises:
         ValueError: it cannot be loaded, its weights are not finite, or there are too few GPUs.
     """
-    model, tokenizer = load_model(config.model, alphabet=alphabet(config), seed=config.seed)
+    tokenizer: PreTrainedTokenizerBase
+    if scratch is not None:
+        model, tokenizer = scratch_llama(config.model, scratch, config.seed), scratch
+    else:
+        model, tokenizer = load_model(config.model)
     check_weights(model)
     check_gpus(model.device, config.trainer.ranks)
     limit_threads(model, config.trainer.ranks)
@@ -157,57 +186,7 @@ def policy_of(model: PreTrainedModel, config: Config, longest: int) -> Policy:
 
 def publisher_of(model: PreTrainedModel, rollout: RolloutConfig, ranks: Ranks) -> Publisher:
     """Takes the trainer's weights to the engine; ``model`` is not sharded yet."""
-    if rollout.engine == "torch" and ranks.size == 1:
+    if reads_trainer(rollout) and ranks.size == 1:
         return InPlace()
     size = tensor_parallel(rollout)
     return ArenaPublisher(model.config, model.dtype, tp_size=size, ranks=ranks)
-
-
-def sft_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[TextExample]:
-    """The examples that ``sft.data`` names, as text.
-
-    Raises:
-        ValueError: the data is unknown, missing or malformed.
-    """
-    pairs: list[TextExample]
-    if config.sft.data in ("multiply", "multiply_lengths"):
-        shares = multiply.MIXED if config.sft.data == "multiply" else multiply.LENGTHS
-        pairs = list(multiply.examples(train_prompts, shares, seed=config.seed))
-    elif config.sft.data == "retrieve":
-        pairs = list(_retrieve_examples(config))
-    elif config.sft.data == "programs":
-        pairs = list(programs.examples(train_prompts, programs.MIXED, seed=config.seed))
-    elif config.sft.data.endswith(".jsonl"):
-        pairs = load_examples(config.sft.data)
-    else:
-        raise ValueError(
-            f"sft.data = {config.sft.data!r}; allowed are none, multiply, multiply_lengths, "
-            "retrieve, programs, or a file that ends in .jsonl"
-        )
-    if config.sft.examples is not None:
-        count = min(config.sft.examples, len(pairs))
-        chosen = random.Random(config.seed).sample(range(len(pairs)), count)
-        pairs = [pairs[index] for index in (chosen if config.sft.shuffle else sorted(chosen))]
-    return pairs
-
-
-def _retrieve_examples(config: Config) -> list[tuple[str, str]]:
-    """One example for each step and place in the batch: no text comes twice."""
-    task, sft = config.prompts.task, config.sft
-    count = sft.examples or sft.steps * sft.batch_size
-    return retrieve.examples(count, task.numbers, task.length, retrieve.MIXED, seed=config.seed)
-
-
-def alphabet(config: Config) -> str:
-    """The characters that a model made from scratch must read and write."""
-    if config.prompts.source == "programs":
-        return programs.ALPHABET
-    if config.prompts.source == "retrieve":
-        return retrieve.alphabet(config.prompts.task.numbers)
-    if config.model.name == "scratch" and config.prompts.source != "multiply":
-        raise ValueError(
-            "model.name = 'scratch' knows the characters of prompts.source = 'multiply', "
-            f"'retrieve' and 'programs' only, not of {config.prompts.source!r}: name a pretrained "
-            "model in model.name"
-        )
-    return multiply.ALPHABET

@@ -3,15 +3,18 @@
 config = load_config("configs/think.toml", ["trainer.learning_rate=3e-4", "seed=1"])
 """
 
+import json
+import re
 import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from kimi_core.config import AblationConfig, Config, ScratchConfig, TaskConfig
+from kimi_core.config.names import meant, settings
 
 MOVED = {
     **{f"model.{key}": f"model.scratch.{key}" for key in ScratchConfig.model_fields},
@@ -104,25 +107,42 @@ def _can_be_unset(dotted: str) -> bool:
 
 
 def _explain(error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"])
-        if where in MOVED:
-            lines.append(f"{where} = {fault['input']!r}: this key is now {MOVED[where]}")
-        elif where in DROPPED:
-            lines.append(f"{where} = {fault['input']!r}: this key is gone; {DROPPED[where]}")
-        elif fault["type"] == "extra_forbidden":
-            known = ", ".join(_fields_of(fault["loc"][:-1]))
-            lines.append(f"Unknown key {where} = {fault['input']!r}; allowed here: {known}")
-        elif fault["type"] == "value_error":
-            lines.append(fault["msg"].removeprefix("Value error, "))
-        else:
-            lines.append(f"{where} = {fault['input']!r}: {fault['msg']}")
-    return "\n".join(lines)
+    return "\n".join(map(_said_of, error.errors()))
 
 
-def _fields_of(sections: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Config
-    for section in sections:
-        model = model.model_fields[str(section)].annotation  # type: ignore[assignment]
-    return list(model.model_fields)
+def _said_of(fault: Any) -> str:
+    where, value = ".".join(str(part) for part in fault["loc"]), fault["input"]
+    shown = f"{where} = {value!r}"
+    known = settings()
+    if where in MOVED:
+        return f"{shown}: this key is now {MOVED[where]}"
+    if where in DROPPED:
+        return f"{shown}: this key is gone; {DROPPED[where]}"
+    if fault["type"] == "extra_forbidden":
+        return f"Unknown key {shown}{_way_out(where, value)}"
+    if where in known and known[where].is_section:
+        return f"{shown}: {where} is a section{_way_out(where, value)}"
+    if where == "name" and fault["type"] == "string_pattern_mismatch":
+        allowed = re.sub(r"[^\w.-]+", "-", value).strip("-.") or "mine"
+        return f"{shown}: allowed are letters, digits and any of . _ -; write name={allowed}"
+    if fault["type"] == "value_error":
+        return str(fault["msg"]).removeprefix("Value error, ")
+    return f"{shown}: {fault['msg']}"
+
+
+def _way_out(where: str, value: Any) -> str:
+    """What to write in place of a key that does not exist."""
+    section = where if where in settings() else where.rpartition(".")[0]
+    listed = f"`{f'kimi config {section}'.strip()}`"
+    if likely := [] if isinstance(value, dict) else meant(where):
+        written = " or ".join(f"{key}={_literal(value)}" for key in likely)
+        return f"; did you mean {written}? {listed} lists what there is"
+    inside = [key for key in settings() if key.rpartition(".")[0] == section]
+    return f"; allowed here: {', '.join(key.rpartition('.')[2] for key in inside)} ({listed})"
+
+
+def _literal(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    return value if isinstance(value, str) else json.dumps(value, default=str)

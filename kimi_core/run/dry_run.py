@@ -24,14 +24,14 @@ from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_folder, context_of
 from kimi_core.models.placement import device_of, dtype_of, freeze_below
-from kimi_core.models.scratch import scratch_model
-from kimi_core.prompts.load import load_prompts
+from kimi_core.models.scratch import scratch_llama
 from kimi_core.prompts.tokens import PromptTokens
+from kimi_core.rollout.load import reads_trainer
 from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
-from kimi_core.run.build import alphabet
 from kimi_core.run.config_file import dump_toml
+from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
 from kimi_core.trainer.master_weights import SIXTEEN_BITS
 from kimi_core.types import Prompt
@@ -49,8 +49,8 @@ class Memory:
     optimizer_moments: int
     """AdamW: two float32 numbers per trained parameter."""
     arena: int
-    """Three versions of the weights in shared memory, for vLLM and for several ranks. On a CPU the
-    engine reads them there; on a GPU it has another copy."""
+    """Three versions of the weights in shared memory, for vLLM, several ranks and rollout workers.
+    On a CPU the engine reads them there; on a GPU it has another copy."""
     kv_cache: int
     """For vLLM the configured size; 0 if vLLM decides itself, on a GPU."""
     logits: int
@@ -71,13 +71,13 @@ def describe(config: Config) -> str:
     Raises:
         ValueError: the model or the prompts do not exist or do not fit the config.
     """
-    prompts = load_prompts(config.prompts)
-    found = _skeleton(config)
+    data = load_data(config)
+    found = _skeleton(config, data)
     if found is None:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
         return "\n".join([dump_toml(config), *remark, ""])
     model, tokenizer = found
-    memory = estimate(config, model, tokenizer, prompts)
+    memory = estimate(config, model, tokenizer, data.prompts)
     parts = asdict(memory)
     parts["total"] = sum(parts.values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -133,7 +133,8 @@ def estimate(
     longest = prompt_tokens.longest + response
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = device_of(config.model.device).type == "cpu"
-    arena = 3 * weights if config.rollout.engine == "vllm" or config.trainer.ranks > 1 else 0
+    shares = reads_trainer(config.rollout) and config.trainer.ranks == 1
+    arena = 0 if shares else 3 * weights
     if config.rollout.engine == "vllm":
         kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
     else:
@@ -153,11 +154,11 @@ def estimate(
 
 def _rows(config: Config) -> int:
     """Trajectories decoded together: all that can be open at the same time, up to
-    ``batch_rows``."""
+    ``batch_rows`` of each worker."""
     rollout = config.rollout
     open_iterations = -(-rollout.max_response_tokens // (rollout.token_budget or 1 << 62))
     open_at_once = rollout.prompts_per_iteration * rollout.samples_per_prompt * open_iterations
-    return min(rollout.batch_rows, open_at_once)
+    return min(rollout.workers * rollout.batch_rows, open_at_once)
 
 
 def _activations(config: Config, model: PreTrainedModel, longest: int) -> int:
@@ -195,12 +196,12 @@ def _kv_bytes(model: PreTrainedModel) -> int:
     return 2 * text.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
 
 
-def _skeleton(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
+def _skeleton(config: Config, data: Data) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
     """The model without weights, and its tokenizer; None if they would have to be fetched."""
     settings = config.model
     device = device_of(settings.device)
-    if settings.name == "scratch":
-        model, tokenizer = scratch_model(settings, alphabet(config), config.seed)
+    if scratch := scratch_tokenizer(config, data):
+        model, tokenizer = scratch_llama(settings, scratch, config.seed), scratch
     else:
         source = settings.name
         if source == smollm2.SMOLLM2:

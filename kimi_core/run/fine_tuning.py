@@ -5,11 +5,11 @@ from time import perf_counter
 from rich.console import Console
 
 from kimi_core.config import Config
-from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.messages import in_chat
 from kimi_core.prompts.overlap import overlaps
-from kimi_core.run.build import Parts, sft_examples
+from kimi_core.run.build import Parts
 from kimi_core.run.folder import RunFolder
+from kimi_core.run.report import clock
 from kimi_core.run.stop import Stop
 from kimi_core.trainer.fitting import Save
 from kimi_core.trainer.sft import SftPhase
@@ -38,13 +38,14 @@ def fine_tune(
         OSError: as ``States.save``.
     """
     started, steps = perf_counter(), config.sft.steps
-    pairs = say_overlaps(parts, config, console)
-    if not pairs:
+    say_overlaps(parts, console)
+    if not parts.examples:
         return perf_counter() - started
     examples = [
         parts.codec.encode_example(in_chat(prompt, config.prompts), response)
-        for prompt, response in pairs
+        for prompt, response in parts.examples
     ]
+    parts.examples.clear()  # As text they are not needed any more.
     fingerprint = parts.loop.trainer.fingerprint()
     resume = None
     if folder and folder.sft_states.latest():
@@ -54,9 +55,12 @@ def fine_tune(
         started -= saved.record["sft_s"]
         say(console, f"{saved.remark}\nsft goes on after step {saved.number}".strip())
 
+    begun, before = perf_counter(), resume[0] if resume else 0
+
     def report(step: int, loss: float) -> None:
         if step % max(1, steps // 10) == 0:
-            console.print(f"sft {step}/{steps}  loss {loss:.3f}", highlight=False)
+            left_s = (perf_counter() - begun) / (step - before) * (steps - step)
+            say(console, f"sft {step}/{steps}  loss {loss:.3f}  eta {clock(left_s)}")
 
     def after_step(step: int, save: Save) -> None:
         if folder is None or step == steps:
@@ -77,13 +81,10 @@ def fine_tune(
     return perf_counter() - started
 
 
-def say_overlaps(parts: Parts, config: Config, console: Console) -> list[TextExample]:
-    """Say where the data overlap; return the examples of SFT, none if it is off."""
-    is_on = config.sft.data != "none" and config.sft.steps > 0
-    pairs = sft_examples(config, parts.train_prompts) if is_on else []
-    for sentence in overlaps(parts.train_prompts, parts.evaluator.prompts, pairs):
+def say_overlaps(parts: Parts, console: Console) -> None:
+    """Say where the data overlap."""
+    for sentence in overlaps(parts.train_prompts, parts.evaluator.prompts, parts.examples):
         say(console, f"warning: {sentence}")
-    return pairs
 
 
 def say(console: Console, line: str) -> None:

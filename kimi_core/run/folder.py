@@ -5,6 +5,7 @@
     runs/think/
       lock            held by the process that runs; holds its pid
       config.toml     every setting of the run, resolved
+      tokenizer.json  the tokenizer of a model from scratch
       buffer.bin      the rollout buffer, to which tokens are added as they are sampled
       rollout.json    the last iteration whose tokens are all in the buffer
       sft/000200/     what step 201 of SFT starts from; removed when RL starts
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kimi_core.config import Config, Section
+from kimi_core.models.load import no_progress_bars
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
@@ -64,6 +66,8 @@ MAY_CHANGE_WITH_A_LINE = (
 )
 """Keys and sections that our own errors advise to change. A line of metrics.jsonl says so."""
 
+TOKENIZER = "tokenizer.json"
+
 TRACES = ("checkpoint", "summary.json", "metrics.jsonl")
 """Other files that a run leaves; a folder with any of them is not used for a new run."""
 
@@ -80,6 +84,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoint = self.path / "checkpoint"
         self.buffer = self.path / "buffer.bin"
+        self.tokenizer = self.path / TOKENIZER
         self.changed: dict[str, list[Any]] = {}
         """What differs from the saved state in a way that a line of metrics.jsonl tells."""
         self.data: dict[str, str] = {}
@@ -108,18 +113,7 @@ class RunFolder:
         """
         with ExitStack() as on_error:
             run = on_error.enter_context(cls(path))
-            for states in (run.states, run.sft_states):
-                if found := states.latest():
-                    raise ValueError(
-                        f"{run.path} holds a run that reached {states.of} {found[0]}: continue it "
-                        "with --resume, or give this one another name=..."
-                    )
-            traces = [name for name in TRACES if (run.path / name).exists()]
-            if traces:
-                raise ValueError(
-                    f"{run.path} holds {', '.join(traces)} of an earlier run, without a state to "
-                    "resume from: give this run another name=..., or remove that folder"
-                )
+            _refuse_taken(run.path)
             run._take(config)
             on_error.pop_all()
         return run
@@ -247,7 +241,8 @@ class RunFolder:
         """
         partial = self.path / "checkpoint.tmp"
         shutil.rmtree(partial, ignore_errors=True)
-        with removed_if_unfinished(partial, "the checkpoint", self._newest().way_on):
+        unfinished = removed_if_unfinished(partial, "the checkpoint", self._newest().way_on)
+        with unfinished, no_progress_bars():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             sync_tree(partial)
@@ -271,6 +266,37 @@ def holds_state(path: str | Path) -> bool:
     """Whether there is a run at ``path`` that ``RunFolder.resume`` could go on with."""
     with_states = RunFolder.states_in(Path(path))
     return any(states.latest() for states in with_states)
+
+
+def refuse_early(path: Path, config: Config, *, resume: bool) -> None:
+    """Refuse what ``create`` or ``resume`` will refuse, before a model is loaded for it.
+
+    Raises:
+        ValueError: a new run's folder is taken, or settings differ that may not.
+    """
+    if not resume:
+        _refuse_taken(path)
+        return
+    try:
+        saved = load_config(path / "config.toml")
+    except ValueError:  # It is missing or damaged; ``resume`` finds the settings elsewhere.
+        return
+    _changed(path, saved, config)
+
+
+def _refuse_taken(path: Path) -> None:
+    for states in RunFolder.states_in(path):
+        if found := states.latest():
+            raise ValueError(
+                f"{path} holds a run that reached {states.of} {found[0]}: continue it with "
+                "--resume, or give this one another name=..."
+            )
+    traces = [name for name in TRACES if (path / name).exists()]
+    if traces:
+        raise ValueError(
+            f"{path} holds {', '.join(traces)} of an earlier run, without a state to resume from: "
+            "give this run another name=..., or remove that folder"
+        )
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:

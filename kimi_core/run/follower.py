@@ -12,9 +12,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from tokenizers import Tokenizer
 
 from kimi_core.config import Config
 from kimi_core.models.placement import device_of
+from kimi_core.models.scratch import tokenizer_of
 from kimi_core.run.build import model_to_train, policy_of, publisher_of
 from kimi_core.trainer.ranks import Ranks, is_lost
 from kimi_core.trainer.sft import SftPhase
@@ -33,7 +35,9 @@ def follow(address: str, generation: str, rank: int) -> None:
     server = dist.TCPStore(host, int(port), timeout=timedelta(seconds=MEET_S))
     store = dist.PrefixStore(generation, server)
     config = _on_own_gpu(Config.model_validate_json(store.get("config")), rank)
-    model, _ = model_to_train(config)
+    tokenizer = store.get("tokenizer").decode()
+    scratch = tokenizer_of(Tokenizer.from_str(tokenizer)) if tokenizer else None
+    model, _ = model_to_train(config, scratch)
     policy = policy_of(model, config, int(store.get("longest")))
     settings = config.trainer
     ranks = Ranks.meet(store, rank, settings.ranks, timeout_s=settings.ranks_timeout_s)

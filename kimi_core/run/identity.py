@@ -10,16 +10,23 @@ import torch
 
 from kimi_core.config import Config
 from kimi_core.prompts.many import facts_of
+from kimi_core.prompts.tables import KINDS
 from kimi_core.run.build import Parts
+from kimi_core.run.files import write_atomically
 from kimi_core.run.folder import RunFolder
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 
 
 def write_down(folder: RunFolder, config: Config, parts: Parts) -> None:
-    """Have the states of ``folder`` hold all this, and compare it with that of a state."""
+    """Have the states of ``folder`` hold all this, to be compared with that of a state.
+
+    The tokenizer of a scratch model is written to the folder, for ``--resume`` and ``replay``.
+    """
     folder.data = data(config, parts)
     folder.environment = environment(parts.model.device)
+    if config.model.name == "scratch":
+        write_atomically(folder.tokenizer, parts.tokenizer.backend_tokenizer.to_str())
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -46,9 +53,12 @@ def data(config: Config, parts: Parts) -> dict[str, str]:
     functions = [config.reward.function, *(one.function for one in config.reward.functions)]
     for spec in (*functions, config.trainer.objective, config.sft.data):
         path = Path(spec.rpartition(":")[0] or spec)
-        if path.suffix in (".py", ".jsonl") and path.is_file():
+        if path.suffix in (".py", ".jsonl", *KINDS) and path.is_file():
             found[str(path)] = _digest(path.read_bytes())
-    return found
+    if config.model.name == "scratch":
+        text = parts.tokenizer.backend_tokenizer.to_str()
+        found["the tokenizer of the model"] = _digest(text.encode())
+    return found | parts.given.digests()
 
 
 def _digest(content: bytes) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
 
 from kimi_core.config import Config
 from kimi_core.trainer.ranks import Ranks
@@ -81,11 +82,14 @@ def local_store(timeout_s: float) -> dist.TCPStore:
     )
 
 
-def start_ranks(config: Config, longest: int) -> Ranks:
+def start_ranks(
+    config: Config, longest: int, scratch: PreTrainedTokenizerFast | None = None
+) -> Ranks:
     """The ranks of a run's trainer, of which this process is rank 0. Waits until all have come.
 
     Args:
         longest: as for ``Policy``.
+        scratch: the tokenizer of a model from scratch.
 
     Raises:
         RankFailed: a rank ended, or did not come in ``trainer.ranks_timeout_s``.
@@ -100,6 +104,7 @@ def start_ranks(config: Config, longest: int) -> Ranks:
     store = dist.PrefixStore(generation, server)
     store.set("config", config.model_dump_json())
     store.set("longest", str(longest))
+    store.set("tokenizer", scratch.backend_tokenizer.to_str() if scratch else "")
     followers = LocalFollowers(f"{HOST}:{server.port}", generation, range(1, settings.ranks))
     try:
         return Ranks.meet(

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
-from kimi_core.metrics import TIMES, IterationMetrics, read_lines, to_record
+from kimi_core.metrics import PROCESSES, TIMES, IterationMetrics, read_lines, to_record
 from kimi_core.run import identity, state
 from kimi_core.run.build import Parts, build
 from kimi_core.run.config_file import load_config
-from kimi_core.run.folder import RunFolder, changes
+from kimi_core.run.folder import TOKENIZER, RunFolder, changes
 from kimi_core.run.states import SavedState
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
 from kimi_core.trainer.trainer import PARAMETERS
@@ -49,7 +49,7 @@ def replay(run: Path, iteration: int) -> Iterator[tuple[bool, str]]:
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.toml").write_text((after or before).record["config"])
         config = load_config(Path(place) / "config.toml")
-        with closing(build(config)) as parts:
+        with closing(build(config, tokenizer_file=run / TOKENIZER)) as parts:
             metrics = _again(parts, before, Path(place))
             yield from _compare(run, config, parts, metrics, after, Path(place))
             there = identity.environment(parts.model.device)
@@ -86,7 +86,7 @@ def _compare(
     found = [one for one in lines if (one["kind"], one["iteration"]) == ("iteration", number)]
     mine = json.loads(json.dumps(to_record(metrics)))
     if found:
-        recorded = {k: v for k, v in found[0].items() if k not in (*TIMES, "kind")}
+        recorded = {k: v for k, v in found[0].items() if k not in (*TIMES, *PROCESSES, "kind")}
         yield _equal("metrics", recorded, {key: mine.get(key) for key in recorded})
     file = run / "trajectories" / f"{number:06d}.jsonl"
     if file.is_file():

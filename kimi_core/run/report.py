@@ -108,6 +108,11 @@ class Report:
         self.evaluations.append(plain(metrics))
         self._tell("evaluation", self.evaluations[-1])
 
+    def evaluation_s(self, prompts: int) -> float | None:
+        """Seconds that an evaluation takes, as the last one tells; None: there was none."""
+        timed = [one for one in self.evaluations if math.isfinite(one.wall_s) and one.n]
+        return prompts * timed[-1].wall_s / timed[-1].n if timed else None
+
     def close(self) -> None:
         """Write ``summary.json`` and ``curves.png``, print the table before → after; once."""
         if self._closed:
@@ -195,6 +200,8 @@ class ProgressLines:
         self.console = console
         self.total = total_iterations
         self._recent_wall_s: deque[float] = deque(maxlen=10)
+        self._iterations, self._evaluations_s = 0, 0.0
+        """Iterations of this process, and the time of evaluations between them."""
         self._progress = Progress(
             BarColumn(bar_width=10),
             TextColumn("{task.description}", table_column=Column(no_wrap=False), markup=False),
@@ -211,9 +218,13 @@ class ProgressLines:
     def take(self, kind: str, metrics: Metrics) -> None:
         if isinstance(metrics, EvaluationMetrics):
             self._print(evaluation_line(metrics))
+            if self._iterations and math.isfinite(metrics.wall_s):
+                self._evaluations_s += metrics.wall_s
             return
         self._recent_wall_s.append(metrics.wall_s)
+        self._iterations += 1
         mean_s = sum(self._recent_wall_s) / len(self._recent_wall_s)
+        mean_s += self._evaluations_s / self._iterations
         eta_s = mean_s * max(0, self.total - metrics.iteration)
         line = progress_line(metrics, self.total, eta_s)
         if self.console.is_terminal:
@@ -245,7 +256,7 @@ def progress_line(metrics: IterationMetrics, total: int, eta_s: float) -> str:
         f"iter {metrics.iteration}/{total}  reward {metrics.reward_mean:.2f}  "
         f"accuracy {metrics.accuracy_sampled:.2f}  length {metrics.length_mean:.1f}  "
         f"{metrics.tokens_per_s:.0f} tok/s  unfinished {unfinished:.0%}  "
-        f"mismatch {metrics.logprob_gap_mean:.1e}{_no_verdict(metrics)}  eta {_clock(eta_s)}"
+        f"mismatch {metrics.logprob_gap_mean:.1e}{_no_verdict(metrics)}  eta {clock(eta_s)}"
     )
 
 
@@ -254,7 +265,7 @@ def _no_verdict(metrics: Metrics) -> str:
     return f"  no verdict {count}" if count else ""
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Seconds as ``2:14`` or ``1:02:14``; ``?`` where not finite."""
     if not math.isfinite(seconds):
         return "?"
@@ -269,7 +280,7 @@ def _before_after(
     table = Table(
         "held out",
         *(Column(heading, justify="right") for heading in ("before", "after", "change")),
-        title=f"{summary['iterations']} iterations, {_clock(summary['wall_s'])}, "
+        title=f"{summary['iterations']} iterations, {clock(summary['wall_s'])}, "
         f"{summary['tokens_sampled']:,} tokens sampled",
     )
     for name, before, after, form in (

@@ -19,13 +19,18 @@ from kimi_core.metrics import EvaluationMetrics
 from kimi_core.run import identity, state
 from kimi_core.run.build import Parts, build
 from kimi_core.run.fine_tuning import fine_tune, say, say_overlaps
-from kimi_core.run.folder import RunFolder, holds_state
-from kimi_core.run.report import Report, cut_off_s
+from kimi_core.run.folder import TOKENIZER, RunFolder, holds_state, refuse_early
+from kimi_core.run.given import NOTHING, Given
+from kimi_core.run.header import header, next_steps
+from kimi_core.run.report import Report, clock, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the sampled half of an evaluation."""
+
+SAY_FROM_S = 10.0
+"""An evaluation is announced if it takes longer, or if nothing is known of its time."""
 
 
 def train(
@@ -34,10 +39,12 @@ def train(
     resume: bool = False,
     accept_changes: bool = False,
     console: Console | None = None,
+    given: Given = NOTHING,
 ) -> Path:
     """Carry out the run that ``config`` describes and return its folder.
 
     Args:
+        given: what a Python program hands over in place of names in the config.
         resume: continue the run in that folder, or start it if there is none yet.
         accept_changes: continue it also if prompts or files that it reads have changed.
 
@@ -49,18 +56,21 @@ def train(
         Stopped: Ctrl-C or SIGTERM ended the run; its state was saved.
     """
     console = console or Console()
-    parts = build(config)
+    resume = _goes_on(config, resume, console)
     with (
-        _open(config, resume, accept=accept_changes, console=console) as folder,
-        closing(parts),
+        closing(_built(config, resume, given)) as parts,
+        _open(config, resume, accept=accept_changes) as folder,
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
+        for line in header(config, parts, folder.path):
+            say(console, line)
         cut_off = cut_off_s(folder.path)  # Before the buffer changes.
         if folder.states.latest():
             sft_s, remark = state.restore(parts.loop, folder)
             say(console, remark)
-            say_overlaps(parts, config, console)
+            say_overlaps(parts, console)
+            parts.examples.clear()
         else:
             parts.loop.buffer = state.start(folder.buffer, parts.new_buffer)
             sft_s = fine_tune(parts, config, console, folder, stop)
@@ -81,15 +91,32 @@ def train(
         folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
         if not _is_done(parts.loop, config):
             stop.leave(f"{parts.loop.iteration} of {config.iterations}")
+    for line in next_steps(config, folder.path):
+        say(console, line)
     return folder.path
 
 
-def _open(config: Config, resume: bool, *, accept: bool, console: Console) -> RunFolder:
-    """The folder of the run, which ``resume`` continues if there is one."""
+def _goes_on(config: Config, resume: bool, console: Console) -> bool:
+    """Whether the run continues one: ``resume`` starts it where there is none.
+
+    Raises:
+        ValueError: the folder is taken, or settings differ that may not.
+    """
     path = Path(config.runs) / config.name
     if resume and not holds_state(path):
         say(console, f"no run to resume in {path}: starting it")
         resume = False
+    refuse_early(path, config, resume=resume)
+    return resume
+
+
+def _built(config: Config, resume: bool, given: Given = NOTHING) -> Parts:
+    saved = Path(config.runs) / config.name / TOKENIZER
+    return build(config, given, tokenizer_file=saved if resume else None)
+
+
+def _open(config: Config, resume: bool, *, accept: bool) -> RunFolder:
+    path = Path(config.runs) / config.name
     folder = RunFolder.resume(path, config) if resume else RunFolder.create(path, config)
     folder.accept_changes = accept
     return folder
@@ -108,9 +135,10 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
     Args and raises: as ``train``.
     """
     console = Console()
+    resume = _goes_on(config, resume, console)
     with (
-        closing(build(config)) as parts,
-        _open(config, resume, accept=accept_changes, console=console) as folder,
+        closing(_built(config, resume)) as parts,
+        _open(config, resume, accept=accept_changes) as folder,
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
@@ -126,8 +154,9 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
 
 def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMetrics:
     """Evaluate the model of ``config`` on its first ``limit`` held-out prompts; None: on all."""
-    alone = config.trainer.model_copy(update={"ranks": 1})  # Nothing is trained.
-    config = config.model_copy(update={"trainer": alone})
+    trainer = config.trainer.model_copy(update={"ranks": 1})  # Nothing is trained.
+    sft = config.sft.model_copy(update={"steps": 0})
+    config = config.model_copy(update={"trainer": trainer, "sft": sft})
     with closing(build(config)) as parts:
         parts.loop.start()
         seed = config.seed + EVALUATION_SEED
@@ -180,4 +209,9 @@ def evaluate(parts: Parts, config: Config, report: Report, *, limit: int | None 
     """Report the accuracy on the first ``limit`` held-out prompts; None: on all of them."""
     seed = config.seed + EVALUATION_SEED
     iteration = parts.loop.iteration
+    count = len(parts.evaluator.prompts[:limit])
+    expected_s = report.evaluation_s(count)
+    if expected_s is None or expected_s >= SAY_FROM_S:
+        about = "" if expected_s is None else f", about {clock(expected_s)}"
+        say(report.console, f"evaluating {count} prompts{about}")
     report.evaluation(parts.evaluator.evaluate(iteration=iteration, seed=seed, limit=limit))

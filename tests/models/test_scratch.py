@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from kimi_core.config import ModelConfig
 from kimi_core.models.load import load_model
-from kimi_core.models.scratch import character_tokenizer, scratch_model
+from kimi_core.models.scratch import character_tokenizer, scratch_model, trained_tokenizer
 
 ALPHABET = string.digits + "+-*=#;? \n\té漢"
 SMALL = ModelConfig(scratch={"layers": 3, "width": 16, "heads": 2, "context": 32}, device="cpu")
@@ -36,6 +37,44 @@ class TestCharacterTokenizer:
     def test_unknown_character_raises(self):
         with pytest.raises(Exception, match="UNK"):
             character_tokenizer("ab")("abc")
+
+    def test_special_tokens_in_a_text_are_plain_characters(self, tmp_path):
+        tokenizer = character_tokenizer("<eos>pad")
+        tokenizer.save_pretrained(tmp_path)
+        for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+            ids = one.encode("<eos><pad>")
+            assert len(ids) == 10 and not {0, 1} & set(ids)
+            assert one.decode(ids) == "<eos><pad>"
+
+    def test_half_of_a_surrogate_pair_is_refused(self):
+        with pytest.raises(ValueError, match=r"has '\\ud800', half of a surrogate pair"):
+            character_tokenizer("ab\ud800")
+
+
+class TestTrainedTokenizer:
+    PROSE = ("The cat sat on the mat. " * 20, "There were 12 cats and 345 mats.")
+
+    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=50))
+    def test_any_text_goes_there_and_back(self, text):
+        tokenizer = trained_tokenizer(self.PROSE, 300)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    def test_prose_takes_fewer_tokens_and_digits_stay_apart(self):
+        tokenizer = trained_tokenizer(self.PROSE, 300)
+        assert 258 < len(tokenizer) <= 300
+        assert len(tokenizer.encode("The cat sat on the mat. ")) <= 8
+        assert len(tokenizer.encode("345")) == 3
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+
+    def test_the_same_texts_give_the_same_tokenizer(self):
+        def text():
+            return trained_tokenizer(iter(self.PROSE), 300).backend_tokenizer.to_str()
+
+        assert text() == text()
+
+    def test_half_of_a_surrogate_pair_is_refused(self):
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            trained_tokenizer(["ab\ud800"], 300)
 
 
 class TestScratch:

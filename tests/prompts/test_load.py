@@ -61,9 +61,9 @@ class TestDispatch:
         ("body", "message"),
         [
             ("[]", "expected a non-empty list of Prompt"),
-            ("None", "returned None; expected a non-empty list"),
-            ("[('a', 'b')]", r"returned \('a', 'b'\) at index 0; expected a Prompt"),
-            ("[Prompt(1, 'a', 'b'), Prompt(1, 'c', 'd')]", "two prompts with id 1"),
+            ("None", "found None; expected a non-empty list"),
+            ("[('a', 'b')]", r"found \('a', 'b'\) at index 0; expected a Prompt"),
+            ("[Prompt(1, 'a', 'b'), Prompt(1, 'c', 'd')]", "two prompts have the id 1"),
         ],
     )
     def test_what_a_function_must_return(self, tmp_path, body, message):
@@ -252,7 +252,10 @@ class TestJsonl:
             ("[1]", r"line 2: found '\[1\]'; expected an object"),
             ({"prompt": "p"}, r'line 2: no "answer" among its keys \(prompt\)'),
             ({}, r'line 2: no "prompt" among its keys \(none\)'),
-            ({"prompt": "p", "answer": 4}, r'line 2: "answer" is 4; allowed is a non-empty string'),
+            (
+                {"prompt": "p", "answer": []},
+                r'line 2: "answer" is \[\]; allowed is a non-empty string',
+            ),
             ({"prompt": "", "answer": "4"}, r'line 2: "prompt" is ""'),
             ({"prompt": "p", "answer": "a", "difficulty": 1.5}, r'"difficulty" is 1\.5; allowed'),
             ({"prompt": "p", "answer": "a", "difficulty": True}, r'"difficulty" is true; allowed'),

@@ -3,10 +3,14 @@
 import json
 from io import StringIO
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from kimi_core.prompts.load import split
 from kimi_core.prompts.overlap import overlaps
+from kimi_core.prompts.telling import TellingAnswers, words_of
 from kimi_core.run.config_file import load_config
 from kimi_core.run.run import train
 from kimi_core.tasks import multiply
@@ -57,6 +61,85 @@ def test_long_prompts_are_found_inside_longer_texts():
 
 def test_short_prompts_stand_in_other_texts_by_chance():
     assert overlaps([], prompts("three times four"), [("three times four is", "12")]) == []
+
+
+ELSEWHERE = (
+    "{} SFT examples have the answer to a held-out prompt under another prompt, "
+    "to {} held-out prompts"
+)
+
+
+def held(*answers: str) -> list[Prompt]:
+    return [Prompt(number, f"question {number}?", text) for number, text in enumerate(answers)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "response"),
+    [
+        ("The Treaty of Kiel was signed", "so: the treaty of **Kiel** was signed."),
+        ("1234567890123", "hence $n = 1,234,567,890,123$."),
+        ("1,234,567,890,123", "\\boxed{1234567890123}"),
+        (r"\frac{1234567}{7654321}", r"it is \dfrac{1234567}{7654321}"),
+        ("def shift(x):\n    return x + offset", "```\ndef shift(x): return x + offset\n```"),
+        ("Ｔｈｅ Treaty of Kiel was signed", "The treaty of Kiel was signed"),
+        ("北京是中国的首都", "答:北京是中国的首都。"),
+    ],
+)
+def test_a_telling_answer_is_found_under_another_prompt(answer, response):
+    answers = held(answer, "another answer to another question")
+    assert overlaps([], answers, [("other", response), ("more", "?")]) == [ELSEWHERE.format(1, 1)]
+    assert overlaps([], answers, [(response, "?")]) == [ELSEWHERE.format(1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "response"),
+    [
+        ("12", "it is 12"),
+        ("1000000000000", "it is 1000000000000"),
+        ("0.333333333333", "it is 0.333333333333"),
+        (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt{3}}{2}"),
+        ("photosynthesis", "by photosynthesis"),
+        ("True", "True"),
+        ("", ""),
+        ("1234567890123", "12345678901234"),
+        ("The Treaty of Kiel was signed", "The Treaty of Kiel was never signed"),
+    ],
+)
+def test_a_trivial_answer_is_not_looked_for(answer, response):
+    assert overlaps([], held(answer), [("other", response)]) == []
+
+
+def test_an_answer_under_its_own_prompt_counts_there():
+    telling = "The Treaty of Kiel was signed"
+    assert overlaps([], held(telling), [("Question 0", telling)]) == [
+        "1 SFT examples have a held-out prompt, 1 of them with its answer"
+    ]
+    twins = held(telling, telling)
+    assert overlaps([], twins, [("Question 0", telling)])[1:] == [ELSEWHERE.format(1, 2)]
+
+
+def test_an_answer_that_stands_everywhere_tells_nothing():
+    answers = held("There is not enough information", "The Treaty of Kiel was signed")
+    examples = [(f"other {n}", "There is not enough information.") for n in range(30)]
+    said = overlaps([], answers, [*examples, ("more", answers[1].answer)])
+    assert said[0] == ELSEWHERE.format(1, 1)
+    assert said[1].startswith("1 held-out answers stand in more than 10 SFT examples of other")
+
+
+@given(st.lists(st.text("ab1 ,.", max_size=30)), st.lists(st.text("ab1 ,.", max_size=60)))
+def test_answers_are_those_of_a_plain_search(answers, texts):
+    """Every telling answer is found where its words stand in a row, and nowhere else."""
+    prompts = {str(number): [answer] for number, answer in enumerate(answers)}
+    found = TellingAnswers(prompts)
+    for text in texts[:10]:
+        found.look(text, [])
+    plain = {
+        number
+        for number, text in enumerate(texts[:10])
+        for answer in found.prompts
+        if f" {' '.join(answer)} " in f" {' '.join(words_of(text))} "
+    }
+    assert found.found()[0] == plain
 
 
 def test_a_run_says_it_before_anything_is_trained(tmp_path):

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny_runs import TINY, make_folder
 
 import kimi_core
-from kimi_core import cli
+from kimi_core.cli import settings
 from kimi_core.reward.base import RewardError
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
@@ -31,7 +31,7 @@ def run(tmp_path, capsys, monkeypatch):
     def call(*overrides: str, **options: bool) -> tuple[int, str]:
         given = ["tiny.toml", *overrides]
         quiet = Console(file=StringIO())
-        status = cli.with_config(given, lambda config: train(config, console=quiet, **options))
+        status = settings.with_config(given, lambda config: train(config, console=quiet, **options))
         _, error, complaint = capsys.readouterr().err.partition("error: ")  # after progress bars
         return status, error + complaint
 
@@ -51,7 +51,7 @@ def assert_refused(outcome: tuple[int, str], *parts: str) -> None:
     ("override", "parts"),
     [
         ("rollout.budget=7", ["Unknown key rollout.budget = 7", "token_budget"]),
-        ("speed=9", ["Unknown key speed = 9", "iterations"]),
+        ("speed=9", ["Unknown key speed = 9", "did you mean seed=9"]),
         ("rollout.samples_per_prompt=1", ["rollout.samples_per_prompt = 1", "2"]),
         ("reward.length_weight=2", ["reward.length_weight = 2", "below 2"]),
         ("reward.length_weight=2.5", ["reward.length_weight = 2.5", "below 2"]),
@@ -82,7 +82,7 @@ def test_a_stop_string_outside_of_the_alphabet_never_occurs(run):
 
 def test_no_config_and_no_toml(run):
     def load(name: str) -> tuple[int, str]:
-        return cli.with_config([name], lambda config: None)
+        return settings.with_config([name], lambda config: None)
 
     Path("broken.toml").write_text("iterations = = 3")
     assert load("nowhere.toml") == load("broken.toml") == 2
@@ -113,7 +113,7 @@ def test_a_model_folder_without_weights(run, tmp_path):
         ("\n \n", ["p.jsonl is empty"]),
         ('{"prompt": "2*3=", "answer": "6"}\n{"prompt": "2*4=", ans', ["p.jsonl, line 2", "ans"]),
         ('{"prompt": "2*3=", "answer": "6"}\n\n{"prompt": "2*4="}', ['line 3: no "answer"']),
-        ('{"prompt": "2*3=", "answer": 6}', ['line 1: "answer" is 6', "non-empty string"]),
+        ('{"prompt": "2*3=", "answer": true}', ['line 1: "answer" is true', "non-empty string"]),
         ("[1, 2]", ["line 1: found '[1, 2]'"]),
     ],
 )
@@ -211,11 +211,11 @@ def test_what_is_not_the_users_fault_has_another_status(run, capsys, error):
 
     given = ["tiny.toml"]
     if isinstance(error, OSError):
-        assert cli.with_config(given, broken) == 1
+        assert settings.with_config(given, broken) == 1
         assert capsys.readouterr().err == "error: the disk is full\n"
     else:
         with pytest.raises(RuntimeError):
-            cli.with_config(given, broken)
+            settings.with_config(given, broken)
 
 
 def test_the_driver_itself(tmp_path):
@@ -239,7 +239,7 @@ def test_the_driver_itself(tmp_path):
 
 def test_a_dry_run_complains_as_a_run_does(run, capsys):
     given = ["tiny.toml", "prompts.source=riddles"]
-    assert cli.with_config(given, lambda config: print(describe(config))) == 2
+    assert settings.with_config(given, lambda config: print(describe(config))) == 2
     assert "prompts.source = 'riddles'" in capsys.readouterr().err
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kimi_core import cli
+from kimi_core.cli import settings
 from kimi_core.run.stop import Stopped, stop_on_signals
 
 
@@ -59,5 +59,5 @@ def test_the_command_says_it_in_a_line(capsys):
     def stopped(config):
         raise Stopped(signal.SIGTERM, "stopped at 4 of 6; --resume goes on")
 
-    assert cli.with_config([], stopped) == 143
+    assert settings.with_config([], stopped) == 143
     assert capsys.readouterr().err == "stopped at 4 of 6; --resume goes on\n"

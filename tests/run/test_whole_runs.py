@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import TINY, make_folder
 from warm import Warm
 
-from kimi_core import cli
+from kimi_core.cli import settings
 from kimi_core.metrics import read_metrics
 from kimi_core.prompts.many import ById
 from kimi_core.reward.base import InfrastructureError
@@ -297,8 +297,8 @@ class TestFunctionsThatNeverReturn:
             "    time.sleep(600 if text else 0)\n    return 0.0\n"
         )
         command = ["-m", "kimi_core.cli", "train", "tiny.toml", "sft.steps=2"]
-        settings = ["reward.function=reward.py:f", f"reward.workers={workers}"]
-        process = Warm([*command, *settings])
+        chosen = ["reward.function=reward.py:f", f"reward.workers={workers}"]
+        process = Warm([*command, *chosen])
         try:
             deadline = time.monotonic() + 120
             while not Path("waits").exists():
@@ -314,7 +314,7 @@ class TestFunctionsThatNeverReturn:
 
 class TestOneLine:
     def status(self, config, capsys) -> tuple[int, str]:
-        status = cli.with_config(["tiny.toml", *config], lambda c: train(c, console=quiet()))
+        status = settings.with_config(["tiny.toml", *config], lambda c: train(c, console=quiet()))
         _, error, said = capsys.readouterr().err.partition("error: ")
         return status, error + said
 
@@ -349,7 +349,7 @@ class TestOneLine:
         def raises(config):
             raise error
 
-        assert cli.with_config(["tiny.toml"], raises) == 1
+        assert settings.with_config(["tiny.toml"], raises) == 1
         assert "tokens_per_micro_batch" in capsys.readouterr().err
 
 

@@ -156,6 +156,8 @@ def _inner(coded: Any, kinds: tuple[str, ...]) -> list[Any] | None:
 
 
 def _equals_scalar(coded: Any, expected: Any) -> bool:
+    if isinstance(coded, dict) and coded.keys() == {"numpy"}:
+        _, coded = coded["numpy"]  # A number of numpy; the values of an array are a list.
     if isinstance(coded, dict) and coded.keys() <= NUMBERS:
         # Plain integers in JSON have at most 4,300 digits; a fraction of longer ones takes long.
         if not all(isinstance(one, int) for one in coded.get("Fraction", ())):

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from kimi_core.reward.code.problem import FENCES, IoTest, Problem
+from kimi_core.reward.thoughts import after_thoughts
 
 ENDS_A_COMPLETION = ("class ", "class:", "def ", "#", "if ", "print(", "print ", "```")
 """A line that begins like this ends the continuation of a function: the stop sequences of the Codex
 paper (Chen et al. 2021, section 2.1), and a fence."""
 
 FENCE = re.compile(r"`{3,}|~{3,}")
+DEEPEST = 3
+"""Most spaces before a closing fence, without those before the opening one."""
+
 LANGUAGE = re.compile(r"[a-z]+\+*", re.IGNORECASE)
 READS_INPUT = re.compile(r"\binput\s*\(|\bstdin\b|\bopen\s*\(\s*0|\bcin\b|\bscanf\b|\bgetline\b")
 
@@ -28,7 +32,8 @@ def extract_program(problem: Problem, response: str) -> str:
 
     The last fenced block in the problem's language that defines what is asked for: the function, or
     a program that reads input. Failing that, the last block in the language, the last block without
-    a language, the whole response. A block that is never closed goes to the end.
+    a language, the whole response. A block that is never closed goes to the end. A block in the
+    thoughts counts only if none comes after them.
 
     Where the problem has a ``prefix``, that comes first. A response that goes on with it, as it
     has no block or begins with an indented line, is cut where it turns to something else
@@ -39,15 +44,16 @@ def extract_program(problem: Problem, response: str) -> str:
     >>> extract_program(Problem((), prefix="def f(x):\\n"), "    return x\\n\\ndef g(): pass")
     'def f(x):\\n    return x\\n\\n'
     """
-    blocks = fenced_blocks(response)
+    answer = after_thoughts(response)
+    blocks = fenced_blocks(answer) or fenced_blocks(response)
     named = [one.text for one in blocks if one.language in FENCES[problem.language]]
     plain = [one.text for one in blocks if not one.language]
     found = _best(problem, named or plain)
     if not problem.prefix:
-        return response if found is None else found
-    if found is not None and not response.lstrip("\r\n").startswith((" ", "\t")):
+        return answer if found is None else found
+    if found is not None and not answer.lstrip("\r\n").startswith((" ", "\t")):
         return f"{problem.prefix}\n{found}"
-    first, *rest = response.splitlines(keepends=True) or [""]
+    first, *rest = answer.splitlines(keepends=True) or [""]
     others = takewhile(lambda line: not line.startswith(ENDS_A_COMPLETION), rest)
     return problem.prefix + first + "".join(others)
 
@@ -85,11 +91,13 @@ def fenced_blocks(text: str) -> list[Block]:
             continue
         line = _without(before, line)
         bare = line.strip()
+        # Deeper in, it is a line of the code, such as of a docstring (CommonMark 4.5).
+        closes = bare.startswith(mark) and line.index(mark) <= DEEPEST
         code = bare.removesuffix(mark).rstrip()
-        if not bare.startswith(mark) and (code == bare or mark[0] in code):
+        if not closes and (code == bare or not code or mark[0] in code):
             inside.append(line)
             continue
-        if not bare.startswith(mark):
+        if not closes:
             inside.append(line[: line.rindex(mark)].rstrip() + "\n")
         blocks.append(Block(language, "".join(inside)))
         inside = None

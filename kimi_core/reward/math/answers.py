@@ -27,6 +27,15 @@ _SPACE = {"~": " ", "\\ ": " ", "\\\\": "\\\\"}  # The last ends a row of a matr
 _GROUP = re.compile(r"(?<=\d),\\!\s*(?=\d{3}(?!\d))")
 """A comma between groups of digits, with the thin space that some write after it."""
 _ROOT = re.compile(r"√\s*(\d+|\w|\([^()]*\))")
+_UPRIGHT = re.compile(
+    r"\\(?:mathrm|operatorname|text|mathbf|textbf|mathit|mbox)\*?\s*\{\s*(?:([eid])"
+    r"|((?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|min|max|gcd|lcm|det))\s*\}"
+)
+"""Constants and functions in upright type, which are not units."""
+_PER = re.compile(
+    r"\\frac\s*\{\s*(\\(?:text|mathrm)\s*\{[^{}]*)\}\s*\}\s*\{\s*\\\w+\s*\{([^{}]*\})\s*\}"
+)
+_ALL_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 
 
 def clean(answer: str) -> str:
@@ -45,7 +54,12 @@ def clean(answer: str) -> str:
     for symbol, latex in _SYMBOLS.items():
         text = text.replace(symbol, latex)
     text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace("{,}", ",")
+    text = text.replace(r"\varnothing", r"\emptyset")
     text = _GROUP.sub(",", text)
+    text = _PER.sub(r"\1/\2", text)
+    text = _UPRIGHT.sub(lambda match: match[1] or f"\\{match[2]} ", text)
+    if whole := _ALL_TEXT.fullmatch(text):
+        text = whole[1].strip()
     text = _SPACING.sub(lambda match: _SPACE.get(match[0], ""), text)
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip()
 
@@ -65,7 +79,7 @@ def agree(reference: str, answer: str) -> bool | None:
     ours, theirs = _quantity(reference), _quantity(answer)
     if ours and theirs:
         return _same_quantity(ours, theirs)
-    for part in (_choice, _based, _name):
+    for part in (_choice, _based, _name, _date):
         one, other = part(reference), part(answer)
         if one and other:
             return one == other
@@ -74,7 +88,8 @@ def agree(reference: str, answer: str) -> bool | None:
     words = _words(reference)
     if words:
         return words == _words(answer)
-    return None
+    # The parser would subtract or divide the parts of a date.
+    return False if _date(reference) or _date(answer) else None
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,9 @@ class Quantity:
     unit: str
 
 
-_LABELLED = re.compile(r"(?:\\(?:text|textbf|mathrm|mbox) ?\{ ?)?\(([A-H])\) ?\}?[ .:]*(?=\S)")
+_LABELLED = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|mbox) ?\{ ?)?(?=\(?([A-H])[).:])\(?[A-H][).:]+ ?\}?[ .:]*(?=\S)"
+)
 """A choice with its text after it."""
 _DIGITS = r"\d{1,3}(?:[, ]\d{3})+|\d+"
 _NUMBER = re.compile(
@@ -109,6 +126,26 @@ _NOT_UNITS = frozenset(
     ]
 )
 """Variables, functions and small words that may follow a number."""
+_SCALES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_SCALE = re.compile(rf"({'|'.join(_SCALES)})s?\b ?(?:of )?(?P<rest>.*)")
+_CHANGES = re.compile(
+    r"\b(?:n?or|not?|never|n?either|if|unless|except|but|and|than|is|are|isn|aren|to"
+    r"|at (?:least|most)"
+    rf"|{'|'.join(_SCALES)}|half|halves|thirds?|(?:four|fif|six|seven|eigh|nin|ten)ths?"
+    r"|(?:hundred|thousand|million|billion)ths?|(?:hundred|thousand|million|billion|trillion|dozen)s"
+    r"|squared|cubed|factorial|plus|minus|over|divided|multiplied|modulo|mod|choose|itself|by"
+    r"|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen"
+    r"|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|wrong|incorrect|false|true)\b"
+)
+"""Words behind a number that change it, or say something else about it."""
+_LETTERS = re.compile(r"[^\W\d_]+(?:[ /.'’()^·-]+(?:[^\W\d_]+|[23]\b))*[ .)]*")
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound"}
 _SAME_UNIT = {
     alias: names.split()[0]
@@ -148,7 +185,10 @@ def _quantity(text: str) -> Quantity | None:
         value *= Fraction(10) ** int((part["exponent"] or "0").strip("{} "))
     else:
         return None
-    unit = unit_name(part["rest"])
+    rest = _UNIT_TEXT.sub(r"\1", part["rest"]).strip()
+    if scale := _SCALE.fullmatch(rest.lower()):
+        value, rest = value * _SCALES[scale[1]], scale["rest"]
+    unit = unit_name(rest)
     if unit is None:
         return None
     unit = unit or _CURRENCIES.get((part["currency"] or "").removeprefix("\\"), "")
@@ -174,7 +214,7 @@ def unit_name(text: str) -> str | None:
         return None
     name, power = re.fullmatch(r"(.*?)(?:\^?\{?([23])\}?)?", text).groups()  # type: ignore[union-attr]
     words = re.split(r"[ /-]", name)
-    if any(word in _NOT_UNITS for word in words):
+    if name != "times" and (_CHANGES.search(name) or any(word in _NOT_UNITS for word in words)):
         return None
     if words[0] in ("square", "sq", "cubic", "cu") and len(words) > 1:
         power, name = {"s": "2", "c": "3"}[words[0][0]], name.split(" ", 1)[-1]
@@ -186,6 +226,19 @@ def unit_name(text: str) -> str | None:
     ]
     name = "/".join(_SAME_UNIT.get(part, part) for part in parts)
     return _SAME_UNIT.get(name, name) + (power or "")
+
+
+def may_be_unit(words: str) -> bool:
+    """Whether lower-case words behind a number only name what is counted or measured.
+
+    >>> may_be_unit("distinct sequences"), may_be_unit("or more"), may_be_unit("million")
+    (True, False, False)
+    """
+    if unit_name(words) is not None:
+        return True
+    if words in _NOT_UNITS or _CHANGES.search(words):
+        return False
+    return bool(_LETTERS.fullmatch(words.strip(" ,.()")))
 
 
 def _same_quantity(one: Quantity, other: Quantity) -> bool:
@@ -204,7 +257,11 @@ def _close(one: Fraction, other: Fraction, is_decimal: bool) -> bool:
     return abs(one - other) <= TOLERANCE * min(Fraction(1), max(abs(one), abs(other)))
 
 
-_OPERATION = re.compile(r"\\(?:cdot|times|div|binom)(?![a-zA-Z])|[+*!÷×]|(?<=[\w)}\]]) ?-")
+_OPERATION = re.compile(
+    r"\\(?:cdot|times|div|[dt]?binom|ast|star|log|ln|lg|exp|arc\w+|sin|cos|tan|cot|sec|csc|min|max"
+    r"|gcd|lcm|det|lfloor|lceil|floor|ceil|[bp]?mod|varphi|phi|begin)(?![a-zA-Z])"
+    r"|[+*!÷×]|(?<=[\w)}\]]) ?-|- ?-|i ?\^"
+)
 _UNDONE = re.compile(
     r"\\(?:int|iint|oint|sum|prod|lim)(?![a-zA-Z])"
     r"|\\frac ?\{ ?(?:d|\\partial)[^{}]{0,20}\} ?\{ ?(?:d|\\partial)|(?:d|\\partial) ?/ ?d[a-z]"
@@ -219,8 +276,10 @@ def is_restated(reference: str, answer: str) -> bool:
 
     >>> is_restated("42", "17+25"), is_restated("x+1", "1+x"), is_restated("0.001", "10^{-3}")
     (True, False, False)
+    >>> is_restated("55", r"\\sum_{k=1}^{10} k"), is_restated("55", r"\\sum_{k=1}^{10} k = 55")
+    (True, False)
     """
-    value = answer.rpartition("=")[2]
+    value = split(answer, "=")[-1]
     if _UNDONE.search(value) and not _UNDONE.search(reference):
         return True
     return _quantity(reference) is not None and bool(_OPERATION.search(value))
@@ -232,6 +291,27 @@ def _same_text(one: str, other: str) -> bool:
         return False
     plain = [" ".join(_UNIT_TEXT.sub(r"\1", text).lower().split()) for text in (one, other)]
     return plain[0] == plain[1] and len(plain[0]) > 2
+
+
+def split(text: str, mark: str) -> list[str]:
+    """Split at marks outside of brackets."""
+    parts, depth, start = [], 0, 0
+    for at, character in enumerate(text):
+        if character in "([{":
+            depth += 1
+        elif character in ")]}":
+            depth -= 1
+        elif character == mark and depth <= 0:
+            parts.append(text[start:at])
+            start = at + 1
+    return [*parts, text[start:]]
+
+
+def _date(text: str) -> str | None:
+    """A date in digits, without zeros in front."""
+    if not re.fullmatch(r"\d{1,4}(?:-\d{1,2}-|/\d{1,2}/|\.\d{1,2}\.)\d{1,4}", text):
+        return None
+    return re.sub(r"\b0+(?=\d)", "", text)
 
 
 def _name(text: str) -> str | None:

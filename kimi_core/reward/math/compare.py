@@ -17,16 +17,23 @@ from itertools import zip_longest
 from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic, I, MatrixBase, S
+from sympy import Basic, I, MatrixBase, S, log
 from sympy.logic.boolalg import BooleanAtom
 
-from kimi_core.reward.math.answers import agree, unit_name
+from kimi_core.reward.math.answers import agree, may_be_unit, split, unit_name
+from kimi_core.reward.math.notation import apart, marks
 
 DIGITS = 1e-6
-"""Largest relative difference of two numbers that count as equal."""
+"""Largest difference of two numbers that count as equal, relative below 1 and absolute above."""
+
+MOST_DIGITS = 20_000
+"""Two ways to write a larger number are not recognised."""
 
 _TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox|operatorname) ?\{([^{}]*)\}(\s*\^\s*\{?\d\}?)?")
-_JOINS = re.compile(r"(?:\\(?:text|mbox) ?\{ ?,? ?(?:and|or) ?\}|\s(?:and|or)\s|;)")
+_JOINS = re.compile(
+    r"(?P<join>\\(?:text|mbox) ?\{ ?,? ?(?:and|or) ?\}|\s(?:and|or)\s|;)"
+    r"|\\(?:text|mbox) ?\{[^{}]*\}"
+)
 _FUNCTION = re.compile(
     r"(?<![\\a-zA-Z])(pi|sin|cos|tan|cot|ln|log|infinity|inf|theta|alpha|beta)\b"
 )
@@ -48,13 +55,15 @@ def _plain_names(text: str) -> str:
     """LaTeX for what some write as in a program: ``sqrt(2)``, ``2*pi``, ``exp(16)``."""
     text = _ROOT.sub(r"\\sqrt{\1}", text)
     text = _EXP.sub(r"e^{\1}", text)
-    text = _FUNCTION.sub(lambda match: "\\" + match[1].replace("infinity", "infty"), text)
-    return text.replace(r"\inf ", r"\infty ").replace("*", r"\cdot ")
+    text = _FUNCTION.sub(lambda match: "\\" + match[1].removesuffix("inity"), text)
+    return re.sub(r"\\inf(?![a-zA-Z])", r"\\infty", text).replace("*", r"\cdot ")
 
 
 def _same_texts(reference: str, answer: str) -> bool:
     """Compare the texts, and the mathematics between them."""
-    ours, theirs = (_pieces(_JOINS.sub(",", text)) for text in (reference, answer))
+    if _RELATION.search(reference) and not _same_conjunctions(reference, answer):
+        return False
+    ours, theirs = (_pieces(_joined(text)) for text in (reference, answer))
     if ours[1::2] == theirs[1::2]:
         if len(ours) == 1 or (len(ours) == 3 and not (ours[2] + theirs[2]).strip(" .")):
             return _same_items(ours[0], theirs[0])
@@ -64,6 +73,17 @@ def _same_texts(reference: str, answer: str) -> bool:
     if one is None or other is None or (len(ours) > 1 and len(theirs) > 1):
         return False
     return _same_items(one, other)
+
+
+def _joined(text: str) -> str:
+    """Commas where "and" or "or" stands between two formulas, and not inside a longer text."""
+    return _JOINS.sub(lambda match: "," if match["join"] else match[0], text)
+
+
+def _same_conjunctions(one: str, other: str) -> bool:
+    """False if relations are joined by "and" in one text and by "or" in the other."""
+    ours, theirs = (set(re.findall(r"\b(?:and|or)\b", text.lower())) for text in (one, other))
+    return not ours or not theirs or ours == theirs
 
 
 def _pieces(text: str) -> list[str]:
@@ -79,10 +99,11 @@ def _pieces(text: str) -> list[str]:
 
 
 def _without_unit(pieces: list[str]) -> str | None:
-    """The mathematics, if the only text is at its end; otherwise None."""
-    if len(pieces) == 1 or (len(pieces) == 3 and not pieces[2].strip(" .")):
+    """The mathematics, if the only text is a unit at its end; otherwise None."""
+    if len(pieces) == 1:
         return pieces[0]
-    return None
+    has_unit = len(pieces) == 3 and not pieces[2].strip(" .") and may_be_unit(pieces[1])
+    return pieces[0] if has_unit else None
 
 
 def _same(reference: str, answer: str) -> bool:
@@ -96,10 +117,12 @@ def _same_items(reference: str, answer: str) -> bool:
     both = reference + " " + answer
     if "=" not in both or _RELATION.search(both):
         return _same(reference, answer)
-    ours, theirs = _assignments(reference, trusted=True), _assignments(answer)
+    ours, theirs = _assignments(reference), _assignments(answer)
     if ours is None or theirs is None:
-        whole = "=" in reference and "=" in answer
-        return whole and _same_values(reference, answer, imaginary=False)
+        # math-verify would look at the last side of a chain alone.
+        items = split(reference, ",") + split(answer, ",")
+        is_chain = any(len(split(item, "=")) != 2 for item in items)
+        return not is_chain and _same_values(reference, answer, imaginary=False)
     our_names, their_names = ([name for name, _ in one] for one in (ours, theirs))
     named, other_named = set(our_names) - {""}, set(their_names) - {""}
     if named and other_named:
@@ -107,7 +130,7 @@ def _same_items(reference: str, answer: str) -> bool:
             return False
         return all(_same(_values(ours, name), _values(theirs, name)) for name in sorted(named))
     if len(named | other_named) > 1:  # Values of several names have an order.
-        pairs = zip_longest((v for _, v in ours), (v for _, v in theirs))
+        pairs = zip_longest((v for _, v in _listed(ours)), (v for _, v in _listed(theirs)))
         return all(
             one is not None and other is not None and _same(one, other) for one, other in pairs
         )
@@ -118,26 +141,50 @@ def _values(assignments: Sequence[tuple[str, str]], name: str | None = None) -> 
     return ", ".join(value for other, value in assignments if name in (None, other))
 
 
-def _assignments(text: str, *, trusted: bool = False) -> list[tuple[str, str]] | None:
+def _assignments(text: str) -> list[tuple[str, str]] | None:
     """``(name, value)`` of each item; the name is empty for a bare value. None for other equations.
 
-    A value without a name belongs to the name before it: ``a = 4, -8`` are two values of a. In an
-    answer that is not ``trusted``, every other side must be equal to the value.
+    A value without a name belongs to the name before it: ``a = 4, -8`` are two values of a. In a
+    chain the last side is the value. Without a name, every other side must be equal to it.
     """
     found: list[tuple[str, str]] = []
-    for item in _split(text, ","):
-        sides = [side.strip() for side in _split(item, "=")]
+    for item in split(text, ","):
+        sides = [side.strip() for side in split(item, "=")]
+        if len(sides) == 2 and _is_name(sides[1]) and not _is_name(sides[0]):
+            sides.reverse()
         *names, value = sides
         if not value or not all(names):
             return None
         others = [name for name in names if not _is_name(name)]
-        is_trusted = trusted and len(others) < len(names)
-        if not is_trusted and not all(_is_restated(other, value) for other in others):
+        is_named = len(others) < len(names)
+        if not is_named and not all(_is_restated(other, value) for other in others):
             return None
         own = [re.sub(r"\\(?:left|right)|[\s{}]", "", name) for name in names if _is_name(name)]
         before = found[-1][0] if found else ""
-        found.append((own[0] if own else before, value))
+        found += _each((own[0] if own else before, value))
     return found
+
+
+def _each(assignment: tuple[str, str]) -> list[tuple[str, str]]:
+    """``(x, y) = (1, 2)`` as x = 1 and y = 2; any other assignment as it is."""
+    name, value = assignment
+    names, values = _in_brackets(name), _in_brackets(value)
+    return list(zip(names, values, strict=True)) if len(names) == len(values) > 1 else [assignment]
+
+
+def _listed(assignments: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The items of a tuple that stands alone, without a name."""
+    (name, value), *more = assignments
+    items = [] if name or more else _in_brackets(value)
+    return [("", item) for item in items] or assignments
+
+
+def _in_brackets(text: str) -> list[str]:
+    """The items of a tuple; empty for anything else."""
+    text = text.strip()
+    if not (text.startswith("(") and text.endswith(")")):
+        return []
+    return [item.strip() for item in split(text[1:-1], ",")]
 
 
 def _is_name(side: str) -> bool:
@@ -154,28 +201,30 @@ def _is_restated(side: str, value: str) -> bool:
     return _same(side, value)
 
 
-def _split(text: str, mark: str) -> list[str]:
-    """Split at marks outside of brackets."""
-    parts, depth, start = [], 0, 0
-    for at, character in enumerate(text):
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif character == mark and depth <= 0:
-            parts.append(text[start:at])
-            start = at + 1
-    return [*parts, text[start:]]
-
-
 def _same_values(reference: str, answer: str, *, imaginary: bool = True) -> bool:
     """Ask math-verify, which reads i as a variable; here i is the imaginary unit."""
+    if marks(reference) != marks(answer) or _brackets(reference) + _brackets(answer) in (
+        r"(\{",
+        r"\{(",
+    ):
+        return False
+    reference, answer = apart(reference, answer)
     ours, theirs = _read(reference, imaginary), _read(answer, imaginary)
     if any(isinstance(one, bool | BooleanAtom) for one in ours + theirs):
         return False
     if not verify(ours, theirs, timeout_seconds=None, allow_set_relation_comp=True):
         return False
     return not (ours and theirs) or _same_numbers(ours[0], theirs[0])
+
+
+def _brackets(text: str) -> str:
+    """The bracket around a list of at least two items, otherwise an empty string."""
+    text = text.strip()
+    for left, right in (("(", ")"), (r"\{", r"\}")):
+        inside = text[len(left) : -len(right)]
+        if text.startswith(left) and text.endswith(right) and len(split(inside, ",")) > 1:
+            return left
+    return ""
 
 
 def _read(text: str, imaginary: bool) -> list[Any]:
@@ -199,8 +248,10 @@ def _same_numbers(one: Any, other: Any) -> bool:
         return True
     if one.is_finite is False or other.is_finite is False:
         return True
-    difference = (one - other).evalf(30)
     size = max(abs(one.evalf(30)), abs(other.evalf(30)))
-    if difference == 0 or size is S.NaN:
+    if one == other or size is S.NaN:
         return True
+    # As many digits as the numbers have before the point, and 30 more.
+    digits = 30 + (min(int(log(size, 10).evalf(15)), MOST_DIGITS) if size > 1 else 0)
+    difference = (one - other).evalf(digits)
     return bool(abs(difference) <= DIGITS * min(1, size))

@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
+from kimi_core.reward.thoughts import after_thoughts
+
 Place = Literal["boxed", "hashes", "answer", "last_line"]
 
 LONGEST = 2000
 """Most characters of a sentence or an answer that is looked at closely."""
 
-_THOUGHTS_END = re.compile(r"</(?:think|thinking|thought|thoughts|reasoning)>|<\|end_of_thought\|>")
-_TURN_END = re.compile(r"<\|(?:im_start|im_end|eot_id|end|endoftext|end_of_text)\|>")
+_TURN_END = re.compile(
+    r"<\|(?:im_start|im_end|eot_id|end|endoftext|end_of_text)\|>|</s>|<eos>|<end_of_turn>|<｜end▁of▁sentence｜>"
+)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _SEPARATOR = re.compile(r"\\?q?quad|\\[,;:! ()\[\]]|[$&\s]|\\text\s*\{([^{}]*)\}")
 _ANSWER = re.compile(
@@ -55,10 +58,7 @@ def extract(text: str, places: Sequence[Place]) -> str | None:
     '34'
     """
     turn_end = _TURN_END.search(text)
-    text = text[: turn_end.start()] if turn_end else text
-    thoughts = [match.end() for match in _THOUGHTS_END.finditer(text)]
-    if thoughts and text[thoughts[-1] :].strip():
-        text = text[thoughts[-1] :]
+    text = after_thoughts(text[: turn_end.start()] if turn_end else text)
     find: dict[Place, Callable[[str], str | None]] = {
         "boxed": partial(_boxed, yield_to_final="answer" in places),
         "hashes": _hashes,

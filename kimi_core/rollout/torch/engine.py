@@ -10,8 +10,8 @@
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from inspect import signature
 from itertools import groupby, product
 from typing import Any
@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kimi_core.models import packed_attention
 from kimi_core.models.switches import length_to_check, switches
-from kimi_core.rollout.engine import check_newer, check_request
+from kimi_core.rollout.engine import check_newer, check_request, order
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.rollout.torch import attention
 from kimi_core.rollout.torch.head import head_logits
 from kimi_core.rollout.torch.kv_cache import WORTH_A_COHORT, Cohort, KVCache
+from kimi_core.rollout.torch.layers import attention_layers, has_alibi
 from kimi_core.rollout.torch.rows import Rows
 from kimi_core.types import Request, Sampling, Segment
 
@@ -79,7 +79,8 @@ class TorchEngine:
         self.batch_rows = batch_rows
         self.policy_version = policy_version
         self.decode_steps = 0
-        self.windows, self.max_positions = _attention_layers(model)
+        self.restarts = 0
+        self.windows, self.max_positions = attention_layers(model)
         self.embedding = model.get_input_embeddings()
         self.plain_head = True
         # transformers renames the argument; models from before 5.24 have the old name alone.
@@ -108,12 +109,13 @@ class TorchEngine:
                 once, before anything is generated.
         """
         for request in requests:
-            check_request(
-                request,
-                vocabulary=self.embedding.num_embeddings,
-                context=self.max_positions,
-            )
+            self.check(request)
         return self._generate(requests, sampling)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError if the model cannot extend ``request``."""
+        limits = self.embedding.num_embeddings, self.max_positions
+        check_request(request, vocabulary=limits[0], context=limits[1])
 
     def serve(self, version: int) -> None:
         """Write ``version`` on segments from now on: the module shares the published parameters.
@@ -136,27 +138,33 @@ class TorchEngine:
     def _generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         if not requests:
             return
-        # Shortest first, because entries are taken from the end. Equal contexts are neighbours.
-        waiting = sorted(requests, key=lambda r: (len(r.token_ids), r.token_ids.tobytes()))
-        rows = Rows(
-            min(self.batch_rows, len(requests)),
-            max(request.steps for request in requests),
-            sampling,
-        )
+        waiting, most = sorted(requests, key=order), max(request.steps for request in requests)
+        rows = Rows(min(self.batch_rows, len(requests)), most, sampling)
+        with closing(self.steps(waiting, rows)) as steps:
+            yield from filter(None, steps)
+
+    def steps(self, waiting: list[Request], rows: Rows) -> Generator[list[Segment]]:
+        """Extend requests that ``check`` allows; one list of segments a step, which may be empty.
+
+        Args:
+            waiting: sorted by ``order``; entries are taken from the end. Between two steps the
+                caller may put in others, or take some out.
+            rows: where they grow. Empty, and with room for as many tokens as any request may add.
+        """
         cache = self._cache()
         with self._lent():
             while waiting or rows.count:
                 free = rows.capacity - rows.count
                 if _time_to_enter(waiting, free, rows.capacity):
-                    entering, waiting = waiting[-free:][::-1], waiting[:-free]
+                    entering = waiting[-free:][::-1]
+                    del waiting[-free:]
                     first_row = rows.count
                     logits_nv = self._enter(rows, cache, entering)
                 else:
                     first_row = 0
                     logits_nv = self._decode(rows, cache)
                 self.decode_steps += 1
-                if segments := self._append(rows, cache, first_row, logits_nv):
-                    yield segments
+                yield self._append(rows, cache, first_row, logits_nv)
 
     @contextmanager
     def _lent(self) -> Iterator[None]:
@@ -319,7 +327,7 @@ class TorchEngine:
             f"The embedded engine cannot run {type(self.model).__name__}: decoding with its cache "
             f"differs from a plain forward pass ({reason}; rows of {length} and {length // 2} "
             f"tokens; windows and original contexts: {sorted(switches(self.model)) or 'none'}"
-            f"{'; it has ALiBi' if _has_alibi(self.model) else ''}). It needs a causal model whose "
+            f"{'; it has ALiBi' if has_alibi(self.model) else ''}). It needs a causal model whose "
             "only state is the keys and values of all positions or of a sliding window, and that "
             "takes position_ids and a 4D mask. Use such a model (Llama, Qwen, Mistral, GPT-2, "
             "GPT-NeoX, Gemma and the like)"
@@ -363,31 +371,6 @@ def _time_to_enter(waiting: list[Request], free: int, capacity: int) -> bool:
         return True
     tokens = sum(len(request.token_ids) for request in waiting[-free:])
     return free >= capacity / 8 and tokens >= WORTH_A_PASS
-
-
-def _attention_layers(model: PreTrainedModel) -> tuple[list[int | None], int | None]:
-    """The window of each layer with keys and values, and the model's context (None: no limit).
-
-    Raises:
-        ValueError: a layer keeps something else, as a state-space or linear-attention layer does.
-    """
-    config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    other = {type(layer).__name__ for layer in layers}
-    other -= {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}
-    if other or not layers:
-        raise ValueError(
-            f"The embedded engine cannot run model type {config.model_type!r}: its cache has "
-            f"{', '.join(sorted(other)) or 'no layers'}; allowed are layers that keep the keys and "
-            "values of all positions (Llama, Qwen, Mistral, GPT-2, GPT-NeoX, Gemma and the like)"
-        )
-    windows = [layer.get_max_length() if layer.is_sliding else None for layer in layers]
-    return windows, getattr(config, "max_position_embeddings", None)
-
-
-def _has_alibi(model: PreTrainedModel) -> bool:
-    config = model.config
-    return config.model_type == "bloom" or bool(getattr(config, "alibi", False))
 
 
 def _mask(cohort: Cohort) -> Mask:

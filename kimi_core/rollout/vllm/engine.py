@@ -93,6 +93,10 @@ class VLLMEngine:
     def decode_steps(self) -> int:
         return self._steps_before + (self.server.steps if self.server else 0)
 
+    @property
+    def restarts(self) -> int:
+        return max(0, self.starts - 1)
+
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[list[Segment]]:
         """Extend every request by at most its budget; yield segments as they are complete.
 

@@ -103,6 +103,11 @@ FENCES = {
     "never closed": "```python\nprint(1)\n",
     "empty block behind": "```python\nprint(1)\n```\n```python\n```",
     "output behind": "```python\nprint(1)\n```\nIt prints:\n```\n1\n```",
+    "in the thoughts and after them": "<think>```python\nprint(input())\n```</think>\n"
+    "```python\nprint(1)\n```",
+    "on the line of the thoughts' end": "<think>\n```python\nprint(input())\n```</think>```python\n"
+    "print(1)\n```",
+    "in the thoughts alone": "<think>```python\nprint(1)\n```</think> That is it.",
     "inline fence before": "Use ```print``` so:\n```python\nprint(1)\n```",
 }
 
@@ -111,6 +116,15 @@ class TestPrograms:
     @pytest.mark.parametrize("response", FENCES.values(), ids=FENCES)
     def test_fences(self, response):
         assert extract_program(Problem(()), response).strip() == "print(1)"
+
+    def test_a_fence_in_a_docstring_closes_nothing(self):
+        code = 'def f():\n    """\n    ```\n    f()\n    ```\n    """\n'
+        assert extract_program(Problem(()), f"```python\n{code}```") == code
+
+    def test_a_continuation_after_thoughts(self):
+        asked = Problem((CallTest("f", "[2]", "2"),), prefix="def f(x):\n")
+        response = "<think>def f(x): return 7</think>    return x\n\nprint(f(2))"
+        assert extract_program(asked, response) == "def f(x):\n    return x\n\n"
 
     def test_the_last_block_that_defines_the_function(self):
         response = "```python\ndef f(x):\n    return x\n```\nFor example:\n```python\nf(2)\n```"
@@ -151,6 +165,8 @@ class TestCalls:
             ("[seen[target - n], i]", True),
             ("(seen[target - n], i)", True),
             ("[seen[target - n], float(i)]", True),
+            ("[__import__('numpy').int64(seen[target - n]), i]", True),
+            ("[__import__('numpy').int64(i), i]", False),
             ("[i, seen[target - n]]", False),
             ("{0, 1}", False),
             ("'[0, 1]'", False),

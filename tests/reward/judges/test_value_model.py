@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizer_kinds import CHATML, tokenizer_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kimi_core.cli import reward_parser
+from kimi_core.cli.data import reward_parser
 from kimi_core.config import ModelConfig
 from kimi_core.models.codec import Codec
 from kimi_core.models.scratch import scratch_model

@@ -107,6 +107,13 @@ RESTATED = [
     ("720", "6!", 0),
     ("10", r"\binom{5}{2}", 0),
     ("8", "2 \\times 4", 0),
+    ("55", r"\sum_{k=1}^{10} k", 0),
+    ("42", r"\prod_{k=1}^{1} 42", 0),
+    ("5", r"\log_2 32", 0),
+    ("3", r"\max(3, 2)", 0),
+    ("-2", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", 0),
+    ("42", "--42", 0),
+    ("42", "17+25=42", 1),
     ("-5", "-5", 1),
     ("0.001", "10^{-3}", 1),
     ("1500", r"1.5 \times 10^3", 1),
@@ -126,7 +133,98 @@ PLAIN_TEXT = [
     ("B", r"\text{(C)}\ 12", 0),
     ("B", "(B) 12", 1),
 ]
+TEXT_THAT_CHANGES_A_NUMBER = [
+    ("5", r"5\text{ or more}", 0),
+    ("5", r"5\text{ million}", 0),
+    ("5", "5 million", 0),
+    ("5", r"5\text{ and a half}", 0),
+    ("5", r"5\text{6}", 0),
+    ("5", r"5\text{ at most}", 0),
+    ("5", r"5\text{ squared}", 0),
+    ("5", r"5\text{ is wrong}", 0),
+    ("5", r"5\text{, no, 6}", 0),
+    (r"\sqrt{2}", r"\sqrt{2}\text{ or more}", 0),
+    (r"5\text{ or more}", "5", 0),
+    ("5", r"5\text{ times}", 1),
+    ("5", r"5\text{ distinct sequences}", 1),
+    ("5000000", r"5\text{ million}", 1),
+    (r"5\text{ million dollars}", r"\$5{,}000{,}000", 1),
+    ("60", "5 dozen", 1),
+    ("5", r"\text{5}", 1),
+]
+SIGNS_THAT_A_PARSER_DROPS = [
+    ("x'", "x", 0),
+    ("f'(2)", "f(2)", 0),
+    ("f'(x)+g(x)", "f(x)+g'(x)", 0),
+    ("f'(x)+g(x)", "g(x)+f'(x)", 1),
+    ("A^T", "A", 0),
+    ("2^T", "2", 0),
+    ("2^T", "2^{T}", 1),
+    ("5", r"5\ldots", 0),
+    ("5", r"\ldots 5", 0),
+    ("5", "5'", 0),
+    ("42", "42_x", 0),
+    ("42", r"42_{max}", 0),
+    ("5", r"x |_{x=5}", 0),
+    (r"\angle ABC", r"\angle ACB", 0),
+    (r"\angle ABC", r"\angle CBA", 1),
+    (r"\overrightarrow{AB}", r"\overrightarrow{BA}", 0),
+    ("2024-01-05", "2018", 0),
+    ("2024-01-05", "2024-1-5", 1),
+]
+CAPITALS = [
+    (r"\frac{R}{r}", "1", 0),
+    (r"\frac{R}{r}", r"\frac{r}{R}", 0),
+    ("R+r", "2r", 0),
+    ("R+r", "r+R", 1),
+    (r"\Delta x - \delta x", "0", 0),
+    ("A_1 + a_1", "2a_1", 0),
+    ("A_1 + a_1", "a_1 + A_1", 1),
+    ("X^2", "x^2", 0),
+]
+UPRIGHT = [
+    (r"3+2\mathrm{i}", "5", 0),
+    (r"3+2\mathrm{i}", "3+2i", 1),
+    (r"2\mathrm{e}", "2", 0),
+    (r"\mathrm{e}^2", "e^2", 1),
+    ("3", r"3\mathrm{x}", 0),
+    (r"\operatorname{arcsin} x", r"\arcsin x", 1),
+    (r"\operatorname{arcsin} x", r"\arccos x", 0),
+    (r"42\,\frac{\text{m}}{\text{s}}", "42 m/s", 1),
+    (r"42\,\frac{\text{m}}{\text{s}}", "42 km/s", 0),
+]
+BRACKETS_AND_NAMES = [
+    ("(1,2)", r"\{1,2\}", 0),
+    (r"\{1,2\}", "(1,2)", 0),
+    ("(1,2,3)", r"\{1,2,3\}", 0),
+    (r"\{1,2\}", r"\{2,1\}", 1),
+    ("(x,y)=(1,2)", "x=1, y=2", 1),
+    ("(x,y)=(1,2)", "(y,x)=(2,1)", 1),
+    ("(x,y)=(1,2)", "(y,x)=(1,2)", 0),
+    ("x=1, y=2", "(1,2)", 1),
+    ("34", "34 = x", 1),
+    ("34", "33 = x", 0),
+    ("x+y=3, x-y=1", "x-y=1, x+y=3", 1),
+    (r"x<1 \text{ or } x>2", r"x<1 \text{ and } x>2", 0),
+    (r"x<1 \text{ or } x>2", r"x<1 \text{ or } x>2", 1),
+    ("A", "A. 12", 1),
+    ("A", "B. 12", 0),
+]
+LARGE_NUMBERS = [
+    ("2^{1000}", "4^{500}", 1),
+    ("2^{1000}", "2^{1000}+1", 0),
+    ("10^{1000}+1", "100^{500}", 0),
+    ("e^{2000}", "e^{2000}+1", 0),
+    ("3^{2048}", "9^{1023}", 0),
+    ("7^{7^{7}}", "7^{7^{8}}", 0),
+]
 KINDS = {
+    "text_that_changes_a_number": TEXT_THAT_CHANGES_A_NUMBER,
+    "signs_that_a_parser_drops": SIGNS_THAT_A_PARSER_DROPS,
+    "capitals": CAPITALS,
+    "upright": UPRIGHT,
+    "brackets_and_names": BRACKETS_AND_NAMES,
+    "large_numbers": LARGE_NUMBERS,
     "equations_in_i": EQUATIONS_IN_I,
     "equations": EQUATIONS,
     "names": NAMES,
@@ -155,6 +253,8 @@ WHOLE = [
     ("60 km/h", "The speed is 60 km per hour.", 1),
     ("12", "There are 12 distinct sequences that meet the given conditions.", 1),
     ("34", "The answer is not 34.", 0),
+    ("34", "The answer is 34</s>", 1),
+    ("34", "The answer is 34<end_of_turn> The answer is 35", 1),
     ("34", "So it is $33$ or rather $34$.", 0),
 ]
 
@@ -180,7 +280,7 @@ def test_whole_responses(reward, pair):
     assert reward(Prompt(0, "", reference), response) == right
 
 
-@pytest.mark.parametrize(("reference", "answer"), [(r, a) for r, a, right in RESTATED[:7]])
+@pytest.mark.parametrize(("reference", "answer"), [(r, a) for r, a, right in RESTATED[:8]])
 def test_a_restated_computation_counts_by_a_setting(reference, answer):
     made = MathReward(MathConfig(unevaluated=True))
     assert made.equal(reference, answer)

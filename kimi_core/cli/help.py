@@ -1,5 +1,21 @@
 """What ``kimi COMMAND --help`` says."""
 
+NEW = """Begin a task of yours: a folder with three files that run at once.
+
+    kimi new mytask && cd mytask && kimi train mytask.toml
+
+task.py says what is asked and has examples, reward.py what a response is worth, and mytask.toml has
+the settings. As they come, a small model learns from random weights to count weekdays, in minutes
+on two cores. Change them to what you want to be learned."""
+
+CONFIG = """List settings with their defaults.
+
+    kimi config                     # all
+    kimi config trainer             # a section
+    kimi config rollout.stop
+
+A command takes them as section.key=value, a TOML file as key = value under [section]."""
+
 TRAIN = """Train a reasoning model by reinforcement learning (section 2.3 of the Kimi k1.5 report).
 
     kimi train                              # the config `think`: minutes on a laptop
@@ -8,7 +24,7 @@ TRAIN = """Train a reasoning model by reinforcement learning (section 2.3 of the
     kimi train --dry-run                    # what would run, and its memory
     kimi train --resume                     # start, or continue after a crash or Ctrl-C
 
-Any setting is overridden as section.key=value; kimi_core/config/ describes each of them."""
+Any setting is overridden as section.key=value; `kimi config` lists them."""
 
 SFT = """Supervised fine-tuning alone (section 2.2): packed sequences, loss on the responses.
 

@@ -1,0 +1,119 @@
+"""From the arguments of a command to its ``Config``, and from an error to its exit status."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from kimi_core.cli.parser import Parser, fail
+from kimi_core.config import Config
+from kimi_core.run.config_file import load_config
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+"""The configs that ship with the package."""
+
+
+def config_parser(name: str, description: str) -> Parser:
+    """A parser of at most one config and any overrides, in any order."""
+    parser = parser_of(name, description)
+    parser.add_argument(
+        "arguments",
+        nargs="*",
+        metavar="CONFIG | key=value",
+        help=f"a TOML file or one of {', '.join(shipped())}, and settings to override; "
+        "key=none unsets a setting",
+    )
+    return parser
+
+
+def parser_of(name: str, description: str) -> Parser:
+    return Parser(
+        prog=f"kimi {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def may_accept_changes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume also if prompts or files that the run reads have changed",
+    )
+
+
+def with_config(
+    arguments: Sequence[str], run: Callable[[Config], None], *, default: str = "think"
+) -> int:
+    """Load the config, apply the overrides, call ``run``, and return the exit status."""
+    files = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    try:
+        if len(files) > 1:
+            raise ValueError(f"One config at a time, not {len(files)}: {', '.join(files)}")
+        config = load_config(find_config(files[0] if files else default), overrides)
+    except ValueError as error:
+        return fail(str(error), 2)
+    # Only now, because torch takes seconds to load: --help and a misspelt key need not wait.
+    from kimi_core.reward.base import RewardOutage
+    from kimi_core.rollout.engine import EngineFailed
+    from kimi_core.run.stop import Stopped
+    from kimi_core.trainer.ranks import RankFailed
+    from kimi_core.trainer.trainer import LogprobMismatch, TrainingDiverged
+
+    stops = (RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, RankFailed, OSError)
+    try:
+        run(config)
+    except ValueError as error:
+        return fail(str(error), 2)
+    except stops as error:
+        return fail(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return fail(
+            f"out of memory: {' '.join(str(error).split())[:200] or 'MemoryError'}. Lower "
+            "trainer.memory_gb, trainer.tokens_per_micro_batch, trainer.head_chunk or "
+            "rollout.batch_rows; --resume takes all of them, and `kimi train --dry-run` names the "
+            "memory of a run",
+            1,
+        )
+    except KeyboardInterrupt as error:
+        said = str(error) or (
+            "interrupted: what was saved is kept; the same command (kimi train and kimi sft: with "
+            "--resume) goes on from there"
+        )
+        print(said, file=sys.stderr)
+        return error.status if isinstance(error, Stopped) else 130
+    return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory of the CPU or of a GPU ran out, however torch says it."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
+
+
+def find_config(name: str) -> Path:
+    """The file of that name, or else the config of that name that ships with the package.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    stem = name.removesuffix(".toml")
+    if stem in shipped():
+        return CONFIGS / f"{stem}.toml"
+    near = difflib.get_close_matches(stem, shipped(), 1)
+    meant_one = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"No config file {name}{meant_one}; give the path of a TOML file, or one of "
+        f"{', '.join(shipped())}"
+    )
+
+
+def shipped() -> list[str]:
+    """Names of the configs that ship with the package."""
+    return sorted(path.stem for path in CONFIGS.glob("*.toml"))

@@ -1,0 +1,181 @@
+"""A rollout worker: the embedded engine in a process that reads its weights from an arena.
+
+    python -m kimi_core.rollout.torch.worker SOCKET_FD
+
+``process.py`` starts it. The socket is one end of a pair, so nobody else can connect to it. What
+comes in is pickled:
+
+1. a ``Start``, once the worker has said ``HELLO``. It answers ``READY``, or ``FAULT`` and ends;
+2. ``("serve", version)``: switch to the version that the arena has now; ``READY`` or ``FAULT``;
+3. ``("begin", call, sampling, most_steps)``, then ``("feed", requests)`` any number of times;
+4. ``("stop",)``: give up what was fed.
+
+What goes out is in ``rollout/wire.py``. While there is something to do, a message goes out at least
+every ``BEAT_S``. The process ends when the other end of the socket closes, or when its parent has
+died.
+"""
+
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+from bisect import insort
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kimi_core.rollout import wire
+from kimi_core.rollout.engine import order
+from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.rollout.torch.rows import Rows
+from kimi_core.types import Request, Sampling, Segment
+from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.binding import bind
+
+BEAT_S = 0.5
+"""Seconds between two signs of life, and between two looks at the parent."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a worker has to know."""
+
+    model: PreTrainedModel
+    """The modules and buffers of the model, with placeholders as parameters."""
+    arena: str
+    """Path of the arena that the parameters are in."""
+    batch_rows: int
+    longest: int | None
+    """As for ``TorchEngine``."""
+    threads: int
+    """CPU threads of torch."""
+    linger_s: float
+    """Seconds for which segments may wait for others, to go in one message."""
+
+
+class Served:
+    """An engine that does what comes in over a connection, until the connection ends."""
+
+    def __init__(self, connection: Connection, start: Start) -> None:
+        torch.set_num_threads(start.threads)
+        self._connection = connection
+        self._start = start
+        self._binding = bind(start.model, WeightArena.open(start.arena).acquire())
+        self._engine = TorchEngine(
+            start.model,
+            batch_rows=start.batch_rows,
+            policy_version=self._binding.version,
+            longest=start.longest,
+        )
+        self._inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        self._sending = threading.Lock()
+        self._busy = False
+        self._call = 0
+        self._waiting: list[Request] = []
+        self._outbox: list[Segment] = []
+        self._sent = 0.0
+
+    def run(self) -> None:
+        """Work. A thread listens, and ends the process when nobody is at the other end."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._send(wire.READY)
+        sampling, most = Sampling(0.0, 0, frozenset()), 1
+        while True:
+            self._busy = not self._inbox.empty()
+            match self._inbox.get():
+                case ("serve", int(version)):
+                    self._serve(version)
+                case ("begin", int(call), given, int(most)):
+                    self._call, sampling = call, given
+                case ("feed", requests):
+                    self._wait_for_rows(requests)
+                    self._generate(sampling, most)
+                case ("stop",):
+                    self._waiting.clear()
+
+    def _listen(self) -> None:
+        parent = os.getppid()
+        try:
+            while os.getppid() == parent:
+                if self._connection.poll(BEAT_S):
+                    self._inbox.put(pickle.loads(self._connection.recv_bytes()))
+                elif self._busy:
+                    self._send(wire.SEGMENTS)
+        except (EOFError, OSError):
+            pass
+        os._exit(0)
+
+    def _serve(self, version: int) -> None:
+        self._busy = True
+        try:
+            self._engine.policy_version = self._binding.follow()
+        except ValueError as error:
+            self._send(wire.FAULT, text=f"version {version} was refused: {error}")
+            return
+        self._send(wire.READY)
+
+    def _wait_for_rows(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            insort(self._waiting, request, key=order)
+
+    def _generate(self, sampling: Sampling, most_steps: int) -> None:
+        """Work off what was fed, and what is fed meanwhile; nothing stays in the outbox."""
+        self._busy = True
+        rows = Rows(self._start.batch_rows, most_steps, sampling)
+        with closing(self._engine.steps(self._waiting, rows)) as steps:
+            for segments in steps:
+                self._outbox += segments
+                if self._outbox and time.monotonic() - self._sent >= self._start.linger_s:
+                    self._flush()
+                while not self._inbox.empty():
+                    match self._inbox.get():
+                        case ("feed", requests):
+                            self._wait_for_rows(requests)
+                        case ("stop",):
+                            self._waiting.clear()
+                            self._outbox.clear()
+                            return
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._outbox:
+            self._send(wire.SEGMENTS, segments=self._outbox)
+            self._outbox.clear()
+            self._sent = time.monotonic()
+
+    def _send(self, kind: int, segments: Sequence[Segment] = (), text: str = "") -> None:
+        message = wire.packed(
+            kind,
+            call=self._call,
+            policy_version=self._engine.policy_version,
+            steps=self._engine.decode_steps,
+            segments=segments,
+            text=text,
+        )
+        with self._sending:
+            self._connection.send_bytes(message)
+
+
+def main() -> int:
+    logging.disable(logging.WARNING)  # The run's process has warned.
+    connection = Connection(int(sys.argv[1]))
+    connection.send_bytes(wire.packed(wire.HELLO))
+    try:
+        served = Served(connection, pickle.loads(connection.recv_bytes()))
+    except (OSError, ValueError, RuntimeError) as error:
+        connection.send_bytes(wire.packed(wire.FAULT, text=f"{type(error).__name__}: {error}"))
+        return 1
+    served.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What a run learns from, loaded and checked before its model is, and the tokenizer made of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from kimi_core.config import Config
+from kimi_core.models.scratch import (
+    CHAT,
+    character_tokenizer,
+    tokenizer_of,
+    trained_tokenizer,
+)
+from kimi_core.prompts.examples import sft_examples
+from kimi_core.prompts.jsonl import TextExample
+from kimi_core.prompts.load import load_prompts, split
+from kimi_core.prompts.many import facts_of
+from kimi_core.prompts.messages import in_chat
+from kimi_core.run.given import NOTHING, Given, refuse_missing
+from kimi_core.tasks import multiply, programs, retrieve
+from kimi_core.types import Message, Prompt
+
+
+@dataclass(frozen=True)
+class Data:
+    """Prompts, and the examples of SFT."""
+
+    prompts: Sequence[Prompt]
+    """All of them, in the order of their source."""
+    train: Sequence[Prompt]
+    held_out: list[Prompt]
+    examples: list[TextExample]
+    """Empty if there is no SFT."""
+
+
+def load_data(config: Config, given: Given = NOTHING) -> Data:
+    """Load and split the prompts, and load the examples of SFT.
+
+    Raises:
+        ValueError: a source is unknown, missing or malformed.
+    """
+    refuse_missing(config, given)
+    prompts = load_prompts(config.prompts, given=given.prompts)
+    train, held_out = split(prompts, config.prompts.held_out, config.prompts.split_seed)
+    is_on = config.sft.data != "none" and config.sft.steps > 0
+    examples = sft_examples(config, train, given.examples) if is_on else []
+    return Data(prompts, train, held_out, examples)
+
+
+def scratch_tokenizer(
+    config: Config, data: Data, saved: Path | None = None
+) -> PreTrainedTokenizerFast | None:
+    """The tokenizer of a model from scratch, made from prompts, answers and SFT examples.
+
+    It knows every character of these, and those of a built-in task's answers.
+
+    Args:
+        saved: that of the run which is continued; its file need not exist.
+
+    Returns None for a model that brings its own.
+
+    Raises:
+        ValueError: there is no character, or the saved tokenizer does not know one.
+    """
+    if config.model.name != "scratch":
+        return None
+    is_chat = _has_conversations(data)
+    if saved is not None and saved.is_file():
+        tokenizer = tokenizer_of(Tokenizer.from_file(str(saved)))
+        if config.model.scratch.vocabulary is None:
+            _check_known(tokenizer, _texts(config, data), saved)
+    elif config.model.scratch.vocabulary is None:
+        tokenizer = character_tokenizer("".join(_characters(_texts(config, data))))
+    else:
+        tokenizer = trained_tokenizer(_texts(config, data), config.model.scratch.vocabulary)
+    if is_chat:
+        tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def _has_conversations(data: Data) -> bool:
+    asked = any(not isinstance(prompt, str) for prompt, _ in data.examples)
+    return asked or bool((facts_of(data.prompts).sizes < 0).any())
+
+
+def _characters(texts: Iterator[str]) -> set[str]:
+    found: set[str] = set()
+    for text in texts:
+        found.update(text)
+    return found
+
+
+def _texts(config: Config, data: Data) -> Iterator[str]:
+    """Every text that the model reads or should write."""
+    yield _notation(config)
+    for prompt in data.prompts:
+        yield from _parts(prompt.messages or prompt.text)
+        yield prompt.answer
+    for asked, response in data.examples:
+        yield from _parts(in_chat(asked, config.prompts))
+        yield response
+
+
+def _parts(asked: str | Sequence[Message]) -> Iterator[str]:
+    """The texts of a prompt, with what the chat template puts between them."""
+    if isinstance(asked, str):
+        yield asked
+        return
+    for message in asked:
+        yield f"{message['role']}: {message['content']}\n"
+    yield "assistant: "
+
+
+def _notation(config: Config) -> str:
+    """The characters of a built-in task, also of answers that no example has."""
+    source = config.prompts.source
+    if source == "multiply":
+        return multiply.ALPHABET
+    if source == "retrieve":
+        return retrieve.alphabet(config.prompts.task.numbers)
+    return programs.ALPHABET if source == "programs" else ""
+
+
+def _check_known(tokenizer: PreTrainedTokenizerFast, texts: Iterator[str], saved: Path) -> None:
+    if unknown := sorted(_characters(texts) - tokenizer.get_vocab().keys()):
+        raise ValueError(
+            f"Prompts or SFT examples have {', '.join(map(repr, unknown[:10]))}, which this run's "
+            f"model does not know: it knows the characters in {saved}. Take the new ones out, or "
+            "start a run with another name=..."
+        )

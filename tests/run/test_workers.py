@@ -1,0 +1,204 @@
+"""Runs with several rollout workers: the run of one process, also when workers or the run die."""
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from io import StringIO
+from pathlib import Path
+from threading import Event, Thread
+
+import pytest
+from rich.console import Console
+from tiny_runs import TINY
+
+import kimi_core
+from kimi_core.metrics import IterationMetrics, read_metrics
+from kimi_core.rollout import fleet
+from kimi_core.run.config_file import load_config
+from kimi_core.run.replay import replay
+from kimi_core.run.run import evaluate_alone, train
+
+SETTINGS = [
+    "sft.steps=3",
+    "rollout.token_budget=5",
+    "rollout.stream_tokens=2",
+    "reward.function=reward.py:some",
+    "trainer.learning_rate=1e-3",
+    "trainer.ranks_timeout_s=240",
+    "evaluation.every=100",
+]
+REWARD = """
+def some(prompt, response):
+    return sum(character in "1234" for character in response) / 8
+"""
+WAIT_S = 400
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("workers")
+    (path / "tiny.toml").write_text(TINY)
+    (path / "reward.py").write_text(REWARD)
+    return path
+
+
+@pytest.fixture
+def run(folder, monkeypatch):
+    """Carries out a run, or goes on with it."""
+    monkeypatch.chdir(folder)
+
+    def go(*overrides: str) -> None:
+        config = load_config("tiny.toml", [*SETTINGS, *overrides])
+        train(config, resume=True, console=Console(file=StringIO()))
+
+    return go
+
+
+def iterations(name: str) -> list[IterationMetrics]:
+    """What the iterations of a run recorded; a later line replaces an earlier one."""
+    if not Path(f"runs/{name}/metrics.jsonl").exists():
+        return []
+    found = {one.iteration: one for one in read_metrics(f"runs/{name}/metrics.jsonl")[0]}
+    return [found[number] for number in sorted(found)]
+
+
+def sampled(name: str) -> list[list]:
+    """Iteration, trajectory, tokens, versions and reward of everything that was trained."""
+    same = ("iteration", "trajectory_id", "token_ids", "versions", "reward")
+    files = sorted(Path(f"runs/{name}/trajectories").glob("*.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return [[line[key] for key in same] for line in lines]
+
+
+def check_equal(name: str, other: str) -> None:
+    """Two runs have the same tokens and samples, and losses and gradients within rounding."""
+    assert sampled(name) == sampled(other) != []
+    for one, two in zip(iterations(name), iterations(other), strict=True):
+        for key in ("tokens_sampled", "samples_trained_total", "trajectories_unfinished"):
+            assert getattr(one, key) == getattr(two, key), key
+        for key in ("loss", "grad_norm", "reward_mean"):
+            near = pytest.approx(getattr(one, key), rel=1e-5, abs=1e-5, nan_ok=True)
+            assert getattr(two, key) == near
+
+
+def workers(pid: int) -> list[int]:
+    """The rollout workers among a process's children."""
+    children = [
+        int(child)
+        for thread in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in thread.read_text().split()
+    ]
+    name = b"kimi_core.rollout.torch.worker"
+    return [child for child in children if name in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    ends = time.monotonic() + WAIT_S
+    while not what():
+        assert time.monotonic() < ends
+        time.sleep(0.002)
+
+
+class Killer(Thread):
+    """Kills a random worker at a random moment of the run, ``kills`` times."""
+
+    def __init__(self, kills: int) -> None:
+        super().__init__()
+        self.kills, self.chance = kills, random.Random(kills)
+        self.ended = Event()
+        self.killed: dict[int, float] = {}
+        """Process → when it was killed."""
+        self.seen: dict[int, float] = {}
+        """Process → when the fleet noticed."""
+
+    def run(self) -> None:
+        for _ in range(self.kills):
+            before = len(iterations("two"))
+            while not self.ended.is_set() and (
+                len(iterations("two")) == before or len(self.seen) < len(self.killed)
+            ):
+                time.sleep(0.005)
+            if found := iterations("two"):
+                time.sleep(self.chance.uniform(0, 1.2 * found[-1].wall_s))
+            there = [pid for pid in workers(os.getpid()) if pid not in self.killed]
+            if self.ended.is_set() or not there:
+                return
+            pid = self.chance.choice(there)
+            os.kill(pid, signal.SIGKILL)
+            self.killed[pid] = time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        for pid in self.killed:
+            if f"(pid {pid})" in said and "SIGKILL" in said:
+                self.seen.setdefault(pid, time.monotonic())
+        return True
+
+
+@pytest.fixture
+def killer() -> Iterator[Callable[[int], Killer]]:
+    made: list[Killer] = []
+
+    def start(kills: int) -> Killer:
+        made.append(Killer(kills))
+        fleet.log.addFilter(made[-1].emit)
+        made[-1].start()
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.ended.set()
+        one.join()
+        fleet.log.removeFilter(one.emit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "length"), [(2, 6), pytest.param(20, 60, marks=pytest.mark.nightly)]
+)
+def test_workers_that_are_killed_change_nothing(run, killer, kills, length):
+    run("name=one", f"iterations={length}")
+    assert sum(one.reward_mean > 0 for one in iterations("one")) >= 3
+    assert any(one.trajectories_unfinished for one in iterations("one"))
+    deaths = killer(kills)
+    run("name=two", f"iterations={length}", "rollout.workers=2")
+    check_equal("one", "two")
+    found = iterations("two")
+    assert len(deaths.killed) == kills == len(deaths.seen)
+    assert sum(one.worker_restarts for one in found) == kills
+    for one in found:
+        assert sum(one.worker_tokens.values()) == one.tokens_sampled
+    assert workers(os.getpid()) == []
+    late = [deaths.seen[pid] - deaths.killed[pid] for pid in deaths.killed]
+    print(f"{kills} kills, seen after {max(late):.2f} s at most")
+
+
+@pytest.mark.slow
+def test_the_run_dies_its_workers_end_and_ranks_take_it_over(run):
+    if not Path("runs/one").exists():
+        run("name=one", "iterations=6")
+    command = [sys.executable, "-P", "-m", "kimi_core.cli", "train", "--resume", "tiny.toml"]
+    root = str(Path(kimi_core.__file__).parents[1])
+    master = subprocess.Popen(
+        [*command, *SETTINGS, "name=three", "iterations=6", "rollout.workers=2"],
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.DEVNULL,
+    )
+    wait_for(lambda: len(iterations("three")) >= 2)
+    there = workers(master.pid)
+    assert len(there) == 2
+    master.kill()
+    master.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in there))
+
+    run("name=three", "iterations=6", "rollout.workers=2", "trainer.ranks=2")
+    check_equal("one", "three")
+    config = load_config("tiny.toml", [*SETTINGS, "name=three", "rollout.workers=2"])
+    assert all(same for same, _ in replay(Path("runs/three"), 6))
+    assert evaluate_alone(config).n == 4
