@@ -11,6 +11,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -66,10 +67,16 @@ class Warm:
             self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it wrote; for less output than a pipe holds."""
+        """Wait for its end; what it wrote. It is killed after ``timeout`` seconds."""
         self.stdin.close()
-        self.wait(timeout)
-        return self.stdout.read(), self.stderr.read()
+        with ThreadPoolExecutor(2) as readers:
+            output, errors = (readers.submit(one.read) for one in (self.stdout, self.stderr))
+            try:
+                self.wait(timeout)
+            except TimeoutError:
+                self.kill()
+                raise
+            return output.result(), errors.result()
 
 
 def _detached(connection: Connection) -> int:
