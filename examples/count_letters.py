@@ -28,7 +28,7 @@ def prompts() -> list[Prompt]:
     rng = random.Random(0)
     asked: dict[str, int] = {}
     while len(asked) < 1000:
-        word = "".join(rng.choices("abcd", k=rng.randint(5, 9)))
+        word = "".join(rng.choices("abcd", k=rng.randint(8, 12)))
         letter = rng.choice("abcd")
         asked[f"{word}:{letter}"] = word.count(letter)
     return [Prompt(row, text, str(n)) for row, (text, n) in enumerate(asked.items())]

@@ -1,4 +1,12 @@
-"""Write a word backwards. `python examples/reverse_words.py` takes minutes on two cores."""
+"""Write a word backwards. `python examples/reverse_words.py` takes minutes on two cores.
+
+    prompt    garden>
+    copied    garden
+    reversed  nedrag
+
+Half of the examples are wrong: they copy the word. The model picks up both habits, and rewards
+leave it the right one.
+"""
 
 import random
 import sys
@@ -10,7 +18,7 @@ RUN = {
     "iterations": 25,
     "model": {"scratch": {"layers": 2, "width": 64, "context": 32}},
     "prompts": {"held_out": 200},
-    "sft": {"steps": 400},
+    "sft": {"steps": 600},
     "rollout": {"prompts_per_iteration": 32, "max_response_tokens": 12},
     "trainer": {"learning_rate": 1e-4},
     "evaluation": {"every": 5},
@@ -28,8 +36,8 @@ def reward(prompt: Prompt, response: str) -> float:
 
 
 def examples(prompts: list[Prompt]) -> list[tuple[str, str]]:
-    """Right answers to a quarter of the training prompts."""
-    return [(prompt.text, prompt.answer) for prompt in prompts[::4]]
+    rng = random.Random(0)
+    return [(p.text, rng.choice([p.answer, p.text.rstrip(">")])) for p in prompts]
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_intermixed_args(args, namespace)
 
     def _refuse_foreign(self, words: list[str]) -> None:
-        for word, behind in zip(words, [*words[1:], ""], strict=True):
+        for at, word in enumerate(words):
             option, _, value = word.partition("=")
+            behind = words[at + 1] if at + 1 < len(words) else ""
             if option.startswith("--") and not self._knows(option):
                 self.exit(fail(self._way_out(option, value or behind), 2))
 

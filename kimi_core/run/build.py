@@ -112,19 +112,9 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
         workers=config.reward.workers,
         timeout_s=config.reward.timeout_s,
     )
-    return Parts(
-        model,
-        tokenizer,
-        codec,
-        data.train,
-        data.examples,
-        given,
-        reward,
-        publisher,
-        evaluator,
-        loop,
-        new_buffer,
-    )
+    prompts, examples = data.train, data.examples
+    built = (reward, publisher, evaluator, loop, new_buffer)
+    return Parts(model, tokenizer, codec, prompts, examples, given, *built)
 
 
 def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path], RolloutBuffer]:

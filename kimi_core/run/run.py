@@ -142,6 +142,8 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
+        for line in header(config, parts, folder.path):
+            say(console, line)
         fine_tune(parts, config, console, folder, stop)
         _say_changes(folder, console)
         with Report(folder.path, total_iterations=0, console=console) as report:
