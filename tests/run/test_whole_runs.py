@@ -22,7 +22,7 @@ from kimi_core.metrics import read_metrics
 from kimi_core.prompts.many import ById
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.judging import judge_all
-from kimi_core.reward.threads import call_all
+from kimi_core.reward.threads import Calls
 from kimi_core.run import report
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
@@ -278,16 +278,20 @@ class TestFunctionsThatNeverReturn:
         assert [one and one.value for one in found] == [1, None, 1]
 
     def test_the_message_names_what_did_not_return(self):
-        (found,) = call_all(time.sleep, [60], workers=1, timeout_s=0.3, what="the function f")
+        calls = Calls(workers=1)
+        calls.add(time.sleep, 60, timeout_s=0.3, what="the function f")
+        (found,) = calls.results()
         assert isinstance(found, InfrastructureError)
         assert str(found) == "the function f did not return in 0.3 s"
 
-    def test_the_error_of_the_first_is_raised(self):
+    def test_errors_come_in_the_order_of_the_calls(self):
         def fail(n):
             raise KeyError(n)
 
-        with pytest.raises(KeyError, match="0"):
-            call_all(fail, range(4), workers=4, timeout_s=9, what="f")
+        calls = Calls(workers=4)
+        for n in range(4):
+            calls.add(fail, n, timeout_s=9, what="f")
+        assert [error.args for error in calls.results()] == [(0,), (1,), (2,), (3,)]
 
     @pytest.mark.parametrize("workers", [1, 4])
     def test_ctrl_c_ends_a_run_that_waits_for_one(self, given, workers):
