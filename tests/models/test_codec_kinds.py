@@ -128,7 +128,7 @@ class TestSpecialTokens:
     @pytest.mark.parametrize(("kind", "wrapping"), EVERY)
     def test_many_prompts_get_the_ids_of_each(self, kind, wrapping):
         codec = codec_of(kind, wrapping)
-        texts = ["the answer", " 56", BOS + "x", "a" + EOS, "\n", "漢é"]
+        texts = ["the answer", " 56", BOS + "x", "a" + EOS, "漢é"]
         prompts = [Prompt(number, text, "") for number, text in enumerate(texts)]
         alone = [codec.encode_prompt(prompt).tolist() for prompt in prompts]
         assert [ids.tolist() for ids in codec.encode_prompts(prompts)] == alone
