@@ -211,7 +211,7 @@ def test_an_engine_in_another_process_follows(arena, model):
     assert worst <= 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_in_another_process_follows(smollm2, arena_path):
     model, _ = load_pretrained(str(smollm2), dtype="float32", device="cpu")
     layout = Layout.from_config(model.config, dtype="float32")
