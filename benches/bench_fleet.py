@@ -1,4 +1,4 @@
-"""Rollout workers: CPU a token beside one engine, the master's share, and verdicts on the way.
+"""Rollout workers: CPU a token against one engine, the master's share, and verdicts on the way.
 
     pytest benches/bench_fleet.py                # about 1 CPU-minute
 
@@ -100,7 +100,7 @@ def cpu_of(pids: list[int]) -> float:
 
 def test_cpu_a_token_of_two_workers(engine_of, new_buffer, ratios):
     fleet = engine_of[2]
-    pids = [worker._process.pid for worker in fleet._workers]
+    pids = [worker.pid for worker in fleet._workers]
     cost, tokens = {}, {}
     for workers in (1, 2, 1, 2, 1, 2):
         with new_buffer() as buffer:

@@ -111,6 +111,13 @@ class EvaluationMetrics:
     """Responses, greedy and sampled, without a verdict; they are in neither accuracy."""
     reward_parts: dict[str, float] = field(default_factory=dict)
     """Mean over the sampled responses of each part that the reward functions report."""
+    greedy_by_domain: dict[str, float] = field(default_factory=dict)
+    """As ``accuracy_greedy``, of the prompts with each ``domain`` tag."""
+    sampled_by_domain: dict[str, float] = field(default_factory=dict)
+    """As ``accuracy_sampled``, of the prompts with each ``domain`` tag."""
+    same_answer: float = math.nan
+    """Share of the questions asked as text and as an image whose greedy answers are the same, in
+    [0, 1]; NaN if none is asked both ways."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ publishes the next one.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,27 @@ Normalize = Literal["none", "length", "sqrt_length"]
 
 Message = Mapping[str, Any]
 """One turn of a conversation: at least ``role`` and ``content``, both strings."""
+
+IMAGE_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Where an image stands in the text of a prompt that has images."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image of a prompt, by reference. ``models/images.py`` makes and decodes it.
+
+    In a token array, the image with number i in the run's table is a run of the id −1−i, one for
+    each position that it takes. So buffer, engines and trainer handle plain token ids, and two
+    prompts that differ only in an image have different ids.
+
+    >>> Image("9f86d081", Path("charts/1.png")) == Image("9f86d081", b"the same bytes")
+    True
+    """
+
+    digest: str
+    """SHA-256 of the encoded bytes, in hexadecimal; two images with one digest are the same."""
+    source: Path | bytes = field(compare=False, repr=False)
+    """The file, or the encoded bytes (PNG, JPEG or WebP)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,9 @@ class Prompt:
     messages: Sequence[Message] = ()
     """The prompt as a conversation, which the model's chat template renders. ``text`` is then its
     question, for people and reward functions. Empty: the model reads ``text``."""
+    images: tuple[Image, ...] = ()
+    """The images, in order. Each ``IMAGE_MARK`` in the text (or in the messages) is the place of
+    one; without marks, all stand before the text."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from vision_testing import save_model, write_data
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.evaluation.held_out import Evaluator
@@ -95,6 +96,13 @@ def of_lengths(prompt, text):
 KINDS = {
     "budget": ["rollout.token_budget=7", "rollout.stream_tokens=2"],
     "whole": ["rollout.stream_tokens=3", "save_every=2", "trajectories.every=2"],
+    "images": [
+        "rollout.token_budget=7",
+        "rollout.stream_tokens=2",
+        "model.name=model",
+        "prompts.source=pictures.jsonl",
+        "sft.data=sft.jsonl",
+    ],
     "bfloat16": ["rollout.token_budget=9", "rollout.stream_tokens=1", "model.dtype=bfloat16"],
 }
 """Names of configs → settings."""
@@ -183,6 +191,10 @@ def carry_out(folder: Path, kind: str) -> None:
     curves.draw_curves = lambda *_: None  # It takes longer than all the rest.
     Path("config.toml").write_text(CONFIG)
     Path("reward.py").write_text(REWARD)
+    if kind == "images" and not Path("model").is_dir():
+        write_data(Path())
+        save_model(Path("model.part"))
+        Path("model.part").rename("model")  # A killed process leaves no half model.
     run.train(load_config("config.toml", KINDS[kind]), resume=True)
 
 

@@ -30,6 +30,8 @@ class ScratchConfig(Section):
     rope_theta: float = Field(10_000.0, gt=1)
     """Base of the rotary position embedding. Long contexts need a large one: the report takes
     1,000,000 (its part on long-context activation)."""
+    vision_layers: int = Field(0, ge=0)
+    """Layers of a vision tower, which makes 16 positions of an image. 0: text only."""
     vocabulary: int | None = Field(None, ge=258)
     """Most tokens of a byte-level BPE, trained on prompts, answers and SFT data: prose takes fewer
     tokens so. Unset: one token per character that they have, for tasks on letters and digits."""
@@ -72,10 +74,10 @@ class TaskConfig(Section):
 class PromptsConfig(Section):
     source: str = "multiply"
     """`multiply` (one digit times three), `addition` or `maximum` (few-shot), `retrieve` (numbers
-    spread over a long text), `programs` (Python expressions from examples), `humaneval`, a JSONL,
-    CSV, Parquet or Arrow file with `prompt` (or `messages`) and `answer`, a folder of `datasets`,
-    `hub:OWNER/NAME` or `hub:OWNER/NAME:SUBSET`, or `file.py:function`, which returns a list of
-    `Prompt`."""
+    spread over a long text), `programs` (expressions from examples), `vision` (text and images),
+    `humaneval`, a JSONL, CSV, Parquet or Arrow file with `prompt` (or `messages`) and `answer`, a
+    folder of `datasets`, `hub:OWNER/NAME` or `hub:OWNER/NAME:SUBSET`, or `file.py:function`, which
+    returns a list of `Prompt`."""
     fields: dict[str, str] = {}
     """Columns with other names, as `{prompt = "question", answer = "solution"}`. What comes before
     the last `####` of an answer is then left out. GSM8K's columns are known without this."""
@@ -117,9 +119,9 @@ class SftConfig(Section):
     data: str = "none"
     """`none`; `multiply` (the mixed answers that `think.toml` starts from); `multiply_lengths`
     (right answers of four lengths); `retrieve` (worked answers to texts that grow, with guesses at
-    the end); `programs` (right programs and lookup tables); a file, folder or data set as for
-    `prompts.source` with `prompt` and `response`, or `messages`; or `file.py:function`, which gets
-    the training prompts and returns (prompt, response) pairs."""
+    the end); `programs` (right programs and lookup tables); `vision` (reading, then answers); a
+    file, folder or data set as for `prompts.source` with `prompt` and `response`, or `messages`; or
+    `file.py:function`, which gets the training prompts and returns (prompt, response) pairs."""
     fields: dict[str, str] = {}
     """As `prompts.fields`, such as `{prompt = "question", response = "solution"}`. The prompt is
     written by `prompts.template`."""

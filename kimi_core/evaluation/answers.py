@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -29,6 +30,7 @@ from kimi_core.evaluation.record import Answer, Record, key_of
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, context_of, load_model
 from kimi_core.models.placement import limit_threads
+from kimi_core.models.vision_load import load_images
 from kimi_core.reward.base import (
     InfrastructureError,
     LimitReached,
@@ -85,11 +87,14 @@ class Responder:
         model, tokenizer = load_model(config.model)
         check_weights(model)
         limit_threads(model)
-        self.codec = Codec(tokenizer, config.rollout.stop, model)
+        self._images = load_images(model, config)
+        self.codec = Codec(tokenizer, config.rollout.stop, model, self._images)
         self._context = context_of(model)
         self.weights = _checksum(model)
         """CRC-32C of the model's parameters."""
-        self._engine, self._publisher = load_engine(model, config.rollout, None)
+        self._engine, self._publisher = load_engine(
+            model, config.rollout, None, images=self._images
+        )
         self._publisher.publish(model.named_parameters(), 0)
         self._engine.serve(0)
 
@@ -99,7 +104,7 @@ class Responder:
         Raises:
             ValueError: the prompt cannot be tokenized.
         """
-        tokens = len(self.codec.encode_prompt(prompt))
+        tokens = len(self._encode(prompt))
         return self._context is None or tokens + max_tokens <= self._context
 
     def draw(
@@ -143,6 +148,11 @@ class Responder:
             record.add(draw.name, *one)
             advance()
 
+    def _encode(self, prompt: Prompt) -> np.ndarray:
+        if self._images is not None:
+            self._images.add([prompt])
+        return self.codec.encode_prompt(prompt)
+
     def close(self) -> None:
         """End the processes of reward function and engine, and free the memory they shared."""
         close_reward(self._reward)
@@ -171,7 +181,7 @@ class Responder:
         """The key of each prompt and its answers, as soon as all of them have ended."""
         requests, owners = [], {}
         for key, prompt in prompts.items():
-            ids, first = self.codec.encode_prompt(prompt), _first_id(draw, key)
+            ids, first = self._encode(prompt), _first_id(draw, key)
             owners[first // draw.samples] = key
             requests += [
                 Request(first + n, ids, len(ids), budget=draw.max_tokens, remaining=draw.max_tokens)

@@ -11,6 +11,7 @@ from kimi_core.config import RolloutConfig
 from kimi_core.metrics import EvaluationMetrics, mean_parts
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.judging import judge_all
+from kimi_core.reward.load import final
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import sampling_for
 from kimi_core.rollout.texts import complete
@@ -49,8 +50,8 @@ class Evaluator:
         """
         started = time.perf_counter()
         prompts = self.prompts[:limit]
-        greedy, _ = self._answer(prompts, self._sampling(seed, greedy=True))
-        sampled, lengths = self._answer(prompts, self._sampling(seed, greedy=False))
+        greedy, _, texts = self._answer(prompts, self._sampling(seed, greedy=True))
+        sampled, lengths, _ = self._answer(prompts, self._sampling(seed, greedy=False))
         return EvaluationMetrics(
             iteration=iteration,
             policy_version=self.engine.policy_version,
@@ -62,6 +63,9 @@ class Evaluator:
             wall_s=time.perf_counter() - started,
             infrastructure_errors=greedy.count(None) + sampled.count(None),
             reward_parts=mean_parts([one.parts for one in sampled if one is not None]),
+            greedy_by_domain=_by_domain(prompts, greedy),
+            sampled_by_domain=_by_domain(prompts, sampled),
+            same_answer=same_answer(prompts, texts),
         )
 
     def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
@@ -72,8 +76,8 @@ class Evaluator:
 
     def _answer(
         self, prompts: Sequence[Prompt], sampling: Sampling
-    ) -> tuple[list[Score | None], list[int]]:
-        """Score (None: no verdict) and length of one response to each prompt."""
+    ) -> tuple[list[Score | None], list[int], list[str]]:
+        """Score (None: no verdict), length and text of one response to each prompt."""
         answers = complete(
             self.engine,
             [self.encode(prompt) for prompt in prompts],
@@ -88,7 +92,32 @@ class Evaluator:
             outage_from=self.rollout.samples_per_prompt,
             timeout_s=self.timeout_s,
         )
-        return scores, [len(answer) for answer in answers]
+        return scores, [len(answer) for answer in answers], texts
+
+
+def same_answer(prompts: Sequence[Prompt], responses: Sequence[str]) -> float:
+    """Share of the questions asked as text and as an image that got the same final answer.
+
+    The ``question`` tag of a prompt with images is the text of its other form. NaN: there is none.
+    """
+    given = zip(prompts, responses, strict=True)
+    as_text = {prompt.text: final(one) for prompt, one in given if not prompt.images}
+    given = zip(prompts, responses, strict=True)
+    pairs = [
+        (as_text[question], final(one))
+        for prompt, one in given
+        if prompt.images and (question := prompt.tags.get("question", "")) in as_text
+    ]
+    return float(np.mean([a == b for a, b in pairs])) if pairs else math.nan
+
+
+def _by_domain(prompts: Sequence[Prompt], scores: Sequence[Score | None]) -> dict[str, float]:
+    """Mean score of the prompts of each domain that have a verdict."""
+    found: dict[str, list[Score | None]] = {}
+    for prompt, score in zip(prompts, scores, strict=True):
+        if score is not None and "domain" in prompt.tags:
+            found.setdefault(prompt.tags["domain"], []).append(score)
+    return {domain: _mean(some) for domain, some in sorted(found.items())}
 
 
 def _mean(scores: Sequence[Score | None]) -> float:

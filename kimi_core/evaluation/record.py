@@ -45,6 +45,7 @@ def key_of(prompt: Prompt) -> str:
     """Names a prompt by what is asked and how it is judged, wherever it stands in a file."""
     messages = [dict(message) for message in prompt.messages]
     content = [prompt.text, messages, prompt.answer, prompt.tags.get("tests", "")]
+    content += [image.digest for image in prompt.images]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
 

@@ -12,12 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kimi_core.models import chat
 from kimi_core.models.token_bound import token_bound
+from kimi_core.models.vision import Images
 from kimi_core.rollout.stop import BROKEN, cut
-from kimi_core.types import Message, Prompt, StopStrings
+from kimi_core.types import IMAGE_MARK, Image, Message, Prompt, StopStrings
 
 LEADS = ("a", "0", "=", ".", "\n", " ", "A", "(", '"')
 """Texts to put before a response. One must not merge with the response's first character, so they
 differ in kind."""
+
+IMAGE_TOKENS = ("image_token_id", "video_token_id")
+"""Tokens of a config that stand for images; sampled, they end a response."""
 
 
 class Codec:
@@ -27,6 +31,7 @@ class Codec:
         tokenizer: the model's tokenizer.
         stop: strings that end a response, in addition to the end tokens.
         model: the end tokens of its config and its generation config count as well.
+        images: the run's images; None: the model reads text only.
 
     Raises:
         ValueError: a stop string is empty, or nothing ends a response.
@@ -37,11 +42,13 @@ class Codec:
         tokenizer: PreTrainedTokenizerBase,
         stop: Iterable[str] = (),
         model: PreTrainedModel | None = None,
+        images: Images | None = None,
     ) -> None:
         strings = list(stop)
         if "" in strings:
             raise ValueError(f"rollout.stop = {strings}: each string needs at least one character")
         self._tokenizer = tokenizer
+        self._images = images
         self._lead = self._find_lead()
         self._lead_text = self._decode([self._lead]) if self._lead is not None else ""
         self._prefix = self._find_prefix()
@@ -53,6 +60,8 @@ class Codec:
             ends += [
                 end for config in configs for end in _ids(getattr(config, "eos_token_id", None))
             ]
+            # A response goes on in tokens alone, so a sampled image token cannot become an image.
+            ends += [t for name in IMAGE_TOKENS if (t := getattr(model.config, name, None))]
         if self._turn_end is not None:
             ends.append(self._turn_end)
         if not ends and not strings:
@@ -68,16 +77,20 @@ class Codec:
 
         ``messages`` are rendered by the tokenizer's chat template, which writes the special tokens
         itself. Text gets them here, unless it begins with them already; there are never two BOS,
-        and no EOS behind a prompt.
+        and no EOS behind a prompt. An image is a run of negative ids (``types.Image``).
 
         Raises:
             ValueError: the prompt has no tokens, or has characters that the model does not know, or
-                there is no chat template for its messages.
+                there is no chat template for its messages, or its images have no places.
         """
-        return self._encode_prompt(prompt.messages or prompt.text, f"Prompt {prompt.id}")
+        return self._encode_prompt(
+            prompt.messages or prompt.text, f"Prompt {prompt.id}", prompt.images
+        )
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """As `encode_prompt` for each, in a third of the time."""
+        if any(prompt.images for prompt in prompts):
+            return [self.encode_prompt(prompt) for prompt in prompts]
         texts = [self._text_of(p.messages or p.text, f"Prompt {p.id}") for p in prompts]
         try:
             found = self._encode_batch(texts)
@@ -103,7 +116,7 @@ class Codec:
         return np.where(sizes > 0, most, -1)
 
     def encode_example(
-        self, prompt: str | Sequence[Message], response: str
+        self, prompt: str | Sequence[Message] | Prompt, response: str
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of an SFT pair, int32 ``[n]`` and ``[m]``; the response ends with an end token.
 
@@ -115,7 +128,10 @@ class Codec:
         """
         if not self._ends:
             raise ValueError("SFT needs a tokenizer with an end-of-text token")
-        prompt_ids = self._encode_prompt(prompt, "An SFT prompt")
+        images: tuple[Image, ...] = ()
+        if isinstance(prompt, Prompt):
+            images, prompt = prompt.images, prompt.messages or prompt.text
+        prompt_ids = self._encode_prompt(prompt, "An SFT prompt", images)
         if isinstance(prompt, str):
             before, end = prompt, self._ends[0]
         else:
@@ -159,9 +175,32 @@ class Codec:
             text = cut(self.stop_strings, text)
         return text.removeprefix(self._gap)
 
-    def _encode_prompt(self, prompt: str | Sequence[Message], what: str) -> np.ndarray:
-        ids = self._encode(self._text_of(prompt, what), what)
+    def _encode_prompt(
+        self, prompt: str | Sequence[Message], what: str, images: Sequence[Image] = ()
+    ) -> np.ndarray:
+        text = self._text_of(prompt, what)
+        ids = self._with_images(text, images, what) if images else self._encode(text, what)
         return self._completed(ids, is_text=isinstance(prompt, str))
+
+    def _with_images(self, text: str, images: Sequence[Image], what: str) -> list[int]:
+        """Token ids of a text with its images at their marks, or in front of it."""
+        if self._images is None:
+            raise ValueError(
+                f"{what} has images, and the model reads text only: take a model with a vision "
+                "tower, or set model.scratch.vision_layers"
+            )
+        pieces = text.split(IMAGE_MARK) if IMAGE_MARK in text else [*[""] * len(images), text]
+        if len(pieces) != len(images) + 1:
+            raise ValueError(
+                f"{what} has {len(images)} images and {len(pieces) - 1} marks for them (U+FFFC); "
+                "give one mark for each image, or none to put all before the text"
+            )
+        ids = self._encode(pieces[0], what) if pieces[0] else []
+        for image, piece in zip(images, pieces[1:], strict=True):
+            ids += self._images.ids(image)
+            if piece:
+                ids += self.encode_behind(IMAGE_MARK, piece, what).tolist()
+        return ids
 
     def _text_of(self, prompt: str | Sequence[Message], what: str) -> str:
         """A prompt as the tokenizer takes it."""

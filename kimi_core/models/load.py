@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -80,7 +82,7 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
         raise ValueError(f"No model folder {source}; give one with config.json and *.safetensors")
     try:
         with no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(AutoConfig.from_pretrained(source)).from_pretrained(
                 source, dtype=precision, output_loading_info=True
             )
         tokenizer = AutoTokenizer.from_pretrained(source)
@@ -99,6 +101,15 @@ def load_pretrained(name: str, *, dtype: str = "auto", device: str = "auto") -> 
             "save the whole model again"
         )
     return model.to(place).eval(), tokenizer
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a model with this config: with images or without."""
+    if getattr(config, "vision_config", None) is None:
+        return AutoModelForCausalLM
+    from transformers import AutoModelForImageTextToText  # Slow to load.
+
+    return AutoModelForImageTextToText
 
 
 @contextmanager

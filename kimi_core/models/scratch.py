@@ -1,4 +1,7 @@
-"""A small Llama with random weights, and tokenizers for it: of characters, or trained on a text."""
+"""A small Llama with random weights, and tokenizers for it: of characters, or trained on a text.
+
+With ``vision_layers`` it becomes a small LLaVA: a CLIP tower and a projector in front of the Llama.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,6 +24,12 @@ from kimi_core.models.placement import device_of, dtype_of
 PAD, EOS = "<pad>", "<eos>"
 """The special tokens, ids 0 and 1."""
 
+VISION_WIDTH, VISION_HEADS = 64, 4
+IMAGE_SIZE, PATCH_SIZE = 32, 8
+"""Of the vision tower: hidden size and heads; pixels of a side of an image and of a patch."""
+
+PLACES = (IMAGE_SIZE // PATCH_SIZE) ** 2
+"""Positions that an image takes."""
 
 CHAT = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -73,8 +82,39 @@ def scratch_llama(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = LlamaForCausalLM(architecture)
+        model: Any = _causal_lm(architecture, config.scratch.vision_layers)
     return model.to(device=place, dtype=dtype_of(config.dtype, place)).eval()
+
+
+def _causal_lm(text: LlamaConfig, vision_layers: int) -> PreTrainedModel:
+    if not vision_layers:
+        return LlamaForCausalLM(text)
+    from transformers import (  # Slow to load.
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    tower = CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=4 * VISION_WIDTH,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=VISION_HEADS,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH_SIZE,
+    )
+    architecture = LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=text.pad_token_id,  # Only the start-up check ever writes it.
+        image_seq_length=PLACES,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    model = LlavaForConditionalGeneration(architecture)
+    model.generation_config.eos_token_id = text.eos_token_id
+    return model
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:

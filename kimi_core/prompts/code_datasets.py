@@ -82,15 +82,20 @@ def _code_contests(record: Record) -> dict[str, Any]:
 
 def _open_r1(record: Record) -> dict[str, Any]:
     found = _parsed(record["verification_info"])
+    if "ground_truth" in found:
+        return {"prompt": _asked(record), "answer": str(found["ground_truth"])}
     tests = [
         _call(one["fn_name"], one["input"], one["output"])
         if one.get("fn_name")
         else _stdin(one["input"], one["output"])
         for one in found["test_cases"]
     ]
-    prompt = record.get("problem") or record["prompt"]
     answer = record.get("gold_standard_solution") or ""
-    return _problem(prompt, tests, answer, language=found.get("language", "python"))
+    return _problem(_asked(record), tests, answer, language=found.get("language", "python"))
+
+
+def _asked(record: Record) -> Any:
+    return record.get("problem") or record["prompt"]
 
 
 def _codeforces(record: Record) -> dict[str, Any]:
@@ -105,25 +110,40 @@ def _codeforces(record: Record) -> dict[str, Any]:
 
 
 def _sandbox_fusion(record: Record) -> dict[str, Any]:
-    tests = [_stdin(one["input"]["stdin"], one["output"]["stdout"]) for one in record["test"]]
+    tests = [
+        _stdin(one["input"]["stdin"], one["output"]["stdout"]) for one in _parsed(record["test"])
+    ]
     language = _parsed(record.get("labels") or {}).get("programming_language", "python")
     answer = record.get("canonical_solution") or ""
     return _problem(record["content"], tests, answer, language=language)
 
 
 def _mbpp(record: Record) -> dict[str, Any]:
-    asserts = [*record["test_list"], *(record.get("challenge_test_list") or [])]
+    shown = _parsed(record["test_list"])
+    asserts = [*shown, *_parsed(record.get("challenge_test_list") or [])]
     setup = "\n".join(record.get("test_imports") or []) or record.get("test_setup_code") or ""
     text, code = record.get("text") or record["prompt"], record.get("code", "")
-    prompt = f"{text}\nYour code should pass these tests:\n" + "\n".join(record["test_list"])
+    prompt = f"{text}\nYour code should pass these tests:\n" + "\n".join(shown)
     test = {"check": "\n".join(asserts), "entry_point": _called(asserts[0], code), "setup": setup}
-    return _problem(prompt, [test], code)
+    tests = [test]
+    if record.get("test"):  # MBPP+ has its inputs there.
+        tests.append(test | {"check": record["test"]})
+    return _problem(prompt, tests, code)
 
 
 def _humaneval(record: Record) -> dict[str, Any]:
     test = {"check": record["test"], "entry_point": record["entry_point"]}
     answer = record.get("canonical_solution") or ""
     return _problem(record["prompt"], [test], answer) | {"prefix": record["prompt"]}
+
+
+def _leetcode(record: Record) -> dict[str, Any]:
+    entry_point = record["entry_point"].removeprefix("Solution().")
+    test = {"check": record["test"], "entry_point": entry_point, "setup": record["prompt"]}
+    starter, code = record.get("starter_code"), record.get("completion")
+    answer = f"```python\n{code}\n```" if code else ""
+    found = _problem(record["problem_description"], [test], answer, starter=starter)
+    return found | {"prefix": record["prompt"]}
 
 
 FORMATS: tuple[tuple[frozenset[str], Callable[[Record], dict[str, Any]]], ...] = (
@@ -135,10 +155,11 @@ FORMATS: tuple[tuple[frozenset[str], Callable[[Record], dict[str, Any]]], ...] =
     (frozenset({"description", "official_tests"}), _codeforces),
     (frozenset({"content", "test"}), _sandbox_fusion),
     (frozenset({"test_list"}), _mbpp),
+    (frozenset({"problem_description", "prompt", "test", "entry_point"}), _leetcode),
     (frozenset({"prompt", "test", "entry_point"}), _humaneval),
 )
 """The keys that a format is known by: LiveCodeBench, APPS and TACO, verl, code_contests, open-r1
-(two), SandboxFusion, MBPP, HumanEval and its successors."""
+(two), SandboxFusion, MBPP, LeetCodeDataset, HumanEval and its successors."""
 
 MARKS = frozenset().union(*(keys for keys, _ in FORMATS)) - {"prompt"}
 """A line of any of the formats has one of these keys."""
@@ -200,8 +221,16 @@ def _defined(code: str) -> Iterator[str]:
 
 
 def _parsed(value: Any) -> Any:
-    """JSON in a text, or what is parsed already."""
-    return json.loads(value) if isinstance(value, str) else value
+    """JSON or Python literals in a text, or what is parsed already."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            raise ValueError(f"{value!r:.80} is neither JSON nor a Python literal") from None
 
 
 class _TextOnly(pickle.Unpickler):
@@ -214,7 +243,7 @@ def _unpacked(value: Any) -> list[Any]:
     if not value:
         return []
     try:
-        found: list[Any] = _parsed(value)
+        found: list[Any] = json.loads(value) if isinstance(value, str) else value
     except ValueError:
         text = _TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(value)))).load()
         found = json.loads(text)

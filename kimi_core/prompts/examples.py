@@ -10,7 +10,7 @@ from kimi_core.prompts.columns import Columns
 from kimi_core.prompts.jsonl import Place, TextExample, example_of, load_examples
 from kimi_core.prompts.messages import check_messages
 from kimi_core.prompts.tables import is_table, records_of
-from kimi_core.tasks import multiply, programs, retrieve
+from kimi_core.tasks import multiply, programs, retrieve, vision
 from kimi_core.types import Prompt
 
 
@@ -44,6 +44,8 @@ def _examples_of(config: Config, train_prompts: Sequence[Prompt], given: Any) ->
         return list(multiply.examples(train_prompts, shares, seed=config.seed))
     if source == "retrieve":
         return list(_retrieve_examples(config))
+    if source == "vision":
+        return list(_vision_examples(config, train_prompts))
     if source == "programs":
         return list(programs.examples(train_prompts, programs.MIXED, seed=config.seed))
     if source.endswith(".jsonl"):
@@ -55,7 +57,7 @@ def _examples_of(config: Config, train_prompts: Sequence[Prompt], given: Any) ->
         return _made_by(load_function(source), train_prompts, source)
     raise ValueError(
         f"sft.data = {source!r}; allowed are none, multiply, multiply_lengths, retrieve, programs, "
-        "a file that ends in .jsonl, .csv, .parquet or .arrow, a folder of datasets, "
+        "vision, a file that ends in .jsonl, .csv, .parquet or .arrow, a folder of datasets, "
         "hub:OWNER/NAME, or file.py:function, which takes the training prompts"
     )
 
@@ -81,6 +83,16 @@ def _retrieve_examples(config: Config) -> list[tuple[str, str]]:
     return retrieve.examples(count, task.numbers, task.length, retrieve.MIXED, seed=config.seed)
 
 
+def _vision_examples(config: Config, train_prompts: Sequence[Prompt]) -> list[tuple[Prompt, str]]:
+    if config.prompts.source != "vision":
+        raise ValueError(
+            f"sft.data = 'vision' needs prompts.source = 'vision', not {config.prompts.source!r}"
+        )
+    count = config.sft.examples or config.sft.steps * config.sft.batch_size
+    split_seed = config.prompts.split_seed
+    return vision.examples(train_prompts, count, split_seed=split_seed, seed=config.seed)
+
+
 def _checked(found: object, source: str) -> list[TextExample]:
     """Examples from the user's program. Raises ValueError unless they are (prompt, response)."""
     if not isinstance(found, list | tuple) or not found:
@@ -93,8 +105,12 @@ def _checked(found: object, source: str) -> list[TextExample]:
 def _pair(one: object, where: str) -> TextExample:
     if isinstance(one, list | tuple) and len(one) == 2:
         prompt, response = one
-        prompt = prompt.messages or prompt.text if isinstance(prompt, Prompt) else prompt
+        is_prompt = isinstance(prompt, Prompt)
+        if is_prompt and not prompt.images:
+            prompt, is_prompt = prompt.messages or prompt.text, False
         if isinstance(response, str) and response:
+            if is_prompt:
+                return prompt, response
             if isinstance(prompt, str) and prompt:
                 return prompt, response
             if isinstance(prompt, list | tuple):

@@ -4,15 +4,17 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kimi_core.prompts.code_datasets import MARKS, as_problem
 from kimi_core.prompts.columns import Columns
+from kimi_core.prompts.images import take_images
 from kimi_core.prompts.messages import check_messages, question
+from kimi_core.prompts.place import Place
 from kimi_core.types import Message, Prompt
 
-TextExample = tuple[str | Sequence[Message], str]
-"""A prompt, as text or as messages, and its response."""
+TextExample = tuple[str | Sequence[Message] | Prompt, str]
+"""A prompt, as text, as messages, or with images as a `Prompt`; and its response."""
 
 PROMPT_KEYS = ("prompt", "answer")
 EXAMPLE_KEYS = ("prompt", "response")
@@ -20,26 +22,14 @@ BOM = b"\xef\xbb\xbf"
 PLAIN = Columns()
 
 
-class Place(NamedTuple):
-    """Where a line stands, for errors. It becomes text only if there is one."""
-
-    path: str | Path
-    number: int
-    """Counted from 1."""
-    unit: str = "line"
-
-    def __str__(self) -> str:
-        return f"{self.path}, {self.unit} {self.number}"
-
-
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Prompts from a JSONL file, numbered from 0: ``prompt`` and ``answer``. A number
     as the answer becomes text.
 
     ``messages`` may stand in place of ``prompt``: a list of objects with ``role`` and ``content``.
-    ``difficulty`` is optional, and so is ``answer`` where there are ``tests``; other keys become
-    tags, as text. Lines of published datasets of programs are read as they are, see
-    ``code_datasets``.
+    ``images`` lists paths or data URIs, see ``prompts/images.py``. ``difficulty`` is optional, and
+    so is ``answer`` where there are ``tests``; other keys become tags, as text. Lines of published
+    datasets of programs are read as they are, see ``code_datasets``.
 
     Raises:
         ValueError: the file is missing or empty, or a line is bad; the message says what was found.
@@ -71,7 +61,12 @@ def example_of(record: Mapping[str, Any], where: Place, columns: Columns = PLAIN
     Raises: ValueError as `read_prompts`.
     """
     record = _checked(_in_our_words(columns.example, record, where), EXAMPLE_KEYS, where)
-    return record["prompt"], record["response"]
+    prompt, response, images = record["prompt"], record["response"], record["images"]
+    if not images:
+        return prompt, response
+    if isinstance(prompt, str):
+        return Prompt(0, prompt, response, images=images), response
+    return Prompt(0, question(prompt), response, messages=prompt, images=images), response
 
 
 def lines_in(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, int, bytes]]:
@@ -114,6 +109,7 @@ def prompt_of(
     renamed = _in_our_words(columns.prompt, record, where)
     record = _checked(_problem_in(renamed, where), PROMPT_KEYS, where)
     prompt, answer = record.pop("prompt"), record.pop("answer")
+    images = record.pop("images")
     difficulty = record.pop("difficulty", None)
     if difficulty is not None and not _is_fraction(difficulty):
         raise ValueError(
@@ -122,8 +118,8 @@ def prompt_of(
         )
     tags = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in record.items()}
     if isinstance(prompt, str):
-        return Prompt(id_, prompt, answer, difficulty, tags)
-    return Prompt(id_, question(prompt), answer, difficulty, tags, prompt)
+        return Prompt(id_, prompt, answer, difficulty, tags, images=images)
+    return Prompt(id_, question(prompt), answer, difficulty, tags, prompt, images)
 
 
 def plain_records(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
@@ -155,7 +151,7 @@ def plain_records(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     return None
 
 
-NOT_PLAIN = MARKS | {"messages", "tests"}
+NOT_PLAIN = MARKS | {"messages", "tests", "images"}
 """Keys of lines that are not just a prompt, an answer and tags."""
 
 
@@ -169,16 +165,18 @@ def _in_our_words(
 
 
 def _checked(record: dict[str, Any], keys: tuple[str, ...], where: Place) -> dict[str, Any]:
-    """The record, in which each key has a non-empty string.
+    """The record, in which each key has a non-empty string, with its images.
 
-    With ``tests``, the answer may be missing or empty.
+    With ``tests``, the answer may be missing or empty; with images, the prompt may be empty.
     """
     _take_messages(record, keys)
+    images = take_images(record, where)
     for key in keys:
         value = record.get(key)
         if isinstance(value, str) and value:
             continue
-        if key == "answer" and "tests" in record and not value:
+        may_be_empty = "tests" in record if key == "answer" else images
+        if key in PROMPT_KEYS and may_be_empty and not value:
             record[key] = ""
         elif key == "prompt" and isinstance(value, list):
             record[key] = check_messages(value, where)
@@ -192,6 +190,7 @@ def _checked(record: dict[str, Any], keys: tuple[str, ...], where: Place) -> dic
                 f'{where}: "{key}" is {json.dumps(value, default=str):.80}; allowed is a non-empty '
                 "string"
             )
+    record["images"] = images
     return record
 
 

@@ -15,7 +15,7 @@ from kimi_core.prompts.jsonl import Place, prompt_of
 from kimi_core.prompts.many import MANY, InMemory, ManyPrompts, facts_of
 from kimi_core.prompts.messages import chat_prompts, check_messages, question
 from kimi_core.prompts.tables import is_table, records_of
-from kimi_core.tasks import addition, humaneval, maximum, multiply, programs, retrieve
+from kimi_core.tasks import addition, humaneval, maximum, multiply, programs, retrieve, vision
 from kimi_core.types import Prompt
 
 
@@ -71,6 +71,8 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
         return retrieve.prompts(task.count, task.numbers, task.length, config.split_seed)
     if source == "programs":
         return programs.prompts()
+    if source == "vision":
+        return vision.prompts(config.split_seed)
     if source == "humaneval":
         return humaneval.prompts()
     if ".py:" in source:
@@ -82,8 +84,8 @@ def _prompts_of(config: PromptsConfig, base_folder: str | Path) -> list[Prompt]:
         return _check_prompts(found, source)
     raise ValueError(
         f"prompts.source = {source!r}; allowed are multiply, addition, maximum, retrieve, "
-        "programs, humaneval, a file that ends in .jsonl, .csv, .parquet or .arrow, a folder of "
-        "datasets, hub:OWNER/NAME, or file.py:function"
+        "programs, vision, humaneval, a file that ends in .jsonl, .csv, .parquet or .arrow, a "
+        "folder of datasets, hub:OWNER/NAME, or file.py:function"
     )
 
 
@@ -93,9 +95,9 @@ def split(
     """Split into (training prompts in the given order, held-out prompts in random order).
 
     So the first held-out prompts, which evaluations during a run use, are a fair sample. Prompts
-    with the same ``problem`` tag (or, without the tag, the same text) stay on one side, so that no
-    held-out question appears in training in another form. Whole problems are drawn at random as
-    long as they fit into ``held_out`` prompts.
+    with the same ``problem`` tag (or, without the tag, the same text and images) stay on one side,
+    so that no held-out question appears in training in another form. Whole problems are drawn at
+    random as long as they fit into ``held_out`` prompts.
 
     Raises:
         ValueError: no prompt would be left to train on, or no problem is small enough to hold out.

@@ -28,12 +28,13 @@ class Facts:
     difficulty: np.ndarray
     """float64 ``[n]``; NaN if it was not measured."""
     problems: np.ndarray
-    """A hash of the ``problem`` tag, or without one of the text, int64 ``[n]``. It differs from
-    process to process."""
+    """A hash of the ``problem`` tag, or without one of the text and the digests of images, int64
+    ``[n]``. It differs from process to process."""
     checksums: np.ndarray
-    """CRC-32 of text and answer, uint32 ``[n]``."""
+    """CRC-32 of text, digests and answer, uint32 ``[n]``."""
     sizes: np.ndarray
-    """Bytes of the text in UTF-8, int64 ``[n]``; -1 for messages and as `bytes_of` says."""
+    """Bytes of the text in UTF-8, int64 ``[n]``; -1 for messages and as `bytes_of` says, 0 with
+    images."""
 
     def take(self, rows: np.ndarray) -> "Facts":
         """The facts of some prompts; ``rows`` is int64 ``[m]``."""
@@ -165,9 +166,10 @@ def gather(prompts: Iterable[Prompt]) -> Facts:
         text, measured = prompt.text, prompt.difficulty
         ids.append(prompt.id)
         difficulty.append(math.nan if measured is None else measured)
-        problems.append(hash(prompt.tags.get("problem", text)))
-        checksums.append(checksum(text, prompt.answer))
-        sizes.append(-1 if prompt.messages else bytes_of(text))
+        images = "".join(image.digest for image in prompt.images)
+        problems.append(hash(prompt.tags.get("problem", text + images)))
+        checksums.append(checksum(text + images, prompt.answer))
+        sizes.append(-1 if prompt.messages else 0 if images else bytes_of(text))
     return Facts(
         np.frombuffer(ids, np.int64),
         np.frombuffer(difficulty, np.float64),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from kimi_core.config import PromptsConfig
+from kimi_core.models.images import reference_of
 from kimi_core.types import Message, Prompt
 
 EXAMPLE = '[{"role": "user", "content": "..."}]'
@@ -33,9 +34,11 @@ def check_messages(found: object, where: object) -> tuple[Message, ...]:
 
 
 def fields_of(prompt: Prompt) -> dict[str, object]:
-    """What is asked, as the fields of a JSONL line: ``messages``, or ``prompt``."""
+    """What is asked, as the fields of a JSONL line: ``messages``, or ``prompt``; and ``images``."""
     messages = [*map(dict, prompt.messages)]
-    return {"messages": messages} if messages else {"prompt": prompt.text}
+    asked: dict[str, object] = {"messages": messages} if messages else {"prompt": prompt.text}
+    images = [reference_of(image) for image in prompt.images]
+    return asked | {"images": images} if images else asked
 
 
 def question(messages: Sequence[Message]) -> str:
@@ -48,6 +51,19 @@ def question(messages: Sequence[Message]) -> str:
     if [one["role"] for one in turns] == ["user"]:
         return str(turns[0]["content"])
     return "\n\n".join(f"{one['role']}: {one['content']}" for one in turns or messages)
+
+
+def example_in_chat(
+    prompt: str | Sequence[Message] | Prompt, config: PromptsConfig
+) -> str | Sequence[Message] | Prompt:
+    """The prompt of an SFT example as ``config.chat`` and ``config.system`` want it.
+
+    Raises: as `in_chat`.
+    """
+    if isinstance(prompt, Prompt):
+        (prompt,) = chat_prompts([prompt], config)
+        return prompt
+    return in_chat(prompt, config)
 
 
 def in_chat(prompt: str | Sequence[Message], config: PromptsConfig) -> str | Sequence[Message]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kimi_core.config import RewardConfig
 from kimi_core.reward.base import InfrastructureError, RewardFunction
-from kimi_core.reward.code.problem import problem_of
+from kimi_core.reward.code.problem import check_sources
 from kimi_core.reward.code.reward import CodeReward, code_reward
 from kimi_core.reward.combined import CombinedReward, Part, Reward
 from kimi_core.reward.judging import verdicts_on
@@ -75,7 +75,7 @@ def try_reward(function: Reward, *sets: Sequence[Prompt]) -> None:
         functions = [part.function for part in function.parts]
     if any(isinstance(one, CodeReward) for one in functions):
         for prompt in chain.from_iterable(sets):
-            problem_of(prompt)
+            check_sources(prompt)
     (found,) = verdicts_on(function, [(sets[0][0], "")], workers=1)
     if isinstance(found, InfrastructureError):  # A judge that is away now may be back later.
         log.warning("The reward function has no verdict on a trial response: %s", found)
@@ -87,7 +87,16 @@ def match(prompt: Prompt, response: str) -> float:
     >>> match(Prompt(7, "3*214=", "642"), "3*14=42;3*200=600#642")
     1.0
     """
-    return float(response.rpartition("#")[2].strip() == prompt.answer.strip())
+    return float(final(response) == prompt.answer.strip())
+
+
+def final(response: str) -> str:
+    """What ``match`` takes for the answer of a response.
+
+    >>> final("3*14=42;3*200=600# 642")
+    '642'
+    """
+    return response.rpartition("#")[2].strip()
 
 
 def close_reward(function: Reward) -> None:

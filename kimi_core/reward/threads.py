@@ -30,8 +30,9 @@ class Calls:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._jobs: list[_Job] = []
-        self._begun = self._threads = 0
-        self._lock = threading.Lock()
+        self._threads = 0
+        self._queue: SimpleQueue[int | None] = SimpleQueue()
+        """Numbers of jobs; None ends a thread."""
         self._done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         self._found: dict[int, Any] = {}
 
@@ -43,16 +44,14 @@ class Calls:
         Args:
             what: names the function in messages.
         """
-        with self._lock:
-            self._jobs.append(_Job(function, given, timeout_s, what))
-            wanted = self._threads < self._workers
-            self._threads += wanted
-        if wanted:
+        self._jobs.append(_Job(function, given, timeout_s, what))
+        self._queue.put(len(self._jobs) - 1)
+        if self._threads < self._workers:
             self._begin()
         return len(self._jobs) - 1
 
     def results(self) -> list[Any]:
-        """What each call returned or raised; waits for all that were added so far.
+        """What each call returned or raised; waits for all. Nothing is added after that.
 
         InfrastructureError stands for a call that was given up.
         """
@@ -64,8 +63,8 @@ class Calls:
                 continue
             except Empty:
                 now = time.monotonic()
-            for number, job in enumerate(self._jobs[: self._begun]):
-                taken_s = now - job.started
+            for number, job in enumerate(self._jobs):
+                taken_s = now - job.started if job.started else 0.0
                 if number not in self._found and taken_s > job.timeout_s:
                     self._found[number] = InfrastructureError(
                         f"{job.what} did not return in {job.timeout_s:g} s"
@@ -74,21 +73,18 @@ class Calls:
                 elif not (number in self._found or number in named) and taken_s > SAY_AFTER_S:
                     named.add(number)
                     log.warning("Waiting for %s, which has taken %.0f s", job.what, taken_s)
+        for _ in range(self._threads):
+            self._queue.put(None)
         return [self._found[number] for number in range(len(self._jobs))]
 
     def _begin(self) -> None:
+        self._threads += 1
         threading.Thread(target=self._work, daemon=True, name="reward").start()
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                number = self._begun
-                if number == len(self._jobs):
-                    self._threads -= 1
-                    return
-                job = self._jobs[number]
-                job.started = time.monotonic()
-                self._begun += 1
+        while (number := self._queue.get()) is not None:
+            job = self._jobs[number]
+            job.started = time.monotonic()
             try:
                 self._done.put((number, job.function(job.given)))
             except BaseException as error:  # noqa: BLE001 - the caller of ``results`` gets it
@@ -102,3 +98,4 @@ class _Job:
     timeout_s: float
     what: str
     started: float = 0.0
+    """0: it waits for a thread."""

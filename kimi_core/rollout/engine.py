@@ -6,12 +6,15 @@ from typing import Protocol
 from kimi_core.types import Request, Sampling, Segment, SegmentColumns
 
 
-def check_request(request: Request, *, vocabulary: int, context: int | None) -> None:
+def check_request(
+    request: Request, *, vocabulary: int, context: int | None, images: int = 0
+) -> None:
     """Refuse a request that an engine cannot extend.
 
     Args:
         vocabulary: number of token ids that the model knows.
         context: number of positions that the model attends to; None: no limit.
+        images: number of images that the engine knows, which the ids from -1 down name.
 
     Raises:
         ValueError: the request has no tokens or no budget, or exceeds vocabulary or context.
@@ -25,10 +28,11 @@ def check_request(request: Request, *, vocabulary: int, context: int | None) -> 
             "both must be at least 1, leave finished trajectories out"
         )
     lowest, highest = int(request.token_ids.min()), int(request.token_ids.max())
-    if lowest < 0 or highest >= vocabulary:
+    if lowest < -images or highest >= vocabulary:
+        named = f", with images from {-images}" if images else ""
         raise ValueError(
             f"Cannot extend {who}: token ids {lowest} to {highest} are not all within the "
-            f"model's vocabulary, 0 to {vocabulary - 1}; is this the model's tokenizer?"
+            f"model's vocabulary, 0 to {vocabulary - 1}{named}; is this the model's tokenizer?"
         )
     if context is not None and length + request.steps > context:
         raise ValueError(

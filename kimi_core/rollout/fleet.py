@@ -21,7 +21,7 @@ is lost.
 import logging
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -111,6 +111,7 @@ class Fleet:
         batch_rows: sequences that a worker decodes together at most.
         vocabulary, context: of the model, as for ``check_request``.
         exact: whether the bits of log-probs are to come out the same every time.
+        on_close: called when all workers have ended.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Fleet:
         vocabulary: int,
         context: int | None,
         exact: bool,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy_version = 0
         self.restarts = 0
@@ -132,6 +134,7 @@ class Fleet:
         self._busy = False
         self._steps_before = 0
         self._losses = [0] * len(workers)
+        self._on_close = on_close
 
     @property
     def decode_steps(self) -> int:
@@ -183,6 +186,7 @@ class Fleet:
         """End the workers. Safe to call twice."""
         for worker in self._workers:
             worker.close()
+        self._on_close()
         self._started = False
 
     def _generate(self, requests: list[Request], sampling: Sampling) -> Iterator[SegmentColumns]:

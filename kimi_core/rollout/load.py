@@ -6,11 +6,12 @@ import torch
 from transformers import PreTrainedModel
 
 from kimi_core.config import RolloutConfig
+from kimi_core.models.vision import Images
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.fleet import Fleet, linger_s
 from kimi_core.rollout.torch.arena_engine import ArenaEngine
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.rollout.torch.process import ProcessWorker, without_weights
+from kimi_core.rollout.torch.process import Nursery, ProcessWorker, without_weights
 from kimi_core.rollout.torch.worker import Start
 from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher, module_to_read
@@ -23,6 +24,7 @@ def load_engine(
     publisher: Publisher | None = None,
     *,
     exact: bool = True,
+    images: Images | None = None,
 ) -> tuple[Engine, Publisher]:
     """The engine that ``rollout`` describes. It samples once a version was published.
 
@@ -30,6 +32,7 @@ def load_engine(
         longest: tokens of the longest sequence that the engine will see; None: not known.
         publisher: takes weights to the engine; None: one for a trainer in this process.
         exact: as for ``Fleet``.
+        images: the images of prompts, if the model reads some; then there is one worker.
 
     Raises:
         ValueError: the engine cannot run the model, or workers are asked for on a GPU.
@@ -38,7 +41,7 @@ def load_engine(
         publisher = InPlace()
     elif publisher is None:
         publisher = ArenaPublisher(model.config, model.dtype, tp_size=tensor_parallel(rollout))
-    return _engine(model, rollout, longest, publisher, exact), publisher
+    return _engine(model, rollout, longest, publisher, exact, images), publisher
 
 
 def reads_trainer(rollout: RolloutConfig) -> bool:
@@ -57,6 +60,7 @@ def _engine(
     longest: int | None,
     publisher: Publisher,
     exact: bool,
+    images: Images | None,
 ) -> Engine:
     if rollout.engine == "torch":
         read, rows = module_to_read(model), rollout.batch_rows
@@ -65,8 +69,10 @@ def _engine(
             return _fleet(read, rollout, longest, publisher, exact)
         if isinstance(publisher, ArenaPublisher):
             arenas = publisher.arenas
-            return ArenaEngine(read, lambda: arenas[0], batch_rows=rows, longest=longest)
-        return TorchEngine(read, batch_rows=rows, longest=longest)
+            return ArenaEngine(
+                read, lambda: arenas[0], batch_rows=rows, longest=longest, images=images
+            )
+        return TorchEngine(read, batch_rows=rows, longest=longest, images=images)
     assert isinstance(publisher, ArenaPublisher)
     # vLLM is neither loaded nor started before the first response is asked for.
     return VLLMEngine(
@@ -109,11 +115,12 @@ def _fleet(
         )
 
     timeout_s = rollout.worker_timeout_s
-    workers = [ProcessWorker(i, start, timeout_s=timeout_s) for i in range(rollout.workers)]
+    nursery = Nursery()
     return Fleet(
-        workers,
+        [ProcessWorker(i, nursery, start, timeout_s=timeout_s) for i in range(rollout.workers)],
         batch_rows=rollout.batch_rows,
         vocabulary=engine.embedding.num_embeddings,
         context=engine.max_positions,
         exact=exact,
+        on_close=nursery.close,
     )

@@ -1,10 +1,11 @@
 """From a config to the parts of a run, loaded and wired. Nothing is trained or written here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kimi_core.buffer import RolloutBuffer
@@ -15,6 +16,9 @@ from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, context_of, load_model
 from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
 from kimi_core.models.scratch import scratch_llama
+from kimi_core.models.vision import Images
+from kimi_core.models.vision_check import check
+from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.curriculum import Curriculum
 from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.many import ById
@@ -25,6 +29,8 @@ from kimi_core.reward.load import close_reward, load_reward, try_reward
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.load import load_engine, reads_trainer, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
+from kimi_core.rollout.texts import complete
+from kimi_core.rollout.vllm.server import check_options
 from kimi_core.run import state
 from kimi_core.run.data import load_data, scratch_tokenizer
 from kimi_core.run.given import NOTHING, Given
@@ -33,7 +39,7 @@ from kimi_core.trainer.objectives import load_objective
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
-from kimi_core.types import Prompt
+from kimi_core.types import Prompt, Sampling
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher
 
 
@@ -54,6 +60,8 @@ class Parts:
     loop: Loop
     new_buffer: Callable[[Path], RolloutBuffer]
     """Makes an empty buffer of the size that the run needs."""
+    images: Images | None
+    """The images of prompts and SFT examples; None: the model reads text only."""
 
     def close(self) -> None:
         """End the processes of reward function, engine and trainer, and free what they shared."""
@@ -75,17 +83,20 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     """
     data = load_data(config, given)
     load_objective(config.trainer)
+    if config.rollout.engine == "vllm":
+        check_options(config.rollout.vllm.args)
     reward = given.reward or load_reward(config.reward)
     try_reward(reward, data.held_out, data.train)
     scratch = scratch_tokenizer(config, data, tokenizer_file)
     model, tokenizer = model_to_train(config, scratch)
-    codec = Codec(tokenizer, config.rollout.stop, model)
+    images = load_images(model, config, data.prompts)
+    codec = Codec(tokenizer, config.rollout.stop, model, images)
     response = config.rollout.max_response_tokens
     encode = PromptTokens(codec, data.prompts, context=context_of(model), response=response)
     encode.check()
     encode.keep(data.held_out)
     longest = encode.longest + response
-    trainer, engine, publisher = _trainer(model, config, longest, scratch)
+    trainer, engine, publisher = _trainer(model, config, longest, scratch, images)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -113,8 +124,26 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
         timeout_s=config.reward.timeout_s,
     )
     prompts, examples = data.train, data.examples
-    built = (reward, publisher, evaluator, loop, new_buffer)
+    built = (reward, publisher, evaluator, loop, new_buffer, images)
     return Parts(model, tokenizer, codec, prompts, examples, given, *built)
+
+
+def check_images(model: PreTrainedModel, images: Images, policy: Policy, engine: Engine) -> None:
+    """Compare trainer and engine with the model's own forward pass, on two made-up images.
+
+    Raises:
+        ValueError: one of them reads images in another way.
+    """
+
+    def sampled(contexts: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        sampling = Sampling(1.0, seed=0, stop_token_ids=frozenset())
+        answers = complete(engine, contexts, sampling, max_tokens=2)
+        for ids, one in zip(contexts, answers, strict=True):
+            unknown = np.full(len(ids) - 1, np.nan)
+            yield np.append(ids, one.token_ids), np.append(unknown, one.logprobs)
+
+    check(model, images, policy.on_sequences, "The trainer")
+    check(model, images, sampled, "The embedded engine")
 
 
 def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path], RolloutBuffer]:
@@ -123,18 +152,26 @@ def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path
 
 
 def _trainer(
-    model: PreTrainedModel, config: Config, longest: int, scratch: PreTrainedTokenizerFast | None
+    model: PreTrainedModel,
+    config: Config,
+    longest: int,
+    scratch: PreTrainedTokenizerFast | None,
+    images: Images | None,
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
 
     The engine is made before the trainer shards the model, because it checks what it reads.
     """
-    policy = policy_of(model, config, longest)
+    policy = policy_of(model, config, longest, images)
     ranks = start_ranks(config, longest, scratch)
     try:
         publisher = publisher_of(model, config.rollout, ranks)
         exact = config.resume != "keep"
-        engine, _ = load_engine(model, config.rollout, longest, publisher, exact=exact)
+        engine, _ = load_engine(
+            model, config.rollout, longest, publisher, exact=exact, images=images
+        )
+        if images:
+            check_images(model, images, policy, engine)
         return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
     except BaseException:
         ranks.close()
@@ -164,13 +201,16 @@ def model_to_train(
     return model, tokenizer
 
 
-def policy_of(model: PreTrainedModel, config: Config, longest: int) -> Policy:
+def policy_of(
+    model: PreTrainedModel, config: Config, longest: int, images: Images | None = None
+) -> Policy:
     """The policy that a trainer updates; ``longest`` as for ``Policy``. Raises: as ``Policy``."""
     return Policy(
         model,
         temperature=config.rollout.temperature,
         head_chunk=config.trainer.head_chunk,
         longest=longest,
+        images=images,
     )
 
 

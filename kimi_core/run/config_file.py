@@ -118,6 +118,8 @@ def _said_of(fault: Any) -> str:
         return f"{shown}: this key is now {MOVED[where]}"
     if where in DROPPED:
         return f"{shown}: this key is gone; {DROPPED[where]}"
+    if fault["type"] == "value_error":
+        return str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         return f"Unknown key {shown}{_way_out(where, value)}"
     if where in known and known[where].is_section:
@@ -125,8 +127,6 @@ def _said_of(fault: Any) -> str:
     if where == "name" and fault["type"] == "string_pattern_mismatch":
         allowed = re.sub(r"[^\w.-]+", "-", value).strip("-.") or "mine"
         return f"{shown}: allowed are letters, digits and any of . _ -; write name={allowed}"
-    if fault["type"] == "value_error":
-        return str(fault["msg"]).removeprefix("Value error, ")
     return f"{shown}: {fault['msg']}"
 
 

@@ -18,10 +18,10 @@ from kimi_core.prompts.examples import sft_examples
 from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.load import load_prompts, split
 from kimi_core.prompts.many import facts_of
-from kimi_core.prompts.messages import in_chat
+from kimi_core.prompts.messages import example_in_chat
 from kimi_core.run.given import NOTHING, Given, refuse_missing
-from kimi_core.tasks import multiply, programs, retrieve
-from kimi_core.types import Message, Prompt
+from kimi_core.tasks import multiply, programs, retrieve, vision
+from kimi_core.types import IMAGE_MARK, Message, Prompt
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def scratch_tokenizer(
 
 
 def _has_conversations(data: Data) -> bool:
-    asked = any(not isinstance(prompt, str) for prompt, _ in data.examples)
+    asked = any(_asked(one)[0] for one, _ in data.examples)
     return asked or bool((facts_of(data.prompts).sizes < 0).any())
 
 
@@ -97,19 +97,28 @@ def _texts(config: Config, data: Data) -> Iterator[str]:
     """Every text that the model reads or should write."""
     yield _notation(config)
     for prompt in data.prompts:
-        yield from _parts(prompt.messages or prompt.text)
+        yield from _parts(prompt)
         yield prompt.answer
     for asked, response in data.examples:
-        yield from _parts(in_chat(asked, config.prompts))
+        yield from _parts(example_in_chat(asked, config.prompts))
         yield response
 
 
-def _parts(asked: str | Sequence[Message]) -> Iterator[str]:
+def _asked(prompt: str | Sequence[Message] | Prompt) -> tuple[Sequence[Message], str]:
+    """The messages of a prompt, or else its text, without the marks of images."""
+    if isinstance(prompt, Prompt):
+        text = prompt.text.replace(IMAGE_MARK, "") if prompt.images else prompt.text
+        return prompt.messages, text
+    return ((), prompt) if isinstance(prompt, str) else (prompt, "")
+
+
+def _parts(prompt: str | Sequence[Message] | Prompt) -> Iterator[str]:
     """The texts of a prompt, with what the chat template puts between them."""
-    if isinstance(asked, str):
-        yield asked
+    messages, text = _asked(prompt)
+    if not messages:
+        yield text
         return
-    for message in asked:
+    for message in messages:
         yield f"{message['role']}: {message['content']}\n"
     yield "assistant: "
 
@@ -121,6 +130,8 @@ def _notation(config: Config) -> str:
         return multiply.ALPHABET
     if source == "retrieve":
         return retrieve.alphabet(config.prompts.task.numbers)
+    if source == "vision":
+        return vision.ALPHABET
     return programs.ALPHABET if source == "programs" else ""
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -22,9 +21,10 @@ from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import check_folder, context_of
+from kimi_core.models.load import auto_class, check_folder, context_of
 from kimi_core.models.placement import device_of, dtype_of, freeze_below
 from kimi_core.models.scratch import scratch_llama
+from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.rollout.load import reads_trainer
 from kimi_core.rollout.phase import buffer_size
@@ -124,7 +124,8 @@ def estimate(
     Raises:
         ValueError: a prompt or a stop string cannot be tokenized.
     """
-    codec = Codec(tokenizer, config.rollout.stop, model)
+    images = load_images(model, config, prompts)
+    codec = Codec(tokenizer, config.rollout.stop, model, images)
     response = config.rollout.max_response_tokens
     prompt_tokens = PromptTokens(codec, prompts, context=context_of(model), response=response)
     tokens, trajectories = buffer_size(prompt_tokens.longest, config.rollout)
@@ -219,7 +220,7 @@ def _skeleton(config: Config, data: Data) -> tuple[PreTrainedModel, PreTrainedTo
                 raise ValueError(f"Cannot load the model in {source}: {error}") from error
             return None
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(architecture).from_config(
                 architecture, dtype=dtype_of(settings.dtype, device)
             )
         with suppress(OSError):  # Not every model has one.

@@ -5,14 +5,15 @@ from time import perf_counter
 from rich.console import Console
 
 from kimi_core.config import Config
-from kimi_core.prompts.messages import in_chat
+from kimi_core.prompts.messages import example_in_chat
 from kimi_core.prompts.overlap import overlaps
-from kimi_core.run.build import Parts
+from kimi_core.run.build import Parts, check_images
 from kimi_core.run.folder import RunFolder
 from kimi_core.run.report import clock
 from kimi_core.run.stop import Stop
 from kimi_core.trainer.fitting import Save
 from kimi_core.trainer.sft import SftPhase
+from kimi_core.types import Prompt
 
 
 def fine_tune(
@@ -41,8 +42,15 @@ def fine_tune(
     say_overlaps(parts, console)
     if not parts.examples:
         return perf_counter() - started
+    if parts.images is not None:
+        first = not parts.images
+        asked = (prompt for prompt, _ in parts.examples)
+        parts.images.add(one for one in asked if isinstance(one, Prompt))
+        if first and parts.images:
+            loop = parts.loop
+            check_images(parts.model, parts.images, loop.trainer.policy, loop.engine)
     examples = [
-        parts.codec.encode_example(in_chat(prompt, config.prompts), response)
+        parts.codec.encode_example(example_in_chat(prompt, config.prompts), response)
         for prompt, response in parts.examples
     ]
     parts.examples.clear()  # As text they are not needed any more.

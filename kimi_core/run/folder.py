@@ -25,6 +25,7 @@ from typing import Any, Self
 
 from kimi_core.config import Config, Section
 from kimi_core.models.load import no_progress_bars
+from kimi_core.models.vision import Images
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
@@ -57,6 +58,8 @@ MAY_CHANGE_WITH_A_LINE = (
     "trainer.ranks_timeout_s",
     "trainer.logprob_gap_limit",
     "rollout.batch_rows",
+    "rollout.workers",
+    "rollout.worker_timeout_s",
     "rollout.vllm",
     "reward.workers",
     "reward.timeout_s",
@@ -230,11 +233,12 @@ class RunFolder:
             )
         self.changed |= other | changes(saved.record.get("environment", {}), self.environment)
 
-    def save_checkpoint(self, model: Any, tokenizer: Any) -> Path:
+    def save_checkpoint(self, model: Any, tokenizer: Any, images: Images | None = None) -> Path:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
 
         Args:
             model: has ``save_pretrained``, as has ``tokenizer``.
+            images: their processor is written, too.
 
         Raises:
             OSError: the disk is full; the previous checkpoint is as it was.
@@ -245,6 +249,8 @@ class RunFolder:
         with unfinished, no_progress_bars():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            if images is not None:
+                images.save(partial)
             sync_tree(partial)
             swap(partial, self.checkpoint)
         return self.checkpoint

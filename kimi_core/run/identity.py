@@ -50,6 +50,8 @@ def data(config: Config, parts: Parts) -> dict[str, str]:
     compares in other ways."""
     held_out = facts_of(parts.evaluator.prompts).checksums
     found = {"the held-out prompts": _digest(held_out.tobytes())}
+    if parts.images is not None and len(parts.images):
+        found["the images"] = parts.images.fingerprint()
     functions = [config.reward.function, *(one.function for one in config.reward.functions)]
     for spec in (*functions, config.trainer.objective, config.sft.data):
         path = Path(spec.rpartition(":")[0] or spec)

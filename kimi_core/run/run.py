@@ -88,7 +88,7 @@ def train(
             console=console,
         ) as report:
             _reinforce(parts, config, folder, report, sft_s, stop)
-        folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
+        folder.save_checkpoint(parts.loop.trainer, parts.tokenizer, parts.images)
         if not _is_done(parts.loop, config):
             stop.leave(f"{parts.loop.iteration} of {config.iterations}")
     for line in next_steps(config, folder.path):
@@ -149,7 +149,7 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
         with Report(folder.path, total_iterations=0, console=console) as report:
             parts.loop.start()
             evaluate(parts, config, report)
-        checkpoint = folder.save_checkpoint(parts.loop.trainer, parts.tokenizer)
+        checkpoint = folder.save_checkpoint(parts.loop.trainer, parts.tokenizer, parts.images)
         folder.sft_states.remove()
         return checkpoint
 

@@ -40,6 +40,8 @@ class TrajectoryRecord:
     """The reference answer."""
     response: str
     """The response as text, without its stop token."""
+    images: list[str] = field(default_factory=list)
+    """SHA-256 of each image of the prompt."""
     end_reason: EndReason | None
     versions: list[tuple[int, int]]
     """(policy version, number of tokens) of each stretch of the response, in order."""
@@ -83,6 +85,7 @@ def records_of(
             prompt_id=one.prompt_id,
             prompt=prompt.text,
             answer=prompt.answer,
+            images=[image.digest for image in prompt.images],
             response=response_text(one.response_ids),
             end_reason=one.end_reason,
             versions=[(version, len(list(tokens))) for version, tokens in stretches],

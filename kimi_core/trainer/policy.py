@@ -1,8 +1,9 @@
 """A Hugging Face causal LM as the trainer sees it: tokens in, log-probs or a loss out."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from kimi_core.kernels import Head, OmdLoss, linear_logprob, omd_loss
 from kimi_core.models.packed_attention import use_packed_attention
 from kimi_core.models.switches import length_to_check
+from kimi_core.models.vision import Bounded, Images, inputs_of, is_frozen
 from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.packing import Layout, MicroBatch, micro_batches
 from kimi_core.types import Batch, Normalize
@@ -47,6 +49,7 @@ class Policy(nn.Module):
         head_chunk: rows of logits that exist at once.
         longest: tokens of the longest sequence of the run, if it is known; the check crosses the
             windows and original contexts that such sequences cross.
+        images: the run's images, if prompts or SFT examples have some.
 
     Raises:
         ValueError: the model is sharded already, its logits are not made from its last hidden state
@@ -60,6 +63,7 @@ class Policy(nn.Module):
         temperature: float,
         head_chunk: int,
         longest: int | None = None,
+        images: Images | None = None,
     ) -> None:
         super().__init__()
         if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -70,6 +74,9 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.head_chunk = head_chunk
+        self.images = images
+        frozen = images is not None and is_frozen(model)
+        self._features = Bounded() if frozen else None
         if model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no output embeddings: not a causal LM")
         text = model.config.get_text_config()
@@ -151,6 +158,34 @@ class Policy(nn.Module):
         """
         return self.logprobs(self._one_sequence(np.zeros(2))).sum() * 0.0
 
+    @torch.no_grad()
+    def on_sequences(self, sequences: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Each sequence, int32 ``[n]``, with the log-probs of its tokens but the first, float64.
+
+        At temperature 1, all in one micro-batch; of token 0 at the places of images. A sequence
+        ends with a token of text.
+        """
+        edges = np.cumsum([0, *map(len, sequences)]).astype(np.int32)
+        ids = np.concatenate(sequences)
+        blank = np.zeros(len(ids), np.float32)
+        batch = Batch(ids, blank, blank.astype(np.uint8), blank.astype(np.int32), edges)
+        wanted = np.ones(len(ids), bool)
+        wanted[edges[:-1]] = False
+        found = np.zeros(len(ids))
+        with self.at_temperature(1.0):
+            for micro in micro_batches(
+                batch,
+                wanted,
+                range(len(batch)),
+                max_tokens=len(ids),
+                layout=self.layout,
+                device=self.model.device,
+            ):
+                micro = replace(micro, ids_t=micro.ids_t.clamp(min=0))
+                found[micro.source_t.cpu().numpy()] = self.logprobs(micro).double().cpu().numpy()
+        parts = np.split(found, edges[1:-1])
+        return [(one, part[1:]) for one, part in zip(sequences, parts, strict=True)]
+
     @contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
         """Another temperature until the block ends."""
@@ -193,7 +228,7 @@ class Policy(nn.Module):
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states that predict the wanted tokens, ``[t, d]``."""
         hidden_rld = self.model.base_model(
-            input_ids=micro.ids_rl,
+            **inputs_of(self.images, self.model, micro.ids_rl, self._features),
             attention_mask=self._mask(micro),
             position_ids=micro.positions_rl,
             use_cache=False,

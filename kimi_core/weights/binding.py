@@ -10,7 +10,8 @@ and between rollouts, to switch to the newest version:
 
     engine.policy_version = binding.follow()
 
-Nothing is copied, because the parameters point into the slot. No command starts such an engine yet.
+Nothing is copied, because the parameters point into the slot. ``rollout/torch/worker.py`` is such
+an engine; ``rollout.workers`` starts it.
 """
 
 import torch

@@ -21,7 +21,9 @@ from functools import cached_property
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
+
+from kimi_core.models.load import auto_class
 
 ALIGNMENT = 256
 """Alignment of each entry, in bytes. CUDA's allocator aligns to the same number, so a slot that is
@@ -264,7 +266,7 @@ def _whole(name: str, shape: tuple[int, ...]) -> Part:
 def _parameters_of(config: PretrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes of a model's parameters, in the model's order, and its tied names; needs no memory."""
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = auto_class(config).from_config(config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     shapes, tied = {}, {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -226,6 +226,55 @@ def test_a_malformed_line_is_named(tmp_path, change, said):
     assert said.split("|")[-1] in str(caught.value)
 
 
+VARIANTS = {
+    "verification_info of Python literals": (
+        {"prompt": "?", "verification_info": str({"test_cases": [{"input": "1", "output": "2"}]})},
+        IoTest("1", "2"),
+    ),
+    "tests of SandboxFusion as text": (
+        {"content": "?", "test": '[{"input": {"stdin": "1"}, "output": {"stdout": "2"}}]'},
+        IoTest("1", "2"),
+    ),
+    "test_list as text": (
+        {"text": "?", "test_list": '["assert f(1) == 2"]', "code": "def f(x): return x + 1"},
+        CheckTest("assert f(1) == 2", "f"),
+    ),
+    "MBPP+": (
+        {"prompt": "?", "test_list": ["assert f(1) == 2"], "test": "assert f(3) == 4"},
+        CheckTest("assert f(3) == 4", "f"),
+    ),
+    "LeetCodeDataset": (
+        {
+            "problem_description": "?",
+            "prompt": "from math import *",
+            "entry_point": "Solution().f",
+            "completion": "class Solution:\n    def f(self, x): return x + 1",
+            "test": "def check(candidate):\n    assert candidate(x=1) == 2",
+        },
+        CheckTest(
+            "def check(candidate):\n    assert candidate(x=1) == 2", "f", "from math import *"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "last"), VARIANTS.values(), ids=VARIANTS)
+def test_variants_of_formats(tmp_path, line, last):
+    (tmp_path / "p.jsonl").write_text(json.dumps(line))
+    (prompt,) = read_prompts(tmp_path / "p.jsonl")
+    found = problem_of(prompt)
+    assert found.tests[-1] == last
+    if prompt.answer:
+        assert CodeReward(plain_run).judge(prompt, prompt.answer).passed
+
+
+def test_a_math_problem_of_open_r1(tmp_path):
+    line = {"problem": "6 * 7?", "verification_info": "{'ground_truth': 42}"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(line))
+    (prompt,) = read_prompts(tmp_path / "p.jsonl")
+    assert (prompt.text, prompt.answer) == ("6 * 7?", "42")
+
+
 def test_a_file_of_problems_is_checked_before_a_run(tmp_path):
     sound = {"prompt": "Add.", "answer": ADDER, "tests": [{"stdin": "1 2", "stdout": "3"}]}
     problems = [

@@ -167,6 +167,43 @@ def test_state_of_a_function_lives_as_long_as_its_process(load):
     assert [one.value for one in judged(function, n=2, workers=1)] == [4, 5]
 
 
+FORKS = {
+    "a child that returns": "os.fork()",
+    "a child that raises": "os.fork() or 1 / 0",
+    "a child that exits": "os.fork() or sys.exit(3)",
+}
+
+
+@pytest.mark.parametrize("work", FORKS.values(), ids=FORKS)
+@pytest.mark.parametrize("text", [ONE, ASYNC, BATCH], ids=["one", "async", "batch"])
+def test_a_child_of_a_function_gives_no_verdict(load, text, work):
+    """It would be taken for the verdict on the next response."""
+    function = load(text.replace("WORK", work))
+    for _ in range(3):
+        assert [one.value for one in judged(function, timeout_s=60)] == [0, 1, 2, 3]
+
+
+def test_a_child_of_an_import_says_nothing(load):
+    function = load("import os\nos.fork()\n" + ONE.replace("WORK", "pass"))
+    assert [one.value for one in judged(function, timeout_s=60)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("way", ["pass", "os.setsid()"], ids=["its session", "a new session"])
+def test_what_a_function_leaves_behind_ends_with_it(load, way):
+    work = f"""
+        child = os.fork()
+        if not child:
+            {way}
+            time.sleep(600)
+        return child
+"""
+    function = load(ONE.replace(" WORK", work))
+    child = int(judged(function, timeout_s=60)[1].value)
+    assert is_alive(child)
+    close_reward(function)
+    assert not is_alive(child)
+
+
 def test_close_is_called_and_no_process_is_left(load, tmp_path):
     function = load(
         "import os\n"

@@ -1,4 +1,4 @@
-"""A fleet of engines beside one engine: the same tokens, whoever is lost and whenever."""
+"""A fleet of engines and one engine: the same tokens, whoever is lost and whenever."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from fleet_workers import ROWS, SAMPLED, VOCAB, Local, fleet_of, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_core.config import RolloutConfig
 from kimi_core.rollout import wire
 from kimi_core.rollout.engine import EngineFailed
 from kimi_core.rollout.fleet import RESTARTS
@@ -142,9 +143,14 @@ def test_what_cannot_go_on_is_an_error_that_says_why(engines):
         list(fleet.generate(requests_of(2), SAMPLED))
 
 
+def test_workers_of_vllm_are_refused():
+    with pytest.raises(ValueError, match=r"rollout.workers = 2 .* run the engine 'torch'"):
+        RolloutConfig(workers=2, engine="vllm")
+
+
 @given(
     lengths=st.lists(st.integers(1, 5), max_size=6),
-    version=st.integers(0, 1 << 40),
+    version=st.integers(0, (1 << 31) - 1),
     call=st.integers(0, 1 << 30),
     cut=st.integers(0, 200),
 )

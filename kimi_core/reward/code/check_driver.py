@@ -268,6 +268,17 @@ def tolerant(source: str) -> Any:
     return compile(ast.fix_missing_locations(Wrap().visit(ast.parse(source))), "check.py", "exec")
 
 
+def run_tests(space: dict[str, Any]) -> None:
+    """Call what pytest and unittest would find: functions ``test…``, and test cases."""
+    for name, one in list(space.items()):
+        if name.startswith("test") and callable(one) and not isinstance(one, type):
+            one()
+    unittest = sys.modules.get("unittest")
+    classes = [one for one in space.values() if isinstance(one, type)]
+    if unittest and any(issubclass(one, unittest.TestCase) for one in classes):
+        unittest.main(argv=["check"])  # Ends with an exit status.
+
+
 def run_judge(given: dict[str, Any], out: TextIO) -> None:
     """Run the test code with the known answers and report."""
     import random
@@ -280,12 +291,16 @@ def run_judge(given: dict[str, Any], out: TextIO) -> None:
     space["__recording__"] = lambda: judge.recording
     exec(compile(given["setup"], "setup.py", "exec"), space)
     space[given["entry_point"]] = space["candidate"] = judge
+    sys.modules["solution"] = solution = type(sys)("solution")
+    setattr(solution, given["entry_point"], judge)
     code = tolerant(given["check"])
     fault = ""
     try:
         exec(code, space)
         if "check" in space:
             space["check"](judge)
+        elif not judge.calls:
+            run_tests(space)
     except SystemExit as ended:  # `unittest.main()` ends so, as many scripts do.
         fault = f"exit status {ended.code}" if ended.code else ""
     except Exception as error:  # noqa: BLE001 - whatever the answers made of the test code

@@ -14,6 +14,8 @@ lines of the datasets that others publish.
 """
 
 import json
+import re
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,6 +108,33 @@ def problem_of(prompt: Prompt) -> Problem:
     if language != "python" and any(not isinstance(one, IoTest) for one in tests):
         raise ValueError(f'{where}: only "stdin" tests a program in {language}; a test has another')
     return Problem(tests, language, prompt.tags.get("prefix", ""))
+
+
+def check_sources(prompt: Prompt) -> None:
+    """Compile the Python sources in the tests of a prompt.
+
+    Raises:
+        ValueError: there is no problem, or a check or checker cannot run or never calls the
+            function under test.
+    """
+    where = f"Prompt {prompt.id}"
+    for test in problem_of(prompt).tests:
+        if isinstance(test, IoTest):
+            _compile(test.checker, f"{where}: the checker")
+        elif isinstance(test, CheckTest):
+            _compile(test.setup, f'{where}: "setup"')
+            _compile(test.check, f'{where}: "check"')
+            if not re.search(rf"\b(?:candidate|{re.escape(test.entry_point)})\b", test.check):
+                raise ValueError(f'{where}: "check" never calls {test.entry_point!r}')
+
+
+def _compile(source: str, what: str) -> None:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            compile(source, "source", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        if "integer string conversion" not in str(error):  # The sandbox has no such limit.
+            raise ValueError(f"{what} is not Python: {error}") from None
 
 
 def language_of(name: str, where: str) -> Language:

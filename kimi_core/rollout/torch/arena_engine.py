@@ -42,6 +42,8 @@ class ArenaEngine(TorchEngine):
                 keeps the previous version.
         """
         check_newer(version, self.policy_version)
+        if self.images is not None:
+            self.features.clear()
         try:
             if self.model.device.type != "cpu":
                 self._copy()

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from kimi_core.models import packed_attention
 from kimi_core.models.switches import length_to_check, switches
+from kimi_core.models.vision import Bounded, Images, inputs_of, is_frozen
 from kimi_core.rollout.engine import check_newer, check_request, order
 from kimi_core.rollout.sampling import draw, uniforms
 from kimi_core.rollout.torch import attention
@@ -60,6 +61,7 @@ class TorchEngine:
         policy_version: the version written on every segment.
         longest: tokens of the longest sequence of the run, if it is known; the check crosses the
             windows and original contexts that such sequences cross.
+        images: the run's images, if prompts have some.
 
     Raises:
         ValueError: the model keeps a state other than keys and values, or the check fails.
@@ -72,6 +74,7 @@ class TorchEngine:
         batch_rows: int,
         policy_version: int = 0,
         longest: int | None = None,
+        images: Images | None = None,
     ):
         if batch_rows < 1:
             raise ValueError(f"batch_rows = {batch_rows}: at least 1 row is needed")
@@ -80,6 +83,9 @@ class TorchEngine:
         self.policy_version = policy_version
         self.decode_steps = 0
         self.restarts = 0
+        self.images = images
+        self.features = Bounded()
+        """Of images, for as long as the weights that make them stay the same."""
         self.windows, self.max_positions = attention_layers(model)
         self.embedding = model.get_input_embeddings()
         self.plain_head = True
@@ -115,7 +121,8 @@ class TorchEngine:
     def check(self, request: Request) -> None:
         """Raise ValueError if the model cannot extend ``request``."""
         limits = self.embedding.num_embeddings, self.max_positions
-        check_request(request, vocabulary=limits[0], context=limits[1])
+        images = 0 if self.images is None else len(self.images)
+        check_request(request, vocabulary=limits[0], context=limits[1], images=images)
 
     def serve(self, version: int) -> None:
         """Write ``version`` on segments from now on: the module shares the published parameters.
@@ -124,6 +131,8 @@ class TorchEngine:
             ValueError: the version is older than the present one.
         """
         check_newer(version, self.policy_version)
+        if self.images is not None and not is_frozen(self.model):
+            self.features.clear()
         self.policy_version = version
 
     def sleep(self) -> None:
@@ -170,16 +179,17 @@ class TorchEngine:
     def _lent(self) -> Iterator[None]:
         """Put the model into eval mode with our attention, and afterwards back."""
         model, was_training = self.model, self.model.training
-        implementation = model.config._attn_implementation
+        text = model.config.get_text_config()  # A vision tower attends as it always does.
+        implementation = text._attn_implementation
         model.eval()
         if self.split:
-            model.config._attn_implementation = attention.NAME
+            text._attn_implementation = attention.NAME
         on_gpu = self.embedding.weight.is_cuda
         try:
             with sdpa_kernel(WITHOUT_PLANS) if on_gpu else nullcontext():
                 yield
         finally:
-            model.config._attn_implementation = implementation
+            text._attn_implementation = implementation
             model.train(was_training)
 
     def _cache(self) -> KVCache:
@@ -223,12 +233,14 @@ class TorchEngine:
             rows = slice(first_row, first_row := first_row + int(counts_b.sum()))
             last_b = self._tensor(np.array([len(context) - 1 for context, *_ in batch]))
             chunk = most if self.split and longest > most else longest
+            inputs = inputs_of(self.images, self.model, self._tensor(ids_bs), self.features)
             for begin in range(0, longest, chunk):
                 end = min(begin + chunk, longest)
                 cache.begin_prefill(rows, begin, end, context_m)
                 positions_bs = self._tensor(np.arange(begin, end)).expand(len(batch), -1)
-                ids, at_b = self._tensor(ids_bs[:, begin:end]), last_b.clamp(max=end - 1) - begin
-                logits_bv = self._logits(ids, positions_bs, None, cache, at_b)
+                part = {name: whole[:, begin:end] for name, whole in inputs.items()}
+                at_b = last_b.clamp(max=end - 1) - begin
+                logits_bv = self._logits(part, positions_bs, None, cache, at_b)
             logits.append(logits_bv[context_m] if shared else logits_bv)
         return logits
 
@@ -240,11 +252,11 @@ class TorchEngine:
         cache.begin_decode(positions_n)
         newest, positions = self._tensor(rows.newest[:n]), self._tensor(positions_n)
         mask = None if cache.split else _mask(cache.cohorts[0])
-        return self._logits(newest[:, None], positions[:, None], mask, cache, None)
+        return self._logits({"input_ids": newest[:, None]}, positions[:, None], mask, cache, None)
 
     def _logits(
         self,
-        ids_bs: torch.Tensor,
+        tokens: dict[str, torch.Tensor],
         positions_bs: torch.Tensor,
         mask: Mask,
         cache: KVCache,
@@ -252,10 +264,10 @@ class TorchEngine:
     ) -> torch.Tensor:
         """Logits ``[b, V]`` at position ``last_b`` of each row; None: at the only position."""
         inputs: dict[str, Any] = dict(
-            input_ids=ids_bs, position_ids=positions_bs, attention_mask=mask, use_cache=True
+            **tokens, position_ids=positions_bs, attention_mask=mask, use_cache=True
         )
         inputs[self.cache_argument] = cache
-        rows = range(len(ids_bs))
+        rows = range(len(positions_bs))
         if self.plain_head:
             hidden_bsd = self.model.base_model(**inputs).last_hidden_state
             hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows, last_b]

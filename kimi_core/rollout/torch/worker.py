@@ -1,9 +1,12 @@
 """A rollout worker: the embedded engine in a process that reads its weights from an arena.
 
-    python -m kimi_core.rollout.torch.worker SOCKET_FD
+    python -m kimi_core.rollout.torch.worker CONTROL_FD
 
-``process.py`` starts it. The socket is one end of a pair, so nobody else can connect to it. What
-comes in is pickled:
+``process.py`` starts this process, the nursery. It imports everything once, and then forks a worker
+for each connection that comes in over the control socket, in milliseconds. It also tells how a
+worker ended. It ends when the control socket closes.
+
+All sockets are ends of pairs, so nobody else can connect to them. What a worker is told is pickled:
 
 1. a ``Start``, once the worker has said ``HELLO``. It answers ``READY``, or ``FAULT`` and ends;
 2. ``("serve", version)``: switch to the version that the arena has now; ``READY`` or ``FAULT``;
@@ -11,19 +14,21 @@ comes in is pickled:
 4. ``("stop",)``: give up what was fed.
 
 What goes out is in ``rollout/wire.py``. While there is something to do, a message goes out at least
-every ``BEAT_S``. The process ends when the other end of the socket closes, or when its parent has
-died.
+every ``BEAT_S``. A worker ends when the other end of its connection closes, or when the nursery has
+ended.
 """
 
 import logging
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
+import traceback
 from bisect import insort
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -42,6 +47,12 @@ from kimi_core.weights.binding import bind
 
 BEAT_S = 0.5
 """Seconds between two signs of life, and between two looks at the parent."""
+
+STATUS_S = 1.0
+"""Seconds in which a worker ends that has closed its connection, or that was killed."""
+
+RUNS = 256
+"""In place of an exit status: the worker has not ended."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,8 @@ class Served:
         )
         self._inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
         self._sending = threading.Lock()
+        self._next: tuple[Any, ...] | None = None
+        """A message that was taken out of the inbox too early."""
         self._busy = False
         self._call = 0
         self._waiting: list[Request] = []
@@ -90,7 +103,8 @@ class Served:
         sampling, most = Sampling(0.0, 0, frozenset()), 1
         while True:
             self._busy = not self._inbox.empty()
-            match self._inbox.get():
+            message, self._next = self._next or self._inbox.get(), None
+            match message:
                 case ("serve", int(version)):
                     self._serve(version)
                 case ("begin", int(call), given, int(most)):
@@ -136,11 +150,11 @@ class Served:
                 if self._outbox and time.monotonic() - self._sent >= self._start.linger_s:
                     self._flush()
                 while not self._inbox.empty():
-                    match self._inbox.get():
+                    match message := self._inbox.get():
                         case ("feed", requests):
                             self._wait_for_rows(requests)
-                        case ("stop",):
-                            self._waiting.clear()
+                        case _:  # The call is over: given up, or all of it was sent.
+                            self._next = message
                             self._outbox.clear()
                             return
         self._flush()
@@ -164,18 +178,52 @@ class Served:
             self._connection.send_bytes(message)
 
 
-def main() -> int:
-    logging.disable(logging.WARNING)  # The run's process has warned.
-    connection = Connection(int(sys.argv[1]))
-    connection.send_bytes(wire.packed(wire.HELLO))
+def work(connection: Connection) -> None:
+    """Be a worker until the connection ends."""
+    connection.send_bytes(wire.packed(wire.HELLO, steps=os.getpid()))
     try:
         served = Served(connection, pickle.loads(connection.recv_bytes()))
     except (OSError, ValueError, RuntimeError) as error:
         connection.send_bytes(wire.packed(wire.FAULT, text=f"{type(error).__name__}: {error}"))
-        return 1
+        return
     served.run()
-    return 0
+
+
+def main() -> None:
+    """Be the nursery. A message with a descriptor is a connection; any other is a worker's pid."""
+    logging.disable(logging.WARNING)  # The run's process has warned.
+    control = socket.socket(fileno=int(sys.argv[1]))
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 32, 1)
+        if not message:
+            return
+        if not descriptors:
+            control.send(str(_status(int(message))).encode())
+            continue
+        if os.fork() == 0:
+            control.close()
+            try:
+                work(Connection(descriptors[0]))
+            except (EOFError, OSError):  # Nobody is at the other end any more.
+                pass
+            except BaseException:  # noqa: BLE001 - the child must not go on as the nursery does.
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(descriptors[0])
+
+
+def _status(pid: int) -> int:
+    """The exit status of a worker that is about to end, negative for a signal; 256: it runs."""
+    ends = time.monotonic() + STATUS_S
+    while time.monotonic() < ends:
+        with suppress(ChildProcessError):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    return RUNS
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

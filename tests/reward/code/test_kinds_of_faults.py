@@ -11,7 +11,14 @@ import pytest
 
 from kimi_core.reward.code.literals import literal_cases
 from kimi_core.reward.code.output import same_output
-from kimi_core.reward.code.problem import CallTest, CheckTest, IoTest, Problem, problem_of
+from kimi_core.reward.code.problem import (
+    CallTest,
+    CheckTest,
+    IoTest,
+    Problem,
+    check_sources,
+    problem_of,
+)
 from kimi_core.reward.code.program import extract_program
 from kimi_core.reward.code.reward import CodeReward
 from kimi_core.sandbox import Limits, Pool, SandboxUnavailable, Status
@@ -283,6 +290,40 @@ if __name__ == "__main__":
     )
     def test_unittest(self, judge, body, passed):
         assert judge(check(self.UNITTEST), f"def f(x):\n    {body}").passed is passed
+
+    @pytest.mark.parametrize(
+        "source",
+        [
+            UNITTEST.partition("if __name__")[0],
+            "from solution import f\n\ndef test_small():\n    assert f(2) == 4\n\n"
+            "def test_raises():\n    try:\n        f(-1)\n    except ValueError:\n        return\n"
+            "    assert False",
+        ],
+        ids=["unittest", "pytest"],
+    )
+    def test_tests_that_a_runner_would_find(self, judge, source):
+        right = "def f(x):\n    if x < 0: raise ValueError\n    return 2 * x"
+        assert judge(check(source), right).passed
+        assert not judge(check(source), "def f(x): return 2 * x").passed
+        assert not judge(check(source), "import unittest\ndef f(x): raise unittest.SkipTest").passed
+
+    @pytest.mark.parametrize(
+        ("test", "said"),
+        [
+            ({"check": "assert f(1) ==", "entry_point": "f"}, '"check" is not Python'),
+            ({"check": "assert 1", "entry_point": "f"}, "\"check\" never calls 'f'"),
+            ({"check": "assert f(1)", "setup": "def (", "entry_point": "f"}, '"setup" is not'),
+            ({"stdin": "", "stdout": "", "checker": "def ("}, "the checker is not Python"),
+        ],
+    )
+    def test_sources_that_cannot_run_are_refused_before_a_run(self, test, said):
+        with pytest.raises(ValueError, match=f"Prompt 4: {said}"):
+            check_sources(problem(test))
+
+    def test_sources_that_can_run_are_not_refused(self):
+        long = "assert f(1) == 1" + "0" * 5000
+        check_sources(problem({"check": long, "entry_point": "f"}))
+        check_sources(problem({"check": "def check(candidate): pass", "entry_point": "f"}))
 
     @pytest.mark.parametrize(("ending", "passed"), [("f(2) != 4", True), ("f(2) == 4", False)])
     def test_a_check_that_ends_by_exit(self, judge, ending, passed):

@@ -1,0 +1,275 @@
+"""Images in token arrays: the run's table of them, and what a model reads in their places.
+
+A model with a vision tower reads embeddings: those of its tokens, with the features of each image
+in the image's places. ``Images.inputs`` makes them for the engine and for the trainer alike. No
+token of the vocabulary stands for an image, so text can never be taken for one.
+"""
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kimi_core.models.images import decoded
+from kimi_core.types import Image, Prompt
+
+KEPT_BYTES = 1 << 28
+"""Memory of the pixels that are kept, and of an engine's features."""
+
+PLACE = -1
+"""Stands for a position of the image in what a processor returns."""
+
+STANDARDISED = "standardised_images.json"
+"""File of a checkpoint whose images are processed by `Standardised`: its arguments."""
+
+Pixels = Mapping[str, Tensor]
+"""What ``get_image_features`` takes for one image, by name."""
+
+
+class Processor(Protocol):
+    """Makes a model's input of a picture."""
+
+    def __call__(self, picture: Any) -> tuple[list[int], Pixels]:
+        """Token ids that stand for the picture, ``PLACE`` in its positions; and its pixels."""
+        ...
+
+    def settings(self) -> str:
+        """What decides the result."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write what `vision_load.load_images` makes the same processor of."""
+        ...
+
+
+class Bounded:
+    """Keeps tensors under keys, the ones used last, in at most ``limit`` bytes."""
+
+    def __init__(self, limit: int = KEPT_BYTES) -> None:
+        self._limit = limit
+        self._bytes = 0
+        self._kept: OrderedDict[int, Any] = OrderedDict()
+
+    def get(self, key: int) -> Any:
+        """The value; None: it is not here."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: int, value: Any) -> None:
+        self._kept[key] = value
+        self._bytes += _bytes_of(value)
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= _bytes_of(self._kept.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._bytes = 0
+
+
+class Images:
+    """The images of a run, numbered from 0 in the order in which they are added.
+
+    The numbers are those of the token arrays, so a resumed run must add the same images in the same
+    order: ``fingerprint`` tells.
+
+    Args:
+        load_processor: loads what makes the model's input of a picture; called with the first one.
+    """
+
+    def __init__(self, load_processor: Callable[[], Processor]) -> None:
+        self._load_processor = load_processor
+        self._processor: Processor | None = None
+        self._images: list[Image] = []
+        self._numbers: dict[str, int] = {}
+        self._ids: list[list[int]] = []
+        self._pixels = Bounded()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def add(self, prompts: Iterable[Prompt]) -> None:
+        """Give a number to each image that has none.
+
+        Raises:
+            ValueError: an image's file has changed, or the processor cannot be loaded.
+        """
+        for prompt in prompts:
+            for image in prompt.images:
+                if image.digest not in self._numbers:
+                    self._numbers[image.digest] = len(self._images)
+                    self._images.append(image)
+                    ids, pixels = self._process(image)
+                    self._ids.append(ids)
+                    self._pixels.put(len(self._images) - 1, pixels)
+
+    def ids(self, image: Image) -> list[int]:
+        """The token ids that stand for an image: negative in its positions.
+
+        Raises:
+            ValueError: the image was never added.
+        """
+        number = self._numbers.get(image.digest)
+        if number is None:
+            raise ValueError(
+                f"The image with SHA-256 {image.digest[:16]} is not in the run's table: its file "
+                "has changed since this run began; put it back, or start another run"
+            )
+        return [-1 - number if one == PLACE else one for one in self._ids[number]]
+
+    def places(self, number: int) -> int:
+        """Positions that an image takes."""
+        return self._ids[number].count(PLACE)
+
+    def save(self, folder: Path) -> None:
+        """Write the processor into the folder of a checkpoint."""
+        if self._processor is None:
+            self._processor = self._load_processor()
+        self._processor.save(folder)
+
+    def fingerprint(self) -> str:
+        """Names the images, their numbers, and how they are processed."""
+        digest = hashlib.sha256(self._processor.settings().encode() if self._processor else b"")
+        for image in self._images:
+            digest.update(bytes.fromhex(image.digest))
+        return digest.hexdigest()[:16]
+
+    def inputs(
+        self, model: PreTrainedModel, ids: Tensor, kept: Bounded | None = None
+    ) -> dict[str, Tensor]:
+        """What ``model`` reads for ids int64 ``[r, l]``: ``input_ids``, or with images
+        ``inputs_embeds`` ``[r, l, d]``. Each distinct image is encoded once.
+
+        The positions of an image must be whole: in each sequence all of them or none. Gradients
+        flow into the vision tower.
+
+        Args:
+            kept: features of images by number, for as long as the weights stay the same.
+
+        Raises:
+            ValueError: the tower gives another number of features than the image has places.
+        """
+        is_image = ids < 0
+        if not bool(is_image.any()):
+            return {"input_ids": ids}
+        embeds = model.get_input_embeddings()(ids.clamp(min=0))
+        # In row-major order the places of image i are those of its first feature to its last, as
+        # often as the image occurs.
+        sorted_ids, order = ids[is_image].sort(stable=True)
+        found, counts = sorted_ids.unique_consecutive(return_counts=True)
+        numbers = (-1 - found).tolist()
+        features = self._features(model, numbers, kept)
+        placed = []
+        for number, count in zip(numbers, counts.tolist(), strict=True):
+            times, rest = divmod(count, len(features[number]))
+            if rest:
+                raise ValueError(
+                    f"{type(model).__name__} gives {len(features[number])} features for an image "
+                    f"that has {count} places here; its processor does not belong to the model"
+                )
+            placed.append(features[number].repeat(times, 1))
+        values = torch.cat(placed)[order.argsort()]
+        return {"inputs_embeds": embeds.masked_scatter(is_image[..., None], values.to(embeds))}
+
+    def _features(
+        self, model: PreTrainedModel, numbers: list[int], kept: Bounded | None
+    ) -> dict[int, Tensor]:
+        """Number → the image's features, ``[places, d]``."""
+        known = {} if kept is None else {n: kept.get(n) for n in numbers}
+        found = {n: features for n, features in known.items() if features is not None}
+        alike: dict[tuple[tuple[str, torch.Size], ...], list[int]] = {}
+        pixels = {n: self.pixels(n) for n in numbers if n not in found}
+        for number, inputs in pixels.items():
+            shapes = tuple((name, value.shape) for name, value in inputs.items())
+            alike.setdefault(shapes, []).append(number)
+        for some in alike.values():
+            batch = {k: torch.cat([pixels[n][k] for n in some]) for k in pixels[some[0]]}
+            for number, features in zip(some, encode(model, batch, len(some)), strict=True):
+                found[number] = features
+                if kept is not None:
+                    kept.put(number, features)
+        return found
+
+    def pixels(self, number: int) -> Pixels:
+        """What the model's tower takes for an image, on the CPU.
+
+        Raises:
+            ValueError: the image's file has changed.
+        """
+        pixels: Pixels | None = self._pixels.get(number)
+        if pixels is None:
+            _, pixels = self._process(self._images[number])
+            self._pixels.put(number, pixels)
+        return pixels
+
+    def _process(self, image: Image) -> tuple[list[int], Pixels]:
+        if self._processor is None:
+            self._processor = self._load_processor()
+        return self._processor(decoded(image))
+
+
+def inputs_of(
+    images: Images | None, model: PreTrainedModel, ids: Tensor, kept: Bounded | None
+) -> dict[str, Tensor]:
+    """As ``Images.inputs``; the ids themselves if the model reads text only."""
+    return {"input_ids": ids} if images is None else images.inputs(model, ids, kept)
+
+
+def encode(model: PreTrainedModel, pixels: Pixels, count: int) -> Tensor:
+    """Features of ``count`` images of one shape, ``[count, places, d]``."""
+    there = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in pixels.items()
+    }
+    output = model.get_image_features(**there)
+    features = getattr(output, "pooler_output", output)
+    if not isinstance(features, Tensor):
+        features = torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
+    return features.reshape(count, -1, features.shape[-1])
+
+
+def has_vision(model: PreTrainedModel) -> bool:
+    """Whether a model reads images."""
+    return getattr(model.config, "vision_config", None) is not None
+
+
+def is_frozen(model: PreTrainedModel) -> bool:
+    """Whether no part that makes the features of images is trained."""
+    text = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    others = {id(parameter) for part in text for parameter in part.parameters()}
+    return not any(p.requires_grad for p in model.parameters() if id(p) not in others)
+
+
+class Standardised:
+    """The processor of a scratch model: one size, each image with mean 0 and deviation 1.
+
+    A tower with random weights learns nothing from pixels of another scale (docs/vision.md).
+    """
+
+    def __init__(self, size: int, places: int) -> None:
+        self._size, self._places = size, places
+
+    def __call__(self, picture: Any) -> tuple[list[int], Pixels]:
+        if picture.size != (self._size, self._size):
+            picture = picture.resize((self._size, self._size))
+        values = torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1)[None]
+        values = (values - values.mean()) / values.std().clamp(min=1.0)
+        return [PLACE] * self._places, {"pixel_values": values}
+
+    def settings(self) -> str:
+        return json.dumps({"size": self._size, "places": self._places})
+
+    def save(self, folder: Path) -> None:
+        (folder / STANDARDISED).write_text(self.settings() + "\n")
+
+
+def _bytes_of(value: Tensor | Pixels) -> int:
+    tensors = [value] if isinstance(value, Tensor) else value.values()
+    return sum(one.numel() * one.element_size() for one in tensors)

@@ -1,0 +1,124 @@
+"""Does a model read images as it would by itself?
+
+Engine and trainer hand a model embeddings with the features of images in their places, plain
+positions and causal attention. Models that number the positions of an image in two dimensions, add
+features in several layers, or let an image's positions attend to each other compute something else.
+Two made-up images tell.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kimi_core.models.images import image_of_pixels
+from kimi_core.models.vision import Images
+from kimi_core.types import Prompt
+
+SIDE = 64
+"""Pixels of a side of the made-up images."""
+
+Given = Callable[[Sequence[np.ndarray]], Iterable[tuple[np.ndarray, np.ndarray]]]
+"""Takes sequences, and gives for each the sequence (or a longer one that begins with it) and the
+log-probs of its tokens but the first at temperature 1, as `own_logprobs` defines them; NaN where
+they are not known."""
+
+
+def made_up(model: PreTrainedModel, images: Images) -> list[np.ndarray]:
+    """Three sequences with two images: one with both, one with each; token ids int32 ``[n]``.
+
+    They are added to ``images``.
+    """
+    rng = np.random.default_rng(0)
+    pictures = [image_of_pixels(rng.integers(256, size=(SIDE, SIDE, 3), dtype=np.uint8))]
+    pictures.append(image_of_pixels(np.tile(np.linspace(0, 255, SIDE), (SIDE, 1)).astype(np.uint8)))
+    images.add([Prompt(0, "", "", images=tuple(pictures))])
+    first, second = (images.ids(one) for one in pictures)
+    vocabulary, place = model.get_input_embeddings().num_embeddings, model.config.image_token_id
+    words = [one for one in range(min(3, vocabulary - 2), vocabulary) if one != place]
+    text = rng.choice(words, size=(6, 5)).tolist()
+    sequences = [
+        [*text[0], *first, *text[1], *second, *text[2]],
+        [*first, *text[3]],
+        [*text[4], *second, *text[5]],
+    ]
+    return [np.array(one, np.int32) for one in sequences]
+
+
+def check(model: PreTrainedModel, images: Images, given: Given, who: str) -> None:
+    """Compare the log-probs that ``given`` gives with those of the model's own forward pass.
+
+    Args:
+        images: an empty or used table; two images are added.
+        who: names the caller of the model, for the error.
+
+    Raises:
+        ValueError: they differ.
+    """
+    sequences = made_up(model, images)
+    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 0.1
+    for ids, ours in given(sequences):
+        # The model's own pass would take a sampled image token for an image.
+        place = np.flatnonzero(ids == model.config.image_token_id)
+        ids, ours = (ids[: place[0] + 1], ours[: place[0]]) if len(place) else (ids, ours)
+        known = ~np.isnan(ours)
+        if not known.any():
+            continue
+        theirs = own_logprobs(model, images, ids)[known]
+        gap = float(np.abs(ours[known] - theirs).max())
+        if not gap <= tolerance * (1 + float(np.abs(theirs).max())):
+            raise ValueError(
+                f"{who} cannot read images with {type(model).__name__}: log-probs differ by "
+                f"{gap:.3g} from the model's own{_reason(model)}. Take a model with plain "
+                "positions and causal attention, such as LLaVA, SmolVLM, Idefics3 or InternVL"
+            )
+
+
+@torch.no_grad()
+def own_logprobs(model: PreTrainedModel, images: Images, ids: np.ndarray) -> np.ndarray:
+    """Log-prob of each token but the first by the model's own forward pass with pixels.
+
+    At the places of images it is that of token 0: what the model computes there counts, too.
+    """
+    place: int = model.config.image_token_id
+    numbers = list(dict.fromkeys((-1 - ids[ids < 0]).tolist()))
+    inputs = torch.from_numpy(np.where(ids < 0, place, ids)[:-1].astype(np.int64)).to(model.device)
+    targets = torch.from_numpy(ids[1:].clip(min=0).astype(np.int64)).to(model.device)
+    pixels: dict[str, Tensor] = {}
+    for number in numbers:
+        for name, value in images.pixels(number).items():
+            value = value.to(model.device, model.dtype if value.is_floating_point() else None)
+            pixels[name] = torch.cat([pixels[name], value]) if name in pixels else value
+    # Models whose positions or masks depend on what is an image are told by one of these.
+    takes = signature(model.base_model.forward).parameters
+    told = [name for name in ("mm_token_type_ids", "token_type_ids") if name in takes]
+    kinds = {name: (inputs[None] == place).long() for name in told}
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=inputs[None], **pixels, **kinds, use_cache=False).logits[0]
+    finally:
+        model.train(was_training)
+    table = torch.log_softmax(logits.float(), -1)
+    return table.gather(1, targets[:, None])[:, 0].cpu().numpy()
+
+
+def _reason(model: PreTrainedModel) -> str:
+    """What is known of the model's ways."""
+    config: Any = model.config
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    known = {
+        "its positions have several dimensions (M-RoPE)": "mrope_section" in rope,
+        "its layers get features of their own (deepstack)": bool(
+            getattr(config.vision_config, "deepstack_visual_indexes", None)
+        ),
+        "positions of an image attend to each other": config.model_type
+        in ("gemma3", "paligemma", "gemma3n", "gemma4"),
+    }
+    found = [reason for reason, holds in known.items() if holds]
+    return f", because {' and '.join(found)}" if found else ""

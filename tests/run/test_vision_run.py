@@ -1,0 +1,139 @@
+"""Whole runs on prompts with images."""
+
+import base64
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import vision_testing
+from safetensors.torch import load_file
+from tiny_runs import TINY
+
+from kimi_core.metrics import read_metrics
+from kimi_core.run.build import build
+from kimi_core.run.config_file import load_config
+from kimi_core.run.dry_run import describe
+from kimi_core.run.run import fine_tune_alone, train
+
+SETTINGS = [
+    "model.name=model",
+    "prompts.source=pictures.jsonl",
+    "sft.data=sft.jsonl",
+    "sft.steps=3",
+    "sft.batch_size=8",
+    "rollout.token_budget=5",
+    "rollout.prompts_per_iteration=6",
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(TINY)
+    vision_testing.write_data(tmp_path)
+    vision_testing.save_model(tmp_path / "model")
+    return tmp_path
+
+
+def config(*settings: str):
+    return load_config("tiny.toml", [*SETTINGS, *settings])
+
+
+class TestRun:
+    def test_trains_the_tower_and_records_the_images(self, folder):
+        run = train(config("iterations=3", "trainer.learning_rate=1e-3"))
+        iterations, evaluations = read_metrics(run / "metrics.jsonl")
+        assert len(iterations) == 3
+        assert max(one.logprob_gap_mean for one in iterations) < 1e-5
+        assert sum(one.trajectories_unfinished for one in iterations) > 0
+        assert evaluations[-1].n == 4
+        before = load_file(folder / "model" / "model.safetensors")
+        after = load_file(run / "checkpoint" / "model.safetensors")
+        moved = {name for name in before if not np.array_equal(before[name], after[name])}
+        assert any("vision_tower" in name for name in moved)
+        assert any("multi_modal_projector" in name for name in moved)
+        lines = (run / "trajectories" / "000002.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        for one in records:
+            negative = {token for token in one["prompt_ids"] if token < 0}
+            assert len(negative) == len(set(one["images"]))
+        assert any(one["images"] for one in records)
+
+    def test_a_checkpoint_brings_its_processor(self, folder):
+        checkpoint = fine_tune_alone(config())
+        again = config(f"model.name={checkpoint}", "name=again", "sft.steps=0")
+        assert read_metrics(train(again) / "metrics.jsonl")[0]
+
+    def test_an_image_that_changed_between_two_calls_is_not_resumed(self, folder):
+        train(config())
+        (folder / "0.png").write_bytes((folder / "1.png").read_bytes())
+        with pytest.raises(ValueError, match=r"prompts have changed|Changed since"):
+            train(config("iterations=3"), resume=True)
+
+    def test_dry_run(self, folder):
+        assert "parameters" in describe(config())
+
+    def test_a_text_model_refuses_images(self, text_model):
+        with pytest.raises(ValueError, match="has images, and the model reads text only"):
+            build(load_config("tiny.toml", ["prompts.source=pictures.jsonl", "model.name=text"]))
+
+    @pytest.mark.parametrize("setting", ["rollout.engine=vllm", "trainer.ranks=2"])
+    def test_what_cannot_handle_images_yet_is_refused(self, folder, setting):
+        with pytest.raises(ValueError, match=r"reads images, which rollout\.engine"):
+            build(config(setting))
+
+
+@pytest.fixture
+def text_model(folder):
+    from kimi_core.models.load import load_model
+
+    sizes = vision_testing.SIZES.model_copy(update={"vision_layers": 0})
+    given = load_config(None).model.model_copy(update={"scratch": sizes, "device": "cpu"})
+    model, tokenizer = load_model(given, alphabet=vision_testing.ALPHABET)
+    model.save_pretrained("text")
+    tokenizer.save_pretrained("text")
+
+
+def line(**fields) -> str:
+    return json.dumps({"prompt": "1=", "answer": "1"} | fields) + "\n"
+
+
+def uri(name: str) -> str:
+    return "data:image/png;base64," + base64.b64encode(Path(name).read_bytes()).decode()
+
+
+class TestBadLines:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"images": "0.png"}, 'images are "0.png"; allowed are'),
+            ({"images": ["0.png", "missing.png"]}, r"No image .*missing\.png"),
+            ({"images": ["pictures.jsonl"]}, "is not an image that can be read"),
+            ({"prompt": "\ufffc\ufffc1=", "images": ["0.png"]}, "1 images have 2 places"),
+            ({"prompt": "", "images": []}, '"prompt" is ""; allowed is a non-empty string'),
+        ],
+    )
+    def test_the_line_is_named_before_anything_is_trained(self, folder, fields, message):
+        bad = line(images=["0.png"]) + line(**fields)
+        Path("pictures.jsonl").write_text(bad)
+        with pytest.raises(ValueError, match=f"pictures.jsonl, line 2: .*{message}"):
+            train(config())
+        assert not Path("runs").exists()
+
+
+def test_a_run_on_text_loads_no_vision_model():
+    source = (
+        "import sys\n"
+        "from kimi_core.run.build import build\n"
+        "from kimi_core.run.config_file import load_config\n"
+        "settings = ['model.device=cpu', 'model.scratch.layers=1', 'prompts.held_out=4']\n"
+        "build(load_config(None, settings)).close()\n"
+        "names = ('models.llava', 'models.clip', 'processing_auto')\n"
+        "print([name for name in sys.modules if any(one in name for one in names)])\n"
+    )
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
