@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from trainer.sharded_ranks import CASES, gradients, sft_losses, tiny_llama
-from warm import Warm
 
+import kimi_core
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks, deal
 
@@ -21,8 +23,16 @@ def ranks(tmp_path_factory) -> list[dict]:
     script = Path(__file__).with_name("sharded_ranks.py")
     folder = tmp_path_factory.mktemp("ranks")
     given = {"rendezvous": str(folder / "rendezvous"), "folder": str(folder)}
+    root = str(Path(kimi_core.__file__).parents[1])
     processes = [
-        Warm([script, json.dumps(given)], env=os.environ | {"RANK": str(rank)}) for rank in range(2)
+        subprocess.Popen(
+            [sys.executable, str(script), json.dumps(given)],
+            env=os.environ | {"PYTHONPATH": root, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
     ]
     try:
         outputs = [process.communicate(timeout=240) for process in processes]
