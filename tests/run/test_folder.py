@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from warm import Warm
 
 import kimi_core
 from kimi_core.config import Config
@@ -355,12 +356,11 @@ def test_a_killed_save_loop_always_leaves_a_whole_state(tmp_path: Path) -> None:
     moment = random.Random(0)
     for trial in range(8):
         folder = tmp_path / str(trial)
-        script = python(SAVE_LOOP, folder)
-        with subprocess.Popen(script, stdout=subprocess.PIPE, env=environment()) as process:
-            process.stdout.readline()  # Into the loop; importing takes most of the time.
-            time.sleep(moment.uniform(0, 0.3))
-            process.kill()
-            acknowledged = [0, *map(int, process.stdout.read().split())][-1]
+        process = Warm(["-c", textwrap.dedent(SAVE_LOOP), folder])
+        process.stdout.readline()  # Into the loop.
+        time.sleep(moment.uniform(0, 0.3))
+        process.kill()
+        acknowledged = [0, *map(int, process.stdout.read().split())][-1]
         with RunFolder.resume(folder, Config()) as run:
             saved = run.load_state()
             i = saved.number

@@ -5,10 +5,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, make_folder
+from warm import Warm
 
 from kimi_core.cli import settings
 from kimi_core.metrics import read_metrics
@@ -306,24 +304,20 @@ class TestFunctionsThatNeverReturn:
             "import time\ndef f(prompt, text):\n    if text: open('waits', 'w').close()\n"
             "    time.sleep(600 if text else 0)\n    return 0.0\n"
         )
-        command = [sys.executable, "-m", "kimi_core.cli", "train", "tiny.toml", "sft.steps=2"]
+        command = ["-m", "kimi_core.cli", "train", "tiny.toml", "sft.steps=2"]
         chosen = ["reward.function=reward.py:f", f"reward.workers={workers}"]
-        # A shell without job control lets its background jobs ignore SIGINT, and children inherit.
-        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        with subprocess.Popen(
-            [*command, *chosen], stderr=subprocess.PIPE, preexec_fn=default
-        ) as process:
-            try:
-                deadline = time.monotonic() + 120
-                while not Path("waits").exists():
-                    assert process.poll() is None and time.monotonic() < deadline
-                    time.sleep(0.05)
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.5)
-                process.send_signal(signal.SIGINT)
-                assert process.wait(timeout=30) == 130
-            finally:
-                process.kill()
+        process = Warm([*command, *chosen])
+        try:
+            deadline = time.monotonic() + 120
+            while not Path("waits").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130
+        finally:
+            process.kill()
 
 
 class TestOneLine:
