@@ -22,6 +22,7 @@ from kimi_core.run.fine_tuning import fine_tune, say, say_overlaps
 from kimi_core.run.folder import TOKENIZER, RunFolder, holds_state, refuse_early
 from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.header import header, next_steps
+from kimi_core.run.prompt_lines import PromptLines
 from kimi_core.run.report import Report, clock, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
@@ -171,12 +172,14 @@ def _reinforce(
     loop = parts.loop
     loop.on_rollout = lambda rollout: state.note_rollout(loop, rollout, folder.buffer)
     files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
+    rates = PromptLines(folder.path, start_iteration=loop.iteration)
     if not stop.is_set():
         _catch_up(parts, config, report, files)
     while not (stop.is_set() or _is_done(loop, config)):
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
         files.write(loop.iteration, records)
+        rates.write(loop.iteration, loop.latest.groups, loop.curriculum)
         last = _is_done(loop, config)
         is_due = last or loop.iteration % config.evaluation.every == 0
         if is_due:

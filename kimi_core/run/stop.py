@@ -10,6 +10,9 @@ from typing import Any
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
+SAID = b"stopping as soon as this step is saved; a second signal interrupts at once\n"
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has ended the run. The message says how far it came and how to go on."""
 
@@ -35,7 +38,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(grace_s: float) -> Iterator[Stop]:
-    """Let the first Ctrl-C or SIGTERM set the ``Stop``; a second one interrupts at once.
+    """Let the first Ctrl-C or SIGTERM set the ``Stop``, and say so; a second interrupts at once.
 
     ``grace_s`` seconds after SIGTERM, the run is interrupted as if by a second one.
     """
@@ -49,6 +52,7 @@ def stop_on_signals(grace_s: float) -> Iterator[Stop]:
         if stop.is_set():
             raise Stopped(signum, "interrupted: --resume continues from the last state")
         stop.signum = signum
+        os.write(2, SAID)  # A handler may interrupt a print, and must not print itself.
         if signum == signal.SIGTERM:
             timers.append(Timer(grace_s, os.kill, (os.getpid(), signum)))
             timers[-1].daemon = True
