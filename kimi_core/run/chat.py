@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from kimi_core.config import Config
 from kimi_core.reward.base import InfrastructureError
@@ -48,6 +49,10 @@ class Chat:
         self._weights = _weights(run, config, at=at, before=before)
         self._parts = build(config, tokenizer_file=run / TOKENIZER)
         self._config = config
+        self._first = TemporaryDirectory()
+        self._parts.loop.trainer.save(Path(self._first.name))  # Loading a state writes over them.
+        self._loaded: Weights | None = None
+        self._version = 0
 
     def prompt(self, prompt_id: int) -> Prompt:
         """The run's prompt with this id, a held-out one as well.
@@ -82,29 +87,33 @@ class Chat:
         yield f"prompt\n{behind_bars(prompt.text)}"
         if prompt.answer:
             yield f"reference answer\n{behind_bars(prompt.answer)}"
-        for version, weights in enumerate(self._weights):
-            self._load(weights.state, version)
+        for weights in self._weights:
+            self._load(weights)
             yield f"\n{weights.name}"
             yield from self._answers(prompt, samples)
 
     def close(self) -> None:
         """End the processes of reward function and engine."""
         self._parts.close()
+        self._first.cleanup()
 
     def _prompts(self) -> Iterator[Prompt]:
         yield from self._parts.evaluator.prompts
         yield from self._parts.train_prompts
 
-    def _load(self, state: SavedState | None, version: int) -> None:
-        loop = self._parts.loop
-        if state is not None:
-            if state.record["fingerprint"] != loop.trainer.fingerprint():
-                raise ValueError(
-                    f"{state.folder} is of another model: put the model of the run back where "
-                    "its config.toml names it"
-                )
-            loop.trainer.load(state.folder)
-        loop.start(version)
+    def _load(self, weights: Weights) -> None:
+        if weights is self._loaded:
+            return
+        trainer, state = self._parts.loop.trainer, weights.state
+        if state is not None and state.record["fingerprint"] != trainer.fingerprint():
+            raise ValueError(
+                f"{state.folder} is of another model: put the model of the run back where its "
+                "config.toml names it"
+            )
+        trainer.load(Path(self._first.name) if state is None else state.folder)
+        self._version += 1  # An engine takes newer versions only.
+        self._parts.loop.start(self._version)
+        self._loaded = weights
 
     def _answers(self, prompt: Prompt, samples: int) -> Iterator[str]:
         parts, rollout = self._parts, self._config.rollout

@@ -61,7 +61,7 @@ def test_lines_are_asked_one_by_one_and_an_answer_is_found_or_given(run, capsys,
     known = next(read_trajectories(run / "trajectories" / "000001.jsonl"))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{known.prompt}\n\n9*9=\n"))
     status, said = chat(capsys, run, "--samples", "1")
-    assert status == 0
+    assert status == 0, said
     first, second = said.split("prompt\n")[1:]
     assert f"reference answer\n  | {known.answer}\n" in first and "reward " in first
     assert "--- 1: no reward: give --answer" in second and "reference" not in second
