@@ -27,8 +27,8 @@ from kimi_core.types import (
     Trajectory,
 )
 
-Part = tuple[SegmentColumns, int]
-"""A segment: its columns, and its place in them."""
+Part = tuple[SegmentColumns, int, int]
+"""A segment: its columns, and where its tokens begin and end in them."""
 
 SPARE_SEGMENTS = 100
 """Extra segments that fit into each trajectory: a crash cuts a response once more."""
@@ -117,13 +117,14 @@ def roll_out(
         columns = segments if isinstance(segments, SegmentColumns) else SegmentColumns.of(segments)
         _append(buffer, columns)
         by_worker[columns.worker] += len(columns.token_ids)
-        keys = columns.trajectory_ids.tolist()
-        for place, (key, tokens) in enumerate(zip(keys, columns.lengths.tolist(), strict=True)):
-            added[key].append((columns, place))
-            grown[key] += tokens
+        keys, edges = columns.trajectory_ids.tolist(), columns.cu_seqlens.tolist()
+        for key, start, stop in zip(keys, edges, edges[1:], strict=False):
+            added[key].append((columns, start, stop))
+            grown[key] += stop - start
         for place in np.flatnonzero(columns.end_reasons).tolist():
-            ended[keys[place]] = _extended(begun[keys[place]], added[keys[place]])
-            on_end(ended[keys[place]])
+            key, reason = keys[place], END_REASONS[columns.end_reasons[place]]
+            ended[key] = _extended(begun[key], added[key], version, reason)
+            on_end(ended[key])
     return _report(before, grown, ended, version, engine.decode_steps - steps_before, by_worker)
 
 
@@ -140,18 +141,20 @@ def _append(buffer: RolloutBuffer, columns: SegmentColumns) -> None:
     )
 
 
-def _extended(one: Trajectory, parts: Sequence[Part]) -> Trajectory:
-    """The trajectory as the buffer holds it after its segments were appended."""
-    segments = [columns.segment(place) for columns, place in parts]
-    new = sum(map(len, segments))
-    versions = [np.full(len(part), part.policy_version, np.int32) for part in segments]
+def _extended(
+    one: Trajectory, parts: Sequence[Part], version: int, reason: EndReason | None
+) -> Trajectory:
+    """The trajectory as the buffer holds it after its segments, of one version, were appended."""
+    tokens = [columns.token_ids[start:stop] for columns, start, stop in parts]
+    logprobs = [columns.logprobs[start:stop] for columns, start, stop in parts]
+    new = sum(map(len, tokens))
     return replace(
         one,
-        token_ids=np.concatenate([one.token_ids, *(part.token_ids for part in segments)]),
-        logprobs=np.concatenate([one.logprobs, *(part.logprobs for part in segments)]),
+        token_ids=np.concatenate([one.token_ids, *tokens]),
+        logprobs=np.concatenate([one.logprobs, *logprobs]),
         mask=np.concatenate([one.mask, np.ones(new, np.uint8)]),
-        policy_versions=np.concatenate([one.policy_versions, *versions]),
-        end_reason=segments[-1].end_reason,
+        policy_versions=np.concatenate([one.policy_versions, np.full(new, version, np.int32)]),
+        end_reason=reason,
     )
 
 
