@@ -126,6 +126,7 @@ class Stream:
 
     def __init__(self, messages: list[bytes]) -> None:
         self._messages = messages
+        self._fed = False
         self._read, write = os.pipe()
         os.write(write, b"x")
 
@@ -133,13 +134,18 @@ class Stream:
         return self._read
 
     def take(self) -> list[wire.Message]:
+        if not self._fed:
+            return []
         taken, self._messages = self._messages[:8], self._messages[8:]
         return [wire.unpacked(message, 0) for message in taken]
+
+    def feed(self, requests: object) -> None:
+        self._fed = True
 
     def nothing(self, *_: object) -> None:
         pass
 
-    start = serve = begin = feed = stop = check = close = nothing
+    start = serve = begin = stop = check = close = nothing
 
 
 def packed(trajectories: int, rounds: int, together: int = 64, tokens: int = 64) -> list[bytes]:

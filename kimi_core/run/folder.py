@@ -5,7 +5,7 @@
     runs/think/
       lock            held by the process that runs; holds its pid
       config.toml     every setting of the run, resolved
-      tokenizer.json  the tokenizer of a model from scratch
+      tokenizer.json  the tokenizer, if the tokenizers library can read it
       buffer.bin      the rollout buffer, to which tokens are added as they are sampled
       rollout.json    the last iteration whose tokens are all in the buffer
       sft/000200/     what step 201 of SFT starts from; removed when RL starts

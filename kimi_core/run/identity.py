@@ -23,12 +23,14 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
 def write_down(folder: RunFolder, config: Config, parts: Parts) -> None:
     """Have the states of ``folder`` hold all this, to be compared with that of a state.
 
-    The tokenizer of a scratch model is written to the folder, for ``--resume`` and ``replay``.
+    The tokenizer is written to the folder: for ``--resume`` and ``replay`` of a scratch model, and
+    for the dashboard. One that is written in Python has no such form.
     """
     folder.data = data(config, parts)
     folder.environment = environment(parts.model.device)
-    if config.model.name == "scratch":
-        write_atomically(folder.tokenizer, parts.tokenizer.backend_tokenizer.to_str())
+    core = getattr(parts.tokenizer, "backend_tokenizer", None)
+    if core is not None:
+        write_atomically(folder.tokenizer, core.to_str())
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -26,6 +26,7 @@ from kimi_core.run.folder import TOKENIZER, RunFolder, holds_state, refuse_early
 from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.go_back import go_back
 from kimi_core.run.header import header, next_steps
+from kimi_core.run.prompt_lines import PromptLines
 from kimi_core.run.report import Report, clock, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
@@ -186,6 +187,7 @@ def _reinforce(
     files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
     watch(report, folder, config)
     folder.states.prune()  # As the process that saved the last one may not have done.
+    rates = PromptLines(folder.path, start_iteration=loop.iteration)
     if not stop.is_set():
         _catch_up(parts, config, folder, report, files)
         watch(report, folder, config)
@@ -193,6 +195,7 @@ def _reinforce(
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
         files.write(loop.iteration, records)
+        rates.write(loop.iteration, loop.latest.groups, loop.curriculum)
         last = _is_done(loop, config)
         is_due = last or loop.iteration % config.evaluation.every == 0
         if is_due:

@@ -10,6 +10,9 @@ from typing import Any
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
+SAID = b"stopping as soon as this step is saved; a second signal interrupts at once\n"
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has ended the run. The message says how far it came and how to go on."""
 
@@ -42,7 +45,7 @@ class Stop:
 
 @contextmanager
 def stop_on_signals(grace_s: float) -> Iterator[Stop]:
-    """Let the first Ctrl-C or SIGTERM set the ``Stop``; a second one interrupts at once.
+    """Let the first Ctrl-C or SIGTERM set the ``Stop``, and say so; a second interrupts at once.
 
     ``grace_s`` seconds after SIGTERM, the run is interrupted as if by a second one.
     """
@@ -56,6 +59,7 @@ def stop_on_signals(grace_s: float) -> Iterator[Stop]:
         if stop.is_set():
             raise Stopped(signum, "interrupted after the last saved state")
         stop.signum = signum
+        os.write(2, SAID)  # A handler may interrupt a print, and must not print itself.
         if signum == signal.SIGTERM:
             timers.append(Timer(grace_s, os.kill, (os.getpid(), signum)))
             timers[-1].daemon = True

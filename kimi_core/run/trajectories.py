@@ -194,7 +194,7 @@ def sample_text(iteration: int, records: Sequence[TrajectoryRecord]) -> str:
         blocks.append(
             f"--- {number}: {reward}, end {one.end_reason or 'open'}, "
             f"policy versions {versions or 'none'}\n"
-            f"prompt\n{_behind_bars(one.prompt)}\nresponse\n{_behind_bars(one.response)}\n"
+            f"prompt\n{behind_bars(one.prompt)}\nresponse\n{behind_bars(one.response)}\n"
         )
     return "\n".join(blocks)
 
@@ -213,7 +213,8 @@ def _prints(char: str) -> bool:
     return char == "\n" or (category[0] != "C" and category not in ("Zl", "Zp"))
 
 
-def _behind_bars(text: str) -> str:
+def behind_bars(text: str) -> str:
+    """A text of a model for a terminal: ``visible``, with a bar before each line."""
     return "\n".join(f"  | {line}" for line in visible(text).split("\n"))
 
 

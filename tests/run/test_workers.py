@@ -118,8 +118,9 @@ def wait_for(what: Callable[[], object]) -> None:
 class Killer(Thread):
     """Kills a random worker at a random moment of the run, ``kills`` times."""
 
-    def __init__(self, kills: int) -> None:
+    def __init__(self, name: str, kills: int) -> None:
         super().__init__()
+        self.run_name = name
         self.kills, self.chance = kills, random.Random(kills)
         self.ended = Event()
         self.killed: dict[int, float] = {}
@@ -129,12 +130,12 @@ class Killer(Thread):
 
     def run(self) -> None:
         for _ in range(self.kills):
-            before = len(iterations("two"))
+            before = len(iterations(self.run_name))
             while not self.ended.is_set() and (
-                len(iterations("two")) == before or len(self.seen) < len(self.killed)
+                len(iterations(self.run_name)) == before or len(self.seen) < len(self.killed)
             ):
                 time.sleep(0.005)
-            shortest = min((one.wall_s for one in iterations("two")), default=0.0)
+            shortest = min((one.wall_s for one in iterations(self.run_name)), default=0.0)
             time.sleep(self.chance.uniform(0, 3 * shortest))
             there = [pid for pid in workers(os.getpid()) if pid not in self.killed]
             if self.ended.is_set() or not there:
@@ -152,11 +153,11 @@ class Killer(Thread):
 
 
 @pytest.fixture
-def killer() -> Iterator[Callable[[int], Killer]]:
+def killer() -> Iterator[Callable[[str, int], Killer]]:
     made: list[Killer] = []
 
-    def start(kills: int) -> Killer:
-        made.append(Killer(kills))
+    def start(name: str, kills: int) -> Killer:
+        made.append(Killer(name, kills))
         fleet.log.addFilter(made[-1].emit)
         made[-1].start()
         return made[-1]
@@ -173,13 +174,14 @@ def killer() -> Iterator[Callable[[int], Killer]]:
     ("kills", "length"), [(2, 6), pytest.param(20, 60, marks=pytest.mark.nightly)]
 )
 def test_workers_that_are_killed_change_nothing(run, killer, kills, length):
-    run("name=one", f"iterations={length}")
-    assert sum(one.reward_mean > 0 for one in iterations("one")) >= 3
-    assert any(one.trajectories_unfinished for one in iterations("one"))
-    deaths = killer(kills)
-    run("name=two", f"iterations={length}", "rollout.workers=2")
-    check_equal("one", "two")
-    found = iterations("two")
+    whole, disturbed = f"whole{kills}", f"disturbed{kills}"
+    run(f"name={whole}", f"iterations={length}")
+    assert sum(one.reward_mean > 0 for one in iterations(whole)) >= 3
+    assert any(one.trajectories_unfinished for one in iterations(whole))
+    deaths = killer(disturbed, kills)
+    run(f"name={disturbed}", f"iterations={length}", "rollout.workers=2")
+    check_equal(whole, disturbed)
+    found = iterations(disturbed)
     assert len(deaths.killed) == kills == len(deaths.seen)
     assert sum(one.worker_restarts for one in found) == kills
     for one in found:
@@ -191,8 +193,7 @@ def test_workers_that_are_killed_change_nothing(run, killer, kills, length):
 
 @pytest.mark.slow
 def test_the_run_dies_its_workers_end_and_ranks_take_it_over(run):
-    if not Path("runs/one").exists():
-        run("name=one", "iterations=6")
+    run("name=one", "iterations=6")
     command = [sys.executable, "-P", "-m", "kimi_core.cli", "train", "--resume", "tiny.toml"]
     root = str(Path(kimi_core.__file__).parents[1])
     master = subprocess.Popen(
