@@ -8,6 +8,7 @@ has lost nothing, and the same command finishes the work.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ def go_back(folder: RunFolder, number: int) -> str:
     for name in ("trajectories", "samples"):
         files = (folder.path / name).glob("*")
         _move([one for one in files if _number(one) > number], aside / name)
+    if (rates := folder.path / "prompts.jsonl").is_file():
+        shutil.copy(rates, aside)  # Its later lines are cut when the run is opened.
     folder.buffer.unlink(missing_ok=True)  # The state has a snapshot.
     states = [one for one in folder.states.folder.iterdir() if _number(one) > number]
     _move(sorted(states, reverse=True), aside / "states")  # The newest first: all before are whole.
