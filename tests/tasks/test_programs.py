@@ -6,8 +6,8 @@ from kimi_core.prompts.load import load_prompts
 from kimi_core.reward.code.literals import literal_cases
 from kimi_core.reward.code.problem import problem_of
 from kimi_core.reward.code.program import extract_program
-from kimi_core.run.build import alphabet
 from kimi_core.run.config_file import load_config
+from kimi_core.run.data import load_data, scratch_tokenizer
 from kimi_core.tasks import programs
 
 PROMPTS = programs.prompts()
@@ -22,9 +22,9 @@ def function(prompt, style):
 def test_every_line_once_in_the_alphabet():
     assert len({prompt.tags["problem"] for prompt in PROMPTS}) == len(PROMPTS) == 98 * 90
     assert [prompt.id for prompt in PROMPTS] == list(range(len(PROMPTS)))
-    config = load_config(None, ["prompts.source=programs"])
+    config = load_config(None, ["prompts.source=programs", "sft.data=none"])
     assert load_prompts(config.prompts) == PROMPTS
-    known = set(alphabet(config))
+    known = set(scratch_tokenizer(config, load_data(config)).get_vocab())
     for prompt in PROMPTS:
         text = prompt.text + "".join(programs.response(prompt, style) for style in programs.MIXED)
         assert set(text) <= known

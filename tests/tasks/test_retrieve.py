@@ -7,8 +7,8 @@ import pytest
 
 from kimi_core.prompts.load import load_prompts, split
 from kimi_core.reward.load import match
-from kimi_core.run.build import alphabet, sft_examples
 from kimi_core.run.config_file import load_config
+from kimi_core.run.data import load_data, scratch_tokenizer
 from kimi_core.tasks import retrieve
 
 RECORD = re.compile(r"([^\d.,=])(\d)")
@@ -103,7 +103,9 @@ def test_a_config_names_it():
     assert len(prompts) == 40 and {len(prompt.text) for prompt in prompts} == {90}
     train, held_out = split(prompts, 10, 0)
     assert len(held_out) == 10
-    examples = sft_examples(config, train)
+    data = load_data(config)
+    assert (list(data.train), data.held_out) == (list(train), held_out)
+    examples = data.examples
     assert len(examples) == 15
-    known = set(alphabet(config))
+    known = set(scratch_tokenizer(config, data).get_vocab())
     assert all(set(text + response) <= known for text, response in examples)
