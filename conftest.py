@@ -5,6 +5,7 @@ The folder has no compiled module unless one was put there for development, and 
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,21 @@ SHARES_THE_HOST = ("tests/sandbox/", "tests/reward/code/", "test_code_run.py", "
 some tests count them."""
 
 
+SHARES_A_FIXTURE = (
+    "tests/reward/math/",
+    "tests/run/test_chat_run.py",
+    "tests/run/test_run.py",
+    "tests/test_loop.py",
+    "tests/trainer/test_sharded.py",
+)
+"""Files with a fixture of many CPU-seconds, which every worker makes that gets one of the tests."""
+
+CPU_S = 10.0
+"""CPU-seconds of one test, above which it is made cheaper or marked slow."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests that start sandboxes to one worker, and skip those of a GPU without one."""
+    """Give the tests that share something to one worker, and skip those of a GPU without one."""
     import torch  # Not before OMP_NUM_THREADS is set.
 
     has_gpu = torch.cuda.is_available()
@@ -51,3 +65,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if any(part in item.path.as_posix() for part in SHARES_THE_HOST):
             item.add_marker(pytest.mark.xdist_group("sandboxes"))
+        elif any(part in item.path.as_posix() for part in SHARES_A_FIXTURE):
+            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Keep the CPU-seconds of this process and of the children that it has waited for."""
+    before = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu_s", sum(os.times()[:4]) - before))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List the tests that take much and do not say so."""
+    for report in terminalreporter.getreports("passed"):
+        spent = dict(report.user_properties).get("cpu_s", 0.0)
+        if spent > CPU_S and not {"slow", "nightly"} & set(report.keywords):
+            terminalreporter.write_line(
+                f"{report.nodeid} took {spent:.0f} CPU-s: above {CPU_S:.0f}, make it cheaper or "
+                "mark it slow"
+            )

@@ -139,6 +139,23 @@ class Resumption:
     """Iterations done in that state."""
     lost_s: float
     """Seconds of iterations and evaluations after that state, which run a second time."""
+    back_from: int | None = None
+    """The newest state before ``--from`` went back to this one; None: it was the newest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collapse:
+    """A number of the run has fallen off a cliff, or jumped."""
+
+    iteration: int
+    """Iterations done when it was noticed."""
+    rule: str
+    """``accuracy``, ``entropy``, ``gradient norm`` or ``held-out accuracy``."""
+    before: float
+    """What it was: a mean or median of the iterations before, or the best evaluation."""
+    now: float
+    good_state: int | None = None
+    """The state to go back to; None: none is there."""
 
 
 KINDS: dict[str, type] = {
@@ -146,6 +163,7 @@ KINDS: dict[str, type] = {
     "evaluation": EvaluationMetrics,
     "change": SettingChange,
     "resume": Resumption,
+    "collapse": Collapse,
 }
 """``kind`` of a line of ``metrics.jsonl`` → what the line holds."""
 

@@ -9,7 +9,7 @@ import pytest
 from kimi_core import Config, train
 from kimi_core.plugins import load_function
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 TINY = {
     "iterations": 1,
     "model": {"device": "cpu", "scratch": {"layers": 1, "width": 16, "heads": 2, "context": 64}},
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in EXAMPLES.glob("*.py")))
-def test_a_script_runs_and_its_examples_are_right(script):
+def test_a_script_runs_and_its_examples_are_what_it_says(script):
     parts = vars_of(EXAMPLES / f"{script}.py")
     rollout = parts["RUN"]["rollout"] | {"prompts_per_iteration": 2, "samples_per_prompt": 2}
     config = Config.model_validate(parts["RUN"] | TINY | {"rollout": rollout})
@@ -33,10 +33,11 @@ def test_a_script_runs_and_its_examples_are_right(script):
     assert [one.n for one in result.evaluations] == [4, 4]
     prompts = parts["prompts"]()
     by_text = {prompt.text: prompt for prompt in prompts}
-    for text, response in parts["examples"](prompts):
-        score = parts["reward"](by_text[text], response)
-        assert getattr(score, "value", score) == 1
-        assert len(response) < config.rollout.max_response_tokens
+    pairs = parts["examples"](prompts)
+    right = [parts["reward"](by_text[text], response) for text, response in pairs]
+    half_wrong = "Half of the examples are wrong" in parts["__doc__"]
+    assert 0.4 < sum(right) / len(right) < 0.6 if half_wrong else min(right) == 1
+    assert max(len(response) for _, response in pairs) < config.rollout.max_response_tokens
 
 
 def vars_of(path: Path) -> dict:

@@ -2,21 +2,22 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import cache
 from io import StringIO
 from pathlib import Path
+from textwrap import dedent
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from warm import Warm
 
-import kimi_core
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
 from kimi_core.metrics import read_metrics
@@ -69,17 +70,23 @@ def trained_by(parts: Parts, iterations: int) -> list[list[Trajectory]]:
     return trained
 
 
+@cache
+def sampled_at_once(temperature: float) -> dict[int, Trajectory]:
+    """What two iterations without a budget trained, by trajectory."""
+    parts = started(FROZEN)
+    parts.loop.sampling = replace(parts.loop.sampling, temperature=temperature)
+    return {one.trajectory_id: one for some in trained_by(parts, 2) for one in some}
+
+
 @pytest.mark.parametrize(
     ("release", "temperature"), [("response", 1.0), ("group", 1.0), ("response", 0.0)]
 )
 def test_a_budget_changes_when_tokens_come_and_not_which(release, temperature):
     """With frozen weights, whatever a budget cuts and continues is what is sampled at once."""
-    whole = started(FROZEN)
+    at_once = sampled_at_once(temperature)
     cut = started(FROZEN, f"rollout.token_budget={BUDGET}", f"trainer.ablation.release={release}")
-    for parts in (whole, cut):
-        parts.loop.sampling = replace(parts.loop.sampling, temperature=temperature)
-    at_once = {t.trajectory_id: t for ts in trained_by(whole, 2) for t in ts}
-    in_pieces = {t.trajectory_id: t for ts in trained_by(cut, 7) for t in ts}
+    cut.loop.sampling = replace(cut.loop.sampling, temperature=temperature)
+    in_pieces = {t.trajectory_id: t for ts in trained_by(cut, 5) for t in ts}
     # Prompts are drawn by success rates, which a budget lets come later: the first iteration's
     # prompts are the same for certain, so those 12 trajectories are.
     assert len(at_once) == 24
@@ -277,7 +284,7 @@ STEPWISE = """
         setattr(owner, name, deadly)
 
     try:
-        run.train(load_config(None, sys.argv[2:]), resume=sys.argv[1] == "resume")
+        run.train(load_config(None, sys.argv[1:]))
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.status)
@@ -285,19 +292,11 @@ STEPWISE = """
 """
 
 
-def start(how: str, overrides: list[str], **environment: str) -> subprocess.Popen:
-    root = str(Path(kimi_core.__file__).parents[1])
-    code = "\n".join(line[4:] for line in STEPWISE.splitlines())
-    return subprocess.Popen(
-        [sys.executable, "-c", code, how, *overrides],
-        env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(overrides: list[str], **environment: str) -> Warm:
+    return Warm(["-c", dedent(STEPWISE), *overrides], env=os.environ | environment)
 
 
-def wait_for(process: subprocess.Popen, line: str) -> None:
+def wait_for(process: Warm, line: str) -> None:
     for found in process.stdout:
         if found.strip() == line:
             return
@@ -306,7 +305,7 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
 
 def killed(overrides: list[str], **environment: str) -> None:
     """A run that kills itself, as ``environment`` says."""
-    process = start("new", overrides, **environment)
+    process = start(overrides, **environment)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, errors
 
@@ -383,11 +382,21 @@ def test_a_run_killed_in_a_rollout_continues_from_the_last_token(
         torch.testing.assert_close(tensor, weights(straight)[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("spoilt", ["ahead", "missing", "damaged"])
-def test_a_live_buffer_that_does_not_fit_gives_way_to_the_snapshot(straight, tmp_path, spoilt):
+@pytest.fixture(scope="module")
+def killed_in_5(tmp_path_factory) -> Path:
     """With ``save_every`` = 3 a kill in iteration 5 finds a buffer of weights that are lost."""
+    runs = tmp_path_factory.mktemp("killed")
+    overrides = [*TINY, *RUN, f"runs={runs}", "save_every=3"]
+    killed(overrides, DIE_IN="kimi_core.trainer.trainer:Trainer.publish:2", DIE_AFTER="3")
+    return runs
+
+
+@pytest.mark.parametrize("spoilt", ["ahead", "missing", "damaged"])
+def test_a_live_buffer_that_does_not_fit_gives_way_to_the_snapshot(
+    straight, killed_in_5, tmp_path, spoilt
+):
+    shutil.copytree(killed_in_5, tmp_path, dirs_exist_ok=True)
     overrides = [*RUN, f"runs={tmp_path}", "save_every=3"]
-    killed([*TINY, *overrides], DIE_IN="kimi_core.trainer.trainer:Trainer.publish:2", DIE_AFTER="3")
     live = tmp_path / "think" / "buffer.bin"
     if spoilt == "missing":
         live.unlink()
@@ -405,7 +414,7 @@ def test_a_live_buffer_that_does_not_fit_gives_way_to_the_snapshot(straight, tmp
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_iteration_saves_and_can_be_resumed(straight, tmp_path, signum, status):
     overrides = [*TINY, *RUN, f"runs={tmp_path}", "grace_s=120"]
-    process = start("new", overrides)
+    process = start(overrides)
     wait_for(process, "saved 2")
     process.send_signal(signum)
     output, errors = process.communicate(timeout=120)

@@ -8,8 +8,9 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 
-from kimi_core.cli import data, runs, start
+from kimi_core.cli import data, runs, start, viewing
 from kimi_core.cli.parser import fail
+from kimi_core.run.output import keep_output
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "new": (start.new, "begin a task of yours: a folder with three files that run at once"),
@@ -23,6 +24,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (data.check, "check programming problems and their reference solutions"),
     "reward": (data.reward, "train and compare two reward models"),
     "replay": (runs.replay, "do an iteration of a run again and compare every bit"),
+    "dashboard": (viewing.dashboard, "look at runs in a browser, down to every token"),
+    "chat": (viewing.chat, "ask the model of a run, before and after"),
     "sandbox": (data.sandbox, "run programs in a sandbox, serve it, or check this machine"),
     "buffer": (data.buffer, "print what a rollout buffer's file holds"),
 }
@@ -34,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] in ("-h", "--help"):
         print(_overview())
         return 0 if given else 2
+    keep_output()
     name, *rest = given
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)

@@ -23,6 +23,7 @@ TRAIN = """Train a reasoning model by reinforcement learning (section 2.3 of the
     kimi train my.toml trainer.tau=0.1
     kimi train --dry-run                    # what would run, and its memory
     kimi train --resume                     # start, or continue after a crash or Ctrl-C
+    kimi train --resume --from 40 trainer.learning_rate=5e-5    # go back to a kept state
 
 Any setting is overridden as section.key=value; `kimi config` lists them."""
 
@@ -110,3 +111,24 @@ Needs the state of the iteration before, which keep_states may keep. Compares me
 times, every response in trajectories/, and the weights of the next state. Its exit status is 0 if
 all is equal and 1 if not; the first difference is printed, and what differs in libraries,
 processor and threads."""
+
+DASHBOARD = """Look at runs in a browser: curves, groups, every token, the buffer, prompts.
+
+    kimi dashboard                          # the runs in runs/
+    kimi dashboard runs/think --port 0
+    kimi dashboard runs --bundle copy       # files to open or to publish, without a server
+    kimi dashboard runs --bundle copy --iterations 1 30 60
+
+Serves this machine alone, reads the runs' files and changes nothing, and follows runs that are
+going on. docs/dashboard.md has the pages and the keys."""
+
+CHAT = """Ask the model of a run: k responses with their rewards.
+
+    kimi chat runs/think                            # type prompts
+    kimi chat runs/think '3*214=' --samples 8
+    kimi chat runs/think --prompt 12 --before       # one of the run's, before and after RL
+    kimi chat runs/think --prompt 12 --at 30        # the state after iteration 30
+
+Only states that the run keeps can be asked (keep_states); --before needs the one after iteration 0,
+or a run without SFT. A prompt that the run has is judged with its answer, any other with --answer.
+The run's folder is not changed."""

@@ -21,8 +21,17 @@ def train(arguments: Sequence[str]) -> int:
         help="continue runs/NAME from where it stopped, or start it if there is no such run",
     )
     may_accept_changes(parser)
+    parser.add_argument(
+        "--from",
+        type=int,
+        metavar="N",
+        dest="back_to",
+        help="with --resume: go back to the state of iteration N, and set aside what came after",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run and exit")
     given = parser.parse_intermixed_args(arguments)  # Options may stand between settings.
+    if given.back_to is not None and not given.resume:
+        return fail("--from goes back within a run: give --resume, too", 2)
 
     def run(config: Config) -> None:
         from kimi_core.run.dry_run import describe
@@ -31,7 +40,8 @@ def train(arguments: Sequence[str]) -> int:
         if given.dry_run:
             print(describe(config))
         else:
-            done = train_run(config, resume=given.resume, accept_changes=given.accept_changes)
+            options = {"accept_changes": given.accept_changes, "back_to": given.back_to}
+            done = train_run(config, resume=given.resume, **options)
             print(f"run folder: {done}")
 
     return with_config(given.arguments, run)

@@ -9,6 +9,7 @@ from pathlib import Path
 from kimi_core.cli.parser import Parser, fail
 from kimi_core.config import Config
 from kimi_core.run.config_file import load_config
+from kimi_core.run.out_of_memory import advice, is_out_of_memory
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 """The configs that ship with the package."""
@@ -72,13 +73,7 @@ def with_config(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return fail(
-            f"out of memory: {' '.join(str(error).split())[:200] or 'MemoryError'}. Lower "
-            "trainer.memory_gb, trainer.tokens_per_micro_batch, trainer.head_chunk or "
-            "rollout.batch_rows; --resume takes all of them, and `kimi train --dry-run` names the "
-            "memory of a run",
-            1,
-        )
+        return fail(advice(error, config), 1)
     except KeyboardInterrupt as error:
         said = str(error) or (
             "interrupted: what was saved is kept; the same command (kimi train and kimi sft: with "
@@ -87,12 +82,6 @@ def with_config(
         print(said, file=sys.stderr)
         return error.status if isinstance(error, Stopped) else 130
     return 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of the CPU or of a GPU ran out, however torch says it."""
-    said = str(error).lower()
-    return isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said
 
 
 def find_config(name: str) -> Path:

@@ -88,17 +88,12 @@ class Codec:
         )
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        """As `encode_prompt` for each, in two thirds of the time."""
+        """As `encode_prompt` for each, in a third of the time."""
         if any(prompt.images for prompt in prompts):
             return [self.encode_prompt(prompt) for prompt in prompts]
         texts = [self._text_of(p.messages or p.text, f"Prompt {p.id}") for p in prompts]
         try:
-            found = self._tokenizer(
-                texts,
-                add_special_tokens=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-            )["input_ids"]
+            found = self._encode_batch(texts)
         except Exception as error:  # As in _encode.
             for prompt in prompts:
                 self.encode_prompt(prompt)  # Names the prompt at fault.
@@ -236,6 +231,14 @@ class Codec:
         if not ids:
             raise ValueError(f"{what} ({text!r:.80}) has no tokens; it needs at least one")
         return list(ids)
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """As ``_encode`` for each; no ids for a text that has no tokens."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # transformers makes an object of each encoding, which takes longer than tokenizing.
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _unknown(self, text: str) -> str:
         """What a tokenizer of characters does not know in ``text``; "" for another tokenizer."""

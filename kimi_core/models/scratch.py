@@ -175,12 +175,12 @@ def trained_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFas
 def tokenizer_of(core: Tokenizer) -> PreTrainedTokenizerFast:
     """A tokenizer of this module as transformers takes it.
 
-    A text that holds ``<eos>`` does not end there: it is tokenized as any other characters.
+    As with other models, ``<eos>`` in a text is the special token, so that what a model has written
+    can always be tokenized.
     """
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
     )

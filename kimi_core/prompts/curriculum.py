@@ -1,6 +1,7 @@
 """Which prompts come next: curriculum phase, then prioritised sampling (section 2.3.4)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +19,18 @@ PROPOSALS = 20
 """Times that as many rows are proposed as are wanted, before the rest is drawn from all rows."""
 
 Rows = np.ndarray | slice | int
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the curriculum knows of one prompt. Each number is in [0, 1]."""
+
+    success_rate: float
+    """Estimated, as ``Curriculum`` says."""
+    weight: float
+    """Unnormalised probability of being drawn."""
+    difficulty: float
+    """As measured before the run; 1 minus the success rate if it was not."""
 
 
 class Curriculum:
@@ -43,6 +56,12 @@ class Curriculum:
     def success_rate(self, prompt_id: int) -> float:
         """Estimated success rate of one prompt."""
         return float(self._rates(self._prompts.row(prompt_id)))
+
+    def standing(self, prompt_id: int, iteration: int) -> Standing:
+        """Success rate, weight in this iteration, and difficulty of one prompt."""
+        rows = np.array([self._prompts.row(prompt_id)])
+        found = (self._rates(rows), self._weights(rows, iteration), self._difficulty(rows))
+        return Standing(*(float(values[0]) for values in found))
 
     def weights(self, iteration: int) -> np.ndarray:
         """Unnormalised probability of each prompt in this iteration, float64 ``[n]`` in [0, 1].

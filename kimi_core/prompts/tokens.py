@@ -65,9 +65,10 @@ class PromptTokens:
         Raises:
             ValueError: a prompt cannot be tokenized.
         """
-        for prompt in prompts:
-            if prompt.id not in self._at_start:
-                self._at_start[prompt.id] = self._codec.encode_prompt(prompt)
+        new = (prompt for prompt in prompts if prompt.id not in self._at_start)
+        for some in _batches(new):
+            ids = (prompt.id for prompt in some)
+            self._at_start |= zip(ids, self._codec.encode_prompts(some), strict=True)
 
     def check(self) -> None:
         """Check that every prompt fits into the context together with the longest response.

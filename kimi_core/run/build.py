@@ -122,6 +122,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
         stop_strings=codec.stop_strings,
         workers=config.reward.workers,
         timeout_s=config.reward.timeout_s,
+        keep_responses=not state.is_exact(config),
     )
     prompts, examples = data.train, data.examples
     built = (reward, publisher, evaluator, loop, new_buffer, images)

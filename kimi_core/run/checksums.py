@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder, so that damage on the disk is found and not trained on."""
+"""Checksums of files, so that damage on the disk is found and not trained on."""
 
 import json
 from pathlib import Path
@@ -11,19 +11,22 @@ BLOCK = 1 << 24
 
 def write_checksums(folder: Path) -> None:
     """Write the CRC-32C and the size of every other file in ``folder`` to ``checksums.json``."""
-    found = {path.name: _sum(path) for path in sorted(folder.iterdir())}
+    found = {path.name: checksum(path) for path in sorted(folder.iterdir())}
     (folder / NAME).write_text(json.dumps(found, separators=(",", ":")))
 
 
-def damage_in(folder: Path) -> str:
-    """The first file that is not as it was written, in words; empty: all are."""
+def damage_in(folder: Path, only: str | None = None) -> str:
+    """The first file that is not as it was written, in words; empty: all are.
+
+    ``only`` names the one file to look at.
+    """
     try:
         expected = json.loads((folder / NAME).read_text())
-        for name, wanted in expected.items():
-            path = folder / name
+        for name in expected if only is None else [only]:
+            path, wanted = folder / name, expected[name]
             if not path.is_file():
                 return f"{path} is missing"
-            found = _sum(path)
+            found = checksum(path)
             if found != wanted:
                 sizes = f"{wanted[1]} bytes were written, {found[1]} are there"
                 return f"{path} is damaged ({sizes}; the checksum differs)"
@@ -34,9 +37,10 @@ def damage_in(folder: Path) -> str:
     return ""
 
 
-def _sum(path: Path) -> list[int]:
-    crc = size = 0
+def checksum(path: Path, size: int | None = None) -> list[int]:
+    """CRC-32C and number of bytes of a file, or of its first ``size`` bytes."""
+    crc = count = 0
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            crc, size = _C.crc32c(block, crc), size + len(block)
-    return [crc, size]
+        while block := file.read(BLOCK if size is None else min(BLOCK, size - count)):
+            crc, count = _C.crc32c(block, crc), count + len(block)
+    return [crc, count]

@@ -43,14 +43,25 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         ValueError: the file is missing or not TOML, an override has no ``=``, or a key or value is
             not allowed. The message names each of them with what was given.
     """
-    raw: dict[str, Any] = {}
+    text = ""
     if path is not None:
         try:
-            raw = tomllib.loads(Path(path).read_text())
+            text = Path(path).read_text()
         except FileNotFoundError:
             raise ValueError(f"No config file {path}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8: {error}") from None
+    return parse_config(text, path, overrides)
+
+
+def parse_config(
+    text: str, source: str | Path | None, overrides: list[str] | None = None
+) -> Config:
+    """The config that ``text`` describes; ``source`` names it in messages. As ``load_config``."""
+    try:
+        raw: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{source} is not valid TOML: {error}") from None
     for override in overrides or []:
         _apply_override(raw, override)
     try:

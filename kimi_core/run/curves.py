@@ -23,7 +23,9 @@ def draw_curves(
     Training values are lines; evaluations on held-out prompts are dots.
     """
     # A Figure without pyplot needs no display and no global state.
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = Figure(figsize=(10, 6.5))
+    # Fixed margins: a layout engine draws everything twice.
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.95, wspace=0.16, hspace=0.32)
     (accuracy, length), (reward, mismatch) = figure.subplots(2, 2)
     steps = [m.iteration for m in iterations]
     evaluated = [e.iteration for e in evaluations]

@@ -50,6 +50,15 @@ def load_data(config: Config, given: Given = NOTHING) -> Data:
     return Data(prompts, train, held_out, examples)
 
 
+def _read(saved: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(saved))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower.
+        raise ValueError(
+            f"{saved} is damaged ({error}): remove it, and --resume makes it again from the data"
+        ) from None
+
+
 def scratch_tokenizer(
     config: Config, data: Data, saved: Path | None = None
 ) -> PreTrainedTokenizerFast | None:
@@ -69,7 +78,7 @@ def scratch_tokenizer(
         return None
     is_chat = _has_conversations(data)
     if saved is not None and saved.is_file():
-        tokenizer = tokenizer_of(Tokenizer.from_file(str(saved)))
+        tokenizer = tokenizer_of(_read(saved))
         if config.model.scratch.vocabulary is None:
             _check_known(tokenizer, _texts(config, data), saved)
     elif config.model.scratch.vocabulary is None:

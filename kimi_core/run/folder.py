@@ -5,7 +5,7 @@
     runs/think/
       lock            held by the process that runs; holds its pid
       config.toml     every setting of the run, resolved
-      tokenizer.json  the tokenizer of a model from scratch
+      tokenizer.json  the tokenizer, if the tokenizers library can read it
       buffer.bin      the rollout buffer, to which tokens are added as they are sampled
       rollout.json    the last iteration whose tokens are all in the buffer
       sft/000200/     what step 201 of SFT starts from; removed when RL starts
@@ -15,7 +15,6 @@
 ``states.py`` says why a state survives. ``docs/metrics.md`` has the other files.
 """
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +25,10 @@ from typing import Any, Self
 from kimi_core.config import Config, Section
 from kimi_core.models.load import no_progress_bars
 from kimi_core.models.vision import Images
-from kimi_core.run.config_file import dump_toml, load_config
+from kimi_core.run.checksums import checksum
+from kimi_core.run.config_file import dump_toml, load_config, parse_config
 from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
+from kimi_core.run.lock import take_lock
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
 
 MAY_CHANGE_ON_RESUME = (
@@ -67,7 +68,7 @@ MAY_CHANGE_WITH_A_LINE = (
     "reward.judge",
     "model.device",
 )
-"""Keys and sections that our own errors advise to change. A line of metrics.jsonl says so."""
+"""Keys and sections that our errors advise to change. A line of metrics.jsonl says so."""
 
 TOKENIZER = "tokenizer.json"
 
@@ -94,6 +95,8 @@ class RunFolder:
         """Name → digest of what the run reads outside of the folder; part of every state."""
         self.environment: dict[str, str] = {}
         """Name → what decides the last bits of a computation; part of every state."""
+        self._settings = ""
+        """The text of config.toml."""
         self.accept_changes = False
         """Whether a state is taken whose ``data`` or training prompts differ."""
         self.states, self.sft_states = self.states_in(self.path)
@@ -125,8 +128,9 @@ class RunFolder:
     def resume(cls, path: str | Path, config: Config) -> "RunFolder":
         """Open the run at ``path`` to continue it from the state that ``load_state`` gives.
 
-        Settings in ``MAY_CHANGE_ON_RESUME`` and ``MAY_CHANGE_WITH_A_LINE`` may differ from the
-        saved ones; the new ones are saved. If config.toml is lost, a state has the settings, too.
+        Settings in ``MAY_CHANGE_ON_RESUME`` and ``MAY_CHANGE_WITH_A_LINE`` may differ from those of
+        the newest state; the new ones are saved. A state has them under its checksum, so
+        config.toml may be lost or damaged.
 
         Raises:
             ValueError: there is no run or no state, another process runs in this folder, or
@@ -144,22 +148,15 @@ class RunFolder:
                     f"No state to resume from in {path}: the run stopped before its first one was "
                     "saved; start it again without --resume"
                 )
-            run.changed = _changed(run.path, run._saved_config(), config)
+            run.changed = _changed(run.path, _saved_config(run.path), config)
             run._take(config)
             on_error.pop_all()
         return run
 
     def _take(self, config: Config) -> None:
-        write_atomically(self.path / "config.toml", dump_toml(config))
+        self._settings = dump_toml(config)
+        write_atomically(self.path / "config.toml", self._settings)
         self.states.keep = self.sft_states.keep = config.keep_states
-
-    def _saved_config(self) -> Config:
-        saved = self.path / "config.toml"
-        try:
-            return load_config(saved)
-        except ValueError:  # It is missing or damaged.
-            write_atomically(saved, self._newest().load().record["config"])
-            return load_config(saved)
 
     def _newest(self) -> States:
         """The states of RL or, before the first of them, those of SFT."""
@@ -167,11 +164,9 @@ class RunFolder:
 
     def record(self, fingerprint: str) -> dict[str, Any]:
         """What every state says of its run. ``fingerprint`` names the model."""
-        settings = self.path / "config.toml"
-        text = settings.read_text() if settings.is_file() else ""
         return {
             "fingerprint": fingerprint,
-            "config": text,
+            "config": self._settings,
             "data": self.data,
             "environment": self.environment,
         }
@@ -191,8 +186,17 @@ class RunFolder:
             state: whatever else there is, as JSON.
             fingerprint: names the model; ``load_state`` refuses another.
         """
-        record = self.record(fingerprint) | {"iteration": iteration, "state": dict(state)}
+        names = ("metrics.jsonl", f"trajectories/{iteration:06d}.jsonl")
+        records = {name: checksum(self.path / name) for name in names if self._has(name)}
+        record = self.record(fingerprint) | {
+            "iteration": iteration,
+            "state": dict(state),
+            "records": records,
+        }
         return self.states.save(iteration, writers, record)
+
+    def _has(self, name: str) -> bool:
+        return (self.path / name).is_file()
 
     def load_state(self, fingerprint: str = "", states: States | None = None) -> SavedState:
         """Read the newest state back whose files are as they were written.
@@ -222,9 +226,14 @@ class RunFolder:
         """Add to ``changed`` what the run reads, and where it runs, that a state had otherwise.
 
         Raises:
-            ValueError: what it reads has changed, and ``accept_changes`` is not set.
+            ValueError: what it reads or has recorded has changed, and ``accept_changes`` is not
+                set. A record that is missing does not count.
         """
         other = changes(saved.record.get("data", {}), self.data)
+        for name, before in saved.record.get("records", {}).items():
+            now = checksum(self.path / name, before[1]) if self._has(name) else before
+            if now != before:
+                other[str(self.path / name)] = [f"{before[1]} bytes", "other ones, or fewer"]
         if other and not self.accept_changes:
             raise ValueError(
                 f"Changed since {saved.folder} was saved: {', '.join(other)}. Put the old content "
@@ -247,6 +256,7 @@ class RunFolder:
         shutil.rmtree(partial, ignore_errors=True)
         unfinished = removed_if_unfinished(partial, "the checkpoint", self._newest().way_on)
         with unfinished, no_progress_bars():
+            partial.mkdir()  # ``save_pretrained`` would make a run's folder that has vanished.
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             if images is not None:
@@ -284,10 +294,21 @@ def refuse_early(path: Path, config: Config, *, resume: bool) -> None:
         _refuse_taken(path)
         return
     try:
-        saved = load_config(path / "config.toml")
-    except ValueError:  # It is missing or damaged; ``resume`` finds the settings elsewhere.
+        saved = _saved_config(path)
+    except ValueError:  # ``resume`` says which states are damaged.
         return
     _changed(path, saved, config)
+
+
+def _saved_config(path: Path) -> Config:
+    """The settings of the newest state."""
+    of_rl, of_sft = RunFolder.states_in(path)
+    states = of_rl if of_rl.latest() else of_sft
+    record = states.newest_record()
+    try:
+        return parse_config(record["config"], states.folder)
+    except ValueError:  # An earlier version wrote it. config.toml may have been mended.
+        return load_config(path / "config.toml")
 
 
 def _refuse_taken(path: Path) -> None:
@@ -345,24 +366,3 @@ def flatten(section: Section, prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Section)
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
-
-
-def take_lock(path: Path) -> int:
-    """Lock ``path/lock`` and write our pid into it; closing the descriptor releases the lock.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
-        os.close(lock)
-        raise ValueError(
-            f"{path} is in use by the process with pid {holder}: wait for it or stop it, or give "
-            "this run another name=..."
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-    return lock

@@ -24,7 +24,7 @@ def header(config: Config, parts: Parts, folder: Path) -> list[str]:
         + f" on {parts.model.device}",
         f"data     {config.prompts.source}: {len(parts.train_prompts):,} prompts to train on, "
         f"{len(parts.evaluator.prompts):,} held out{examples}",
-        f"look at  {folder}/metrics.jsonl, or tensorboard --logdir {folder}/tensorboard",
+        f"look at  kimi dashboard {folder}, or tensorboard --logdir {folder}/tensorboard",
     ]
     done, _ = read_metrics(folder / "metrics.jsonl")
     left = config.iterations - len(done)
@@ -46,6 +46,7 @@ def next_steps(config: Config, folder: Path) -> list[str]:
     settings = f"{folder}/config.toml model.name={folder}/checkpoint"
     return [
         *lines,
+        f"try it   kimi chat {folder}",
         f"again    kimi evaluate {settings}",
         f"go on    kimi train {settings} sft.data=none name={folder.name}-more",
     ]

@@ -41,8 +41,10 @@ from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.load import load_prompts, split
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import discard, swap, sync_tree, write_atomically
-from kimi_core.run.folder import flatten, take_lock
+from kimi_core.run.folder import flatten, holds_state
+from kimi_core.run.lock import take_lock
 from kimi_core.run.run import evaluate_alone, fine_tune_alone, train
+from kimi_core.run.stop import Stopped
 from kimi_core.trainer.dpo import Pair, train_dpo
 from kimi_core.trainer.sft import train_sft
 from kimi_core.types import Prompt
@@ -95,6 +97,9 @@ def long2short(
                     record = {"run": str(run), "points": [asdict(one) for one in points]}
                     write_atomically(out / "summary.json", json.dumps(record, indent=1))
                     write_atomically(out / "figure7.png", draw(points))
+    except Stopped as stopped:
+        stopped.way_on = "the same command goes on"  # It has no --resume.
+        raise
     finally:
         os.close(lock)
     console.print(table(points), highlight=False, soft_wrap=True)
@@ -224,10 +229,11 @@ def _start(work: _Work) -> Path:
     """The model that the run's RL started from: its SFT is repeated, once for all seeds."""
     folder = work.out / "start"
     if not (folder / "checkpoint").is_dir():
-        discard(folder)
+        if not holds_state(folder):  # It may hold the start of an evaluation.
+            discard(folder)
         work.say("making the model that RL started from, to merge with")
         config = work.given.model_copy(update={"name": folder.name, "runs": str(work.out)})
-        fine_tune_alone(config)
+        fine_tune_alone(config, resume=True)
     return folder / "checkpoint"
 
 

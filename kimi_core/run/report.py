@@ -5,7 +5,7 @@ Each of the three sinks takes every record as it comes.
 
 import json
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -28,6 +28,9 @@ from kimi_core.metrics import (
 from kimi_core.run.files import append_line, write_atomically
 
 Metrics = IterationMetrics | EvaluationMetrics
+
+SILENT = 20
+"""Iterations after which the same kind of collapse is said a second time."""
 
 
 class Sink(Protocol):
@@ -69,9 +72,12 @@ class Report:
         path = self.folder / "metrics.jsonl"
         resumed = path.exists()
         cut_s = _cut_after(path, start_iteration) + cut_off_s
-        earlier = [record for _, record in read_lines(path) if record["kind"] == "resume"]
-        self._lost_s = cut_s + sum(record["lost_s"] for record in earlier)
+        earlier = defaultdict[str, list[dict[str, Any]]](list)
+        for _, record in read_lines(path):
+            earlier[record["kind"]].append(record)
+        self._lost_s = cut_s + sum(record["lost_s"] for record in earlier["resume"])
         self.iterations, self.evaluations = read_metrics(path)
+        self._collapses = [(one["rule"], one["iteration"]) for one in earlier["collapse"]]
         there = {line.iteration for line in self.iterations}
         if missing := [n for n in range(1, start_iteration + 1) if n not in there]:
             self.console.print(
@@ -89,8 +95,11 @@ class Report:
         self._closed = False
         here = {"iteration": start_iteration}
         lines = [{"kind": "resume", **here, "lost_s": cut_s}] if resumed else []
+        told = {record["setting"]: record["now"] for record in earlier["change"]}
         for key, (before, now) in changed.items():
-            lines.append({"kind": "change", **here, "setting": key, "before": before, "now": now})
+            if told.get(key) != now:  # Otherwise an earlier process that saved no state told it.
+                one = {"kind": "change", **here, "setting": key, "before": before, "now": now}
+                lines.append(one)
         for line in lines:
             append_line(path, json.dumps(line) + "\n")
 
@@ -107,6 +116,16 @@ class Report:
         """Report an evaluation. Raises OSError as ``iteration`` does."""
         self.evaluations.append(plain(metrics))
         self._tell("evaluation", self.evaluations[-1])
+
+    def collapse(self, record: Mapping[str, Any], said: str) -> None:
+        """Write down and say that a number has collapsed, unless that was said lately."""
+        done = self.iterations[-1].iteration if self.iterations else 0
+        if any(rule == record["rule"] and done < at + SILENT for rule, at in self._collapses):
+            return
+        self._collapses.append((record["rule"], done))
+        line = {"kind": "collapse", "iteration": done, **record}
+        append_line(self.folder / "metrics.jsonl", json.dumps(line) + "\n")
+        self.console.print(f"warning: {said}", markup=False, highlight=False, soft_wrap=True)
 
     def evaluation_s(self, prompts: int) -> float | None:
         """Seconds that an evaluation takes, as the last one tells; None: there was none."""

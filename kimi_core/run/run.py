@@ -14,17 +14,25 @@ from pathlib import Path
 from rich.console import Console
 
 from kimi_core.config import Config
+from kimi_core.evaluation.progress import Progress
 from kimi_core.loop import Loop
-from kimi_core.metrics import EvaluationMetrics
+from kimi_core.metrics import EvaluationMetrics, to_record
 from kimi_core.run import identity, state
 from kimi_core.run.build import Parts, build
+from kimi_core.run.collapse import watch
+from kimi_core.run.disk import disk_faults_named
 from kimi_core.run.fine_tuning import fine_tune, say, say_overlaps
 from kimi_core.run.folder import TOKENIZER, RunFolder, holds_state, refuse_early
 from kimi_core.run.given import NOTHING, Given
+from kimi_core.run.go_back import go_back
 from kimi_core.run.header import header, next_steps
+from kimi_core.run.prompt_lines import PromptLines
 from kimi_core.run.report import Report, clock, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
+
+EVALUATION = "evaluation.jsonl"
+"""What an evaluation has so far."""
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the sampled half of an evaluation."""
@@ -38,6 +46,7 @@ def train(
     *,
     resume: bool = False,
     accept_changes: bool = False,
+    back_to: int | None = None,
     console: Console | None = None,
     given: Given = NOTHING,
 ) -> Path:
@@ -46,6 +55,7 @@ def train(
     Args:
         given: what a Python program hands over in place of names in the config.
         resume: continue the run in that folder, or start it if there is none yet.
+        back_to: continue it from the state of that iteration; what came after it is set aside.
         accept_changes: continue it also if prompts or files that it reads have changed.
 
     Raises:
@@ -58,6 +68,7 @@ def train(
     console = console or Console()
     resume = _goes_on(config, resume, console)
     with (
+        disk_faults_named(Path(config.runs) / config.name),
         closing(_built(config, resume, given)) as parts,
         _open(config, resume, accept=accept_changes) as folder,
         stop_on_signals(config.grace_s) as stop,
@@ -65,6 +76,8 @@ def train(
         identity.write_down(folder, config, parts)
         for line in header(config, parts, folder.path):
             say(console, line)
+        if back_to is not None:
+            say(console, go_back(folder, back_to))
         cut_off = cut_off_s(folder.path)  # Before the buffer changes.
         if folder.states.latest():
             sft_s, remark = state.restore(parts.loop, folder)
@@ -137,6 +150,7 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
     console = Console()
     resume = _goes_on(config, resume, console)
     with (
+        disk_faults_named(Path(config.runs) / config.name),
         closing(_built(config, resume)) as parts,
         _open(config, resume, accept=accept_changes) as folder,
         stop_on_signals(config.grace_s) as stop,
@@ -148,7 +162,7 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
         _say_changes(folder, console)
         with Report(folder.path, total_iterations=0, console=console) as report:
             parts.loop.start()
-            evaluate(parts, config, report)
+            evaluate(parts, config, folder, report)
         checkpoint = folder.save_checkpoint(parts.loop.trainer, parts.tokenizer, parts.images)
         folder.sft_states.remove()
         return checkpoint
@@ -171,35 +185,45 @@ def _reinforce(
     loop = parts.loop
     loop.on_rollout = lambda rollout: state.note_rollout(loop, rollout, folder.buffer)
     files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
+    rates = PromptLines(folder.path, start_iteration=loop.iteration)
+    watch(report, folder, config)
+    folder.states.prune()  # As the process that saved the last one may not have done.
     if not stop.is_set():
-        _catch_up(parts, config, report, files)
+        _catch_up(parts, config, folder, report, files)
+        watch(report, folder, config)
     while not (stop.is_set() or _is_done(loop, config)):
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
         files.write(loop.iteration, records)
+        rates.write(loop.iteration, loop.latest.groups, loop.curriculum)
         last = _is_done(loop, config)
         is_due = last or loop.iteration % config.evaluation.every == 0
         if is_due:
             files.write_samples(loop.iteration, records)
         report.iteration(metrics)
+        watch(report, folder, config)
         if last or stop.is_set() or loop.iteration % config.save_every == 0:
             state.save(loop, folder, sft_s)
         if last or (is_due and not stop.is_set()):  # A resumed run catches up on it.
             limit = None if last else config.evaluation.prompts
-            evaluate(parts, config, report, limit=limit)
+            evaluate(parts, config, folder, report, limit=limit)
+            watch(report, folder, config)
 
 
-def _catch_up(parts: Parts, config: Config, report: Report, files: TrajectoryFiles) -> None:
+def _catch_up(
+    parts: Parts, config: Config, folder: RunFolder, report: Report, files: TrajectoryFiles
+) -> None:
     """The evaluation that is due before the first iteration, or was due when the run was killed."""
     done = parts.loop.iteration
-    if any(evaluation.iteration == done for evaluation in report.evaluations):
-        return
     last = done > 0 and _is_done(parts.loop, config)
-    if last or done % config.evaluation.every == 0:
-        limit = None if last or done == 0 else config.evaluation.prompts
-        if records := files.read(done):
-            files.write_samples(done, records)
-        evaluate(parts, config, report, limit=limit)
+    is_there = any(evaluation.iteration == done for evaluation in report.evaluations)
+    if is_there or not (last or done % config.evaluation.every == 0):
+        (folder.path / EVALUATION).unlink(missing_ok=True)
+        return
+    limit = None if last or done == 0 else config.evaluation.prompts
+    if records := files.read(done):
+        files.write_samples(done, records)
+    evaluate(parts, config, folder, report, limit=limit)
 
 
 def _is_done(loop: Loop, config: Config) -> bool:
@@ -207,13 +231,31 @@ def _is_done(loop: Loop, config: Config) -> bool:
     return enough or loop.iteration >= config.iterations
 
 
-def evaluate(parts: Parts, config: Config, report: Report, *, limit: int | None = None) -> None:
-    """Report the accuracy on the first ``limit`` held-out prompts; None: on all of them."""
+def evaluate(
+    parts: Parts, config: Config, folder: RunFolder, report: Report, *, limit: int | None = None
+) -> None:
+    """Report the accuracy on the first ``limit`` held-out prompts; None: on all of them.
+
+    What an earlier process has of this evaluation, with these weights, is kept.
+    """
     seed = config.seed + EVALUATION_SEED
     iteration = parts.loop.iteration
+    trained = to_record(report.iterations[-1]) if report.iterations else {}
+    about = {
+        "iteration": iteration,
+        "seed": seed,
+        "limit": limit,
+        "data": folder.data,
+        "trained": {key: trained[key] for key in ("loss", "grad_norm") if key in trained},
+    }
     count = len(parts.evaluator.prompts[:limit])
     expected_s = report.evaluation_s(count)
     if expected_s is None or expected_s >= SAY_FROM_S:
-        about = "" if expected_s is None else f", about {clock(expected_s)}"
-        say(report.console, f"evaluating {count} prompts{about}")
-    report.evaluation(parts.evaluator.evaluate(iteration=iteration, seed=seed, limit=limit))
+        takes = "" if expected_s is None else f", about {clock(expected_s)}"
+        say(report.console, f"evaluating {count} prompts{takes}")
+    with closing(Progress(folder.path / EVALUATION, about)) as progress:
+        found = parts.evaluator.evaluate(
+            iteration=iteration, seed=seed, limit=limit, progress=progress
+        )
+        report.evaluation(found)
+        progress.remove()

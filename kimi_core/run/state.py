@@ -21,13 +21,11 @@ Take the state of iteration n:
 
 In the first two cases the run can continue from the live file. With ``resume = "keep"`` it does.
 The first token of a response that goes on then comes from a prefill and not from a decode step, and
-the batch is another one, so last bits may differ. With ``resume = "exact"`` it does so only if the
-file holds what an unbroken run would have in it: no rollout has begun since the state, or a whole
-one has ended. ``rollout.json``, written when all tokens of an iteration are in the file, tells.
-Otherwise the snapshot replaces the file, and the iteration is sampled a second time.
+the batch is another one, so last bits may differ. With ``resume = "exact"`` it does so only if a
+whole rollout has ended since the state, and nothing of it is damaged. ``rollout.json``, written
+when all tokens of an iteration are in the file, tells. Otherwise the snapshot replaces the file.
 """
 
-import json
 import shutil
 import tempfile
 import zlib
@@ -39,6 +37,7 @@ import numpy as np
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
+from kimi_core.evaluation.progress import sealed_line, unsealed
 from kimi_core.loop import Loop
 from kimi_core.rollout.phase import Rollout
 from kimi_core.run.files import write_atomically
@@ -115,7 +114,7 @@ def note_rollout(loop: Loop, rollout: Rollout, path: Path) -> None:
         "tokens": loop.buffer.stats().tokens,
         "decode_steps": rollout.decode_steps,
     }
-    write_atomically(path.with_name(ROLLOUT), json.dumps(noted) + "\n")
+    write_atomically(path.with_name(ROLLOUT), sealed_line(noted))
 
 
 def curriculum_in(folder: Path, state: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -200,34 +199,43 @@ def resume(
         return _restore(path, snapshot), 0, f"{path} is missing: restored from {snapshot}"
     except ValueError as error:
         return _restore(path, snapshot), 0, f"{error}; restored from {snapshot}"
+    stats, damage = buffer.stats(), _damage(buffer)
+    steps = _steps_of_whole_rollout(path, iteration + 1, stats.tokens)
     if buffer.mark not in (iteration - 1, iteration):
         remark = f"{path} is of iteration {buffer.mark}: restored from {snapshot}"
-        buffer.close()
-        return _restore(path, snapshot), 0, remark
-    stats, cuts = buffer.stats(), buffer.recovery["cuts"]
-    steps = _steps_of_whole_rollout(path, iteration + 1, stats.tokens)
-    if exact and (cuts or (buffer.mark == iteration and steps is None)):
+    elif exact and damage:
+        remark = f"{path} is damaged ({damage}): restored from {snapshot}"
+    elif exact and buffer.mark == iteration and steps is None:
         remark = (
             f"iteration {iteration + 1} was cut off and is sampled from its start "
             f"(resume=keep goes on with the {stats.tokens} tokens in {path})"
         )
-        buffer.close()
-        return _restore(path, snapshot), 0, remark
-    remark = f"{path}: {stats.unfinished} unfinished trajectories, {stats.tokens} tokens"
-    if cuts:
-        lost = sum(lost for _, _, lost in cuts)
-        remark += f"; {len(cuts)} were damaged and cut, {lost} tokens are sampled again"
-    return buffer, steps or 0, remark
+    elif exact and buffer.mark < iteration:
+        remark = f"{path} has no token of iteration {iteration + 1}: restored from {snapshot}"
+    else:
+        remark = f"{path}: {stats.unfinished} unfinished trajectories, {stats.tokens} tokens"
+        return buffer, steps or 0, f"{remark}; {damage}" if damage else remark
+    buffer.close()
+    return _restore(path, snapshot), 0, remark
+
+
+def _damage(buffer: RolloutBuffer) -> str:
+    """What the recovery found, in words; empty: nothing."""
+    cuts, lost = buffer.recovery["cuts"], buffer.recovery["slots_lost"]
+    tokens = sum(tokens for _, _, tokens in cuts)
+    said = f"{len(cuts)} were damaged and cut, {tokens} tokens are sampled again" if cuts else ""
+    return "; ".join(filter(None, (said, f"{lost} trajectories are lost" if lost else "")))
 
 
 def _steps_of_whole_rollout(path: Path, iteration: int, tokens: int) -> int | None:
     """Decode steps of the rollout of ``iteration``; None: not all of its tokens are there."""
     try:
-        noted = json.loads(path.with_name(ROLLOUT).read_text())
-        is_whole = (noted["iteration"], noted["tokens"]) == (iteration, tokens)
-        return int(noted["decode_steps"]) if is_whole else None
-    except (OSError, ValueError, LookupError, TypeError):
+        noted = unsealed(path.with_name(ROLLOUT).read_bytes())
+    except FileNotFoundError:
         return None
+    if noted is None or (noted["iteration"], noted["tokens"]) != (iteration, tokens):
+        return None
+    return int(noted["decode_steps"])
 
 
 def _restore(path: Path, snapshot: Path) -> RolloutBuffer:

@@ -47,6 +47,8 @@ class States:
         self.folder = folder
         self.of = of
         self.keep = keep
+        self.pinned: int | None = None
+        """A state that stays, too, however old it is."""
 
     def latest(self) -> tuple[int, Path] | None:
         """The newest whole state as ``(number, folder)``; None where none was saved."""
@@ -86,11 +88,15 @@ class States:
             write_checksums(partial)
             sync_tree(partial)
             swap(partial, final)
+        self.prune()
+        return final
+
+    def prune(self) -> None:
+        """Remove all but the newest ``keep`` states and the pinned one."""
         kept = self.numbers()[-self.keep :]
         for older in list(self.folder.iterdir()):
-            if _number_of(older) < kept[0]:
+            if _number_of(older) < kept[0] and _number_of(older) != self.pinned:
                 discard(older)
-        return final
 
     def load(self) -> SavedState:
         """Read the newest state back whose files are as they were written. Changes nothing.
@@ -113,6 +119,18 @@ class States:
             f"No state to resume from in {self.folder.parent}: {'; '.join(damaged)}. Put the files "
             "back from a copy, or start a run with another name=..."
         )
+
+    def newest_record(self) -> dict[str, Any]:
+        """The JSON of the newest state in which it is as it was written, whatever else is damaged.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for _, folder in reversed(self._whole()):
+            if not damage_in(folder, only=RECORD):
+                record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+                return record
+        return self.load().record
 
     def numbered(self, number: int) -> SavedState | None:
         """The state of that number; None: it is not there.

@@ -10,13 +10,23 @@ from typing import Any
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
+SAID = b"stopping as soon as this step is saved; a second signal interrupts at once\n"
+
+
 class Stopped(KeyboardInterrupt):
     """A signal has ended the run. The message says how far it came and how to go on."""
 
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
+    way_on = "--resume goes on"
+    """What the user has to do; a command without ``--resume`` sets another text."""
+
+    def __init__(self, signum: int, how_far: str) -> None:
+        super().__init__(how_far)
+        self.how_far = how_far
         self.status = 128 + signum
         """Exit status of the process: 130 after Ctrl-C, 143 after SIGTERM."""
+
+    def __str__(self) -> str:
+        return f"{self.how_far}; {self.way_on}"
 
 
 class Stop:
@@ -30,12 +40,12 @@ class Stop:
     def leave(self, what: str) -> None:
         """Raise ``Stopped``, if a signal came, with "stopped at ``what``; --resume goes on"."""
         if self.signum is not None:
-            raise Stopped(self.signum, f"stopped at {what}; --resume goes on")
+            raise Stopped(self.signum, f"stopped at {what}")
 
 
 @contextmanager
 def stop_on_signals(grace_s: float) -> Iterator[Stop]:
-    """Let the first Ctrl-C or SIGTERM set the ``Stop``; a second one interrupts at once.
+    """Let the first Ctrl-C or SIGTERM set the ``Stop``, and say so; a second interrupts at once.
 
     ``grace_s`` seconds after SIGTERM, the run is interrupted as if by a second one.
     """
@@ -47,8 +57,9 @@ def stop_on_signals(grace_s: float) -> Iterator[Stop]:
 
     def request_stop(signum: int, _: Any) -> None:
         if stop.is_set():
-            raise Stopped(signum, "interrupted: --resume continues from the last state")
+            raise Stopped(signum, "interrupted after the last saved state")
         stop.signum = signum
+        os.write(2, SAID)  # A handler may interrupt a print, and must not print itself.
         if signum == signal.SIGTERM:
             timers.append(Timer(grace_s, os.kill, (os.getpid(), signum)))
             timers[-1].daemon = True

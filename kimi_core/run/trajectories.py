@@ -147,9 +147,18 @@ class TrajectoryFiles:
         write_atomically(self._trajectories / f"{iteration:06d}.jsonl", "".join(lines))
 
     def read(self, iteration: int) -> list[TrajectoryRecord]:
-        """The records of an iteration; empty where none were written."""
+        """The records of an iteration; empty where none were written.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         path = self._trajectories / f"{iteration:06d}.jsonl"
-        return list(read_trajectories(path)) if path.is_file() else []
+        try:
+            return list(read_trajectories(path)) if path.is_file() else []
+        except (ValueError, TypeError, LookupError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): remove it; --resume then goes on without its samples"
+            ) from None
 
     def write_samples(self, iteration: int, records: Sequence[TrajectoryRecord]) -> None:
         """Write the first records to ``samples/000010.txt`` for a person to read."""
@@ -185,7 +194,7 @@ def sample_text(iteration: int, records: Sequence[TrajectoryRecord]) -> str:
         blocks.append(
             f"--- {number}: {reward}, end {one.end_reason or 'open'}, "
             f"policy versions {versions or 'none'}\n"
-            f"prompt\n{_behind_bars(one.prompt)}\nresponse\n{_behind_bars(one.response)}\n"
+            f"prompt\n{behind_bars(one.prompt)}\nresponse\n{behind_bars(one.response)}\n"
         )
     return "\n".join(blocks)
 
@@ -204,7 +213,8 @@ def _prints(char: str) -> bool:
     return char == "\n" or (category[0] != "C" and category not in ("Zl", "Zp"))
 
 
-def _behind_bars(text: str) -> str:
+def behind_bars(text: str) -> str:
+    """A text of a model for a terminal: ``visible``, with a bar before each line."""
     return "\n".join(f"  | {line}" for line in visible(text).split("\n"))
 
 

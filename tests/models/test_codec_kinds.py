@@ -126,6 +126,14 @@ class TestSpecialTokens:
         assert ids[has_bos:] == expected
 
     @pytest.mark.parametrize(("kind", "wrapping"), EVERY)
+    def test_many_prompts_get_the_ids_of_each(self, kind, wrapping):
+        codec = codec_of(kind, wrapping)
+        texts = ["the answer", " 56", BOS + "x", "a" + EOS, "漢é"]
+        prompts = [Prompt(number, text, "") for number, text in enumerate(texts)]
+        alone = [codec.encode_prompt(prompt).tolist() for prompt in prompts]
+        assert [ids.tolist() for ids in codec.encode_prompts(prompts)] == alone
+
+    @pytest.mark.parametrize(("kind", "wrapping"), EVERY)
     @pytest.mark.parametrize("written", [BOS, BOS + BOS])
     def test_a_rendered_prompt_has_one_bos(self, kind, wrapping, written):
         ids = ids_of(codec_of(kind, wrapping), f"{written}a is 42")

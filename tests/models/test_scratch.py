@@ -38,13 +38,11 @@ class TestCharacterTokenizer:
         with pytest.raises(Exception, match="UNK"):
             character_tokenizer("ab")("abc")
 
-    def test_special_tokens_in_a_text_are_plain_characters(self, tmp_path):
-        tokenizer = character_tokenizer("<eos>pad")
+    def test_special_tokens_that_a_model_wrote_are_read_back(self, tmp_path):
+        tokenizer = character_tokenizer("ab")
         tokenizer.save_pretrained(tmp_path)
         for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-            ids = one.encode("<eos><pad>")
-            assert len(ids) == 10 and not {0, 1} & set(ids)
-            assert one.decode(ids) == "<eos><pad>"
+            assert one.encode(one.decode([2, 0, 3, 1])) == [2, 0, 3, 1]
 
     def test_half_of_a_surrogate_pair_is_refused(self):
         with pytest.raises(ValueError, match=r"has '\\ud800', half of a surrogate pair"):

@@ -2,13 +2,12 @@
 
 import os
 import string
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from warm import Warm
 
 from kimi_core.config import ModelConfig
 from kimi_core.models import smollm2 as module
@@ -31,13 +30,8 @@ class TestSmolLM2:
 
     def test_the_driver_prints_the_cached_folder(self, smollm2):
         driver = Path(__file__).parents[2] / "python" / "get_model.py"
-        done = subprocess.run(
-            [sys.executable, driver, "smollm2-135m"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.stdout.strip() == str(smollm2), done.stderr
+        said, errors = Warm([driver, "smollm2-135m"]).communicate(timeout=120)
+        assert said.strip() == str(smollm2), errors
 
     @pytest.fixture
     def empty_cache(self, tmp_path, monkeypatch):

@@ -215,7 +215,7 @@ class Evil:
             "allowed is text",
         ),
         ({"public_test_cases": "[]", "private_test_cases": ""}, "no tests"),
-        ({"metadata": "{", "private_test_cases": ""}, "JSONDecodeError"),
+        ({"metadata": "{", "private_test_cases": ""}, "neither JSON"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, change, said):

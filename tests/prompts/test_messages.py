@@ -3,12 +3,14 @@
 import json
 
 import pytest
+from PIL import Image as Pillow
 
 from kimi_core.config import PromptsConfig
-from kimi_core.prompts.jsonl import load_examples, read_prompts
+from kimi_core.prompts.jsonl import Place, load_examples, prompt_of, read_prompts
 from kimi_core.prompts.load import load_prompts
-from kimi_core.prompts.messages import chat_prompts, in_chat, question
-from kimi_core.types import Prompt
+from kimi_core.prompts.many import facts_of
+from kimi_core.prompts.messages import chat_prompts, fields_of, in_chat, question
+from kimi_core.types import IMAGE_MARK, Prompt
 
 USER, SYSTEM = {"role": "user", "content": "1+1?"}, {"role": "system", "content": "Be brief."}
 ANSWER = {"role": "assistant", "content": "2"}
@@ -62,7 +64,7 @@ class TestPrompts:
             ([{"role": "user"}], r'line 1: a message is {"role": "user"}; allowed are'),
             ([{"content": "1+1?"}], "line 1: a message is .*; allowed are"),
             ([{"role": "", "content": "1+1?"}], "line 1: a message is .*; allowed are"),
-            ([{"role": "user", "content": ["1+1?"]}], "whose role and content are strings"),
+            ([{"role": "user", "content": ["1+1?"]}], "a part of a message is"),
             ([USER, ANSWER], "line 1: the last message is the assistant's; .* end with the user's"),
         ],
     )
@@ -141,3 +143,53 @@ class TestSettings:
 
     def test_a_conversation_of_the_system_alone_has_a_question(self):
         assert question([SYSTEM]) == "system: Be brief."
+
+
+class TestImages:
+    """Images of a line, in a list or as parts of messages."""
+
+    @pytest.fixture
+    def red(self, tmp_path):
+        Pillow.new("RGB", (2, 2), "red").save(tmp_path / "red.png")
+        Pillow.new("RGB", (2, 2), "blue").save(tmp_path / "blue.png")
+        return tmp_path
+
+    def read(self, folder, record):
+        (folder / "data.jsonl").write_text(json.dumps({"answer": "a"} | record) + "\n")
+        return read_prompts(folder / "data.jsonl")[0]
+
+    def test_parts_become_marks(self, red):
+        named = {"type": "image_url", "image_url": {"url": "blue.png"}}
+        parts = [{"type": "text", "text": "Is "}, {"type": "image", "image": "red.png"}]
+        content = [*parts, {"type": "text", "text": " "}, named, {"type": "text", "text": "?"}]
+        found = self.read(red, {"messages": [{"role": "user", "content": content}]})
+        assert found.messages[0]["content"] == f"Is {IMAGE_MARK} {IMAGE_MARK}?"
+        assert [image.source.name for image in found.images] == ["red.png", "blue.png"]
+
+    def test_places_are_filled_from_the_list(self, red):
+        content = [{"type": "image"}, {"type": "text", "text": "?"}]
+        record = {"messages": [{"role": "user", "content": content}], "images": ["red.png"]}
+        assert len(self.read(red, record).images) == 1
+        with pytest.raises(ValueError, match="2 images have 1 places"):
+            self.read(red, record | {"images": ["red.png", "blue.png"]})
+
+    def test_both_ways_at_once_are_refused(self, red):
+        content = [{"type": "image", "image": "red.png"}]
+        record = {"messages": [{"role": "user", "content": content}], "images": ["blue.png"]}
+        with pytest.raises(ValueError, match="name all of them in one place"):
+            self.read(red, record)
+
+    def test_the_same_question_on_two_images_is_two_problems(self, red):
+        names = ("red.png", "blue.png")
+        one, other = (self.read(red, {"prompt": "?", "images": [name]}) for name in names)
+        facts = facts_of([one, other])
+        assert len(set(facts.problems.tolist())) == len(set(facts.checksums.tolist())) == 2
+
+    def test_what_datasets_holds_of_an_image(self, red):
+        row = {"prompt": "?", "answer": "a", "images": {"bytes": (red / "red.png").read_bytes()}}
+        found = prompt_of(row, 0, Place("hub:x/y", 1, "row"))
+        assert found.images == self.read(red, {"prompt": "?", "images": ["red.png"]}).images
+
+    def test_fields_of_a_prompt_name_its_images(self, red):
+        found = self.read(red, {"prompt": "?", "images": ["red.png"]})
+        assert fields_of(found)["images"] == [str(red / "red.png")]

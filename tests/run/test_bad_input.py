@@ -144,8 +144,6 @@ def judge(prompt, text):
     [
         ("1 / 0", "raised ZeroDivisionError on prompt"),
         ("float('nan')", "returned nan for prompt"),
-        ("'right'", "returned 'right' for prompt"),
-        ("None", "returned None for prompt"),
     ],
 )
 def test_a_reward_function_that_fails_stops_the_run_and_loses_nothing(run, wrong, complaint):

@@ -29,7 +29,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def evaluated(capsys, *arguments) -> dict:
-    settings = ["model.name=model", "model.device=cpu", "prompts.chat=false"]
+    settings = ["model.name=model", "model.device=cpu", "prompts.chat=false", "reward.workers=1"]
     command = ["evaluate", *arguments, *settings, "rollout.max_response_tokens=6"]
     assert cli.main(command) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -1,17 +1,14 @@
 """Whole runs of the command on conversations: template, end tokens and stop strings, by process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizer_kinds import CHATML, LLAMA2_CHAT, tokenizer_of
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from warm import Warm
 
-import kimi_core
 from kimi_core import cli
 from kimi_core.run.trajectories import read_trajectories
 
@@ -84,24 +81,19 @@ def make_work(folder: Path, kind: str, template: str) -> None:
     (folder / "chat.toml").write_text(CONFIG)
 
 
-def kimi(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PYTHONPATH": str(Path(kimi_core.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "kimi_core.cli", *arguments],
-        cwd=folder,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def kimi(folder: Path, *arguments: str) -> str:
+    """What the command prints."""
+    process = Warm(["-m", "kimi_core.cli", *arguments], cwd=folder)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return output
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("work")
     make_work(folder, "byte-level BPE, Llama 3", CHATML)
-    done = kimi(folder, "train", "chat.toml", f"prompts.system={SYSTEM}")
-    assert done.returncode == 0, done.stderr
+    kimi(folder, "train", "chat.toml", f"prompts.system={SYSTEM}")
     return folder
 
 
@@ -144,9 +136,8 @@ def test_responses_end_with_every_end_token_and_stop_string(work):
 def test_the_checkpoint_has_template_and_end_tokens(work):
     checkpoint = work / "runs/chat/checkpoint"
     assert GenerationConfig.from_pretrained(checkpoint).eos_token_id == [0, 2]
-    done = kimi(work, "evaluate", "chat.toml", f"model.name={checkpoint}")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["n"] == 4
+    found = json.loads(kimi(work, "evaluate", "chat.toml", f"model.name={checkpoint}"))
+    assert found["n"] == 4
 
 
 def test_a_refused_role_and_a_missing_template_are_said_before_anything_is_trained(
@@ -173,8 +164,7 @@ def test_text_in_chat(tmp_path):
     pairs = [json.dumps({"prompt": f"{n} =", "response": "5"}) for n in range(9)]
     (tmp_path / "examples.jsonl").write_text("\n".join(pairs))
     given = ["chat.toml", "prompts.source=texts.jsonl", "iterations=2", "prompts.chat=true"]
-    done = kimi(tmp_path, "train", *given)
-    assert done.returncode == 0, done.stderr
+    kimi(tmp_path, "train", *given)
     (path, *_) = sorted((tmp_path / "runs/chat/trajectories").glob("*.jsonl"))
     tokenizer = tokenizer_of("SentencePiece, Llama 2", "bos", LLAMA2_CHAT)
     for record in read_trajectories(path):

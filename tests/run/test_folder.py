@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from warm import Warm
 
 import kimi_core
 from kimi_core.config import Config
@@ -296,7 +297,9 @@ def test_nothing_is_renamed_where_no_state_is_whole(tmp_path: Path) -> None:
     assert names(tmp_path / "states") == ["000005"]
 
 
-@pytest.mark.parametrize("lost", [lambda path: path.unlink(), lambda path: path.write_text("[[")])
+@pytest.mark.parametrize(
+    "lost", [lambda path: path.unlink(missing_ok=True), lambda path: path.write_text("[[")]
+)
 def test_settings_that_are_lost_are_in_the_state(tmp_path: Path, lost) -> None:
     config = Config(seed=3)
     with RunFolder.create(tmp_path, config) as run:
@@ -320,6 +323,7 @@ def test_settings_that_errors_advise_to_change_may_change(tmp_path: Path) -> Non
             "reward.workers": [1, 8],
             "reward.judge.url": ["", "x"],
         }
+        save(run, 2)
     with RunFolder.resume(tmp_path, other) as run:
         assert not run.changed
 
@@ -352,12 +356,11 @@ def test_a_killed_save_loop_always_leaves_a_whole_state(tmp_path: Path) -> None:
     moment = random.Random(0)
     for trial in range(8):
         folder = tmp_path / str(trial)
-        script = python(SAVE_LOOP, folder)
-        with subprocess.Popen(script, stdout=subprocess.PIPE, env=environment()) as process:
-            process.stdout.readline()  # Into the loop; importing takes most of the time.
-            time.sleep(moment.uniform(0, 0.3))
-            process.kill()
-            acknowledged = [0, *map(int, process.stdout.read().split())][-1]
+        process = Warm(["-c", textwrap.dedent(SAVE_LOOP), folder])
+        process.stdout.readline()  # Into the loop.
+        time.sleep(moment.uniform(0, 0.3))
+        process.kill()
+        acknowledged = [0, *map(int, process.stdout.read().split())][-1]
         with RunFolder.resume(folder, Config()) as run:
             saved = run.load_state()
             i = saved.number
@@ -466,3 +469,42 @@ def test_a_checkpoint_swap_that_was_cut_is_undone(tmp_path: Path) -> None:
         run.checkpoint.rename(tmp_path / "checkpoint.old")
     with RunFolder.resume(tmp_path, Config()) as run:
         assert (run.checkpoint / "model").read_text() == "one"
+
+
+# ---- a folder in use
+
+
+def test_a_fork_of_a_dead_process_that_holds_the_lock_is_named(tmp_path: Path) -> None:
+    """A run was killed, and a process that it had forked lives on with its lock."""
+    script = """
+        import os, sys, time
+        from kimi_core.config import Config
+        from kimi_core.run.folder import RunFolder
+
+        run = RunFolder.create(sys.argv[1], Config())
+        child = os.fork()
+        if child:
+            print(os.getpid(), child, flush=True)
+            os._exit(0)
+        os.close(1)
+        time.sleep(600)
+    """
+    done = subprocess.run(
+        python(script, tmp_path), stdout=subprocess.PIPE, env=environment(), check=True
+    )
+    dead, child = map(int, done.stdout.split())
+    try:
+        with pytest.raises(ValueError, match=f"a fork of the dead process {dead}.* pid {child}"):
+            RunFolder.create(tmp_path, Config())
+    finally:
+        os.kill(child, 9)
+    deadline = time.monotonic() + 60
+    while True:  # Until the kernel has ended it.
+        try:
+            living = RunFolder.create(tmp_path, Config())
+            break
+        except ValueError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with living, pytest.raises(ValueError, match=f"by the process with pid {os.getpid()}"):
+        RunFolder.create(tmp_path, Config())

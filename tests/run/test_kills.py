@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kimi_core.evaluation.progress import sealed_line
 from kimi_core.run import state
 
 KILLS = Path(__file__).parents[1] / "kills.py"
@@ -42,9 +43,13 @@ def test_the_rollout_note_is_not_believed_where_it_does_not_fit(tmp_path):
     buffer = tmp_path / "buffer.bin"
     note = tmp_path / state.ROLLOUT
     assert state._steps_of_whole_rollout(buffer, 3, 100) is None
-    for text in ("", "[1]", '{"iteration": 3}', '{"iteration": 3, "tokens": 9, "decode_steps": 7}'):
-        note.write_text(text)
+    for text in (b"", b"[1]", b'{"iteration": 3, "tokens": 100, "decode_steps": 7}', b"\xff\xfe"):
+        note.write_bytes(text)
         assert state._steps_of_whole_rollout(buffer, 3, 100) is None
-    note.write_text('{"iteration": 3, "tokens": 100, "decode_steps": 7}')
+    noted = {"iteration": 3, "tokens": 100, "decode_steps": 7}
+    note.write_text(sealed_line(noted))
     assert state._steps_of_whole_rollout(buffer, 3, 100) == 7
     assert state._steps_of_whole_rollout(buffer, 4, 100) is None
+    assert state._steps_of_whole_rollout(buffer, 3, 99) is None
+    note.write_text(sealed_line(noted).replace("7}", "5}"))
+    assert state._steps_of_whole_rollout(buffer, 3, 100) is None

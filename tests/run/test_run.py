@@ -5,15 +5,12 @@ has to find is the same as in think.toml, and is found in 8 iterations.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from warm import Warm
 
-import kimi_core
 from kimi_core.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,17 +64,10 @@ def finished(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("work")
     (work / "reward.py").write_text(REWARD)
     (work / "small.toml").write_text(CONFIG)
-    environment = {"PYTHONPATH": str(Path(kimi_core.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "python" / "train.py"), "small.toml"],
-        cwd=work,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "run folder: runs/small" in done.stdout
+    process = Warm([ROOT / "python" / "train.py", "small.toml"], cwd=work)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "run folder: runs/small" in output
     return work / "runs" / "small"
 
 

@@ -16,13 +16,14 @@ def send(signum: int) -> None:
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_first_is_noted_and_the_second_interrupts(signum, status):
+def test_the_first_is_noted_and_the_second_interrupts(signum, status, capfd):
     before = signal.getsignal(signum)
     with stop_on_signals(60) as stop:
         assert not stop.is_set()
         stop.leave("2 of 6")  # No signal: nothing is raised.
         send(signum)
         assert stop.is_set()
+        assert "a second signal interrupts at once" in capfd.readouterr().err
         with pytest.raises(Stopped, match="interrupted") as stopped:
             send(signum)
     assert stopped.value.status == status
@@ -57,7 +58,7 @@ def test_other_threads_handle_no_signal():
 
 def test_the_command_says_it_in_a_line(capsys):
     def stopped(config):
-        raise Stopped(signal.SIGTERM, "stopped at 4 of 6; --resume goes on")
+        raise Stopped(signal.SIGTERM, "stopped at 4 of 6")
 
     assert settings.with_config([], stopped) == 143
     assert capsys.readouterr().err == "stopped at 4 of 6; --resume goes on\n"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import TINY
 
 from kimi_core.metrics import read_metrics
+from kimi_core.models.vision_load import load_images
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
 from kimi_core.run.dry_run import describe
@@ -80,10 +81,13 @@ class TestRun:
         with pytest.raises(ValueError, match="has images, and the model reads text only"):
             build(load_config("tiny.toml", ["prompts.source=pictures.jsonl", "model.name=text"]))
 
-    @pytest.mark.parametrize("setting", ["rollout.engine=vllm", "trainer.ranks=2"])
+    @pytest.mark.parametrize(
+        "setting", ["rollout.engine=vllm", "rollout.workers=2", "trainer.ranks=2"]
+    )
     def test_what_cannot_handle_images_yet_is_refused(self, folder, setting):
+        model, _ = vision_testing.tiny()
         with pytest.raises(ValueError, match=r"reads images, which rollout\.engine"):
-            build(config(setting))
+            load_images(model, config(setting))
 
 
 @pytest.fixture

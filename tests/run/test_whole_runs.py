@@ -5,10 +5,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY, make_folder
+from warm import Warm
 
 from kimi_core.cli import settings
 from kimi_core.metrics import read_metrics
@@ -86,7 +84,10 @@ class TestEvaluations:
         run(given("iterations=1"))
         drop_lines("evaluation", 0)
         drop_lines("evaluation", 1)
-        run(given("iterations=2", "evaluation.every=1"), resume=True)
+        config = given("iterations=2", "evaluation.every=1")
+        with pytest.raises(ValueError, match=r"Changed since .*metrics\.jsonl.*--accept-changes"):
+            run(config, resume=True)  # State 1 was saved after the first evaluation was written.
+        run(config, resume=True, accept_changes=True)
         assert evaluations() == [(1, 2), (2, 4)]
 
 
@@ -226,8 +227,10 @@ class TestDamage:
         run(given("iterations=1"))
         path = FOLDER / "metrics.jsonl"
         path.write_text("{" + path.read_text()[5:])
-        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
+        with pytest.raises(ValueError, match=r"Changed since .*metrics\.jsonl"):
             run(given("iterations=2"), resume=True)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
+            run(given("iterations=2"), resume=True, accept_changes=True)
 
 
 def points(tag: str) -> list[tuple[int, float]]:
@@ -301,24 +304,20 @@ class TestFunctionsThatNeverReturn:
             "import time\ndef f(prompt, text):\n    if text: open('waits', 'w').close()\n"
             "    time.sleep(600 if text else 0)\n    return 0.0\n"
         )
-        command = [sys.executable, "-m", "kimi_core.cli", "train", "tiny.toml", "sft.steps=2"]
+        command = ["-m", "kimi_core.cli", "train", "tiny.toml", "sft.steps=2"]
         chosen = ["reward.function=reward.py:f", f"reward.workers={workers}"]
-        # A shell without job control lets its background jobs ignore SIGINT, and children inherit.
-        default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        with subprocess.Popen(
-            [*command, *chosen], stderr=subprocess.PIPE, preexec_fn=default
-        ) as process:
-            try:
-                deadline = time.monotonic() + 120
-                while not Path("waits").exists():
-                    assert process.poll() is None and time.monotonic() < deadline
-                    time.sleep(0.05)
-                process.send_signal(signal.SIGINT)
-                time.sleep(0.5)
-                process.send_signal(signal.SIGINT)
-                assert process.wait(timeout=30) == 130
-            finally:
-                process.kill()
+        process = Warm([*command, *chosen])
+        try:
+            deadline = time.monotonic() + 120
+            while not Path("waits").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130
+        finally:
+            process.kill()
 
 
 class TestOneLine:
@@ -359,7 +358,7 @@ class TestOneLine:
             raise error
 
         assert settings.with_config(["tiny.toml"], raises) == 1
-        assert "tokens_per_micro_batch" in capsys.readouterr().err
+        assert "rollout.batch_rows=512 (now 1024)" in capsys.readouterr().err
 
 
 def quiet() -> Console:

@@ -20,8 +20,8 @@ CONFIGS = {
     "llama, tied": lambda: hf.LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
     "qwen2": lambda: hf.Qwen2Config(**LLAMA_LIKE),
     "gpt2": lambda: hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    # Caps its logits.
-    "gemma2": lambda: hf.Gemma2Config(**LLAMA_LIKE, final_logit_softcapping=1.5),
+    # Caps its logits. The policy's check crosses the window, so it is short.
+    "gemma2": lambda: hf.Gemma2Config(**LLAMA_LIKE, final_logit_softcapping=1.5, sliding_window=16),
     # Multiplies its logits.
     "cohere": lambda: hf.CohereConfig(**LLAMA_LIKE, logit_scale=0.5),
     # Divides its logits.

@@ -3,14 +3,13 @@ process."""
 
 import json
 import os
-import subprocess
-import sys
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from warm import Warm
 
 from kimi_core.models.load import load_pretrained
 from kimi_core.rollout.torch.engine import TorchEngine
@@ -185,29 +184,24 @@ def follow_in_another_process(
     worst = 0.0
     vocab = model.config.vocab_size
     arguments = [arena.path, json.dumps(model.config.to_dict()), str(vocab)]
-    with subprocess.Popen(
-        [sys.executable, "-c", CHILD, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as child:
-        before: list[float] = []
-        for version in range(1, versions + 1):
-            train(model)
-            arena.publish(model.named_parameters(), version=version)
-            child.stdin.write("\n")
-            child.stdin.flush()
-            now = []
-            for _ in range(2):
-                policy_version, ids, new, logprobs = json.loads(child.stdout.readline())
-                assert policy_version == version and new == 8
-                delta = np.abs(own_logprobs(model.eval(), ids, new) - logprobs)
-                worst = max(worst, float(delta.max()))
-                now += logprobs
-            assert not before or np.abs(np.subtract(before, now)).max() > 1e-3  # It did move.
-            before = now
-        child.stdin.close()
-    assert child.returncode == 0
+    child = Warm(["-c", CHILD, *arguments])
+    before: list[float] = []
+    for version in range(1, versions + 1):
+        train(model)
+        arena.publish(model.named_parameters(), version=version)
+        child.stdin.write("\n")
+        child.stdin.flush()
+        now = []
+        for _ in range(2):
+            policy_version, ids, new, logprobs = json.loads(child.stdout.readline())
+            assert policy_version == version and new == 8
+            delta = np.abs(own_logprobs(model.eval(), ids, new) - logprobs)
+            worst = max(worst, float(delta.max()))
+            now += logprobs
+        assert not before or np.abs(np.subtract(before, now)).max() > 1e-3  # It did move.
+        before = now
+    child.stdin.close()
+    assert child.wait(timeout=60) == 0
     return worst
 
 
@@ -217,7 +211,7 @@ def test_an_engine_in_another_process_follows(arena, model):
     assert worst <= 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_in_another_process_follows(smollm2, arena_path):
     model, _ = load_pretrained(str(smollm2), dtype="float32", device="cpu")
     layout = Layout.from_config(model.config, dtype="float32")

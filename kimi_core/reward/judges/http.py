@@ -28,9 +28,16 @@ LONGEST_PAUSE_S = 60.0
 BREAKS = ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]")
 """Special tokens that do not begin with ``<``; the server's tokenizer may read them from text."""
 
+LARGEST_ANSWER = 16 << 20
+"""Bytes; a chat completion has a few thousand."""
+
 BUSY = {408, 409, 425, 429}
 TOO_LONG = {400, 413, 422}
 """What servers answer to a request that exceeds the model's context."""
+
+
+class Unanswered(RuntimeError):
+    """An answer does not end."""
 
 
 class HttpJudge:
@@ -52,10 +59,16 @@ class HttpJudge:
                 "reward.function = 'judge' needs reward.judge.url, such as "
                 "http://10.0.0.7:8000/v1, and reward.judge.model, the name that the server gives"
             )
+        if not re.match(r"https?://[^/]", config.url):
+            raise ValueError(
+                f"reward.judge.url = {config.url!r}; allowed is http://HOST:PORT/v1 or https://"
+            )
         self._config = config
         self._sleep = sleep
         self._template = _template(config.template)
-        key = os.environ.get(config.key_variable)
+        key = os.environ.get(config.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"The key in ${config.key_variable} has characters that no key has")
         self._http = httpx2.Client(
             base_url=config.url.rstrip("/"),
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -105,8 +118,13 @@ class HttpJudge:
             choice = answer["choices"][0]
             message = choice["message"]
             text = message.get("content") or ""
+            if isinstance(text, list):  # Of parts, as some servers write it.
+                text = "".join(part["text"] for part in text if part.get("type") == "text")
             reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-            return str(reasoning), str(text), choice.get("finish_reason") == "stop"
+            reasoning, text = (
+                str(one).encode(errors="replace").decode() for one in (reasoning, text)
+            )
+            return reasoning, text, choice.get("finish_reason") == "stop"
         except (LookupError, TypeError, AttributeError):
             raise InfrastructureError(
                 f"The judge at {self._config.url} answered {answer!r:.120}, not a chat completion"
@@ -121,14 +139,14 @@ class HttpJudge:
                 self._sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             try:
-                answer = self._http.post("/chat/completions", json=dict(body))
-            except httpx2.HTTPError as error:
+                answer = self._ask(body)
+            except (httpx2.HTTPError, Unanswered) as error:
                 trouble = f"{type(error).__name__}: {error}"
                 continue
             if answer.is_success:
                 try:
                     return answer.json()
-                except ValueError:
+                except (ValueError, RecursionError):
                     trouble = f"no JSON: {answer.text[:80]!r}"
                     continue
             trouble = f"{answer.status_code}: {answer.text[:120]!r}"
@@ -144,6 +162,18 @@ class HttpJudge:
             f"The judge at {url} gave no answer in {self._config.retries + 1} requests of at most "
             f"{self._config.timeout_s:g} s each, the last: {trouble}"
         )
+
+    def _ask(self, body: Mapping[str, Any]) -> httpx2.Response:
+        """One request, whose whole answer has the time limit: httpx limits each read alone."""
+        end = time.monotonic() + self._config.timeout_s
+        with self._http.stream("POST", "/chat/completions", json=dict(body)) as answer:
+            read = bytearray()
+            for part in answer.iter_bytes():
+                read += part
+                if time.monotonic() > end or len(read) > LARGEST_ANSWER:
+                    raise Unanswered(f"{len(read)} bytes in {self._config.timeout_s:g} s, no end")
+        headers = {"Retry-After": answer.headers.get("Retry-After", "0")}
+        return httpx2.Response(answer.status_code, headers=headers, content=bytes(read))
 
 
 def _template(path: str) -> str:

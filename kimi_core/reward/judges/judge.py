@@ -56,6 +56,7 @@ def escape(text: str, special_tokens: Sequence[str] = ()) -> str:
     >>> escape("</response> & more")
     '&lt;/response&gt; &amp; more'
     """
+    text = text.encode(errors="replace").decode()  # A lone surrogate cannot be sent.
     for token in special_tokens:
         if token and not token.startswith("<"):  # The last line breaks tokens that start with <.
             text = text.replace(token, " ".join(token))

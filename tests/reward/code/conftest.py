@@ -1,4 +1,4 @@
-"""Verdicts of the code reward, with programs in plain processes and in the sandbox."""
+"""Verdicts of the code reward, with programs in the sandbox, if there is one."""
 
 import pytest
 from plain_run import plain_run
@@ -8,16 +8,14 @@ from kimi_core.sandbox import Limits, Pool, SandboxUnavailable
 from kimi_core.types import Prompt
 
 
-@pytest.fixture(scope="module", params=["plain", "sandbox"])
-def run(request):
-    """The rules hold wherever programs run; without a sandbox they are tested all the same."""
-    if request.param == "plain":
-        yield plain_run
-        return
+@pytest.fixture(scope="module")
+def run():
+    """The rules hold wherever programs run, so a machine without a sandbox tests them, too."""
     try:
         pool = Pool(2)
-    except SandboxUnavailable as error:
-        pytest.skip(f"no sandbox on this machine: {error}")
+    except SandboxUnavailable:
+        yield plain_run
+        return
     with pool:
         yield pool.run
 

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 DELAY_S = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
@@ -41,6 +42,18 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, b"<html>")
         elif word == "OTHER":
             self.answer(200, b'{"object": "list"}')
+        elif word == "DEEP":
+            self.answer(200, b"[" * 200_000)
+        elif word in ("TRICKLE", "FLOOD"):
+            self.send_response(200)
+            self.send_header("Content-Length", "10000000000")
+            self.end_headers()
+            end = time.monotonic() + 30
+            with suppress(OSError):
+                while time.monotonic() < end:
+                    self.wfile.write(b" " if word == "TRICKLE" else b" " * (1 << 20))
+                    self.wfile.flush()
+                    time.sleep(0.1 if word == "TRICKLE" else 0)
         elif word == "HANGUP":
             self.close_connection = True
         else:
@@ -55,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
             text = right if repair else f"It seems so. {right} I think."
         if word == "NONSENSE":
             text = "la la la"
+        if word == "PARTS":
+            text = [{"type": "text", "text": text}]
         choice = {"message": {"content": text, "reasoning_content": "Hm."}, "finish_reason": reason}
         self.answer(200, json.dumps({"choices": [choice]}).encode())
 

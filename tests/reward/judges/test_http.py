@@ -52,6 +52,28 @@ def test_without_a_verdict_at_the_end_it_is_asked_for_the_json(judge, word):
     assert judge()(PROMPT, f"{word} 41").value == 0.0
 
 
+def test_a_text_in_parts(judge):
+    assert judge()(PROMPT, "PARTS 42").value == 1.0
+
+
+def test_a_response_that_utf_8_cannot_write(judge):
+    assert judge()(PROMPT, "41 \ud800").value == 0.0
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://x/v1", "http://"])
+def test_an_address_without_its_scheme(judge, url):
+    with pytest.raises(ValueError, match=r"reward\.judge\.url = .*allowed is http://HOST"):
+        judge(url=url)
+
+
+def test_a_key_with_a_line_end_and_one_that_is_no_key(judge, monkeypatch):
+    monkeypatch.setenv("KIMI_JUDGE_KEY", "secret\n")
+    assert judge()(PROMPT, "KEY 42").value == 1.0
+    monkeypatch.setenv("KIMI_JUDGE_KEY", "sécret")
+    with pytest.raises(ValueError, match=r"\$KIMI_JUDGE_KEY"):
+        judge()
+
+
 @pytest.mark.parametrize("word", ["BUSY", "BROKEN"])
 def test_busy_servers_are_asked_again_after_the_pause_that_they_name(judge, word):
     assert judge()(PROMPT, f"{word} 42").value == 1.0
@@ -71,6 +93,9 @@ def test_a_late_answer_is_not_waited_for_twice(judge):
         ("OTHER", "not a chat completion"),
         ("NONSENSE", "no verdict in JSON"),
         ("HANGUP", "RemoteProtocolError|ReadError"),
+        ("DEEP", "no JSON"),
+        ("TRICKLE", "Unanswered: .* in 0.5 s, no end"),
+        ("FLOOD", "Unanswered: .* in 0.5 s, no end"),
     ],
 )
 def test_otherwise_there_is_no_verdict(judge, word, said):

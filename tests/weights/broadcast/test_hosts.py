@@ -1,12 +1,9 @@
 """Weights between processes, some of which are killed or freeze in the middle of a transfer."""
 
 import json
-import os
 import queue
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from warm import Warm
 from weights.broadcast.broadcast_fixtures import QUICK, digest, expected, make_arena, weights
 
-import kimi_core
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.broadcast.mailbox import PeerGone
 from kimi_core.weights.broadcast.receiver import WeightReceiver
@@ -28,25 +25,14 @@ pytestmark = pytest.mark.slow
 SOON = 120
 """Seconds within which a process has started and spoken, also on a busy machine."""
 SETTINGS = BroadcastSettings(bucket_bytes=QUICK.bucket_bytes, answer_s=10, transfer_s=10)
-TESTS = Path(__file__).parents[2]
-ROOT = Path(kimi_core.__file__).parents[1]
 
 
 class Host:
     """A process that runs ``hosts.py``."""
 
     def __init__(self, role: str, **given) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("hosts.py")), role, json.dumps(given)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "PYTHONPATH": f"{TESTS}{os.pathsep}{ROOT}",
-                "GLOO_SOCKET_IFNAME": "lo",
-            },
-        )
+        script = str(Path(__file__).with_name("hosts.py"))
+        self.process = Warm([script, role, json.dumps(given)])
         self.said: queue.Queue = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 

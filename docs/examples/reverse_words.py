@@ -1,4 +1,6 @@
-"""Write a word backwards. `python examples/reverse_words.py` takes minutes on two cores.
+"""Write a word backwards. Minutes on two cores:
+
+    python docs/examples/reverse_words.py
 
     prompt    garden>
     copied    garden

@@ -1,4 +1,6 @@
-"""How often is a letter in a word? `python examples/count_letters.py` takes minutes on two cores.
+"""How often is a letter in a word? Minutes on two cores:
+
+    python docs/examples/count_letters.py
 
     prompt    abacada:a
     guess     #4
@@ -28,7 +30,7 @@ def prompts() -> list[Prompt]:
     rng = random.Random(0)
     asked: dict[str, int] = {}
     while len(asked) < 1000:
-        word = "".join(rng.choices("abcd", k=rng.randint(8, 12)))
+        word = "".join(rng.choices("abcd", k=rng.randint(5, 9)))
         letter = rng.choice("abcd")
         asked[f"{word}:{letter}"] = word.count(letter)
     return [Prompt(row, text, str(n)) for row, (text, n) in enumerate(asked.items())]
