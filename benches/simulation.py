@@ -230,15 +230,13 @@ class Rollout:
 
     def _has_room(self, one: Engine) -> bool:
         """Whether the first that waits may begin; without one, whether a mean row might."""
-        if one.waiting:
-            more = one.waiting[0].positions
-        else:
-            more = one.reserved // max(1, len(one.rows))
+        mean = one.reserved // max(1, len(one.rows))
+        more = one.waiting[0].positions if one.waiting else mean
         fits = not one.rows or one.reserved + more <= self.positions
         return len(one.rows) < self.rows and fits
 
     def _give(self, one: Engine) -> bool:
-        """Give the first request of the queue to an engine, with a quarter more than it can hold."""
+        """Give an engine the first request of the queue, up to a quarter more than it can hold."""
         if not self.queue:
             return False
         row = self.queue[0]
