@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 
 class Follower:
-    """The records of a JSONL file. Each byte is read once, as long as the file only grows.
+    """The records of a JSONL file. It reads each byte once, as long as the file only grows.
 
     ``--resume`` of a run replaces the file by one that lacks the last lines. The follower sees this
     by the file's identity, its size, or the last line that it read, and starts over under a new

@@ -213,7 +213,7 @@ class WeightArena:
 
 
 class Lease:
-    """The right to read one version in place, until ``release`` or the end of the process.
+    """The right to read a version in place, until ``release`` or the end of the process.
 
     After the release the views stay mapped, but the slot may be filled with another version, so
     keep the lease as long as you read the views. A lease that is garbage-collected is released. A

@@ -169,8 +169,8 @@ class JudgeReward:
     def _generate(
         self, texts: Sequence[tuple[str, str]], max_tokens: int
     ) -> list["_Written | InfrastructureError"]:
-        """What the judge writes after each prompt and the start of its own text, or why it cannot
-        be asked."""
+        """What the judge writes after each prompt and the start of its text, or why it cannot be
+        asked."""
         asked = [self._encode(*text, max_tokens) for text in texts]
         greedy = Sampling(
             temperature=0.0,

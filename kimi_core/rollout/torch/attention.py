@@ -80,7 +80,7 @@ def attend(
 def one_token(query_nh1d: torch.Tensor, part: Part, scale: float) -> torch.Tensor:
     """``softmax(scale · q kᵀ + mask) v`` for one query per row, ``[n, 1, heads, head_dim]``.
 
-    In the core, keys and values are read once. SDPA takes 1.5 to 2 times as long for long rows,
+    The core reads keys and values once. SDPA takes 1.5 to 2 times as long for long rows,
     because its blocks are made for many queries. Elsewhere query heads that share keys take the
     place of a sequence's tokens, so nothing is repeated.
     """

@@ -10,7 +10,7 @@ No command starts a broadcast yet; use it from Python, in place of ``WeightArena
         published.served, published.fenced
 
 Each engine host runs ``receiver.follow``. With tensor parallelism the sender has one arena for the
-layout of each rank, and each receiver gets the bytes of its own rank only. The sender's arenas flip
+layout of each rank, and each receiver gets the bytes of its rank only. The sender's arenas flip
 together with the others, so engines on its host can read them.
 
 A receiver that does not answer in time, or whose bytes are wrong, is fenced: the others continue in
