@@ -126,8 +126,8 @@ def plain_records(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     """The records of many lines, in a fifth of the time that `prompt_in` takes for each.
 
     None: at least one line is malformed, or holds messages or tests, so that each line must be
-    parsed alone. All lines are parsed as one JSON list. A random string stands between any two, so that
-    no line can reach into the next one unnoticed.
+    parsed alone. All lines are parsed as one JSON list. A random string stands between any two, so
+    that no line can reach into the next one unnoticed.
     """
     between = secrets.token_hex(8)
     separator = f',"{between}",'
