@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("arm", choices=["sft", *ARMS])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("settings", nargs="*", help="as for kimi train, such as iterations=2")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # Options may stand between settings.
     if given.arm != "sft" and not (given.folder / PARAMETERS).is_file():
         parser.error(f"no weights in {given.folder}: run the arm sft there first")
     config = load_config(Path("configs/vision.toml"), [f"seed={given.seed}", *given.settings])
