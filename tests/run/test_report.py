@@ -17,6 +17,7 @@ from kimi_core.metrics import (
     IterationMetrics,
     read_metrics,
     summarize,
+    to_record,
 )
 from kimi_core.run.report import Report, progress_line
 
@@ -90,7 +91,7 @@ def test_a_file_torn_anywhere_loses_its_torn_line_only(
     cut: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("torn") / "metrics.jsonl"
-    line = json.dumps({"kind": "evaluation"} | EVALUATION.__dict__) + "\n"
+    line = json.dumps({"kind": "evaluation"} | to_record(EVALUATION)) + "\n"
     content = (line * 5).encode()
     path.write_bytes(content[: cut % len(content)])
     assert read_metrics(path) == ([], [EVALUATION] * (cut % len(content) // len(line)))
@@ -125,7 +126,7 @@ def test_a_line_that_is_no_metrics_is_named(tmp_path: Path, line: str, fault: st
 
 
 def test_keys_of_other_versions_are_left_out(tmp_path: Path) -> None:
-    record = {"kind": "evaluation", "mood": "fine"} | EVALUATION.__dict__
+    record = {"kind": "evaluation", "mood": "fine"} | to_record(EVALUATION)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     assert read_metrics(tmp_path / "metrics.jsonl")[1] == [EVALUATION]
 

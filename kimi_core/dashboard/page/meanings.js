@@ -30,5 +30,10 @@ export const MEANINGS = {
   infrastructure_errors: ["", "responses without a verdict: not trained, not counted as wrong"],
   logprob_gap_over_limit_share: ["0–1", "share of this iteration's tokens whose own gap exceeds the limit"],
   accuracy_greedy: ["0–1", "mean correctness of one response per prompt, the most likely token each time"],
+  greedy_by_domain: ["0–1", "greedy accuracy of the prompts with each domain tag"],
+  sampled_by_domain: ["0–1", "sampled accuracy of the prompts with each domain tag"],
+  same_answer: ["0–1", "questions asked as text and as an image whose greedy answers are the same"],
+  worker_restarts: ["", "rollout workers that were lost and started a second time"],
+  worker_tokens: ["tokens", "tokens that each rollout worker sampled"],
   n: ["prompts", "number of held-out prompts; it bounds what a difference can mean"],
 };
