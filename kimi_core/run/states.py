@@ -166,7 +166,7 @@ class States:
         """What to do after a full disk."""
         found = self.latest()
         if found is None:
-            return "No state was saved before: make room there, then --resume starts from the beginning"
+            return "No state was saved before: make room there, then --resume starts it again"
         return f"The state of {self.of} {found[0]} is intact: make room there, then --resume"
 
     def _whole(self) -> list[tuple[int, Path]]:
