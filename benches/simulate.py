@@ -8,7 +8,6 @@ the formulas and what follows from the tables.
 """
 
 import argparse
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -206,27 +205,7 @@ def budgets() -> None:
             row(name, budget or "none", phase.seconds, rate, prefill, idle)
 
 
-def masters() -> None:
-    """The master of 8B on 1,024 GPUs, one engine each, with dearer messages."""
-    table("messages every", "segment", "rollout s", "master busy", "messages/s")
-    for linger in (0.5, 2.0, 20.0):
-        for what, segment_s in (("columns", 1e-6), ("objects", 7e-6)):
-            master = Master(linger_s=linger, segment_s=segment_s)
-            phase = iteration(MODELS["8B"], LENGTHS["4k"], 1024, master=master).phase
-            rate = phase.messages / phase.seconds
-            row(f"{linger} s", what, phase.seconds, share(phase.master_s, phase.seconds), rate)
-
-
-def faults() -> None:
-    """Deaths of engines: 8B on 1,024 GPUs."""
-    table("a GPU dies every", "deaths", "rollout s", "tokens lost")
-    for hours in (math.inf, 50_000.0, 500.0, 50.0, 5.0):
-        deaths = Faults(mean_s=hours * 3600)
-        phase = iteration(MODELS["8B"], LENGTHS["4k"], 1024, faults=deaths).phase
-        row(f"{hours:,.0f} h", phase.deaths, phase.seconds, share(phase.lost, phase.tokens))
-
-
-TABLES = {"sizes": sizes, "budgets": budgets, "masters": masters, "faults": faults}
+TABLES = {"sizes": sizes, "budgets": budgets}
 
 
 def main() -> None:
