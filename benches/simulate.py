@@ -22,7 +22,7 @@ MEMORY = 72e9
 NETWORK = 40e9
 """Bytes a second of a GPU's network link (assumed)."""
 CHECKSUM = 9.5e9
-"""Bytes a second that one thread sums and stores (measured on two shared cores)."""
+"""Bytes a second that one thread sums and stores (a trial on two shared cores)."""
 LAUNCH_S = 0.005
 """Of a decode step (assumed)."""
 GPU_FAULT_S = 5e4 * 3600

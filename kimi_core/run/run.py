@@ -190,7 +190,6 @@ def _reinforce(
     folder.states.prune()  # As the process that saved the last one may not have done.
     if not stop.is_set():
         _catch_up(parts, config, folder, report, files)
-        watch(report, folder, config)
     while not (stop.is_set() or _is_done(loop, config)):
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
@@ -207,7 +206,6 @@ def _reinforce(
         if last or (is_due and not stop.is_set()):  # A resumed run catches up on it.
             limit = None if last else config.evaluation.prompts
             evaluate(parts, config, folder, report, limit=limit)
-            watch(report, folder, config)
 
 
 def _catch_up(
@@ -259,3 +257,4 @@ def evaluate(
         )
         report.evaluation(found)
         progress.remove()
+    watch(report, folder, config)

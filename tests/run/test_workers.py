@@ -1,50 +1,41 @@
 """Runs with several rollout workers: the run of one process, also when workers or the run die."""
 
-import json
 import logging
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from io import StringIO
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
-from rich.console import Console
-from tiny_runs import TINY
+from rewarded_runs import (
+    SETTINGS,
+    children,
+    command,
+    go_on,
+    iterations,
+    sampled,
+    wait_for,
+    write_files,
+)
 
-import kimi_core
-from kimi_core.metrics import IterationMetrics, read_metrics
 from kimi_core.rollout import fleet
 from kimi_core.run.config_file import load_config
 from kimi_core.run.replay import replay
-from kimi_core.run.run import evaluate_alone, train
+from kimi_core.run.run import evaluate_alone
 
-SETTINGS = [
-    "sft.steps=3",
-    "rollout.token_budget=5",
-    "rollout.stream_tokens=2",
-    "reward.function=reward.py:some",
-    "trainer.learning_rate=1e-3",
-    "trainer.ranks_timeout_s=240",
-    "evaluation.every=100",
-]
-REWARD = """
-def some(prompt, response):
-    return sum(character in "1234" for character in response) / 8
-"""
-WAIT_S = 400
+NURSERY = "kimi_core.rollout.torch.worker"
+"""The module that the nursery and its workers run."""
+
+STREAMED = ["rollout.stream_tokens=2", "evaluation.every=100"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("workers")
-    (path / "tiny.toml").write_text(TINY)
-    (path / "reward.py").write_text(REWARD)
+    write_files(path)
     return path
 
 
@@ -52,28 +43,7 @@ def folder(tmp_path_factory):
 def run(folder, monkeypatch):
     """Carries out a run, or goes on with it."""
     monkeypatch.chdir(folder)
-
-    def go(*overrides: str) -> None:
-        config = load_config("tiny.toml", [*SETTINGS, *overrides])
-        train(config, resume=True, console=Console(file=StringIO()))
-
-    return go
-
-
-def iterations(name: str) -> list[IterationMetrics]:
-    """What the iterations of a run recorded; a later line replaces an earlier one."""
-    if not Path(f"runs/{name}/metrics.jsonl").exists():
-        return []
-    found = {one.iteration: one for one in read_metrics(f"runs/{name}/metrics.jsonl")[0]}
-    return [found[number] for number in sorted(found)]
-
-
-def sampled(name: str) -> list[list]:
-    """Iteration, trajectory, tokens, versions and reward of everything that was trained."""
-    same = ("iteration", "trajectory_id", "token_ids", "versions", "reward")
-    files = sorted(Path(f"runs/{name}/trajectories").glob("*.jsonl"))
-    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    return [[line[key] for key in same] for line in lines]
+    return lambda *overrides: go_on(*STREAMED, *overrides)
 
 
 def check_equal(name: str, other: str) -> None:
@@ -89,30 +59,13 @@ def check_equal(name: str, other: str) -> None:
             assert getattr(two, key) == near
 
 
-def children(pid: int) -> list[int]:
-    """The processes of the fleet among a process's children."""
-    found = [
-        int(child)
-        for thread in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in thread.read_text().split()
-    ]
-    name = b"kimi_core.rollout.torch.worker"
-    return [child for child in found if name in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
 def workers(pid: int) -> list[int]:
     """The rollout workers of a run's process, which its nursery has forked."""
     try:
-        return [worker for nursery in children(pid) for worker in children(nursery)]
+        nurseries = children(pid, NURSERY)
+        return [worker for nursery in nurseries for worker in children(nursery, NURSERY)]
     except OSError:  # One has just ended.
         return workers(pid)
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    ends = time.monotonic() + WAIT_S
-    while not what():
-        assert time.monotonic() < ends
-        time.sleep(0.002)
 
 
 class Killer(Thread):
@@ -194,13 +147,7 @@ def test_workers_that_are_killed_change_nothing(run, killer, kills, length):
 @pytest.mark.nightly
 def test_the_run_dies_its_workers_end_and_ranks_take_it_over(run):
     run("name=one", "iterations=6")
-    command = [sys.executable, "-P", "-m", "kimi_core.cli", "train", "--resume", "tiny.toml"]
-    root = str(Path(kimi_core.__file__).parents[1])
-    master = subprocess.Popen(
-        [*command, *SETTINGS, "name=three", "iterations=6", "rollout.workers=2"],
-        env=os.environ | {"PYTHONPATH": root},
-        stdout=subprocess.DEVNULL,
-    )
+    master = command(*STREAMED, "name=three", "iterations=6", "rollout.workers=2")
     wait_for(lambda: len(iterations("three")) >= 2)
     there = workers(master.pid)
     assert len(there) == 2
@@ -210,6 +157,6 @@ def test_the_run_dies_its_workers_end_and_ranks_take_it_over(run):
 
     run("name=three", "iterations=6", "rollout.workers=2", "trainer.ranks=2")
     check_equal("one", "three")
-    config = load_config("tiny.toml", [*SETTINGS, "name=three", "rollout.workers=2"])
+    config = load_config("tiny.toml", [*SETTINGS, *STREAMED, "name=three", "rollout.workers=2"])
     assert all(same for same, _ in replay(Path("runs/three"), 6))
     assert evaluate_alone(config).n == 4
