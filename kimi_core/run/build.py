@@ -13,7 +13,7 @@ from kimi_core.config import Config, RolloutConfig
 from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import check_weights, context_of, load_model
+from kimi_core.models.load import check_weights, config_of, context_of, load_model
 from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision import Images
@@ -36,6 +36,7 @@ from kimi_core.run.data import load_data, scratch_tokenizer
 from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.launch import start_ranks
 from kimi_core.trainer.objectives import load_objective
+from kimi_core.trainer.parallel import check_axes
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
@@ -188,11 +189,15 @@ def model_to_train(
         scratch: the tokenizer of a model from scratch; None for any other model.
 
     Raises:
-        ValueError: it cannot be loaded, its weights are not finite, or there are too few GPUs.
+        ValueError: it cannot be loaded, its weights are not finite, there are too few GPUs, or the
+            axes of the trainer's ranks do not divide it.
     """
     tokenizer: PreTrainedTokenizerBase
+    if scratch is None and (architecture := config_of(config.model)):
+        check_axes(architecture, config.trainer)
     if scratch is not None:
         model, tokenizer = scratch_llama(config.model, scratch, config.seed), scratch
+        check_axes(model.config, config.trainer)
     else:
         model, tokenizer = load_model(config.model)
     check_weights(model)

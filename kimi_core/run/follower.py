@@ -18,6 +18,7 @@ from kimi_core.config import Config
 from kimi_core.models.placement import device_of
 from kimi_core.models.scratch import tokenizer_of
 from kimi_core.run.build import model_to_train, policy_of, publisher_of
+from kimi_core.trainer.dpo import DpoPhase
 from kimi_core.trainer.ranks import Ranks, is_lost
 from kimi_core.trainer.sft import SftPhase
 from kimi_core.trainer.trainer import LogprobMismatch, Trainer, TrainingDiverged
@@ -40,9 +41,19 @@ def follow(address: str, generation: str, rank: int) -> None:
     model, _ = model_to_train(config, scratch)
     policy = policy_of(model, config, int(store.get("longest")))
     settings = config.trainer
-    ranks = Ranks.meet(store, rank, settings.ranks, timeout_s=settings.ranks_timeout_s)
+    ranks = Ranks.meet(
+        store,
+        rank,
+        settings.ranks,
+        timeout_s=settings.ranks_timeout_s,
+        copies=settings.context_parallel * settings.tensor_parallel,
+    )
     trainer = Trainer(policy, settings, publisher_of(model, config.rollout, ranks), ranks)
-    targets = {"Trainer": trainer, "SftPhase": SftPhase(trainer, config.sft, settings)}
+    targets = {
+        "Trainer": trainer,
+        "SftPhase": SftPhase(trainer, config.sft, settings),
+        "DpoPhase": DpoPhase(trainer, settings),
+    }
     try:
         while order := ranks.next_order():
             name, args, kwargs = order

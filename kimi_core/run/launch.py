@@ -112,6 +112,7 @@ def start_ranks(
             0,
             settings.ranks,
             timeout_s=settings.ranks_timeout_s,
+            copies=settings.context_parallel * settings.tensor_parallel,
             followers=followers,
         )
     except BaseException:
