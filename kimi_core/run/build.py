@@ -97,7 +97,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     encode.check()
     encode.keep(data.held_out)
     longest = encode.longest + response
-    trainer, engine, publisher = _trainer(model, config, longest, scratch, images)
+    trainer, engine, publisher = _trainer(model, config, longest, images)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -157,7 +157,6 @@ def _trainer(
     model: PreTrainedModel,
     config: Config,
     longest: int,
-    scratch: PreTrainedTokenizerFast | None,
     images: Images | None,
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
@@ -165,7 +164,7 @@ def _trainer(
     The engine is made before the trainer shards the model, because it checks what it reads.
     """
     policy = policy_of(model, config, longest, images)
-    ranks = start_ranks(config, longest, scratch)
+    ranks = start_ranks(config, policy)
     try:
         publisher = publisher_of(model, config.rollout, ranks)
         exact = config.resume != "keep"
@@ -183,7 +182,7 @@ def _trainer(
 def model_to_train(
     config: Config, scratch: PreTrainedTokenizerFast | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model as every rank of a trainer loads it, and its tokenizer.
+    """The model as rank 0 of a trainer loads it, and its tokenizer.
 
     Args:
         scratch: the tokenizer of a model from scratch; None for any other model.

@@ -144,6 +144,10 @@ class Recompute:
             self._footprint = measure(self._model, run)
         return self._footprint
 
+    def assume(self, footprint: Footprint | None, budget: int) -> None:
+        """Take over what another process has measured."""
+        self._footprint, self.budget = footprint or self._footprint, budget
+
     def most_tokens(self, wanted: int, run: Callable[[Tensor], Any]) -> int:
         """``wanted`` or, if that is too much, the size of the largest micro-batch that fits."""
         most = self._sharing * self.footprint(run).most_tokens(self.budget)

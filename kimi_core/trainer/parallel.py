@@ -10,15 +10,22 @@ Rank = ((replica · shards + shard) · context_parallel + c) · tensor_parallel 
 
 FSDP2 averages gradients over all ranks but t, so a rank multiplies its part of the loss by their
 number (``Policy.averaged_over``).
+
+Layer by layer, rank 0 sends the weights and each rank keeps its part. The other ranks may begin
+without weights (``blueprint.py``), and never hold more than one layer whole.
 """
 
 import math
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kimi_core.config import TrainerConfig
@@ -48,12 +55,9 @@ def shard(policy: Policy, config: TrainerConfig, ranks: Ranks) -> None:
             "set trainer.context_parallel = 1"
         )
     context, tensor = config.context_parallel, config.tensor_parallel
-    replicas = config.replicas
-    device = policy.model.device.type
-    shape = (replicas, ranks.size // replicas // tensor, tensor)
+    device = torch.device(ranks.everywhere(policy.model.device.type))
+    shape = (config.replicas, ranks.size // config.replicas // tensor, tensor)
     mesh = _mesh(device, shape, ("replicas", "shards", "tensor"), config)
-    if tensor > 1:
-        divide(policy, mesh["tensor"])
     if context > 1:
         shape = (ranks.data_parallel, context, tensor)
         groups = _mesh(device, shape, ("data", "context", "tensor"), config)
@@ -61,13 +65,46 @@ def shard(policy: Policy, config: TrainerConfig, ranks: Ranks) -> None:
         policy.masks_up_to = 0
     policy.averaged_over = ranks.size // tensor
     # With two dimensions FSDP2 replicates over the first.
-    places = mesh["replicas", "shards"] if replicas > 1 else mesh["shards"]
+    places = mesh["replicas", "shards"] if config.replicas > 1 else mesh["shards"]
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for layer in layers:
-        fully_shard(layer, mesh=places, mp_policy=precision)
-    fully_shard(policy, mesh=places, mp_policy=precision)
+    received: dict[int, Tensor] = {}
+    for unit in (*layers, policy):
+        receive(unit, device, received)
+        if tensor > 1:
+            divide(policy, mesh["tensor"], unit)
+        fully_shard(unit, mesh=places, mp_policy=precision)
     if ranks.copies > 1:
         _compare(policy, ranks.everywhere(before))
+
+
+def receive(unit: torch.nn.Module, device: torch.device, received: dict[int, Tensor]) -> None:
+    """Give a module the parameters and buffers that it has on rank 0. All ranks call this.
+
+    Args:
+        device: where they get memory if they are on torch's meta device.
+        received: by their ids, the tensors of other modules that were received. A tensor that two
+            modules share stays one.
+    """
+    for module in unit.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for owned in tables:
+            for name, tensor in owned.items():
+                if tensor is None or isinstance(tensor, DTensor):
+                    continue
+                if id(tensor) not in received:
+                    received[id(tensor)] = whole = _with_memory(tensor, device)
+                    received[id(whole)] = whole
+                    dist.broadcast(whole.detach(), 0)
+                owned[name] = received[id(tensor)]
+
+
+def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    whole = torch.empty_like(tensor, device=device)
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(whole, requires_grad=tensor.requires_grad)
+    return whole
 
 
 def _sample(policy: Policy) -> np.ndarray:
@@ -133,10 +170,10 @@ def check_axes(model: PretrainedConfig, trainer: TrainerConfig) -> None:
 
 
 def _mesh(
-    device: str, shape: tuple[int, ...], names: tuple[str, ...], config: TrainerConfig
+    device: torch.device, shape: tuple[int, ...], names: tuple[str, ...], config: TrainerConfig
 ) -> DeviceMesh:
     """A mesh whose groups have the time limit of the config."""
-    mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     for group in mesh.get_all_groups():
         group.set_timeout(timedelta(seconds=config.ranks_timeout_s))
     return mesh

@@ -46,6 +46,9 @@ class Policy(nn.Module):
     here. Then call ``fully_shard`` on each decoder layer, and last on the policy: the root whose
     forward gathers embeddings, final norm and head for whatever the loss reads.
 
+    ``layout`` is how micro-batches are laid out for the model. Sequences up to ``masks_up_to``
+    tokens are laid into ``rows`` where that is cheaper.
+
     Args:
         model: any ``AutoModelForCausalLM``.
         temperature: the temperature that the tokens were sampled with.
@@ -53,6 +56,8 @@ class Policy(nn.Module):
         longest: tokens of the longest sequence of the run, if it is known; the check crosses the
             windows and original contexts that such sequences cross.
         images: the run's images, if prompts or SFT examples have some.
+        checked: ``layout`` and ``masks_up_to`` of the same model on rank 0, which has checked it;
+            this one may have no weights yet.
 
     Raises:
         ValueError: the model is sharded already, its logits are not made from its last hidden state
@@ -67,6 +72,7 @@ class Policy(nn.Module):
         head_chunk: int,
         longest: int | None = None,
         images: Images | None = None,
+        checked: tuple[Layout, int] | None = None,
     ) -> None:
         super().__init__()
         if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -95,14 +101,16 @@ class Policy(nn.Module):
         self._scale: float = (getattr(text, "logit_scale", None) or 1.0) / (
             getattr(text, "logits_scaling", None) or 1.0
         )
+        if checked is not None:
+            use_packed_attention(model)
+            self.layout, self.masks_up_to = checked
+            return
         self._check_head()
         # One mask serves all layers only without windows.
         short = model.device.type == "cpu" and getattr(text, "sliding_window", None) is None
         self.layout, *others = self._layouts_of(length_to_check(model, longest), masks_too=short)
-        """How micro-batches are laid out for this model."""
+        # On a CPU short sequences are laid into rows all the same, unless that pads much.
         self.masks_up_to = CHEAP_MASKS if "rows" in others else 0
-        """Sequences up to this many tokens are laid into ``rows`` all the same, unless that pads
-        much: it is cheaper."""
         if self.layout == "rows":
             log.warning(MASKED, type(model).__name__)
 

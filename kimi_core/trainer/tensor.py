@@ -26,35 +26,43 @@ HEADS = 2
 """The dimension of the heads where norms see them, ``[rows, columns, heads, head_dim]``."""
 
 
-def divide(policy: Policy, mesh: DeviceMesh) -> None:
-    """Replace the policy's parameters by this rank's parts, and let its modules exchange results.
+def divide(policy: Policy, mesh: DeviceMesh, unit: nn.Module) -> None:
+    """Replace a unit's parameters by this rank's parts, and let its modules exchange results.
+
+    Call it for each decoder layer, and then for the policy.
 
     Args:
-        mesh: of one dimension. ``check_plan`` holds for the model.
+        mesh: of one dimension. ``plan_of`` the model raises nothing.
+        unit: of the policy; its parameters are whole.
     """
     model = policy.model
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     plan = plan_of(model.config)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.base_model.named_modules()}
     tied = head.weight is embedding.weight
-    for name, module in model.base_model.named_modules():
-        style = next((plan[some] for some in plan if fnmatch(name, some)), None)
+    for module in unit.modules():
+        owned = dict(module.named_parameters(recurse=False))
+        if not owned or any(isinstance(p, DTensor) for p in owned.values()) or module is head:
+            continue
+        style = next((plan[some] for some in plan if fnmatch(names[module], some)), None)
         if module is embedding:
-            parallelize_module(module, mesh, RowwiseParallel(input_layouts=Replicate()))
+            _parallelize(module, mesh, RowwiseParallel(input_layouts=Replicate()))
         elif style in STYLES:
-            parallelize_module(module, mesh, STYLES[style]())
-        elif any(True for _ in module.parameters(recurse=False)):
+            _parallelize(module, mesh, STYLES[style]())
+        else:
             _replicate(module, mesh, heads=style is not None)
-    for name, parameter in head.named_parameters():
-        if name != "weight" or not tied:
-            head.register_parameter(
-                name, nn.Parameter(distribute_tensor(parameter, mesh, [Shard(0)]))
-            )
-    if tied:
-        head.weight = embedding.weight
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
-    policy.tp_group = mesh.get_group()
+    if unit is policy:
+        for name, parameter in head.named_parameters():
+            part = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=None)
+            head.register_parameter(name, nn.Parameter(part, parameter.requires_grad))
+        if tied:
+            head.weight = embedding.weight
+        policy.tp_group = mesh.get_group()
+
+
+def _parallelize(module: nn.Module, mesh: DeviceMesh, style: ParallelStyle) -> None:
+    # Every rank has the whole parameters, so nothing has to be sent.
+    parallelize_module(module, mesh, style, src_data_rank=None)
 
 
 STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
@@ -93,4 +101,9 @@ def _replicate(module: nn.Module, mesh: DeviceMesh, *, heads: bool) -> None:
     def leave(_: nn.Module, output: Any, __: DeviceMesh) -> Any:
         return output.to_local()
 
-    distribute_module(module, mesh, None, enter, leave)
+    def keep(_: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            same = DTensor.from_local(parameter.detach(), mesh, [Replicate()], run_check=False)
+            module.register_parameter(name, nn.Parameter(same, parameter.requires_grad))
+
+    distribute_module(module, mesh, keep, enter, leave)

@@ -114,10 +114,14 @@ class Trainer:
         """Consecutive iterations whose gap exceeded its limit; part of a run's state."""
         self.recompute = Recompute(policy.model, config.memory_gb, config.context_parallel)
         self.ranks = ranks or Ranks()
-        if self.ranks.size > 1:
+        known = None
+        if self.ranks.rank == 0:
             # A sharded policy would hide what its passes keep, and its frozen parameters.
-            self.recompute.footprint(policy.probe)
-        self._fingerprint = fingerprint(policy.model)
+            several = self.ranks.size > 1
+            kept = self.recompute.footprint(policy.probe) if several else None
+            known = fingerprint(policy.model), kept, self.recompute.budget
+        self._fingerprint, kept, budget = self.ranks.everywhere(known)
+        self.recompute.assume(kept, budget)
         shard(policy, config, self.ranks)
 
     @property

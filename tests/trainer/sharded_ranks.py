@@ -28,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kimi_core.config import DpoConfig, SftConfig, TrainerConfig
 from kimi_core.models.placement import freeze_below
+from kimi_core.trainer.blueprint import Blueprint
 from kimi_core.trainer.dpo import DpoPhase
 from kimi_core.trainer.fitting import Save
 from kimi_core.trainer.policy import Policy
@@ -189,6 +190,8 @@ def trainer_of(
         **(axes_of(case) if ranks else {}),
     )
     policy = Policy(tiny_llama(case), temperature=0.8, head_chunk=16)
+    if ranks and ranks.rank > 0:
+        policy = Blueprint.of(policy).build(case.trainable_layers)  # Rank 0 sends the weights.
     return Trainer(policy, settings, publisher or InPlace(), ranks)
 
 
