@@ -72,11 +72,12 @@ class SftPhase:
     """``train_sft`` with the policy of a run's trainer, on all of its ranks; each rank has one."""
 
     trainer: Trainer
-    config: SftConfig
+    config: SftConfig | ShortestConfig
     settings: TrainerConfig
     report: Callable[[int, float], None] = lambda step, loss: None
     after_step: Callable[[int, Save], None] = lambda step, save: None
     resume: tuple[int, Path] | None = None
+    key: str = "sft"
 
     @property
     def ranks(self) -> Ranks:
@@ -87,14 +88,18 @@ class SftPhase:
 
         Raises: as ``train_sft``, and RankFailed.
         """
-        self._fit(self.ranks.of_rank_0(examples, []), len(examples), self.config, seed, self.resume)
+        if not examples:
+            raise ValueError("SFT needs at least one example; the file or source gave none")
+        mine = self.ranks.of_rank_0(examples, [])
+        self._fit(mine, len(examples), self.config, self.key, seed, self.resume)
 
     @on_all_ranks
     def _fit(
         self,
         examples: Any,
         count: int,
-        config: SftConfig,
+        config: SftConfig | ShortestConfig,
+        key: str,
         seed: int,
         resume: tuple[int, Path] | None,
     ) -> None:
@@ -105,7 +110,7 @@ class SftPhase:
                 _accumulator(fitting, examples),
                 count,
                 config,
-                key="sft",
+                key=key,
                 seed=seed,
                 report=self.report,
                 after_step=self.after_step,

@@ -29,6 +29,7 @@ def followers(pid: int) -> list[int]:
     return children(pid, "kimi_core.run.follower")
 
 
+@pytest.mark.slow
 def test_two_ranks_one_dies_the_run_dies_and_goes_on(run):
     run("name=one")
     expected = iterations("one")

@@ -53,6 +53,7 @@ class Case:
     replicas: int = 1
     tensor_parallel: int = 1
     context_parallel: int = 1
+    family: str = "Llama"
     tied: bool = False
     vocabulary: int = 40
     kv_heads: int = 2
@@ -82,6 +83,7 @@ CASES = {
     "TP, untied, uneven vocabulary": replace(TP, vocabulary=41),
     "TP, frozen layers, many passes": replace(TP, trainable_layers=1, tokens_per_micro_batch=40),
     "TP, bfloat16, another objective": replace(TP, dtype="bfloat16", objective="grpo"),
+    "TP, norms of heads": replace(TP, family="Qwen3"),
     "CP, tied": replace(CP, tied=True),
     "CP, layers computed twice": replace(CP, memory_gb=1e-4),
     "CP, frozen layers, many passes": replace(CP, trainable_layers=1, tokens_per_micro_batch=14),
@@ -122,19 +124,20 @@ NANS = [
 
 
 def tiny_llama(case: Case = CASES["FSDP"]) -> hf.PreTrainedModel:
-    config = hf.LlamaConfig(
+    config = getattr(hf, f"{case.family}Config")(
         vocab_size=case.vocabulary,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=case.kv_heads,
+        head_dim=8,
         tie_word_embeddings=case.tied,
         bos_token_id=None,
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(config)
+    model = getattr(hf, f"{case.family}ForCausalLM")(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     freeze_below(model, case.trainable_layers)
