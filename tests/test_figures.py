@@ -89,7 +89,7 @@ def test_fig7_goes_on_from_points_that_are_there(tmp_path, monkeypatch, capsys):
     for name in ("lengths-0", "lengths-short"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text("{}")
-    for column in range(3):
+    for column in range(fig7.TRIED):
         out = tmp_path / f"fig7-{str(column) * len(METHODS)}"
         out.mkdir()
         some = [point("long", 80, 0.97), *(point(name, 50 + column, 0.97) for name in METHODS)]

@@ -12,6 +12,7 @@ import random
 from contextlib import closing
 from pathlib import Path
 
+from kimi_core.cli.settings import CONFIGS
 from kimi_core.config import Config, ShortestConfig
 from kimi_core.evaluation.answers import Draw, Responder
 from kimi_core.evaluation.record import Record, key_of
@@ -83,7 +84,8 @@ def main() -> None:
     (given.folder / "metrics.jsonl").unlink(missing_ok=True)
 
     def config_of(model: str) -> Config:
-        return load_config("think", [f"model.name={model}", f"seed={given.seed}", "sft.data=none"])
+        changes = [f"model.name={model}", f"seed={given.seed}", "sft.data=none"]
+        return load_config(CONFIGS / "think.toml", changes)
 
     def note(found: EvaluationMetrics, number: int) -> None:
         line = to_record(found) | {"kind": "evaluation", "iteration": number}

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from statistics import mean
 
+from kimi_core.cli.settings import CONFIGS
 from kimi_core.loop import Loop
 from kimi_core.metrics import IterationMetrics
 from kimi_core.run.build import build
@@ -20,10 +21,10 @@ ITERATIONS = 12
 """Measured of each loop."""
 
 
-def loop_of(config: str, settings: list[str], budget: str) -> Loop:
+def loop_of(settings: list[str], budget: str) -> Loop:
     """A loop whose weights stand still."""
     fixed = ["sft.data=none", "trainer.learning_rate=1e-30", f"rollout.token_budget={budget}"]
-    loop = build(load_config(config, [*settings, *fixed])).loop
+    loop = build(load_config(CONFIGS / "think.toml", [*settings, *fixed])).loop
     loop.start()
     return loop
 
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     given = parser.parse_intermixed_args()
     settings = [*given.settings, f"model.name={given.model}", f"seed={given.seed}"]
-    loops = [loop_of("think", settings, budget) for budget in given.budgets]
+    loops = [loop_of(settings, budget) for budget in given.budgets]
     for loop in loops:
         warm_up(loop, loop.config.rollout.max_response_tokens)
     found: list[list[tuple[IterationMetrics, float, float]]] = [[] for _ in loops]

@@ -9,14 +9,14 @@ from pathlib import Path
 from figures.plots import curves, figure, save
 from figures.runs import TASKS, Runs
 from figures.seeds import Mean, difference, table
-from figures.start import ITERATIONS, evaluations
+from figures.start import CHEAP, ITERATIONS, evaluations
 
 TASK = [
     "think",
     f"prompts.source={TASKS}:graded",
     "prompts.held_out=900",
 ]
-START = [f"sft.data={TASKS}:graded_examples", "sft.steps=350"]
+START = [f"sft.data={TASKS}:graded_examples", "sft.steps=300"]
 UNIFORM = "curriculum.prioritized=false"
 ARMS = {
     "uniform": [UNIFORM],
@@ -52,7 +52,7 @@ def run(runs: Runs, figures: Path) -> str:
 
 def _train(runs: Runs, name: str, seed: int, settings: list[str]) -> Path:
     start = runs.sft(f"graded-{seed}", *TASK, *START, f"seed={seed}") / "checkpoint"
-    common = [f"iterations={ITERATIONS}", "evaluation.every=10", "evaluation.prompts=none"]
+    common = [f"iterations={ITERATIONS}", "evaluation.every=10", "evaluation.prompts=none", *CHEAP]
     given = [f"model.name={start}", "sft.data=none", f"seed={seed}"]
     return runs.train(name, *TASK, *common, *settings, *given)
 

@@ -24,8 +24,8 @@ def worked(prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
 
 
 def drafts() -> list[Prompt]:
-    """2,000 prompts whose answers differ in nothing but their length."""
-    return [Prompt(index, f"{index:04d}=", "#1") for index in range(2000)]
+    """2,000 prompts for responses of which nothing but the length matters: none counts as right."""
+    return [Prompt(index, f"{index:04d}=", "none") for index in range(2000)]
 
 
 def draft_examples(prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
