@@ -52,7 +52,7 @@ def run(runs: Runs, figures: Path) -> str:
     simulated = [[simulate(budget, seed) for seed in runs.seeds] for budget in BUDGETS]
     rows, several = {}, {}
     for index, budget in enumerate(BUDGETS):
-        label = "no budget" if budget is None else f"budget {budget}"
+        label = "no budget" if budget is None else f"{budget // MEDIAN} × median"
         one_each = [seed["loops"][index] for seed in measured]
         several[label] = [
             [one["tokens"] for one in one_each],
@@ -64,7 +64,7 @@ def run(runs: Runs, figures: Path) -> str:
             [one["stale_share"] for one in one_each],
         ]
         rows[label] = [
-            [one["tokens"] for one in simulated[index]],
+            [one["tokens"] / 1e6 for one in simulated[index]],
             [one["seconds"] for one in simulated[index]],
             [one["busy_share"] for one in simulated[index]],
         ]
@@ -79,7 +79,7 @@ def run(runs: Runs, figures: Path) -> str:
             f"{len(runs.seeds)} seeds. Lengths without a budget: median, 90 %, 99 % = {said}.",
             "Measured, each value of one iteration:\n\n" + table(head, several),
             f"Simulated, {RESPONSES} responses an iteration, 8 engines of 8B:\n\n"
-            + table(["tokens", "rollout s", "busy"], rows),
+            + table(["million tokens", "rollout s", "busy"], rows),
         ]
     )
 

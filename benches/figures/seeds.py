@@ -34,7 +34,12 @@ class Mean:
         return cls(float(array.mean()), float(low), float(high))
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{_short(self.mean)} [{_short(self.low)}, {_short(self.high)}]"
+
+
+def _short(value: float) -> str:
+    """At least three digits, and never an exponent for large numbers."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def difference(ours: Sequence[float], theirs: Sequence[float]) -> Mean:
