@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from experiments import main
-from figures import fig7, fig10_rest, tasks
+from figures import fig7, fig9, fig10, fig10_rest, tasks
 from figures.runs import Runs
 from figures.seeds import Mean, difference, table
 from tiny_runs import TINY, make_folder
 
 from kimi_core.long2short import METHODS
 from kimi_core.long2short.comparison import Point
+from kimi_core.metrics import EvaluationMetrics, to_record
 from kimi_core.run.config_file import load_config
 from kimi_core.tasks import multiply
 from kimi_core.trainer.objectives import Responses
@@ -84,22 +85,77 @@ def test_of_accurate_settings_the_shortest_is_used_and_else_the_most_accurate():
     assert fig7.choose("rl", tried) == 1 and fig7.choose("dpo", tried) == 1
 
 
-def test_fig7_goes_on_from_points_that_are_there(tmp_path, monkeypatch, capsys):
-    """With every run in its place, the command draws and prints, and starts no process."""
+def finished(folder, accuracy=0.5):
+    """What a run leaves behind that a figure reads: evaluations before and after."""
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
+    evaluations = [
+        EvaluationMetrics(
+            iteration=iteration,
+            policy_version=0,
+            accuracy_greedy=value,
+            accuracy_sampled=value,
+            length_mean=30.0,
+            n=10,
+            seed=0,
+            sampled_by_domain={"hard": value, "easy": 1.0},
+        )
+        for iteration, value in ((0, 0.1), (40, accuracy))
+    ]
+    lines = [json.dumps(to_record(one) | {"kind": "evaluation"}) for one in evaluations]
+    (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def figure(name: str, tmp_path, monkeypatch, capsys) -> str:
+    """What the command prints, from runs that are all there; it draws a picture."""
+    given = [name, "--seeds", "0", "--runs", str(tmp_path), "--plots", str(tmp_path / "plots")]
+    monkeypatch.setattr(sys, "argv", ["experiments.py", *given])
+    main()
+    assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    return capsys.readouterr().out
+
+
+def test_fig7_from_points_that_are_there(tmp_path, monkeypatch, capsys):
     for name in ("lengths-0", "lengths-short"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "summary.json").write_text("{}")
+        finished(tmp_path / name)
     for column in range(fig7.TRIED):
         out = tmp_path / f"fig7-{str(column) * len(METHODS)}"
         out.mkdir()
         some = [point("long", 80, 0.97), *(point(name, 50 + column, 0.97) for name in METHODS)]
         both = [asdict(one) | {"seed": seed} for one in some for seed in (0, 100)]
         (out / "summary.json").write_text(json.dumps({"points": both}))
-    given = ["fig7", "--seeds", "0", "--runs", str(tmp_path), "--plots", str(tmp_path / "plots")]
-    monkeypatch.setattr(sys, "argv", ["experiments.py", *given])
-    main()
-    assert "| rl | 1 [1, 1] | 0.97 [0.97, 0.97] | 50 [50, 50] |" in capsys.readouterr().out
-    assert (tmp_path / "plots" / "fig7.png").read_bytes().startswith(b"\x89PNG")
+    said = figure("fig7", tmp_path, monkeypatch, capsys)
+    assert "| rl | 1 [1, 1] | 0.97 [0.97, 0.97] | 50 [50, 50] |" in said
+
+
+def test_fig5_and_length_from_runs_that_are_there(tmp_path, monkeypatch, capsys):
+    for name, accuracy in {"short": 0, "plain": 0.6, "length-0": 0.4, "length-1": 0.5}.items():
+        finished(tmp_path / f"{name}-0", accuracy)
+    assert "gain, accuracy_sampled: 0.5 [0.5, 0.5]" in figure("fig5", tmp_path, monkeypatch, capsys)
+    said = figure("length", tmp_path, monkeypatch, capsys)
+    assert "with warm-up − without, accuracy_sampled: 0.1 [0.1, 0.1]" in said
+
+
+def test_fig9_from_runs_that_are_there(tmp_path, monkeypatch, capsys):
+    finished(tmp_path / "graded-0")
+    for arm in range(len(fig9.ARMS)):
+        finished(tmp_path / f"fig9-{arm}-0", 0.25 * (arm + 1))
+    said = figure("fig9", tmp_path, monkeypatch, capsys)
+    assert "uniform, then hard only − uniform, hard: 0.25 [0.25, 0.25]" in said
+
+
+def test_fig10_takes_the_best_setting_of_each_method(tmp_path, monkeypatch, capsys):
+    for seed in (0, fig10.SEARCH_SEED):
+        finished(tmp_path / f"short-{seed}")
+        finished(tmp_path / f"plain-{seed}", 0.1)
+        for method, settings in (("omd", fig10.MIRROR_DESCENT), ("rest", fig10.REST)):
+            for number in range(len(settings)):
+                finished(tmp_path / f"fig10-{method}-{number}-{seed}", 0.1 * (number + 1))
+    said = figure("fig10", tmp_path, monkeypatch, capsys)
+    assert len(fig10.MIRROR_DESCENT) == len(fig10.REST)
+    best = list(fig10.MIRROR_DESCENT)[-1]
+    assert f"| mirror descent, {best} |" in said
+    assert "mirror descent − ReST, sampled: 0 [0, 0]" in said
 
 
 def test_a_finished_run_is_kept_and_never_taken_for_another(tmp_path):

@@ -38,48 +38,47 @@ POLICY = [
 SIMULATED = Lengths(median=4_000, sigma=SIGMA, longest=32_000)
 RESPONSES = 1_024
 """Begun in each simulated iteration, on 8 engines of one GPU each."""
+SIMULATED_COLUMNS = ("million tokens", "rollout s", "busy")
+
+
+MEASURED = {
+    "tokens": "tokens",
+    "most steps": "steps_most",
+    "rollout CPU-s": "rollout_cpu_s",
+    "slowest": "rollout_cpu_s_most",
+    "iteration CPU-s": "cpu_s",
+    "responses trained": "samples",
+    "stale tokens": "stale_share",
+}
+"""Column → what ``fig3b_loops.py`` calls it."""
 
 
 def run(runs: Runs, figures: Path) -> str:
-    """Measure and simulate; return the table."""
+    """Measure and simulate; return the tables."""
     policy = runs.sft("fig3b-policy", *POLICY, "seed=0")
     budgets = ["none" if one is None else str(one) for one in BUDGETS]
     command = (f"{policy}/checkpoint", *POLICY[1:], "--budgets", *budgets)
     folders = runs.each(
         lambda seed: runs.script("fig3b_loops.py", f"fig3b-{seed}", *command, "--seed", str(seed))
     )
-    measured = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    simulated = [[simulate(budget, seed) for seed in runs.seeds] for budget in BUDGETS]
-    rows, several = {}, {}
-    for index, budget in enumerate(BUDGETS):
+    found = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    measured, simulated = {}, {}
+    for number, budget in enumerate(BUDGETS):
         label = "no budget" if budget is None else f"{budget // MEDIAN} × median"
-        one_each = [seed["loops"][index] for seed in measured]
-        several[label] = [
-            [one["tokens"] for one in one_each],
-            [one["steps_most"] for one in one_each],
-            [one["rollout_cpu_s"] for one in one_each],
-            [one["rollout_cpu_s_most"] for one in one_each],
-            [one["cpu_s"] for one in one_each],
-            [one["samples"] for one in one_each],
-            [one["stale_share"] for one in one_each],
-        ]
-        rows[label] = [
-            [one["tokens"] / 1e6 for one in simulated[index]],
-            [one["seconds"] for one in simulated[index]],
-            [one["busy_share"] for one in simulated[index]],
-        ]
-    _draw(several, rows, figures / "fig3b.png")
-    lengths = [length for seed in measured for length in seed["lengths"]]
-    quantiles = np.quantile(lengths, [0.5, 0.9, 0.99])
-    said = ", ".join(f"{q:.0f}" for q in quantiles)
-    head = ["tokens", "most steps", "rollout CPU-s", "slowest", "iteration CPU-s"]
-    head += ["responses trained", "stale tokens"]
+        loops = [seed["loops"][number] for seed in found]
+        measured[label] = [[one[key] for one in loops] for key in MEASURED.values()]
+        phases = [simulate(budget, seed) for seed in runs.seeds]
+        simulated[label] = [[one[key] for one in phases] for key in SIMULATED_COLUMNS]
+    _draw(measured, simulated, figures / "fig3b.png")
+    lengths = [length for seed in found for length in seed["lengths"]]
+    said = ", ".join(f"{one:.0f}" for one in np.quantile(lengths, [0.5, 0.9, 0.99]))
     return "\n\n".join(
         [
-            f"{len(runs.seeds)} seeds. Lengths without a budget: median, 90 %, 99 % = {said}.",
-            "Measured, each value of one iteration:\n\n" + table(head, several),
-            f"Simulated, {RESPONSES} responses an iteration, 8 engines of 8B:\n\n"
-            + table(["million tokens", "rollout s", "busy"], rows),
+            f"{len(folders)} seeds. Lengths without a budget: median, 90 %, 99 % = {said}.",
+            "Measured, each value of one iteration:",
+            table(list(MEASURED), measured),
+            f"Simulated, {RESPONSES} responses an iteration, 8 engines of 8B:",
+            table(SIMULATED_COLUMNS, simulated),
         ]
     )
 
@@ -102,7 +101,7 @@ def simulate(budget: int | None, seed: int) -> dict[str, float]:
         rng=rng,
     ).run()
     busy = phase.busy_s / (8 * phase.seconds)
-    return {"tokens": phase.tokens, "seconds": phase.seconds, "busy_share": busy}
+    return {"million tokens": phase.tokens / 1e6, "rollout s": phase.seconds, "busy": busy}
 
 
 def _draw(

@@ -14,7 +14,12 @@ def run(runs: Runs, figures: Path) -> str:
     sheet, (accuracy, length) = figure(2)
     lines = {name: over_seeds(folders, f"accuracy_{name}") for name in ("sampled", "greedy")}
     curves(accuracy, "held-out accuracy", "iteration", lines)
-    curves(length, "response length, tokens", "iteration", {"": over_seeds(folders, "length_mean")})
+    curves(
+        length,
+        "response length, tokens",
+        "iteration",
+        {"sampled": over_seeds(folders, "length_mean")},
+    )
     save(sheet, figures / "fig5.png")
     before = [evaluations(one)[0] for one in folders]
     after = [evaluations(one)[-1] for one in folders]
