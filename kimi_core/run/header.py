@@ -18,12 +18,14 @@ def header(config: Config, parts: Parts, folder: Path) -> list[str]:
     made = f"{kind} from scratch" if config.model.name == "scratch" else config.model.name
     share = "" if trained == total else f", {trained:,} of them trained"
     examples = f", {len(parts.examples):,} SFT examples" if parts.examples else ""
+    sets = [f", {name} ({len(one.prompts):,})" for name, one in parts.sets.items()]
+    evaluated = "".join(sets).replace(", ", "; also evaluated: ", 1)
     lines = [
         f"model    {made}, {total:,} parameters{share}, {len(parts.tokenizer):,} tokens, "
         f"{parts.model.dtype}".replace("torch.", "")
         + f" on {parts.model.device}",
         f"data     {config.prompts.source}: {len(parts.train_prompts):,} prompts to train on, "
-        f"{len(parts.evaluator.prompts):,} held out{examples}",
+        f"{len(parts.evaluator.prompts):,} held out{examples}{evaluated}",
         f"look at  kimi dashboard {folder}, or tensorboard --logdir {folder}/tensorboard",
     ]
     done, _ = read_metrics(folder / "metrics.jsonl")

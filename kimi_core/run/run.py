@@ -15,6 +15,7 @@ from rich.console import Console
 
 from kimi_core.config import Config
 from kimi_core.evaluation.progress import Progress
+from kimi_core.evaluation.sets import evaluate as evaluate_sets
 from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics, to_record
 from kimi_core.run import identity, state
@@ -176,7 +177,7 @@ def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMet
     with closing(build(config)) as parts:
         parts.loop.start()
         seed = config.seed + EVALUATION_SEED
-        return parts.evaluator.evaluate(iteration=0, seed=seed, limit=limit)
+        return evaluate_sets(parts.evaluator, parts.sets, iteration=0, seed=seed, limit=limit)
 
 
 def _reinforce(
@@ -232,7 +233,8 @@ def _is_done(loop: Loop, config: Config) -> bool:
 def evaluate(
     parts: Parts, config: Config, folder: RunFolder, report: Report, *, limit: int | None = None
 ) -> None:
-    """Report the accuracy on the first ``limit`` held-out prompts; None: on all of them.
+    """Report the accuracy on the first ``limit`` held-out prompts (None: on all of them) and on
+    the other evaluation sets.
 
     What an earlier process has of this evaluation, with these weights, is kept.
     """
@@ -243,17 +245,24 @@ def evaluate(
         "iteration": iteration,
         "seed": seed,
         "limit": limit,
+        "samples": config.evaluation.samples_of(),
         "data": folder.data,
         "trained": {key: trained[key] for key in ("loss", "grad_norm") if key in trained},
     }
     count = len(parts.evaluator.prompts[:limit])
+    everything = count + sum(len(one.prompts) for one in parts.sets.values())
     expected_s = report.evaluation_s(count)
     if expected_s is None or expected_s >= SAY_FROM_S:
         takes = "" if expected_s is None else f", about {clock(expected_s)}"
-        say(report.console, f"evaluating {count} prompts{takes}")
+        say(report.console, f"evaluating {everything} prompts{takes}")
     with closing(Progress(folder.path / EVALUATION, about)) as progress:
-        found = parts.evaluator.evaluate(
-            iteration=iteration, seed=seed, limit=limit, progress=progress
+        found = evaluate_sets(
+            parts.evaluator,
+            parts.sets,
+            iteration=iteration,
+            seed=seed,
+            limit=limit,
+            progress=progress,
         )
         report.evaluation(found)
         progress.remove()
