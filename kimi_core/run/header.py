@@ -4,6 +4,7 @@ from pathlib import Path
 
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics, read_metrics
+from kimi_core.run.best import read_best
 from kimi_core.run.build import Parts
 from kimi_core.run.given import GIVEN
 from kimi_core.run.report import clock
@@ -43,6 +44,8 @@ def _recent_s(done: list[IterationMetrics]) -> float:
 def next_steps(config: Config, folder: Path) -> list[str]:
     """Lines that say what the run has made, and commands that go on with it."""
     lines = [f"curves   {folder}/curves.png", f"model    {folder}/checkpoint"]
+    if best := read_best(folder):
+        lines.append(f"best     {folder}/best: {best}")
     if GIVEN in (config.prompts.source, config.reward.function):
         return lines  # Only the program that gave them can go on.
     settings = f"{folder}/config.toml model.name={folder}/checkpoint"

@@ -26,6 +26,7 @@ from kimi_core.metrics import (
     summarize,
     to_record,
 )
+from kimi_core.run.best import read_best
 from kimi_core.run.files import append_line, write_atomically
 
 Metrics = IterationMetrics | EvaluationMetrics
@@ -150,6 +151,8 @@ class Report:
         summary = summarize(
             self.iterations, self.evaluations, sft_s=self._sft_s, lost_s=self._lost_s
         )
+        if best := read_best(self.folder):
+            summary["best"] = vars(best)
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         from kimi_core.run.curves import draw_curves  # Loads matplotlib, which only the end needs.
 

@@ -19,6 +19,7 @@ from kimi_core.evaluation.sets import evaluate as evaluate_sets
 from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics, to_record
 from kimi_core.run import identity, state
+from kimi_core.run.best import forget_later, is_stuck, keep_best, read_best
 from kimi_core.run.build import Parts, build
 from kimi_core.run.collapse import watch
 from kimi_core.run.disk import disk_faults_named
@@ -92,6 +93,8 @@ def train(
             state.save(parts.loop, folder, sft_s)
         folder.sft_states.remove()
         _say_changes(folder, console)
+        if said := forget_later(folder.path, parts.loop.iteration):
+            say(console, said)
         with Report(
             folder.path,
             total_iterations=config.iterations,
@@ -103,7 +106,7 @@ def train(
         ) as report:
             _reinforce(parts, config, folder, report, sft_s, stop)
         folder.save_checkpoint(parts.loop.trainer, parts.tokenizer, parts.images)
-        if not _is_done(parts.loop, config):
+        if not _is_over(parts.loop, config, report):
             stop.leave(f"{parts.loop.iteration} of {config.iterations}")
     for line in next_steps(config, folder.path):
         say(console, line)
@@ -191,7 +194,7 @@ def _reinforce(
     folder.states.prune()  # As the process that saved the last one may not have done.
     if not stop.is_set():
         _catch_up(parts, config, folder, report, files)
-    while not (stop.is_set() or _is_done(loop, config)):
+    while not (stop.is_set() or _is_over(loop, config, report)):
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
         files.write(loop.iteration, records)
@@ -202,11 +205,16 @@ def _reinforce(
             files.write_samples(loop.iteration, records)
         report.iteration(metrics)
         watch(report, folder, config)
-        if last or stop.is_set() or loop.iteration % config.save_every == 0:
+        may_decide = is_due and config.evaluation.best
+        if last or stop.is_set() or may_decide or loop.iteration % config.save_every == 0:
             state.save(loop, folder, sft_s)
         if last or (is_due and not stop.is_set()):  # A resumed run catches up on it.
             limit = None if last else config.evaluation.prompts
             evaluate(parts, config, folder, report, limit=limit)
+            _keep_best(parts, config, folder, report)
+    if is_stuck(report.evaluations, config.evaluation):
+        patience = config.evaluation.patience
+        say(report.console, f"no better evaluation in {patience}: {read_best(folder.path)} stays")
 
 
 def _catch_up(
@@ -218,11 +226,24 @@ def _catch_up(
     is_there = any(evaluation.iteration == done for evaluation in report.evaluations)
     if is_there or not (last or done % config.evaluation.every == 0):
         (folder.path / EVALUATION).unlink(missing_ok=True)
+        _keep_best(parts, config, folder, report)
         return
     limit = None if last or done == 0 else config.evaluation.prompts
     if records := files.read(done):
         files.write_samples(done, records)
     evaluate(parts, config, folder, report, limit=limit)
+    _keep_best(parts, config, folder, report)
+
+
+def _keep_best(parts: Parts, config: Config, folder: RunFolder, report: Report) -> None:
+    """Keep the present policy if it was evaluated and is the best one."""
+    evaluated = [one for one in report.evaluations if one.iteration == parts.loop.iteration]
+    if config.evaluation.best and evaluated:
+        keep_best(parts, config.evaluation, folder, evaluated[-1])
+
+
+def _is_over(loop: Loop, config: Config, report: Report) -> bool:
+    return _is_done(loop, config) or is_stuck(report.evaluations, config.evaluation)
 
 
 def _is_done(loop: Loop, config: Config) -> bool:
