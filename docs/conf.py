@@ -1,6 +1,6 @@
 """Sphinx: the pages of this folder, and a reference made from the docstrings.
 
-    pip install '.[docs]' && sphinx-build -W docs build/docs
+pip install '.[docs]' && sphinx-build -W docs build/docs
 """
 
 import io

@@ -132,3 +132,8 @@ CHAT = """Ask the model of a run: k responses with their rewards.
 Only states that the run keeps can be asked (keep_states); --before needs the one after iteration 0,
 or a run without SFT. A prompt that the run has is judged with its answer, any other with --answer.
 The run's folder is not changed."""
+
+COMPLETION = """Print a script that completes commands, configs and settings in a shell.
+
+    kimi completion bash >> ~/.bashrc
+    kimi completion zsh >> ~/.zshrc"""
