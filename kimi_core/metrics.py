@@ -87,6 +87,8 @@ class IterationMetrics:
     """Processes of the engine that were lost and started a second time."""
     worker_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens that each of several rollout workers sampled, by its number."""
+    learning_rate: float = math.nan
+    """Learning rate of the updates."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,8 +141,10 @@ class SftConfig(Section):
     """Take the examples in random order. False: in the order of the data, such as short ones
     first."""
     learning_rate: float = Field(3e-3, gt=0, le=1)
-    """Peak learning rate. It is reached after 5 % of the steps, and a cosine then lowers it to a
-    tenth."""
+    """Peak learning rate."""
+    schedule: SftScheduleConfig = SftScheduleConfig()
+    """How the learning rate changes over the steps: by default it rises over 5 % of them, and a
+    cosine then lowers it to a tenth."""
     save_every: int = Field(200, ge=1)
     """Steps between saved states of SFT. `--resume` repeats those after the last one."""
 
@@ -303,7 +305,9 @@ class TrainerConfig(Section):
     ablation: AblationConfig = AblationConfig()
     """Choices that the report makes for you, with what they can be compared with."""
     learning_rate: float = Field(1e-4, gt=0, le=1)
-    """Learning rate of AdamW; constant."""
+    """Learning rate of AdamW; the peak of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate changes over the iterations of the run."""
     updates_per_iteration: int = Field(2, ge=1)
     """Optimizer steps per iteration, each on its share of the groups."""
     weight_decay: float = Field(0.0, ge=0)
