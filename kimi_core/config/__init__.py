@@ -323,6 +323,8 @@ class TrainerConfig(Section):
     """Rows of logits that exist at once."""
     trainable_layers: int | None = Field(None, ge=1)
     """Number of top layers to train, with the final norm. Unset: everything is trained."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters that are trained in place of the model's weights, in `trainable_layers` or all."""
     memory_gb: float | None = Field(None, gt=0)
     """What the activations of a training pass may take, in 10⁹ bytes. To fit, layers compute their
     activations twice, and micro-batches get smaller. Unset: half of the device's memory."""
@@ -335,6 +337,15 @@ class TrainerConfig(Section):
     logprob_gap_limit: float = Field(0.05, gt=0)
     """Largest mean |Δ log-prob| between engine and trainer on fresh tokens, in nats. Above it the
     trainer recomputes the reference; three iterations in a row stop the run."""
+
+    @model_validator(mode="after")
+    def _adapters_have_one_rank(self) -> "TrainerConfig":
+        if self.lora.rank and self.ranks > 1:
+            raise ValueError(
+                f"trainer.lora.rank = {self.lora.rank} with trainer.ranks = {self.ranks}: adapters "
+                "are trained by one process so far; set trainer.ranks=1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tau_is_positive(self) -> "TrainerConfig":

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kimi_core.config import TrainerConfig
 from kimi_core.models.fingerprint import fingerprint
+from kimi_core.models.lora import plain_parameters
 from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.gap import logprob_gap
 from kimi_core.trainer.master_weights import MasterWeights
@@ -187,7 +188,7 @@ class Trainer:
                 f"Cannot publish version {version}: version {self.published} was published, and "
                 "versions only grow"
             )
-        self._publisher.publish(self.policy.model.named_parameters(), version)
+        self._publisher.publish(plain_parameters(self.policy.model), version)
         self.published = version
 
     @on_all_ranks

@@ -68,6 +68,7 @@ def carry_out(*overrides: str, **options) -> Path:
     return train(config, console=Console(file=StringIO()), **options)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_rates_and_the_bits_of_an_unbroken_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)
