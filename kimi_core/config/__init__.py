@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from kimi_core.config.evaluation import EvaluationConfig as EvaluationConfig
 from kimi_core.config.evaluation import EvaluationSetConfig as EvaluationSetConfig
+from kimi_core.config.evaluation import TrajectoriesConfig as TrajectoriesConfig
 from kimi_core.config.section import Section as Section
 from kimi_core.config.stages import CurateConfig as CurateConfig
 from kimi_core.config.stages import DpoConfig as DpoConfig
@@ -357,13 +358,6 @@ class TrainerConfig(Section):
         return self
 
 
-class TrajectoriesConfig(Section):
-    every: int = Field(1, ge=0)
-    """Iterations between two files in `trajectories/`; 1 writes one per iteration, 0 none."""
-    tokens: bool = True
-    """Write token ids and log-probs. Off: texts and rewards only, a sixth of the size or less."""
-
-
 class Config(Section):
     name: str = Field("think", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/NAME`."""
@@ -386,6 +380,9 @@ class Config(Section):
     engine `torch`, `keep` with `vllm`, whose results differ in the last bits anyway."""
     grace_s: float = Field(20.0, ge=0)
     """Seconds that a run has after SIGTERM to finish the iteration and save it."""
+    tracker: str = ""
+    """Another place for the numbers of the run: `wandb`, `trackio`, `mlflow`, or
+    `file.py:function` (docs/training.md). Empty: none."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

@@ -37,6 +37,7 @@ from kimi_core.run import state
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.launch import start_ranks
+from kimi_core.run.trackers import load_tracker
 from kimi_core.trainer.objectives import load_objective
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
@@ -143,6 +144,8 @@ def _check_settings(config: Config) -> None:
     """Refuse what the settings alone show. Raises ValueError."""
     load_objective(config.trainer)
     check_lora(config)
+    if config.tracker:
+        load_tracker(config.tracker)
     if config.rollout.engine == "vllm":
         check_options(config.rollout.vllm.args)
 

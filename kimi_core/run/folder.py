@@ -42,6 +42,7 @@ MAY_CHANGE_ON_RESUME = (
     "keep_states",
     "resume",
     "grace_s",
+    "tracker",
     "sft.save_every",
     "evaluation",
     "trajectories",
