@@ -132,3 +132,11 @@ CHAT = """Ask the model of a run: k responses with their rewards.
 Only states that the run keeps can be asked (keep_states); --before needs the one after iteration 0,
 or a run without SFT. A prompt that the run has is judged with its answer, any other with --answer.
 The run's folder is not changed."""
+
+PUSH = """Upload the checkpoint of a run to the Hugging Face hub, with a page about the run.
+
+    kimi push runs/think me/think
+    kimi push runs/think me/think --best --public
+
+A new repository is private unless --public is given. `hf auth login` or HF_TOKEN says who you
+are."""
