@@ -137,3 +137,11 @@ COMPLETION = """Print a script that completes commands, configs and settings in 
 
     kimi completion bash >> ~/.bashrc
     kimi completion zsh >> ~/.zshrc"""
+
+PUSH = """Upload the checkpoint of a run to the Hugging Face hub, with a page about the run.
+
+    kimi push runs/think me/think
+    kimi push runs/think me/think --best --public
+
+A new repository is private unless --public is given. `hf auth login` or HF_TOKEN says who you
+are."""

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from kimi_core.config.evaluation import EvaluationConfig as EvaluationConfig
 from kimi_core.config.evaluation import EvaluationSetConfig as EvaluationSetConfig
+from kimi_core.config.evaluation import TrajectoriesConfig as TrajectoriesConfig
 from kimi_core.config.section import Section as Section
 from kimi_core.config.stages import CurateConfig as CurateConfig
 from kimi_core.config.stages import DpoConfig as DpoConfig
@@ -141,8 +142,10 @@ class SftConfig(Section):
     """Take the examples in random order. False: in the order of the data, such as short ones
     first."""
     learning_rate: float = Field(3e-3, gt=0, le=1)
-    """Peak learning rate. It is reached after 5 % of the steps, and a cosine then lowers it to a
-    tenth."""
+    """Peak learning rate."""
+    schedule: SftScheduleConfig = SftScheduleConfig()
+    """How the learning rate changes over the steps: by default it rises over 5 % of them, and a
+    cosine then lowers it to a tenth."""
     save_every: int = Field(200, ge=1)
     """Steps between saved states of SFT. `--resume` repeats those after the last one."""
 
@@ -303,7 +306,9 @@ class TrainerConfig(Section):
     ablation: AblationConfig = AblationConfig()
     """Choices that the report makes for you, with what they can be compared with."""
     learning_rate: float = Field(1e-4, gt=0, le=1)
-    """Learning rate of AdamW; constant."""
+    """Learning rate of AdamW; the peak of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate changes over the iterations of the run."""
     updates_per_iteration: int = Field(2, ge=1)
     """Optimizer steps per iteration, each on its share of the groups."""
     weight_decay: float = Field(0.0, ge=0)
@@ -319,6 +324,8 @@ class TrainerConfig(Section):
     """Rows of logits that exist at once."""
     trainable_layers: int | None = Field(None, ge=1)
     """Number of top layers to train, with the final norm. Unset: everything is trained."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters that are trained in place of the model's weights, in `trainable_layers` or all."""
     memory_gb: float | None = Field(None, gt=0)
     """What the activations of a training pass may take, in 10⁹ bytes. To fit, layers compute their
     activations twice, and micro-batches get smaller. Unset: half of the device's memory."""
@@ -333,6 +340,15 @@ class TrainerConfig(Section):
     trainer recomputes the reference; three iterations in a row stop the run."""
 
     @model_validator(mode="after")
+    def _adapters_have_one_rank(self) -> "TrainerConfig":
+        if self.lora.rank and self.ranks > 1:
+            raise ValueError(
+                f"trainer.lora.rank = {self.lora.rank} with trainer.ranks = {self.ranks}: adapters "
+                "are trained by one process so far; set trainer.ranks=1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _tau_is_positive(self) -> "TrainerConfig":
         if not self.tau > 0:
             raise ValueError(
@@ -340,13 +356,6 @@ class TrainerConfig(Section):
                 "(0.01 is a good start)"
             )
         return self
-
-
-class TrajectoriesConfig(Section):
-    every: int = Field(1, ge=0)
-    """Iterations between two files in `trajectories/`; 1 writes one per iteration, 0 none."""
-    tokens: bool = True
-    """Write token ids and log-probs. Off: texts and rewards only, a sixth of the size or less."""
 
 
 class Config(Section):
@@ -371,6 +380,9 @@ class Config(Section):
     engine `torch`, `keep` with `vllm`, whose results differ in the last bits anyway."""
     grace_s: float = Field(20.0, ge=0)
     """Seconds that a run has after SIGTERM to finish the iteration and save it."""
+    tracker: str = ""
+    """Another place for the numbers of the run: `wandb`, `trackio`, `mlflow`, or
+    `file.py:function` (docs/training.md). Empty: none."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

@@ -40,7 +40,7 @@ class LoraConfig(Section):
     rank: int = Field(0, ge=0)
     """Rank of the adapters, which are trained in place of the model's own weights. 0: no adapters.
     Needs `pip install 'kimi-core[lora]'`."""
-    alpha: float | None = Field(None, gt=0)
+    alpha: int | None = Field(None, ge=1)
     """An adapter's product counts alpha / rank times. Unset: twice the rank."""
     targets: list[str] = []
     """Names of the linear layers that get an adapter, such as `["q_proj", "v_proj"]`. Empty: all

@@ -15,7 +15,8 @@ from kimi_core.evaluation.sets import EvaluationSet
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import check_weights, context_of, load_model
-from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
+from kimi_core.models.lora import check_lora, choose_trained, plain_module
+from kimi_core.models.placement import check_gpus, limit_threads
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision import Images
 from kimi_core.models.vision_check import check
@@ -36,12 +37,13 @@ from kimi_core.run import state
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.launch import start_ranks
+from kimi_core.run.trackers import load_tracker
 from kimi_core.trainer.objectives import load_objective
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt, Sampling
-from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher
+from kimi_core.weights.publish import ArenaPublisher, CopyInto, InPlace, Publisher
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
         ValueError: a setting or a file cannot work, or a prompt does not fit into the context.
     """
     data = load_data(config, given)
-    load_objective(config.trainer)
-    if config.rollout.engine == "vllm":
-        check_options(config.rollout.vllm.args)
+    _check_settings(config)
     reward = given.reward or load_reward(config.reward)
     judged = [one.prompts for one in data.sets.values() if not one.benchmark]
     try_reward(reward, data.held_out, data.train, *judged)
@@ -138,6 +138,16 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     prompts, examples = data.train, data.examples
     built = (reward, publisher, evaluator, sets, loop, new_buffer, images)
     return Parts(model, tokenizer, codec, prompts, examples, given, *built)
+
+
+def _check_settings(config: Config) -> None:
+    """Refuse what the settings alone show. Raises ValueError."""
+    load_objective(config.trainer)
+    check_lora(config)
+    if config.tracker:
+        load_tracker(config.tracker)
+    if config.rollout.engine == "vllm":
+        check_options(config.rollout.vllm.args)
 
 
 def _encoders(
@@ -215,10 +225,14 @@ def _trainer(
     policy = policy_of(model, config, longest, images)
     ranks = start_ranks(config, longest, scratch)
     try:
-        publisher = publisher_of(model, config.rollout, ranks)
+        has_adapters = config.trainer.lora.rank > 0
+        read = plain_module(model) if has_adapters else model
+        publisher = publisher_of(read, config.rollout, ranks)
+        if has_adapters and isinstance(publisher, InPlace):
+            publisher = CopyInto(read)
         exact = config.resume != "keep"
         engine, _ = load_engine(
-            model, config.rollout, longest, publisher, exact=exact, images=images
+            read, config.rollout, longest, publisher, exact=exact, images=images
         )
         if images:
             check_images(model, images, policy, engine)
@@ -247,7 +261,7 @@ def model_to_train(
     check_weights(model)
     check_gpus(model.device, config.trainer.ranks)
     limit_threads(model, config.trainer.ranks)
-    freeze_below(model, config.trainer.trainable_layers)
+    choose_trained(model, config.trainer, config.seed)
     return model, tokenizer
 
 

@@ -22,7 +22,8 @@ from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import auto_class, check_folder, context_of
-from kimi_core.models.placement import device_of, dtype_of, freeze_below
+from kimi_core.models.lora import adapted_bytes, check_lora, choose_trained
+from kimi_core.models.placement import device_of, dtype_of
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.tokens import PromptTokens
@@ -48,6 +49,8 @@ class Memory:
     """float32, and once more in the model's dtype if that has 16 bits."""
     optimizer_moments: int
     """AdamW: two float32 numbers per trained parameter."""
+    merged_weights: int
+    """The engine's copy of the weights under adapters; 0 without adapters."""
     arena: int
     """Three versions of the weights in shared memory, for vLLM, several ranks and rollout workers.
     On a CPU the engine reads them there; on a GPU it has another copy."""
@@ -72,6 +75,7 @@ def describe(config: Config) -> str:
         ValueError: the model or the prompts do not exist or do not fit the config.
     """
     data = load_data(config)
+    check_lora(config)
     found = _skeleton(config, data)
     if found is None:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
@@ -145,6 +149,7 @@ def estimate(
         master_weights=trained * in_16_bits,
         gradients=trained + trained // 2 * in_16_bits,
         optimizer_moments=2 * trained,
+        merged_weights=adapted_bytes(model) if shares else 0,
         arena=arena,
         kv_cache=kv_cache,
         activations=config.trainer.ranks * _activations(config, model, longest),
@@ -227,5 +232,5 @@ def _skeleton(config: Config, data: Data) -> tuple[PreTrainedModel, PreTrainedTo
             model.generation_config = GenerationConfig.from_pretrained(
                 source, local_files_only=True
             )
-    freeze_below(model, config.trainer.trainable_layers)
+    choose_trained(model, config.trainer, config.seed)
     return model, tokenizer

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from kimi_core.config import TrainerConfig
 from kimi_core.models.fingerprint import fingerprint
+from kimi_core.models.lora import plain_parameters
 from kimi_core.trainer.activations import Recompute
+from kimi_core.trainer.gap import logprob_gap
 from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.objectives import Responses, load_objective, omd
 from kimi_core.trainer.packing import MicroBatch, micro_batches
@@ -111,7 +113,12 @@ class Trainer:
 
     @on_all_ranks
     def train(
-        self, batch: TrainingBatch, *, policy_version: int, seed: tuple[int, ...]
+        self,
+        batch: TrainingBatch,
+        *,
+        policy_version: int,
+        seed: tuple[int, ...],
+        share_of_peak: float = 1.0,
     ) -> TrainingMetrics:
         """Take ``updates_per_iteration`` steps, each on its share of the groups.
 
@@ -120,6 +127,7 @@ class Trainer:
             policy_version: the version of the present weights, which sampled this iteration's
                 tokens.
             seed: decides which update each group belongs to.
+            share_of_peak: what the learning rate is multiplied by.
 
         Raises:
             TrainingDiverged: a loss or gradient is not finite; that update is not taken.
@@ -130,7 +138,8 @@ class Trainer:
         """
         weights = self._master_weights()
         # Moments belong to a reference, and the reference just changed: the optimizer is new.
-        optimizer = weights.adamw(self._config.learning_rate, self._config.weight_decay)
+        rate = self._config.learning_rate * share_of_peak
+        optimizer = weights.adamw(rate, self._config.weight_decay)
         tokens = batch.tokens
         ages = policy_version - tokens.policy_versions
         counted = tokens.mask > 0
@@ -144,7 +153,7 @@ class Trainer:
             loss = self._accumulate(batch, counted, reference, share, met)
             if number == 0:
                 fresh = (ages == 0) & counted
-                gap = _gap(met, reference, fresh, self._config.logprob_gap_limit)
+                gap = logprob_gap(met, reference, fresh, self._config.logprob_gap_limit)
                 recomputed = self._check_gap(gap[0])
                 if recomputed:
                     weights.drop_gradients()
@@ -179,7 +188,7 @@ class Trainer:
                 f"Cannot publish version {version}: version {self.published} was published, and "
                 "versions only grow"
             )
-        self._publisher.publish(self.policy.model.named_parameters(), version)
+        self._publisher.publish(plain_parameters(self.policy.model), version)
         self.published = version
 
     @on_all_ranks
@@ -384,17 +393,3 @@ class Trainer:
             f"{self._config.learning_rate}) or look at the rewards and log-probs in "
             "this iteration's file in trajectories/"
         )
-
-
-def _gap(
-    own: np.ndarray, engines: np.ndarray, fresh: np.ndarray, limit: float
-) -> tuple[float, float, float]:
-    """Mean and maximum of |Δ log-prob| in nats, and the share of tokens above ``limit``.
-
-    Over those fresh tokens that ``own`` has a log-prob of.
-    """
-    delta = np.abs(own[fresh] - engines[fresh])
-    delta = delta[~np.isnan(own[fresh])]
-    if not len(delta):
-        return 0.0, 0.0, 0.0
-    return float(delta.mean()), float(delta.max()), float((delta > limit).mean())

@@ -60,6 +60,26 @@ class InPlace:
         """Do nothing: there is no memory to free."""
 
 
+class CopyInto:
+    """For an engine in this process that reads a module with other memory: adapters are merged.
+
+    A parameter that the module shares with the trainer does not move.
+    """
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self._parameters = dict(module.named_parameters())
+
+    @torch.no_grad()
+    def publish(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy every tensor to where the module has it, one after another."""
+        for name, tensor in named_tensors:
+            if self._parameters[name] is not tensor:
+                self._parameters[name].copy_(tensor)
+
+    def close(self) -> None:
+        """Do nothing: the memory is the module's."""
+
+
 class ArenaPublisher:
     """Copies each version into one arena per tensor-parallel rank.
 

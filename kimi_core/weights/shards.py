@@ -26,6 +26,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from kimi_core import _C
+from kimi_core.models.lora import plain_state
 from kimi_core.trainer.ranks import Ranks, deal
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.layout import Layout
@@ -170,7 +171,7 @@ def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
     Raises: OSError as ``save_rows``.
     """
     if ranks.size == 1:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=plain_state(model))
         return
     if ranks.rank == 0:
         config = copy.deepcopy(model.config)

@@ -35,6 +35,7 @@ export const MEANINGS = {
   same_answer: ["0–1", "questions asked as text and as an image whose greedy answers are the same"],
   worker_restarts: ["", "rollout workers that were lost and started a second time"],
   worker_tokens: ["tokens", "tokens that each rollout worker sampled"],
+  learning_rate: ["", "learning rate of the updates"],
   n: ["prompts", "number of held-out prompts; it bounds what a difference can mean"],
   samples: ["", "sampled responses to each prompt"],
   pass_at_k: ["0–1", "chance that one of k sampled responses is right, unbiased"],
