@@ -166,7 +166,7 @@ def test_the_master_alone(new_buffer, ratios):
     trajectories, rounds = 2048, 32
     messages, best = packed(trajectories, rounds), np.inf
     config = RolloutConfig(max_response_tokens=64 * rounds + 1)
-    for _ in range(3):
+    for _ in range(5):
         fleet = Fleet(
             [Stream(messages)], batch_rows=ROWS, vocabulary=VOCAB, context=None, exact=True
         )

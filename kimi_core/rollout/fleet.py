@@ -249,7 +249,7 @@ class Fleet:
                 if message.kind == wire.FAULT and work is not None:
                     raise WorkerGone(f"Rollout worker {worker.number} failed: {message.text}")
                 if work and message.segments is not None and message.call == self._call:
-                    work.note(worker.number, message.segments, self.policy_version)
+                    work.note(worker.number, message, self.policy_version)
                 taken.append(message)
         except WorkerGone as gone:
             self._lost(worker, gone, work)
@@ -322,8 +322,8 @@ class _Work:
         to the same worker."""
         self._requests = {request.trajectory_id: request for request in requests}
         self._ids = np.array(sorted(self._requests), np.int64)
-        self._steps = np.array([self._requests[key].steps for key in self._ids.tolist()], np.int64)
-        self._made = np.zeros(self.open, np.int64)
+        self._left = np.array([self._requests[key].steps for key in self._ids.tolist()], np.int64)
+        """Tokens that each may still get in this call."""
         self._owner = np.full(self.open, -1)
         """−1: nobody has it, because it waits or is answered."""
         self._came: list[list[SegmentColumns]] = [[] for _ in range(workers)]
@@ -336,23 +336,30 @@ class _Work:
         self.held[worker] += len(requests)
         return requests
 
-    def note(self, worker: int, columns: SegmentColumns, version: int) -> None:
+    def note(self, worker: int, message: wire.Message, version: int) -> None:
         """Take account of segments that came.
 
         Raises:
             WorkerGone: they are not what the worker was asked for.
         """
-        at = np.minimum(np.searchsorted(self._ids, columns.trajectory_ids), len(self._ids) - 1)
-        theirs = (self._ids[at] == columns.trajectory_ids) & (self._owner[at] == worker)
-        np.add.at(self._made, at[theirs], columns.lengths[theirs])
-        right = theirs & (self._made[at] <= self._steps[at]) & (columns.lengths > 0)
-        if not (right & (columns.policy_versions == version)).all():
+        columns = message.segments
+        assert columns is not None
+        keys, lengths = columns.trajectory_ids, columns.lengths
+        at = self._ids.searchsorted(keys)
+        at[at == len(self._ids)] = 0
+        theirs = (self._ids[at] == keys) & (self._owner[at] == worker) & (lengths > 0)
+        if message.policy_version != version or not theirs.all():
             raise WorkerGone(f"Rollout worker {worker} sent segments that nobody asked it for")
-        answered = (columns.end_reasons > 0) | (self._made[at] == self._steps[at])
-        done = np.unique(at[answered])
-        self._owner[done] = -1
-        self.held[worker] -= len(done)
-        self.open -= len(done)
+        np.subtract.at(self._left, at, lengths)
+        left = self._left[at]
+        if left.min() < 0:
+            raise WorkerGone(f"Rollout worker {worker} sent more tokens than it was asked for")
+        answered = (left == 0) | (columns.end_reasons > 0)
+        if answered.any():
+            done = np.unique(at[answered])
+            self._owner[done] = -1
+            self.held[worker] -= len(done)
+            self.open -= len(done)
         self._came[worker].append(columns)
 
     def take_back(self, worker: int) -> int:
@@ -366,7 +373,7 @@ class _Work:
                 parts[segment.trajectory_id].append(segment.token_ids)
         rest = [_rest(self._requests[key], new) for key, new in parts.items()]
         self._requests |= {request.trajectory_id: request for request in rest}
-        self._steps[at], self._made[at] = [request.steps for request in rest], 0
+        self._left[at] = [request.steps for request in rest]
         self._owner[at] = -1
         self.held[worker], self._came[worker] = 0, []
         self.begun.discard(worker)

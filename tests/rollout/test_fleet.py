@@ -179,6 +179,21 @@ def test_messages_come_out_as_they_went_in(lengths, version, call, cut):
             wire.unpacked(sent[:cut], worker=2)
 
 
+def test_columns_that_cannot_be_are_refused():
+    ids, logprobs = np.array([3, 4], np.int32), np.array([-1, -2], np.float32)
+    good = wire.packed(wire.SEGMENTS, segments=[Segment(5, ids, logprobs, 0, None)])
+    edges = wire.HEADER.size + 8 + 4 * 2 + 4 * 2
+    for place, wrong, why in [
+        (edges, b"\x01", "share its 2 tokens"),
+        (edges + 4, b"\x01", "share its 2 tokens"),
+        (len(good) - 1, b"\x04", "share its 2 tokens"),
+        (edges - 4, np.float32(np.nan).tobytes(), "not finite"),
+    ]:
+        bad = good[:place] + wrong + good[place + len(wrong) :]
+        with pytest.raises(ValueError, match=why):
+            wire.unpacked(bad, worker=0)
+
+
 def test_a_fault_is_text_whatever_its_bytes_are():
     message = wire.packed(wire.FAULT, text="out of memory")
     assert wire.unpacked(message, 0).text == "out of memory"
