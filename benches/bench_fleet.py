@@ -122,7 +122,7 @@ def test_cpu_a_token_of_two_workers(engine_of, new_buffer, ratios):
 class Stream:
     """Implements ``Worker``: has its messages ready, packed as a worker packs them."""
 
-    number, policy_version, steps, ready = 0, 0, 0, True
+    number, policy_version, steps, ready, joins = 0, 0, 0, True, False
 
     def __init__(self, messages: list[bytes]) -> None:
         self._messages = messages

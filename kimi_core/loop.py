@@ -119,7 +119,7 @@ class Loop:
         return replace(
             report,
             worker_restarts=self.engine.restarts - restarts,
-            worker_tokens=by_worker if self.config.rollout.workers > 1 else {},
+            worker_tokens=by_worker if len(by_worker) > 1 else {},
         )
 
     def state(self) -> dict[str, Any]:

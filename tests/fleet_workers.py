@@ -9,9 +9,10 @@ import transformers as hf
 
 from kimi_core.rollout import wire
 from kimi_core.rollout.engine import order
-from kimi_core.rollout.fleet import Fleet, WorkerGone
+from kimi_core.rollout.fleet import Fleet
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.rollout.torch.rows import Rows
+from kimi_core.rollout.work import WorkerGone
 from kimi_core.types import Sampling
 
 VOCAB, CONTEXT, STOP = 32, 96, 1
@@ -46,12 +47,18 @@ class Local:
 
     Args:
         dies: asked at each ``take`` whether the worker is gone.
+        joins: whether it comes from another host, and only once.
     """
 
     def __init__(
-        self, number: int, engine: TorchEngine, dies: Callable[[], bool] = lambda: False
+        self,
+        number: int,
+        engine: TorchEngine,
+        dies: Callable[[], bool] = lambda: False,
+        *,
+        joins: bool = False,
     ) -> None:
-        self.number, self.engine, self.dies = number, engine, dies
+        self.number, self.engine, self.dies, self.joins = number, engine, dies, joins
         self.starts = self.steps = 0
         self.fault = ""
         self.fed: list[list[int]] = []

@@ -1,14 +1,14 @@
 """Every setting of a run: typed, frozen, described. An unknown key is an error.
 
-A run is a TOML file of at most 50 lines. Each section of the file is one class, below or in
-``stages``, and a key that is left out keeps the default written there. ``run/config_file.py`` reads
-and writes the files.
+A run is a TOML file of at most 50 lines. Each section is one class of this package, and a key that
+is left out keeps the default. ``run/config_file.py`` reads and writes the files.
 """
 
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from kimi_core.config.cluster import ClusterConfig as ClusterConfig
 from kimi_core.config.section import Section as Section
 from kimi_core.config.stages import CurateConfig as CurateConfig
 from kimi_core.config.stages import DpoConfig as DpoConfig
@@ -393,6 +393,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     trajectories: TrajectoriesConfig = TrajectoriesConfig()
     curate: CurateConfig = CurateConfig()

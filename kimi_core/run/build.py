@@ -166,10 +166,16 @@ def _trainer(
     policy = policy_of(model, config, longest, images)
     ranks = start_ranks(config, longest, scratch)
     try:
-        publisher = publisher_of(model, config.rollout, ranks)
+        publisher = publisher_of(model, config, ranks)
         exact = config.resume != "keep"
         engine, _ = load_engine(
-            model, config.rollout, longest, publisher, exact=exact, images=images
+            model,
+            config.rollout,
+            longest,
+            publisher,
+            exact=exact,
+            images=images,
+            cluster=config.cluster,
         )
         if images:
             check_images(model, images, policy, engine)
@@ -215,9 +221,9 @@ def policy_of(
     )
 
 
-def publisher_of(model: PreTrainedModel, rollout: RolloutConfig, ranks: Ranks) -> Publisher:
+def publisher_of(model: PreTrainedModel, config: Config, ranks: Ranks) -> Publisher:
     """Takes the trainer's weights to the engine; ``model`` is not sharded yet."""
-    if reads_trainer(rollout) and ranks.size == 1:
+    if reads_trainer(config.rollout, config.cluster) and ranks.size == 1:
         return InPlace()
-    size = tensor_parallel(rollout)
+    size = tensor_parallel(config.rollout)
     return ArenaPublisher(model.config, model.dtype, tp_size=size, ranks=ranks)
