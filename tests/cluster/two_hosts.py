@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import kimi_core
 from kimi_core.metrics import read_metrics
 
 A, B = "10.231.7.1", "10.231.7.2"
@@ -36,6 +37,7 @@ SETTINGS = [
     "evaluation.every=1000",
     "trainer.learning_rate=1e-4",
 ]
+ROOT = str(Path(kimi_core.__file__).parents[1])
 
 
 def ip(*words: str) -> None:
