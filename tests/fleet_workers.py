@@ -69,6 +69,8 @@ class Local:
 
     def start(self) -> None:
         self.starts += 1
+        if self.joins and self.starts > 1:  # It is lost.
+            return
         self.steps, self.running, self.waiting = 0, None, []
         self.ready, self.policy_version = False, -1
         self.said = [self._message(wire.READY)]
@@ -126,7 +128,28 @@ class Local:
         return wire.unpacked(bytes_, self.number)
 
 
-def fleet_of(*workers: Local, exact: bool = True) -> Fleet:
-    fleet = Fleet(workers, batch_rows=ROWS, vocabulary=VOCAB, context=CONTEXT, exact=exact)
+class Door:
+    """Implements ``Arrivals``: those of ``coming`` come one at a time, whenever it is asked."""
+
+    def __init__(self, coming: list[Local]) -> None:
+        self.coming = coming
+        self._pipe = os.pipe()
+        os.write(self._pipe[1], b"x")
+
+    def fileno(self) -> int:
+        return self._pipe[0]
+
+    def take(self) -> list[Local]:
+        came = [self.coming.pop(0)] if self.coming else []
+        for one in came:
+            one.starts = 0
+            one.start()
+        return came
+
+
+def fleet_of(*workers: Local, exact: bool = True, door: Door | None = None) -> Fleet:
+    fleet = Fleet(
+        workers, batch_rows=ROWS, vocabulary=VOCAB, context=CONTEXT, exact=exact, arrivals=door
+    )
     fleet.serve(0)
     return fleet
