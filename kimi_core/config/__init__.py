@@ -1,7 +1,8 @@
 """Every setting of a run: typed, frozen, described. An unknown key is an error.
 
-A run is a TOML file of at most 50 lines. Each section is one class of this package, and a key that
-is left out keeps the default. ``run/config_file.py`` reads and writes the files.
+A run is a TOML file of at most 50 lines. Each section of the file is one class, here or in another
+file of this folder, and a key that is left out keeps the default written there.
+``run/config_file.py`` reads and writes the files.
 """
 
 from typing import Any, Literal
@@ -9,13 +10,18 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from kimi_core.config.cluster import ClusterConfig as ClusterConfig
+from kimi_core.config.evaluation import EvaluationConfig as EvaluationConfig
+from kimi_core.config.evaluation import EvaluationSetConfig as EvaluationSetConfig
 from kimi_core.config.section import Section as Section
 from kimi_core.config.stages import CurateConfig as CurateConfig
 from kimi_core.config.stages import DpoConfig as DpoConfig
 from kimi_core.config.stages import Long2ShortConfig as Long2ShortConfig
 from kimi_core.config.stages import ShortestConfig as ShortestConfig
 from kimi_core.config.stages import WarmupConfig as WarmupConfig
-from kimi_core.types import Normalize
+from kimi_core.config.training import AblationConfig as AblationConfig
+from kimi_core.config.training import LoraConfig as LoraConfig
+from kimi_core.config.training import ScheduleConfig as ScheduleConfig
+from kimi_core.config.training import SftScheduleConfig as SftScheduleConfig
 
 
 class ScratchConfig(Section):
@@ -289,18 +295,6 @@ class RewardConfig(Section):
         return self
 
 
-class AblationConfig(Section):
-    normalize: Normalize = "none"
-    """Divide each response's summed log-probs by its `length`, by the root of its length
-    (`sqrt_length`), or (the report) by `none`."""
-    baseline: Literal["mean", "log_partition"] = "mean"
-    """Estimate of τ log Z: the group's mean reward, as the report does in practice, or
-    τ log mean exp(r/τ)."""
-    release: Literal["response", "group"] = "response"
-    """Train a response in the iteration in which it ends, or when its whole group has ended. Both
-    are the same without a token budget."""
-
-
 class TrainerConfig(Section):
     objective: str = "omd"
     """`omd` is the report's mirror descent; `reinforce`, `grpo` and `rest` are there to compare
@@ -347,14 +341,6 @@ class TrainerConfig(Section):
                 "(0.01 is a good start)"
             )
         return self
-
-
-class EvaluationConfig(Section):
-    every: int = Field(10, ge=1)
-    """Iterations between evaluations. A run also evaluates at its start and at its end."""
-    prompts: int | None = Field(None, ge=1)
-    """Held-out prompts of the evaluations in between; the first and the last use all. Unset:
-    all."""
 
 
 class TrajectoriesConfig(Section):

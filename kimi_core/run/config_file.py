@@ -14,7 +14,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from kimi_core.config import AblationConfig, Config, ScratchConfig, TaskConfig
-from kimi_core.config.names import meant, settings
+from kimi_core.config.names import canonical, meant, settings
 
 MOVED = {
     **{f"model.{key}": f"model.scratch.{key}" for key in ScratchConfig.model_fields},
@@ -133,7 +133,7 @@ def _said_of(fault: Any) -> str:
         return str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         return f"Unknown key {shown}{_way_out(where, value)}"
-    if where in known and known[where].is_section:
+    if canonical(where) in known and known[canonical(where)].is_section:
         return f"{shown}: {where} is a section{_way_out(where, value)}"
     if where == "name" and fault["type"] == "string_pattern_mismatch":
         allowed = re.sub(r"[^\w.-]+", "-", value).strip("-.") or "mine"
@@ -143,7 +143,7 @@ def _said_of(fault: Any) -> str:
 
 def _way_out(where: str, value: Any) -> str:
     """What to write in place of a key that does not exist."""
-    section = where if where in settings() else where.rpartition(".")[0]
+    section = canonical(where if canonical(where) in settings() else where.rpartition(".")[0])
     listed = f"`{f'kimi config {section}'.strip()}`"
     if likely := [] if isinstance(value, dict) else meant(where):
         written = " or ".join(f"{key}={_literal(value)}" for key in likely)

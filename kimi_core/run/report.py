@@ -19,12 +19,14 @@ from rich.table import Column, Table
 from kimi_core.metrics import (
     EvaluationMetrics,
     IterationMetrics,
+    leaves,
     plain,
     read_lines,
     read_metrics,
     summarize,
     to_record,
 )
+from kimi_core.run.best import read_best
 from kimi_core.run.files import append_line, write_atomically
 
 Metrics = IterationMetrics | EvaluationMetrics
@@ -128,9 +130,16 @@ class Report:
         self.console.print(f"warning: {said}", markup=False, highlight=False, soft_wrap=True)
 
     def evaluation_s(self, prompts: int) -> float | None:
-        """Seconds that an evaluation takes, as the last one tells; None: there was none."""
+        """Seconds that an evaluation takes, as the last one tells; None: there was none.
+
+        Args:
+            prompts: held-out ones; other sets are always evaluated as a whole.
+        """
         timed = [one for one in self.evaluations if math.isfinite(one.wall_s) and one.n]
-        return prompts * timed[-1].wall_s / timed[-1].n if timed else None
+        if not timed:
+            return None
+        others_s = sum(one.get("wall_s", 0.0) for one in timed[-1].sets.values())
+        return others_s + prompts * (timed[-1].wall_s - others_s) / timed[-1].n
 
     def close(self) -> None:
         """Write ``summary.json`` and ``curves.png``, print the table before → after; once."""
@@ -142,6 +151,8 @@ class Report:
         summary = summarize(
             self.iterations, self.evaluations, sft_s=self._sft_s, lost_s=self._lost_s
         )
+        if best := read_best(self.folder):
+            summary["best"] = vars(best)
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         from kimi_core.run.curves import draw_curves  # Loads matplotlib, which only the end needs.
 
@@ -201,11 +212,8 @@ class TensorBoard:
         self._writer.flush()
 
     def _add(self, kind: str, metrics: Metrics) -> None:
-        for name, value in to_record(metrics).items():
-            if isinstance(value, dict):
-                for part, number in value.items():
-                    self._writer.add_scalar(f"{kind}/{name}/{part}", number, metrics.iteration)
-            elif name != "iteration" and value is not None:
+        for name, value in leaves(to_record(metrics)):
+            if name != "iteration" and value is not None:
                 self._writer.add_scalar(f"{kind}/{name}", value, metrics.iteration)
 
     def close(self) -> None:
@@ -259,11 +267,21 @@ class ProgressLines:
 
 
 def evaluation_line(metrics: EvaluationMetrics) -> str:
-    """One line about an evaluation."""
+    """A line about an evaluation, and one about each other set."""
+    lines = [f"evaluation after {metrics.iteration}  {_numbers(vars(metrics))}"]
+    lines += [f"  {name}  {_numbers(numbers)}" for name, numbers in metrics.sets.items()]
+    return "\n".join(lines)
+
+
+def _numbers(of: Mapping[str, Any]) -> str:
+    """The numbers of an evaluation set in one line."""
+    unscored, chances = of.get("infrastructure_errors", 0), of.get("pass_at_k", {})
+    several = "".join(f"  pass@{k} {one:.3f}" for k, one in chances.items() if k != "1")
     return (
-        f"evaluation after {metrics.iteration}  greedy {metrics.accuracy_greedy:.3f}  "
-        f"sampled {metrics.accuracy_sampled:.3f}  length {metrics.length_mean:.1f}  "
-        f"n {metrics.n}{_no_verdict(metrics)}"
+        f"greedy {of.get('accuracy_greedy', math.nan):.3f}  "
+        f"sampled {of.get('accuracy_sampled', math.nan):.3f}{several}  "
+        f"length {of.get('length_mean', math.nan):.1f}  n {of['n']}"
+        + (f"  no verdict {unscored}" if unscored else "")
     )
 
 
@@ -309,6 +327,11 @@ def _before_after(
     ):
         table.add_row(name, f"{before:{form}}", f"{after:{form}}", f"{after - before:+{form}}")
     table.add_row("prompts", str(first.n), str(last.n))
+    for name, of in last.sets.items():
+        for metric in ("greedy", "sampled"):
+            before, after = first.value(f"{name}/{metric}"), last.value(f"{name}/{metric}")
+            change = f"{after - before:+.3f}"
+            table.add_row(f"{name}, {metric}, n {of['n']}", f"{before:.3f}", f"{after:.3f}", change)
     return table
 
 

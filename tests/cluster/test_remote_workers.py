@@ -165,7 +165,7 @@ def test_the_master_lets_in_who_knows_the_token(given, why):
 
     thread = Thread(target=other_side, args=(theirs,))
     thread.start()
-    refused = pytest.raises((Refused, EOFError, OSError), match=why if given else None)
+    refused = pytest.raises((Refused, EOFError, OSError), match=(why if given else None) or None)
     with refused if why else nullcontext():
         greet(ours, TOKEN.encode(), is_master=True)
     ours.close()

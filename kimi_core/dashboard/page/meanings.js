@@ -36,4 +36,7 @@ export const MEANINGS = {
   worker_restarts: ["", "rollout workers that were lost; those of the run's host started a second time"],
   worker_tokens: ["tokens", "tokens that each rollout worker sampled"],
   n: ["prompts", "number of held-out prompts; it bounds what a difference can mean"],
+  samples: ["", "sampled responses to each prompt"],
+  pass_at_k: ["0–1", "chance that one of k sampled responses is right, unbiased"],
+  sets: ["", "the other evaluation sets"],
 };
