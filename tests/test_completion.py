@@ -11,7 +11,7 @@ from kimi_core.cli import main
 def completed(script: str, *words: str) -> list[str]:
     """What bash offers for the last word."""
     quoted = " ".join(f"'{word}'" for word in words)
-    ask = f"COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _kimi; echo \"${{COMPREPLY[@]}}\""
+    ask = f'COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _kimi; echo "${{COMPREPLY[@]}}"'
     command = ["bash", "--norc", "-c", script + ask]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "dashboard": (viewing.dashboard, "look at runs in a browser, down to every token"),
     "chat": (viewing.chat, "ask the model of a run, before and after"),
     "push": (runs.push, "upload the checkpoint of a run to the Hugging Face hub"),
+    "worker": (runs.worker, "sample for a run of another host"),
     "sandbox": (data.sandbox, "run programs in a sandbox, serve it, or check this machine"),
     "buffer": (data.buffer, "print what a rollout buffer's file holds"),
     "completion": (

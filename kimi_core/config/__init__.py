@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from kimi_core.config.cluster import ClusterConfig as ClusterConfig
 from kimi_core.config.evaluation import EvaluationConfig as EvaluationConfig
 from kimi_core.config.evaluation import EvaluationSetConfig as EvaluationSetConfig
 from kimi_core.config.evaluation import TrajectoriesConfig as TrajectoriesConfig
@@ -390,6 +391,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     trajectories: TrajectoriesConfig = TrajectoriesConfig()
     curate: CurateConfig = CurateConfig()

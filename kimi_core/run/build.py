@@ -227,12 +227,18 @@ def _trainer(
     try:
         has_adapters = config.trainer.lora.rank > 0
         read = plain_module(model) if has_adapters else model
-        publisher = publisher_of(read, config.rollout, ranks)
+        publisher = publisher_of(read, config, ranks)
         if has_adapters and isinstance(publisher, InPlace):
             publisher = CopyInto(read)
         exact = config.resume != "keep"
         engine, _ = load_engine(
-            read, config.rollout, longest, publisher, exact=exact, images=images
+            read,
+            config.rollout,
+            longest,
+            publisher,
+            exact=exact,
+            images=images,
+            cluster=config.cluster,
         )
         if images:
             check_images(model, images, policy, engine)
@@ -278,9 +284,9 @@ def policy_of(
     )
 
 
-def publisher_of(model: PreTrainedModel, rollout: RolloutConfig, ranks: Ranks) -> Publisher:
+def publisher_of(model: PreTrainedModel, config: Config, ranks: Ranks) -> Publisher:
     """Takes the trainer's weights to the engine; ``model`` is not sharded yet."""
-    if reads_trainer(rollout) and ranks.size == 1:
+    if reads_trainer(config.rollout, config.cluster) and ranks.size == 1:
         return InPlace()
-    size = tensor_parallel(rollout)
+    size = tensor_parallel(config.rollout)
     return ArenaPublisher(model.config, model.dtype, tp_size=size, ranks=ranks)

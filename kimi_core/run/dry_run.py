@@ -138,7 +138,7 @@ def estimate(
     longest = prompt_tokens.longest + response
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = device_of(config.model.device).type == "cpu"
-    shares = reads_trainer(config.rollout) and config.trainer.ranks == 1
+    shares = reads_trainer(config.rollout, config.cluster) and config.trainer.ranks == 1
     arena = 0 if shares else 3 * weights
     if config.rollout.engine == "vllm":
         kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)

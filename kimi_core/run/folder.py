@@ -65,6 +65,7 @@ MAY_CHANGE_WITH_A_LINE = (
     "rollout.batch_rows",
     "rollout.workers",
     "rollout.worker_timeout_s",
+    "cluster",
     "rollout.vllm",
     "reward.workers",
     "reward.timeout_s",

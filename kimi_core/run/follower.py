@@ -41,7 +41,7 @@ def follow(address: str, generation: str, rank: int) -> None:
     policy = policy_of(model, config, int(store.get("longest")))
     settings = config.trainer
     ranks = Ranks.meet(store, rank, settings.ranks, timeout_s=settings.ranks_timeout_s)
-    trainer = Trainer(policy, settings, publisher_of(model, config.rollout, ranks), ranks)
+    trainer = Trainer(policy, settings, publisher_of(model, config, ranks), ranks)
     targets = {"Trainer": trainer, "SftPhase": SftPhase(trainer, config.sft, settings)}
     try:
         while order := ranks.next_order():
