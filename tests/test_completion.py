@@ -26,7 +26,7 @@ def script(capsys):
 
 def test_words(script):
     assert completed(script, "kimi", "tr") == ["train"]
-    assert completed(script, "kimi", "train", "smollm2") == ["smollm2", "smollm2-vllm"]
+    assert completed(script, "kimi", "train", "smollm2-v") == ["smollm2-vllm"]
     assert completed(script, "kimi", "train", "trainer.lea") == ["trainer.learning_rate="]
     assert completed(script, "kimi", "train", "smollm2", "rollout.sto") == ["rollout.stop="]
     assert completed(script, "kimi", "train", "nothing") == []
