@@ -27,6 +27,8 @@ OPTIONAL = {
 BELOW_EVERYTHING = (
     "types",
     "config",
+    "config.cluster",
+    "config.evaluation",
     "config.section",
     "config.stages",
     "config.training",

@@ -1,7 +1,7 @@
 """Every setting of a run: typed, frozen, described. An unknown key is an error.
 
-A run is a TOML file of at most 50 lines. Each section of the file is one class, below, in
-``training`` or in ``stages``, and a key that is left out keeps the default written there.
+A run is a TOML file of at most 50 lines. Each section of the file is one class, here or in another
+file of this folder, and a key that is left out keeps the default written there.
 ``run/config_file.py`` reads and writes the files.
 """
 
@@ -9,6 +9,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from kimi_core.config.cluster import ClusterConfig as ClusterConfig
+from kimi_core.config.evaluation import EvaluationConfig as EvaluationConfig
+from kimi_core.config.evaluation import EvaluationSetConfig as EvaluationSetConfig
+from kimi_core.config.evaluation import TrajectoriesConfig as TrajectoriesConfig
 from kimi_core.config.section import Section as Section
 from kimi_core.config.stages import CurateConfig as CurateConfig
 from kimi_core.config.stages import DpoConfig as DpoConfig
@@ -16,6 +20,9 @@ from kimi_core.config.stages import Long2ShortConfig as Long2ShortConfig
 from kimi_core.config.stages import ShortestConfig as ShortestConfig
 from kimi_core.config.stages import WarmupConfig as WarmupConfig
 from kimi_core.config.training import AblationConfig as AblationConfig
+from kimi_core.config.training import LoraConfig as LoraConfig
+from kimi_core.config.training import ScheduleConfig as ScheduleConfig
+from kimi_core.config.training import SftScheduleConfig as SftScheduleConfig
 from kimi_core.config.training import TrainerConfig as TrainerConfig
 
 
@@ -137,8 +144,10 @@ class SftConfig(Section):
     """Take the examples in random order. False: in the order of the data, such as short ones
     first."""
     learning_rate: float = Field(3e-3, gt=0, le=1)
-    """Peak learning rate. It is reached after 5 % of the steps, and a cosine then lowers it to a
-    tenth."""
+    """Peak learning rate."""
+    schedule: SftScheduleConfig = SftScheduleConfig()
+    """How the learning rate changes over the steps: by default it rises over 5 % of them, and a
+    cosine then lowers it to a tenth."""
     save_every: int = Field(200, ge=1)
     """Steps between saved states of SFT. `--resume` repeats those after the last one."""
 
@@ -290,21 +299,6 @@ class RewardConfig(Section):
         return self
 
 
-class EvaluationConfig(Section):
-    every: int = Field(10, ge=1)
-    """Iterations between evaluations. A run also evaluates at its start and at its end."""
-    prompts: int | None = Field(None, ge=1)
-    """Held-out prompts of the evaluations in between; the first and the last use all. Unset:
-    all."""
-
-
-class TrajectoriesConfig(Section):
-    every: int = Field(1, ge=0)
-    """Iterations between two files in `trajectories/`; 1 writes one per iteration, 0 none."""
-    tokens: bool = True
-    """Write token ids and log-probs. Off: texts and rewards only, a sixth of the size or less."""
-
-
 class Config(Section):
     name: str = Field("think", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/NAME`."""
@@ -327,6 +321,9 @@ class Config(Section):
     engine `torch`, `keep` with `vllm`, whose results differ in the last bits anyway."""
     grace_s: float = Field(20.0, ge=0)
     """Seconds that a run has after SIGTERM to finish the iteration and save it."""
+    tracker: str = ""
+    """Another place for the numbers of the run: `wandb`, `trackio`, `mlflow`, or
+    `file.py:function` (docs/training.md). Empty: none."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -334,6 +331,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     trajectories: TrajectoriesConfig = TrajectoriesConfig()
     curate: CurateConfig = CurateConfig()

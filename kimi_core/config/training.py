@@ -1,4 +1,4 @@
-"""Settings of the trainer: objective, optimizer, memory, and the ranks that train together."""
+"""Settings of the trainer: objective, optimizer, schedule, adapters, memory, and ranks."""
 
 from typing import Literal
 
@@ -20,6 +20,33 @@ class AblationConfig(Section):
     are the same without a token budget."""
 
 
+class ScheduleConfig(Section):
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of all steps over which the learning rate rises to its peak; 0: none."""
+    lowest: float = Field(0.1, ge=0, le=1)
+    """What it falls to at the last step, as a share of the peak."""
+
+
+class SftScheduleConfig(ScheduleConfig):
+    shape: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of all steps over which the learning rate rises to its peak; 0: none."""
+
+
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0)
+    """Rank of the adapters, which are trained in place of the model's own weights. 0: no adapters.
+    Needs `pip install 'kimi-core[lora]'`."""
+    alpha: int | None = Field(None, ge=1)
+    """An adapter's product counts alpha / rank times. Unset: twice the rank."""
+    targets: list[str] = []
+    """Names of the linear layers that get an adapter, such as `["q_proj", "v_proj"]`. Empty: all
+    but the output head."""
+
+
 class TrainerConfig(Section):
     objective: str = "omd"
     """`omd` is the report's mirror descent; `reinforce`, `grpo` and `rest` are there to compare
@@ -29,7 +56,9 @@ class TrainerConfig(Section):
     ablation: AblationConfig = AblationConfig()
     """Choices that the report makes for you, with what they can be compared with."""
     learning_rate: float = Field(1e-4, gt=0, le=1)
-    """Learning rate of AdamW; constant."""
+    """Learning rate of AdamW; the peak of the schedule."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate changes over the iterations of the run."""
     updates_per_iteration: int = Field(2, ge=1)
     """Optimizer steps per iteration, each on its share of the groups."""
     weight_decay: float = Field(0.0, ge=0)
@@ -45,6 +74,8 @@ class TrainerConfig(Section):
     """Rows of logits that exist at once."""
     trainable_layers: int | None = Field(None, ge=1)
     """Number of top layers to train, with the final norm. Unset: everything is trained."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters that are trained in place of the model's weights, in `trainable_layers` or all."""
     memory_gb: float | None = Field(None, gt=0)
     """What the activations of a training pass may take, in 10⁹ bytes. To fit, layers compute their
     activations twice, and micro-batches get smaller. Unset: half of the device's memory."""
@@ -63,6 +94,15 @@ class TrainerConfig(Section):
     logprob_gap_limit: float = Field(0.05, gt=0)
     """Largest mean |Δ log-prob| between engine and trainer on fresh tokens, in nats. Above it the
     trainer recomputes the reference; three iterations in a row stop the run."""
+
+    @model_validator(mode="after")
+    def _adapters_have_one_rank(self) -> "TrainerConfig":
+        if self.lora.rank and self.ranks > 1:
+            raise ValueError(
+                f"trainer.lora.rank = {self.lora.rank} with trainer.ranks = {self.ranks}: adapters "
+                "are trained by one process so far; set trainer.ranks=1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _axes_divide_the_ranks(self) -> "TrainerConfig":

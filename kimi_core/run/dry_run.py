@@ -22,7 +22,8 @@ from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import auto_class, check_folder, context_of
-from kimi_core.models.placement import device_of, dtype_of, freeze_below
+from kimi_core.models.lora import adapted_bytes, check_lora, choose_trained
+from kimi_core.models.placement import device_of, dtype_of
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.tokens import PromptTokens
@@ -49,6 +50,8 @@ class Memory:
     """float32, and once more in the model's dtype if that has 16 bits."""
     optimizer_moments: int
     """AdamW: two float32 numbers per trained parameter."""
+    merged_weights: int
+    """The engine's copy of the weights under adapters; 0 without adapters."""
     arena: int
     """Three versions of the weights in shared memory, for vLLM, several ranks and rollout workers.
     On a CPU the engine reads them there; on a GPU it has another copy."""
@@ -73,6 +76,7 @@ def describe(config: Config) -> str:
         ValueError: the model or the prompts do not exist or do not fit the config.
     """
     data = load_data(config)
+    check_lora(config)
     found = _skeleton(config, data)
     if found is None:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
@@ -139,7 +143,7 @@ def estimate(
     longest = prompt_tokens.longest + response
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = device_of(config.model.device).type == "cpu"
-    shares = reads_trainer(config.rollout) and config.trainer.ranks == 1
+    shares = reads_trainer(config.rollout, config.cluster) and config.trainer.ranks == 1
     arena = 0 if shares else 3 * weights
     if config.rollout.engine == "vllm":
         kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
@@ -150,6 +154,7 @@ def estimate(
         master_weights=trained * in_16_bits,
         gradients=trained + trained // 2 * in_16_bits,
         optimizer_moments=2 * trained,
+        merged_weights=adapted_bytes(model) if shares else 0,
         arena=arena,
         kv_cache=kv_cache,
         activations=passes * _activations(config, model, longest),
@@ -233,5 +238,5 @@ def _skeleton(config: Config, data: Data) -> tuple[PreTrainedModel, PreTrainedTo
                 source, local_files_only=True
             )
     check_axes(model.config, config.trainer)
-    freeze_below(model, config.trainer.trainable_layers)
+    choose_trained(model, config.trainer, config.seed)
     return model, tokenizer

@@ -89,6 +89,10 @@ def say_overlaps(parts: Parts, console: Console) -> None:
     """Say where the data overlap."""
     for sentence in overlaps(parts.train_prompts, parts.evaluator.prompts, parts.examples):
         say(console, f"warning: {sentence}")
+    for name, one in parts.sets.items():
+        for sentence in overlaps(parts.train_prompts, one.prompts, parts.examples):
+            said = sentence.replace("held-out prompt", f"{name} prompt")
+            say(console, f"warning: evaluation.sets.{name}: {said}")
 
 
 def say(console: Console, line: str) -> None:

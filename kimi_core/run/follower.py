@@ -48,7 +48,7 @@ def follow(address: str, generation: str, rank: int) -> None:
         timeout_s=settings.ranks_timeout_s,
         copies=settings.context_parallel * settings.tensor_parallel,
     )
-    trainer = Trainer(policy, settings, publisher_of(model, config.rollout, ranks), ranks)
+    trainer = Trainer(policy, settings, publisher_of(model, config, ranks), ranks)
     targets = {
         "Trainer": trainer,
         "SftPhase": SftPhase(trainer, config.sft, settings),

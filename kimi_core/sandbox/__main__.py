@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from kimi_core.sandbox import Limits, Pool, Result, SandboxUnavailable, Status, check
-from kimi_core.sandbox.bubblewrap import find_python
+from kimi_core.sandbox.bubblewrap import find_python, numpy_folders
 from kimi_core.sandbox.program import MB, TOKEN_VARIABLE
 
 STATUS_CODES = {status: code for code, status in enumerate(Status)}
@@ -105,6 +105,14 @@ def _serve(options: argparse.Namespace) -> int:
 def _check(_: argparse.Namespace) -> int:
     report = check()
     print(report)
+    python = find_python()
+    if numpy_folders(python):
+        print(f"programs run under {python}, with numpy")
+    else:
+        print(
+            f"programs run under {python}, without numpy: it belongs to another version of Python, "
+            "or it lies below a folder that is closed to other users (chmod o+x opens it)"
+        )
     return 1 if report.missing else 0
 
 

@@ -78,12 +78,12 @@ def _binds(python: str) -> list[str]:
     if not python.startswith("/usr/"):
         prefix = str(Path(python).parent.parent)
         args += ["--ro-bind", prefix, prefix]
-    for folder in _numpy(python):
+    for folder in numpy_folders(python):
         args += ["--ro-bind", str(folder), f"{PACKAGES}/{folder.name}"]
     return args
 
 
-def _numpy(python: str) -> list[Path]:
+def numpy_folders(python: str) -> list[Path]:
     """The folders of numpy, which programs and checks may import, if ``python`` can load it."""
     found = importlib.util.find_spec("numpy")
     version = "python{}.{}".format(*sys.version_info)

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kimi_core.config import DpoConfig, SftConfig, ShortestConfig, TrainerConfig
+from kimi_core.config import (
+    DpoConfig,
+    SftConfig,
+    SftScheduleConfig,
+    ShortestConfig,
+    TrainerConfig,
+)
 from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.master_weights import MasterWeights, local
 from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks, deal
+from kimi_core.trainer.schedule import share_of_peak
 from kimi_core.trainer.trainer import TrainingDiverged
 from kimi_core.types import Batch
 from kimi_core.weights.shards import load_rows, save_rows
@@ -152,13 +159,14 @@ class Fitting:
             TrainingDiverged: a loss or gradient is not finite; that step is not taken.
         """
         optimizer = self._weights.adamw(config.learning_rate, self._trainer.weight_decay)
+        schedule = config.schedule if isinstance(config, SftConfig) else SftScheduleConfig()
         done, folder = resume or (0, None)
         if folder is not None:
             self._load(optimizer, folder)
         batches = _batches(count, config, np.random.default_rng([seed, config.steps]))
         for step, chosen in enumerate(islice(batches, done, config.steps), done + 1):
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * warmup_cosine(step - 1, config.steps)
+                group["lr"] = config.learning_rate * share_of_peak(schedule, step - 1, config.steps)
             try:
                 loss = accumulate(chosen)
                 norm = self._weights.clip_gradients(self._trainer.grad_clip)
@@ -231,12 +239,3 @@ def _batches(
             order.extend(rng.permutation(count).tolist() if shuffle else range(count))
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         yield chosen
-
-
-def warmup_cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: it rises over the first 5 % of the steps, then falls to 0.1."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))

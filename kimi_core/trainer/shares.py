@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kimi_core.trainer.gap import Gap
 from kimi_core.trainer.ranks import deal as deal_by_size
 from kimi_core.types import Batch, TrainingBatch
 
@@ -109,3 +110,16 @@ def deal(group_ids: np.ndarray, updates: int, seed: tuple[int, ...]) -> list[np.
         dealt[fewest].append(members)
         sizes[fewest] += len(members)
     return [np.concatenate(members) for members in dealt]
+
+
+@dataclass(frozen=True)
+class PhaseOutcome:
+    """What the ranks tell rank 0 of a training phase."""
+
+    losses: list[float]
+    norms: list[float]
+    gap: Gap
+    recomputed: bool
+    entropy: float
+    met: list[np.ndarray]
+    """The log-probs of each share's tokens, float32; NaN for a token that does not count."""

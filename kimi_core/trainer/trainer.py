@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kimi_core.config import TrainerConfig
 from kimi_core.models.fingerprint import fingerprint
+from kimi_core.models.lora import plain_parameters
 from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.gap import Gap
 from kimi_core.trainer.master_weights import MasterWeights
@@ -25,7 +26,7 @@ from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.parallel import shard
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks, on_all_ranks
-from kimi_core.trainer.shares import ages_and_counted, deal, shares_of
+from kimi_core.trainer.shares import PhaseOutcome, ages_and_counted, deal, shares_of
 from kimi_core.types import Batch, TrainingBatch
 from kimi_core.weights.publish import Publisher
 from kimi_core.weights.shards import load_rows, save_model, save_rows
@@ -64,19 +65,6 @@ class TrainingMetrics:
     logprobs: np.ndarray
     """The trainer's log-prob of each token in the pass that trained it, float32 ``[T]``; NaN for a
     token that does not count. The second update's passes come after the first update."""
-
-
-@dataclass(frozen=True)
-class _Phase:
-    """What the ranks tell rank 0 of a training phase."""
-
-    losses: list[float]
-    norms: list[float]
-    gap: Gap
-    recomputed: bool
-    entropy: float
-    met: list[np.ndarray]
-    """The log-probs of each share's tokens, float32; NaN for a token that does not count."""
 
 
 class Trainer:
@@ -129,7 +117,12 @@ class Trainer:
         return next(self.policy.parameters()).device
 
     def train(
-        self, batch: TrainingBatch, *, policy_version: int, seed: tuple[int, ...]
+        self,
+        batch: TrainingBatch,
+        *,
+        policy_version: int,
+        seed: tuple[int, ...],
+        share_of_peak: float = 1.0,
     ) -> TrainingMetrics:
         """Take ``updates_per_iteration`` steps, each on its share of the groups.
 
@@ -138,6 +131,7 @@ class Trainer:
             policy_version: the version of the present weights, which sampled this iteration's
                 tokens.
             seed: decides which update each group belongs to.
+            share_of_peak: what the learning rate is multiplied by.
 
         Raises:
             TrainingDiverged: a loss or gradient is not finite; that update is not taken.
@@ -148,7 +142,8 @@ class Trainer:
         """
         updates = deal(batch.group_ids, self._config.updates_per_iteration, seed)
         shares = shares_of(batch, updates, self.ranks.data_parallel)
-        phase = self._train(self.ranks.each(shares), policy_version)
+        rate = self._config.learning_rate * share_of_peak
+        phase = self._train(self.ranks.each(shares), policy_version, rate)
         met = np.full(len(batch.tokens.token_ids), np.nan, np.float32)
         for share, logprobs in zip(shares, phase.met, strict=False):
             met[share.tokens] = logprobs
@@ -167,11 +162,11 @@ class Trainer:
         )
 
     @on_all_ranks
-    def _train(self, share: Any, policy_version: int) -> _Phase:
+    def _train(self, share: Any, policy_version: int, rate: float) -> PhaseOutcome:
         """``train`` on every rank; ``share`` is a ``Share``, for each rank its own."""
         weights = self._master_weights()
         # Moments belong to a reference, and the reference just changed: the optimizer is new.
-        optimizer = weights.adamw(self._config.learning_rate, self._config.weight_decay)
+        optimizer = weights.adamw(rate, self._config.weight_decay)
         tokens = share.batch.tokens
         ages, counted = ages_and_counted(tokens, policy_version, self._config.max_staleness)
         fresh = (ages == 0) & counted
@@ -193,7 +188,7 @@ class Trainer:
             losses.append(loss)
         nats, count = self.ranks.data_sum([reference[counted].sum(dtype=float), counted.sum()])
         entropy = float(-nats / count) if count else 0.0
-        return _Phase(losses, norms, gap, recomputed, entropy, self.ranks.gather(met))
+        return PhaseOutcome(losses, norms, gap, recomputed, entropy, self.ranks.gather(met))
 
     @on_all_ranks
     def publish(self, version: int) -> None:
@@ -208,7 +203,7 @@ class Trainer:
                 f"Cannot publish version {version}: version {self.published} was published, and "
                 "versions only grow"
             )
-        self._publisher.publish(self.policy.model.named_parameters(), version)
+        self._publisher.publish(plain_parameters(self.policy.model), version)
         self.published = version
 
     @on_all_ranks

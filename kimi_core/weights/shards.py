@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from kimi_core import _C
+from kimi_core.models.lora import plain_state
 from kimi_core.trainer.ranks import Ranks, deal
-from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.arena import WeightArena, WritableSlot
 from kimi_core.weights.layout import Layout
 
 PAGE = 4096
@@ -84,6 +85,7 @@ def publish_rows(
     named: Sequence[tuple[str, Tensor]],
     version: int,
     ranks: Ranks,
+    send: Callable[[WritableSlot, list[int]], object] | None = None,
 ) -> None:
     """Fill a slot of an arena together, sum its entries together, and flip. All ranks call this.
 
@@ -92,6 +94,8 @@ def publish_rows(
         layout: the arena's.
         named: Hugging Face names and tensors; each rank gives the shards that it has.
         version: as for ``WeightArena.publish``.
+        send: on rank 0, flips the slot, given its checksums, here and on other hosts; None: only
+            here.
 
     Raises: ValueError and TimeoutError as ``WeightArena.publish``.
     """
@@ -117,7 +121,10 @@ def publish_rows(
         crcs = ranks.sum(sums).tolist()
         if slot:
             slot.verify(crcs, found=crcs)
-            slot.commit()
+            if send:
+                send(slot, crcs)
+            else:
+                slot.commit()
 
 
 def write_rows(
@@ -185,7 +192,7 @@ def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
     Raises: OSError as ``save_rows``.
     """
     if ranks.size == 1:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=plain_state(model))
         return
     if ranks.rank == 0:
         config = copy.deepcopy(model.config)

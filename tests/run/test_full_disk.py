@@ -23,7 +23,9 @@ def namespace() -> list[str]:
 @pytest.mark.nightly
 def test_every_kind_of_write(tmp_path):
     command = [*namespace(), sys.executable, full_disk.__file__, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(Path(full_disk.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path.strip(os.pathsep)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     outcomes = json.loads(done.stdout.splitlines()[-1])
     assert len(outcomes) == len(full_disk.WRITES) + 8

@@ -172,8 +172,6 @@ class TestCalls:
             ("[seen[target - n], i]", True),
             ("(seen[target - n], i)", True),
             ("[seen[target - n], float(i)]", True),
-            ("[__import__('numpy').int64(seen[target - n]), i]", True),
-            ("[__import__('numpy').int64(i), i]", False),
             ("[i, seen[target - n]]", False),
             ("{0, 1}", False),
             ("'[0, 1]'", False),
@@ -341,6 +339,12 @@ def pool():
         yield pool
 
 
+@pytest.fixture(scope="module")
+def numpy(pool):
+    if b"ModuleNotFoundError" in pool.run("import numpy").stderr:
+        pytest.skip("numpy has another Python than the sandbox, or lies in a closed folder")
+
+
 class TestSandbox:
     def test_a_number_of_any_length_is_printed_and_read(self, pool):
         test = {"stdin": "9" * 5000, "stdout": "1" + "0" * 5000}
@@ -376,15 +380,16 @@ time.sleep(0.7)
         done = pool.run("import time; time.sleep(60)", limits=Limits(wall_s=0.5))
         assert done.status is Status.TIME and done.wall_s < 10
 
-    def test_numpy_is_there_for_programs_and_checks(self, pool):
+    def test_numpy_is_there_for_programs_and_checks(self, pool, numpy):
         done = pool.run("import numpy as np; print(np.ones((3, 3)).sum())")
-        if b"ModuleNotFoundError" in done.stderr:
-            pytest.skip("the sandbox's Python has another version than ours, which has numpy")
         assert done.stdout == b"9.0\n"
 
-    def test_a_check_with_numpy(self, pool):
-        if pool.run("import numpy").status is not Status.OK:
-            pytest.skip("the sandbox's Python has another version than ours, which has numpy")
+    @pytest.mark.parametrize(("first", "passed"), [("seen[target - n]", True), ("i", False)])
+    def test_a_result_with_numbers_of_numpy(self, pool, numpy, first, passed):
+        program = SOLUTION.replace("RESULT", f"[__import__('numpy').int64({first}), i]")
+        assert CodeReward(pool.run).judge(problem(TWO_SUM), program).passed is passed
+
+    def test_a_check_with_numpy(self, pool, numpy):
         source = "import numpy as np\nnp.testing.assert_allclose(f(3), np.arange(3) / 2)"
         reward = CodeReward(pool.run)
         assert reward.judge(check(source), "def f(x): return [i / 2 for i in range(x)]").passed

@@ -1,0 +1,1 @@
+"""The report's figures, repeated in small. ``experiments.py`` is their command."""
