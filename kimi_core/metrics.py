@@ -6,10 +6,12 @@ here and ``null`` in the files.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from kimi_core.config.evaluation import HELD_OUT, METRICS
 
 TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s")
 """Numbers of a record that a clock measures; all others come again with the same bits."""
@@ -85,6 +87,8 @@ class IterationMetrics:
     """Processes of the engine that were lost and started a second time."""
     worker_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens that each of several rollout workers sampled, by its number."""
+    learning_rate: float = math.nan
+    """Learning rate of the updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,21 @@ class EvaluationMetrics:
     same_answer: float = math.nan
     """Share of the questions asked as text and as an image whose greedy answers are the same, in
     [0, 1]; NaN if none is asked both ways."""
+    samples: int = 1
+    """Sampled responses to each prompt."""
+    pass_at_k: dict[str, float] = field(default_factory=dict)
+    """k → chance that one of k sampled responses is right, unbiased; empty with one sample."""
+    sets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Name of each other evaluation set → its numbers, by these same names."""
+
+    def value(self, best: str) -> float:
+        """The accuracy that a value of ``evaluation.best`` names; NaN: it was not measured."""
+        return accuracy_in(vars(self), best)
+
+    def as_set(self) -> dict[str, Any]:
+        """What ``sets`` holds of an evaluation: its numbers, without those that are empty."""
+        left_out = ("iteration", "policy_version", "seed", "sets")
+        return {k: v for k, v in vars(self).items() if k not in left_out and v != {} and v == v}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +187,30 @@ KINDS: dict[str, type] = {
 """``kind`` of a line of ``metrics.jsonl`` → what the line holds."""
 
 
+def accuracy_in(evaluation: Mapping[str, Any], best: str) -> float:
+    """The accuracy that a value of ``evaluation.best`` names; NaN: it was not measured.
+
+    >>> accuracy_in({"sets": {"gsm8k": {"pass_at_k": {"4": 0.5}}}}, "gsm8k/pass@4")
+    0.5
+    """
+    name, _, metric = best.partition("/")
+    numbers = evaluation if name == HELD_OUT else evaluation.get("sets", {}).get(name, {})
+    if metric in METRICS:
+        found = numbers.get(METRICS[metric])
+    else:
+        found = numbers.get("pass_at_k", {}).get(metric.removeprefix("pass@"))
+    return math.nan if found is None else found
+
+
+def is_stuck(values: Sequence[float], patience: int) -> bool:
+    """Whether the last ``patience`` values are all no better than one before them.
+
+    What was not measured is worse than everything else.
+    """
+    values = [-math.inf if math.isnan(value) else value for value in values]
+    return bool(values) and len(values) - 1 - values.index(max(values)) >= patience
+
+
 def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[EvaluationMetrics]]:
     """Read a ``metrics.jsonl`` in file order. Unknown keys are left out.
 
@@ -179,7 +222,7 @@ def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[Evaluat
     iterations: list[IterationMetrics] = []
     evaluations: list[EvaluationMetrics] = []
     for _, record in read_lines(Path(path)):
-        values = {name: math.nan if value is None else value for name, value in record.items()}
+        values = _with_nan(record)
         kind = values.pop("kind")
         if kind == "iteration":
             iterations.append(IterationMetrics(**_known(IterationMetrics, values)))
@@ -215,10 +258,40 @@ def summarize(
 
 def to_record(metrics: IterationMetrics | EvaluationMetrics) -> dict[str, Any]:
     """The metrics as JSON allows them: numbers that are not finite become None."""
+    return _with_none(vars(metrics))
+
+
+def _with_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without numbers that are not finite, also in what it holds."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in vars(metrics).items()
+        name: _with_none(value)
+        if isinstance(value, Mapping)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for name, value in values.items()
     }
+
+
+def _with_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse of ``_with_none``."""
+    return {
+        name: _with_nan(value) if isinstance(value, dict) else math.nan if value is None else value
+        for name, value in values.items()
+    }
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What a record holds, with ``/`` between the names of what lies inside of another.
+
+    >>> list(leaves({"n": 4, "sets": {"easy": {"pass_at_k": {"2": 0.5}}}}))
+    [('n', 4), ('sets/easy/pass_at_k/2', 0.5)]
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def mean_parts(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -86,6 +86,8 @@ learning_rate = 1e-2
 [evaluation]
 every = 2
 prompts = 4
+samples = 2
+best = "held_out/sampled"
 """
 
 REWARD = """
@@ -94,7 +96,12 @@ def of_lengths(prompt, text):
 """
 
 KINDS = {
-    "budget": ["rollout.token_budget=7", "rollout.stream_tokens=2"],
+    "budget": [
+        "rollout.token_budget=7",
+        "rollout.stream_tokens=2",
+        "evaluation.sets.second.source=retrieve",
+        "evaluation.sets.second.prompts=3",
+    ],
     "whole": ["rollout.stream_tokens=3", "save_every=2", "trajectories.every=2"],
     "images": [
         "rollout.token_budget=7",
@@ -222,7 +229,8 @@ def left(folder: Path) -> dict[str, Any]:
     """Everything that a run left, by name, without times."""
     path = folder / "runs" / "killed"
     found: dict[str, Any] = {"files": names(path)}
-    for file in [*path.glob("trajectories/*"), *path.glob("samples/*"), *path.glob("checkpoint/*")]:
+    folders = ("trajectories", "samples", "checkpoint", "best")
+    for file in (file for name in folders for file in (path / name).glob("*")):
         found[str(file.relative_to(path))] = file.read_bytes()
     lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
     found["metrics"] = [timeless(line) for line in lines if line["kind"] != "resume"]

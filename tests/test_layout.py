@@ -24,7 +24,16 @@ OPTIONAL = {
 }
 """Packages that an environment may lack; modules that import them at the top are then skipped."""
 
-BELOW_EVERYTHING = ("types", "config", "config.section", "config.stages", "plugins")
+BELOW_EVERYTHING = (
+    "types",
+    "config",
+    "config.cluster",
+    "config.evaluation",
+    "config.section",
+    "config.stages",
+    "config.training",
+    "plugins",
+)
 FLOW = ("prompts", "rollout", "reward", "trainer", "loop", "run", "cli")
 """The order of the data flow. A module imports only what stands before it, with the exceptions in
 ``test_imports_follow_the_flow``."""

@@ -5,11 +5,15 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from kimi_core.config import Config
+from kimi_core.config import Config, EvaluationSetConfig
 from kimi_core.config.section import Section
 
 LIKE = 0.6
 """Least similarity of two names, as difflib measures it, at which one may be meant by the other."""
+
+
+NAMED = {"evaluation.sets": EvaluationSetConfig}
+"""Settings that hold sections with names of the user's choice → the class of such a section."""
 
 
 class Setting(NamedTuple):
@@ -23,6 +27,8 @@ class Setting(NamedTuple):
 @cache
 def settings() -> dict[str, Setting]:
     """Dotted name → setting, in the order of the classes; a section comes before what it holds.
+
+    Those of ``NAMED`` are there once, with ``NAME`` in place of a name: see ``canonical``.
 
     >>> settings()["trainer.learning_rate"].default, settings()["trainer"].is_section
     (0.0001, True)
@@ -38,6 +44,22 @@ def _settings_of(section: type[Section], prefix: str) -> Iterator[tuple[str, Set
         yield prefix + name, Setting(default, field.description or "", is_section)
         if isinstance(inner, type) and issubclass(inner, Section):
             yield from _settings_of(inner, f"{prefix}{name}.")
+        if named := NAMED.get(prefix + name):
+            yield f"{prefix}{name}.NAME", Setting(None, "", True)
+            yield from _settings_of(named, f"{prefix}{name}.NAME.")
+
+
+def canonical(dotted: str) -> str:
+    """A dotted name with ``NAME`` in place of a name of the user's choice.
+
+    >>> canonical("evaluation.sets.gsm8k.samples"), canonical("trainer.tau")
+    ('evaluation.sets.NAME.samples', 'trainer.tau')
+    """
+    for prefix in NAMED:
+        if dotted.startswith(f"{prefix}."):
+            _, dot, rest = dotted.removeprefix(f"{prefix}.").partition(".")
+            return f"{prefix}.NAME{dot}{rest}"
+    return dotted
 
 
 def meant(name: str) -> list[str]:
@@ -52,7 +74,13 @@ def meant(name: str) -> list[str]:
     (['trainer.tau'], ['rollout.prompts_per_iteration'])
     """
     known = [key for key, setting in settings().items() if not setting.is_section]
-    name = name.replace("-", "_").lower()
+    prefix = next((f"{one}." for one in NAMED if name.startswith(f"{one}.")), "")
+    own_name = name.removeprefix(prefix).partition(".")[0] if prefix else "NAME"
+    found = _meant(canonical(name.replace("-", "_").lower()), known)
+    return [one.replace(".NAME.", f".{own_name}.") for one in found if prefix or "NAME" not in one]
+
+
+def _meant(name: str, known: list[str]) -> list[str]:
     if name in settings() and settings()[name].is_section:
         return [next(key for key in known if key.startswith(f"{name}."))]
     section, _, leaf = name.rpartition(".")

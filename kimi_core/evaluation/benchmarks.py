@@ -18,8 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from kimi_core.config import RewardConfig
 from kimi_core.prompts.jsonl import PROMPT_KEYS, Place, lines_in, prompt_in
+from kimi_core.reward.base import RewardFunction
+from kimi_core.reward.code.reward import code_reward
 from kimi_core.reward.math.extract import extract
+from kimi_core.reward.math.reward import MathReward
 from kimi_core.tasks import humaneval
 from kimi_core.types import Prompt
 
@@ -222,6 +226,18 @@ def chosen(text: str) -> str | None:
         if found := pattern.findall(text):
             return str(found[-1])
     return None
+
+
+def reward_of(name: str, config: RewardConfig) -> RewardFunction:
+    """What judges the answers to a benchmark.
+
+    Raises:
+        ValueError: math-verify is missing, or programs cannot be run safely here.
+    """
+    kind = BENCHMARKS[name][0]
+    if kind == "choice":
+        return choice
+    return MathReward(config.math) if kind == "math" else code_reward(config.sandbox)
 
 
 def choice(prompt: Prompt, response: str) -> float:

@@ -1,4 +1,4 @@
-"""Accuracy on held-out prompts, greedy and sampled, with the engine and reward of training."""
+"""Accuracy on a set of prompts, greedy and sampled, with the engine of training."""
 
 import math
 import time
@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kimi_core.config import RolloutConfig
+from kimi_core.config.evaluation import HELD_OUT, pass_ks
 from kimi_core.evaluation.progress import Progress
+from kimi_core.evaluation.record import RIGHT
+from kimi_core.evaluation.statistics import pass_at_k
 from kimi_core.metrics import EvaluationMetrics, mean_parts
 from kimi_core.reward.combined import Reward
 from kimi_core.reward.judging import judge_all
@@ -25,7 +28,7 @@ JUDGED_PER_WORKER = 8
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Answers held-out prompts, ``batch_rows`` at a time, and scores the answers.
+    """Answers the prompts of one set, ``batch_rows`` at a time, and scores the answers.
 
     ``encode`` gives a prompt's token ids, int32 ``[n]``. ``response_text`` turns the ids of a
     response into the text that the reward function sees.
@@ -45,6 +48,10 @@ class Evaluator:
     """Seconds that a call of ``reward`` may take."""
     keep_responses: bool = False
     """Whether an evaluation that was cut off keeps the responses of a block that is not whole."""
+    name: str = HELD_OUT
+    """Of the set, in ``Progress``."""
+    samples: int = 1
+    """Sampled responses to each prompt."""
 
     def evaluate(
         self,
@@ -54,7 +61,7 @@ class Evaluator:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> EvaluationMetrics:
-        """One greedy and one sampled response to each of the first ``limit`` prompts.
+        """A greedy and ``samples`` sampled responses to each of the first ``limit`` prompts.
 
         Responses without a verdict are counted, and left out of the means.
 
@@ -68,8 +75,9 @@ class Evaluator:
         """
         started = time.perf_counter()
         prompts = self.prompts[:limit]
-        greedy, _, texts = self._answer("greedy", prompts, seed, progress)
-        sampled, lengths, _ = self._answer("sampled", prompts, seed, progress)
+        greedy, _, texts = self._answer("greedy", prompts, 1, seed, progress)
+        sampled, lengths, _ = self._answer("sampled", prompts, self.samples, seed, progress)
+        several = [*prompts] * self.samples
         return EvaluationMetrics(
             iteration=iteration,
             policy_version=self.engine.policy_version,
@@ -82,8 +90,10 @@ class Evaluator:
             infrastructure_errors=greedy.count(None) + sampled.count(None),
             reward_parts=mean_parts([one.parts for one in sampled if one is not None]),
             greedy_by_domain=_by_domain(prompts, greedy),
-            sampled_by_domain=_by_domain(prompts, sampled),
+            sampled_by_domain=_by_domain(several, sampled),
             same_answer=same_answer(prompts, texts),
+            samples=self.samples,
+            pass_at_k=_pass_at(sampled, self.samples) if self.samples > 1 else {},
         )
 
     def _sampling(self, seed: int, *, greedy: bool) -> Sampling:
@@ -93,47 +103,72 @@ class Evaluator:
         return replace(sampling, stream_tokens=0)  # Nothing has to be stored in between.
 
     def _answer(
-        self, which: str, prompts: Sequence[Prompt], seed: int, progress: Progress | None
+        self,
+        which: str,
+        prompts: Sequence[Prompt],
+        samples: int,
+        seed: int,
+        progress: Progress | None,
     ) -> tuple[list[Score | None], list[int], list[str]]:
-        """Score (None: no verdict), length and text of one response to each prompt."""
+        """Score (None: no verdict), length and text of ``samples`` responses to each prompt.
+
+        First come the first responses to all prompts, then the second ones, and so on. Sample ``j``
+        of prompt ``i`` has the number ``j · all prompts + i``, which seeds it.
+        """
         sampling = self._sampling(seed, greedy=which == "greedy")
+        key = which if self.name == HELD_OUT else f"{self.name}/{which}"
+        each, every = len(self.prompts), range(len(prompts))
+        numbers = [sample * each + at for sample in range(samples) for at in every]
         answers: dict[int, np.ndarray] = {}
-        for start in range(0, len(prompts), self.rollout.batch_rows):
-            block = range(start, min(len(prompts), start + self.rollout.batch_rows))
-            answers |= self._complete(which, block, sampling, progress)
-        texts = [self.response_text(answers[at]) for at in range(len(prompts))]
+        for start in range(0, len(numbers), self.rollout.batch_rows):
+            block = numbers[start : start + self.rollout.batch_rows]
+            answers |= self._complete(key, block, sampling, progress)
+        texts = {number: self.response_text(answers[number]) for number in numbers}
+        scores = self._judge(key, texts, progress)
+        return (
+            [scores[number] for number in numbers],
+            [len(answers[number]) for number in numbers],
+            [texts[number] for number in numbers],
+        )
+
+    def _judge(
+        self, key: str, texts: dict[int, str], progress: Progress | None
+    ) -> dict[int, Score | None]:
         scores: dict[int, Score | None] = {}
         if progress:
-            scores |= {at: one for (kind, at), one in progress.verdicts.items() if kind == which}
-        left = [at for at in range(len(prompts)) if at not in scores]
-        at_once = max(JUDGED, JUDGED_PER_WORKER * self.workers) if progress else len(prompts)
+            scores |= {at: one for (kind, at), one in progress.verdicts.items() if kind == key}
+        left = [number for number in texts if number not in scores]
+        at_once = max(JUDGED, JUDGED_PER_WORKER * self.workers) if progress else len(texts)
         for start in range(0, len(left), at_once):
             some = left[start : start + at_once]
             found = judge_all(
                 self.reward,
-                [(prompts[at], texts[at]) for at in some],
+                [(self._prompt(number), texts[number]) for number in some],
                 workers=self.workers,
                 outage_from=self.rollout.samples_per_prompt,
                 timeout_s=self.timeout_s,
             )
-            for at, score in zip(some, found, strict=True):
-                scores[at] = score
+            for number, score in zip(some, found, strict=True):
+                scores[number] = score
                 if progress and score is not None:
-                    progress.judged((which, at), score)
-        order = range(len(prompts))
-        return [scores[at] for at in order], [len(answers[at]) for at in order], texts
+                    progress.judged((key, number), score)
+        return scores
+
+    def _prompt(self, number: int) -> Prompt:
+        """The prompt of a response."""
+        return self.prompts[number % len(self.prompts)]
 
     def _complete(
-        self, which: str, block: range, sampling: Sampling, progress: Progress | None
+        self, key: str, block: Sequence[int], sampling: Sampling, progress: Progress | None
     ) -> dict[int, np.ndarray]:
-        """Token ids of the responses to the prompts at the places in ``block``.
+        """Token ids of the responses with the numbers in ``block``.
 
         A block that was cut off is sampled a second time as a whole, unless ``keep_responses``:
         in another batch, the last bits of a logit may differ, and with them a token.
         """
         found: dict[int, np.ndarray] = {}
         if progress:
-            there = {at: progress.responses.get((which, at)) for at in block}
+            there = {at: progress.responses.get((key, at)) for at in block}
             found = {at: ids for at, ids in there.items() if ids is not None}
         if len(found) < len(block) and not self.keep_responses:
             found = {}
@@ -141,17 +176,36 @@ class Evaluator:
 
         def keep(response: Segment) -> None:
             if progress:
-                progress.ended((which, response.trajectory_id), response.token_ids)
+                progress.ended((key, response.trajectory_id), response.token_ids)
 
         answers = complete(
             self.engine,
-            [self.encode(self.prompts[at]) for at in left],
+            [self.encode(self._prompt(at)) for at in left],
             sampling,
             max_tokens=self.rollout.max_response_tokens,
             ids=left,
             on_end=keep,
         )
         return found | {at: one.token_ids for at, one in zip(left, answers, strict=True)}
+
+
+def _pass_at(scores: Sequence[Score | None], samples: int) -> dict[str, float]:
+    """k → mean over prompts of pass@k, from the responses that have a verdict.
+
+    Args:
+        scores: those of ``_answer``: sample by sample.
+    """
+    count = len(scores) // samples
+    judged = [[one for one in scores[at::count] if one is not None] for at in range(count)]
+    found = {}
+    for k in pass_ks(samples):
+        chances = [
+            pass_at_k(len(some), sum(one.value > RIGHT for one in some), k)
+            for some in judged
+            if len(some) >= k
+        ]
+        found[str(k)] = float(np.mean(chances)) if chances else math.nan
+    return found
 
 
 def same_answer(prompts: Sequence[Prompt], responses: Sequence[str]) -> float:

@@ -55,6 +55,12 @@ class Result:
         """The trained model in Hugging Face format; `model.name` takes it."""
         return self.folder / "checkpoint"
 
+    @property
+    def best(self) -> Path | None:
+        """The model of the best evaluation, as `evaluation.best` counts; None: it is not set."""
+        folder = self.folder / "best"
+        return folder if folder.is_dir() else None
+
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The trained model in eval mode, and its tokenizer."""
         return load_pretrained(str(self.checkpoint))

@@ -13,24 +13,22 @@ from rich.console import Console
 
 from kimi_core import __version__
 from kimi_core.config import Config
+from kimi_core.config.evaluation import pass_ks
 from kimi_core.evaluation.answers import Draw, Responder, answers_to
 from kimi_core.evaluation.benchmarks import (
     ASK,
     BENCHMARKS,
     Kind,
-    choice,
     chosen,
     files_of,
     load_benchmark,
+    reward_of,
 )
 from kimi_core.evaluation.record import Answer, Record
 from kimi_core.evaluation.statistics import interval, majority, pass_at_k
 from kimi_core.prompts.messages import chat_prompts
-from kimi_core.reward.base import RewardFunction
-from kimi_core.reward.code.reward import code_reward
 from kimi_core.reward.math.answers import agree, clean
 from kimi_core.reward.math.extract import extract
-from kimi_core.reward.math.reward import MathReward
 from kimi_core.run.config_file import dump_toml
 from kimi_core.run.files import write_atomically
 from kimi_core.types import Prompt
@@ -69,7 +67,7 @@ def run_benchmark(
     draw = Draw(name, samples, most, temperature)
     with (
         closing(Record(folder / "answers.jsonl")) as record,
-        closing(Responder(config, reward=_reward(kind, config))) as responder,
+        closing(Responder(config, reward=reward_of(name, config.reward))) as responder,
     ):
         for prompt in asked:
             if not responder.fits(prompt, most):
@@ -95,12 +93,6 @@ def run_benchmark(
     return results
 
 
-def _reward(kind: Kind, config: Config) -> RewardFunction:
-    if kind == "choice":
-        return choice
-    return MathReward(config.reward.math) if kind == "math" else code_reward(config.reward.sandbox)
-
-
 def figures(judged: Sequence[Judged], kind: Kind, samples: int, seed: int) -> dict[str, Any]:
     """Accuracy, pass@k, maj@k and lengths. Answers without a verdict are counted and left out."""
     scored = [(prompt, [one for one in some if one.reward is not None]) for prompt, some in judged]
@@ -113,7 +105,7 @@ def figures(judged: Sequence[Judged], kind: Kind, samples: int, seed: int) -> di
         f"avg@{samples}": _mean(shares, seed),
         "pass@k": {},
     }
-    for k in sorted({2**power for power in range(samples.bit_length())} | {samples}):
+    for k in pass_ks(samples):
         chances = [
             pass_at_k(len(some), sum(one.is_right for one in some), k)
             for _, some in scored

@@ -1,7 +1,7 @@
 """From a config to the parts of a run, loaded and wired. Nothing is trained or written here."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config, RolloutConfig
 from kimi_core.evaluation.held_out import Evaluator
+from kimi_core.evaluation.sets import EvaluationSet
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import check_weights, context_of, load_model
-from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
+from kimi_core.models.load import check_weights, config_of, context_of, load_model
+from kimi_core.models.lora import check_lora, choose_trained, plain_module
+from kimi_core.models.placement import check_gpus, limit_threads
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision import Images
 from kimi_core.models.vision_check import check
@@ -32,15 +34,17 @@ from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.rollout.texts import complete
 from kimi_core.rollout.vllm.server import check_options
 from kimi_core.run import state
-from kimi_core.run.data import load_data, scratch_tokenizer
+from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.launch import start_ranks
+from kimi_core.run.trackers import load_tracker
 from kimi_core.trainer.objectives import load_objective
+from kimi_core.trainer.parallel import check_axes
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt, Sampling
-from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher
+from kimi_core.weights.publish import ArenaPublisher, CopyInto, InPlace, Publisher
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class Parts:
     reward: Reward
     publisher: Publisher
     evaluator: Evaluator
+    """Of the held-out prompts."""
+    sets: dict[str, Evaluator]
+    """Of the other evaluation sets, by name."""
     loop: Loop
     new_buffer: Callable[[Path], RolloutBuffer]
     """Makes an empty buffer of the size that the run needs."""
@@ -66,6 +73,9 @@ class Parts:
     def close(self) -> None:
         """End the processes of reward function, engine and trainer, and free what they shared."""
         close_reward(self.reward)
+        for one in self.sets.values():
+            if one.reward is not self.reward:
+                close_reward(one.reward)
         self.loop.close()
         self.publisher.close()
         self.loop.trainer.ranks.close()
@@ -82,21 +92,21 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
         ValueError: a setting or a file cannot work, or a prompt does not fit into the context.
     """
     data = load_data(config, given)
-    load_objective(config.trainer)
-    if config.rollout.engine == "vllm":
-        check_options(config.rollout.vllm.args)
+    _check_settings(config)
     reward = given.reward or load_reward(config.reward)
-    try_reward(reward, data.held_out, data.train)
+    judged = [one.prompts for one in data.sets.values() if not one.benchmark]
+    try_reward(reward, data.held_out, data.train, *judged)
     scratch = scratch_tokenizer(config, data, tokenizer_file)
     model, tokenizer = model_to_train(config, scratch)
-    images = load_images(model, config, data.prompts)
+    images = load_images(model, config, data.asked)
     codec = Codec(tokenizer, config.rollout.stop, model, images)
-    response = config.rollout.max_response_tokens
-    encode = PromptTokens(codec, data.prompts, context=context_of(model), response=response)
+    context, response = context_of(model), config.rollout.max_response_tokens
+    encode = PromptTokens(codec, data.prompts, context=context, response=response)
     encode.check()
     encode.keep(data.held_out)
-    longest = encode.longest + response
-    trainer, engine, publisher = _trainer(model, config, longest, scratch, images)
+    encoders = _encoders(data, codec, context, response)
+    longest = response + max(one.longest for one in (encode, *encoders.values()))
+    trainer, engine, publisher = _trainer(model, config, longest, images)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -123,10 +133,60 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
         workers=config.reward.workers,
         timeout_s=config.reward.timeout_s,
         keep_responses=not state.is_exact(config),
+        samples=config.evaluation.samples,
     )
+    sets = _evaluators(evaluator, data.sets, encoders, config)
     prompts, examples = data.train, data.examples
-    built = (reward, publisher, evaluator, loop, new_buffer, images)
+    built = (reward, publisher, evaluator, sets, loop, new_buffer, images)
     return Parts(model, tokenizer, codec, prompts, examples, given, *built)
+
+
+def _check_settings(config: Config) -> None:
+    """Refuse what the settings alone show. Raises ValueError."""
+    load_objective(config.trainer)
+    check_lora(config)
+    if config.tracker:
+        load_tracker(config.tracker)
+    if config.rollout.engine == "vllm":
+        check_options(config.rollout.vllm.args)
+
+
+def _encoders(
+    data: Data, codec: Codec, context: int | None, response: int
+) -> dict[str, PromptTokens]:
+    """Name of each other evaluation set → what gives its prompts' tokens.
+
+    Raises:
+        ValueError: a prompt cannot be tokenized, or does not fit into the context.
+    """
+    encoders = {}
+    for name, one in data.sets.items():
+        try:
+            encode = PromptTokens(codec, one.prompts, context=context, response=response)
+            encode.check()
+        except ValueError as error:
+            raise ValueError(f"evaluation.sets.{name}: {error}") from error
+        encoders[name] = encode
+    return encoders
+
+
+def _evaluators(
+    held_out: Evaluator,
+    sets: Mapping[str, EvaluationSet],
+    encoders: Mapping[str, PromptTokens],
+    config: Config,
+) -> dict[str, Evaluator]:
+    return {
+        name: replace(
+            held_out,
+            name=name,
+            prompts=one.prompts,
+            encode=encoders[name],
+            reward=one.reward(config) or held_out.reward,
+            samples=config.evaluation.sets[name].samples,
+        )
+        for name, one in sets.items()
+    }
 
 
 def check_images(model: PreTrainedModel, images: Images, policy: Policy, engine: Engine) -> None:
@@ -156,7 +216,6 @@ def _trainer(
     model: PreTrainedModel,
     config: Config,
     longest: int,
-    scratch: PreTrainedTokenizerFast | None,
     images: Images | None,
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
@@ -164,12 +223,22 @@ def _trainer(
     The engine is made before the trainer shards the model, because it checks what it reads.
     """
     policy = policy_of(model, config, longest, images)
-    ranks = start_ranks(config, longest, scratch)
+    ranks = start_ranks(config, policy)
     try:
-        publisher = publisher_of(model, config.rollout, ranks)
+        has_adapters = config.trainer.lora.rank > 0
+        read = plain_module(model) if has_adapters else model
+        publisher = publisher_of(read, config, ranks)
+        if has_adapters and isinstance(publisher, InPlace):
+            publisher = CopyInto(read)
         exact = config.resume != "keep"
         engine, _ = load_engine(
-            model, config.rollout, longest, publisher, exact=exact, images=images
+            read,
+            config.rollout,
+            longest,
+            publisher,
+            exact=exact,
+            images=images,
+            cluster=config.cluster,
         )
         if images:
             check_images(model, images, policy, engine)
@@ -182,23 +251,27 @@ def _trainer(
 def model_to_train(
     config: Config, scratch: PreTrainedTokenizerFast | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model as every rank of a trainer loads it, and its tokenizer.
+    """The model as rank 0 of a trainer loads it, and its tokenizer.
 
     Args:
         scratch: the tokenizer of a model from scratch; None for any other model.
 
     Raises:
-        ValueError: it cannot be loaded, its weights are not finite, or there are too few GPUs.
+        ValueError: it cannot be loaded, its weights are not finite, there are too few GPUs, or the
+            axes of the trainer's ranks do not divide it.
     """
     tokenizer: PreTrainedTokenizerBase
+    if scratch is None and (architecture := config_of(config.model)):
+        check_axes(architecture, config.trainer)
     if scratch is not None:
         model, tokenizer = scratch_llama(config.model, scratch, config.seed), scratch
+        check_axes(model.config, config.trainer)
     else:
         model, tokenizer = load_model(config.model)
     check_weights(model)
     check_gpus(model.device, config.trainer.ranks)
     limit_threads(model, config.trainer.ranks)
-    freeze_below(model, config.trainer.trainable_layers)
+    choose_trained(model, config.trainer, config.seed)
     return model, tokenizer
 
 
@@ -215,9 +288,9 @@ def policy_of(
     )
 
 
-def publisher_of(model: PreTrainedModel, rollout: RolloutConfig, ranks: Ranks) -> Publisher:
+def publisher_of(model: PreTrainedModel, config: Config, ranks: Ranks) -> Publisher:
     """Takes the trainer's weights to the engine; ``model`` is not sharded yet."""
-    if reads_trainer(rollout) and ranks.size == 1:
+    if reads_trainer(config.rollout, config.cluster) and ranks.size == 1:
         return InPlace()
-    size = tensor_parallel(rollout)
+    size = tensor_parallel(config.rollout)
     return ArenaPublisher(model.config, model.dtype, tp_size=size, ranks=ranks)

@@ -14,7 +14,8 @@ import tomli_w
 from pydantic import ValidationError
 
 from kimi_core.config import AblationConfig, Config, ScratchConfig, TaskConfig
-from kimi_core.config.names import meant, settings
+from kimi_core.config.names import canonical, meant, settings
+from kimi_core.metrics import leaves
 
 MOVED = {
     **{f"model.{key}": f"model.scratch.{key}" for key in ScratchConfig.model_fields},
@@ -79,6 +80,20 @@ def dump_toml(config: Config) -> str:
     return tomli_w.dumps(_without_none(config.model_dump()))
 
 
+def plain_settings(config: Config) -> dict[str, Any]:
+    """Dotted key → value, as text where it is no number, text or truth value; without unset ones.
+
+    >>> plain_settings(Config())["rollout.stop"], plain_settings(Config())["trainer.tau"]
+    ('[]', 0.01)
+    """
+    found = ((key.replace("/", "."), value) for key, value in leaves(config.model_dump()))
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in found
+        if value is not None
+    }
+
+
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     return {
         key: _without_none(value) if isinstance(value, dict) else value
@@ -133,7 +148,7 @@ def _said_of(fault: Any) -> str:
         return str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         return f"Unknown key {shown}{_way_out(where, value)}"
-    if where in known and known[where].is_section:
+    if canonical(where) in known and known[canonical(where)].is_section:
         return f"{shown}: {where} is a section{_way_out(where, value)}"
     if where == "name" and fault["type"] == "string_pattern_mismatch":
         allowed = re.sub(r"[^\w.-]+", "-", value).strip("-.") or "mine"
@@ -143,7 +158,7 @@ def _said_of(fault: Any) -> str:
 
 def _way_out(where: str, value: Any) -> str:
     """What to write in place of a key that does not exist."""
-    section = where if where in settings() else where.rpartition(".")[0]
+    section = canonical(where if canonical(where) in settings() else where.rpartition(".")[0])
     listed = f"`{f'kimi config {section}'.strip()}`"
     if likely := [] if isinstance(value, dict) else meant(where):
         written = " or ".join(f"{key}={_literal(value)}" for key in likely)

@@ -23,8 +23,9 @@ from rich.console import Console
 
 from kimi_core.config import Config, CurateConfig
 from kimi_core.evaluation.answers import Draw, Responder, answers_to, asked_by
-from kimi_core.evaluation.benchmarks import BENCHMARKS, files_of, questions_of
+from kimi_core.evaluation.benchmarks import questions_of
 from kimi_core.evaluation.record import Answer, Record
+from kimi_core.evaluation.sets import benchmark_in
 from kimi_core.prompts.duplicates import Leaks, near_duplicates
 from kimi_core.prompts.forms import form_of, subject_of
 from kimi_core.prompts.load import load_prompts
@@ -67,9 +68,8 @@ def _read(config: Config, source: str) -> list[Prompt]:
 
 def _held(config: Config, source: str) -> list[str]:
     """The questions of an evaluation set."""
-    name, colon, path = source.partition(":")
-    if colon and name in BENCHMARKS:
-        return questions_of(name, files_of(name, Path(path)))
+    if found := benchmark_in(source):
+        return questions_of(*found)
     return [one.text for one in _read(config, source)]
 
 

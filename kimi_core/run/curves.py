@@ -37,6 +37,9 @@ def draw_curves(
     accuracy.plot(
         evaluated, [e.accuracy_greedy for e in evaluations], "s", label="held out, greedy"
     )
+    for name in dict.fromkeys(name for one in evaluations for name in one.sets):
+        found = [one.value(f"{name}/sampled") for one in evaluations]
+        accuracy.plot(evaluated, found, "x", label=f"{name}, sampled")
     accuracy.set_ylim(-0.02, 1.02)
     _label(accuracy, "accuracy")
 

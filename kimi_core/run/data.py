@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from kimi_core.config import Config
+from kimi_core.evaluation.sets import EvaluationSet, load_sets
 from kimi_core.models.scratch import (
     CHAT,
     character_tokenizer,
@@ -34,6 +36,13 @@ class Data:
     held_out: list[Prompt]
     examples: list[TextExample]
     """Empty if there is no SFT."""
+    sets: dict[str, EvaluationSet]
+    """The other evaluation sets by name."""
+
+    @property
+    def asked(self) -> Iterator[Prompt]:
+        """Every prompt that the model may be asked."""
+        return chain(self.prompts, *(one.prompts for one in self.sets.values()))
 
 
 def load_data(config: Config, given: Given = NOTHING) -> Data:
@@ -47,7 +56,7 @@ def load_data(config: Config, given: Given = NOTHING) -> Data:
     train, held_out = split(prompts, config.prompts.held_out, config.prompts.split_seed)
     is_on = config.sft.data != "none" and config.sft.steps > 0
     examples = sft_examples(config, train, given.examples) if is_on else []
-    return Data(prompts, train, held_out, examples)
+    return Data(prompts, train, held_out, examples, load_sets(config))
 
 
 def _read(saved: Path) -> Tokenizer:
@@ -92,6 +101,8 @@ def scratch_tokenizer(
 
 def _has_conversations(data: Data) -> bool:
     asked = any(_asked(one)[0] for one, _ in data.examples)
+    sets = (prompt for one in data.sets.values() for prompt in one.prompts)
+    asked = asked or any(prompt.messages for prompt in sets)
     return asked or bool((facts_of(data.prompts).sizes < 0).any())
 
 
@@ -105,7 +116,7 @@ def _characters(texts: Iterator[str]) -> set[str]:
 def _texts(config: Config, data: Data) -> Iterator[str]:
     """Every text that the model reads or should write."""
     yield _notation(config)
-    for prompt in data.prompts:
+    for prompt in data.asked:
         yield from _parts(prompt)
         yield prompt.answer
     for asked, response in data.examples:

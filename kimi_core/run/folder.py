@@ -11,6 +11,7 @@
       sft/000200/     what step 201 of SFT starts from; removed when RL starts
       states/000012/  what iteration 13 starts from: tensors.safetensors, state.json, other files
       checkpoint/     the policy in Hugging Face format
+      best/           the policy of the best evaluation, if evaluation.best names what counts
 
 ``states.py`` says why a state survives. ``docs/metrics.md`` has the other files.
 """
@@ -20,6 +21,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from kimi_core.config import Config, Section
@@ -40,6 +42,7 @@ MAY_CHANGE_ON_RESUME = (
     "keep_states",
     "resume",
     "grace_s",
+    "tracker",
     "sft.save_every",
     "evaluation",
     "trajectories",
@@ -51,16 +54,21 @@ MAY_CHANGE_ON_RESUME = (
 
 MAY_CHANGE_WITH_A_LINE = (
     "trainer.learning_rate",
+    "trainer.schedule",
     "trainer.grad_clip",
     "trainer.tokens_per_micro_batch",
     "trainer.head_chunk",
     "trainer.memory_gb",
     "trainer.ranks",
     "trainer.ranks_timeout_s",
+    "trainer.tensor_parallel",
+    "trainer.context_parallel",
+    "trainer.replicas",
     "trainer.logprob_gap_limit",
     "rollout.batch_rows",
     "rollout.workers",
     "rollout.worker_timeout_s",
+    "cluster",
     "rollout.vllm",
     "reward.workers",
     "reward.timeout_s",
@@ -71,6 +79,7 @@ MAY_CHANGE_WITH_A_LINE = (
 """Keys and sections that our errors advise to change. A line of metrics.jsonl says so."""
 
 TOKENIZER = "tokenizer.json"
+CHECKPOINT, BEST = "checkpoint", "best"
 
 TRACES = ("checkpoint", "summary.json", "metrics.jsonl")
 """Other files that a run leaves; a folder with any of them is not used for a new run."""
@@ -86,7 +95,7 @@ class RunFolder:
             ValueError: another process runs in this folder.
         """
         self.path = Path(path)
-        self.checkpoint = self.path / "checkpoint"
+        self.checkpoint = self.path / CHECKPOINT
         self.buffer = self.path / "buffer.bin"
         self.tokenizer = self.path / TOKENIZER
         self.changed: dict[str, list[Any]] = {}
@@ -103,6 +112,7 @@ class RunFolder:
         self.states.folder.mkdir(parents=True, exist_ok=True)
         self._lock: int | None = take_lock(self.path)
         finish_swap(self.checkpoint)
+        finish_swap(self.path / BEST)
         clean(self.path)
 
     @staticmethod
@@ -242,28 +252,41 @@ class RunFolder:
             )
         self.changed |= other | changes(saved.record.get("environment", {}), self.environment)
 
-    def save_checkpoint(self, model: Any, tokenizer: Any, images: Images | None = None) -> Path:
+    def save_checkpoint(
+        self,
+        model: Any,
+        tokenizer: Any,
+        images: Images | None = None,
+        *,
+        name: str = CHECKPOINT,
+        also: Mapping[str, str] = MappingProxyType({}),
+    ) -> Path:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
 
         Args:
             model: has ``save_pretrained``, as has ``tokenizer``.
             images: their processor is written, too.
+            name: of the folder, in place of ``checkpoint``.
+            also: name → text of other files.
 
         Raises:
             OSError: the disk is full; the previous checkpoint is as it was.
         """
-        partial = self.path / "checkpoint.tmp"
+        final = self.path / name
+        partial = final.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        unfinished = removed_if_unfinished(partial, "the checkpoint", self._newest().way_on)
+        unfinished = removed_if_unfinished(partial, f"the {name}", self._newest().way_on)
         with unfinished, no_progress_bars():
             partial.mkdir()  # ``save_pretrained`` would make a run's folder that has vanished.
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
             if images is not None:
                 images.save(partial)
+            for file, text in also.items():
+                (partial / file).write_text(text)
             sync_tree(partial)
-            swap(partial, self.checkpoint)
-        return self.checkpoint
+            swap(partial, final)
+        return final
 
     def close(self) -> None:
         """Release the lock. Safe to call twice."""
@@ -340,6 +363,9 @@ def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
     """
     before, now = flatten(saved), flatten(given)
     differ = changes(before, now)
+    told: tuple[str, ...] = MAY_CHANGE_WITH_A_LINE
+    if given.trainer.schedule.shape != "constant" or given.trainer.schedule.warmup:
+        told = (*told, "iterations")  # The schedule depends on it.
     refused = {
         key: pair
         for key, pair in differ.items()
@@ -352,7 +378,7 @@ def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
             f"Give the saved values, or start a run with another name=...; only "
             f"{', '.join(MAY_CHANGE_ON_RESUME + MAY_CHANGE_WITH_A_LINE)} may change"
         )
-    return {key: pair for key, pair in differ.items() if _among(key, MAY_CHANGE_WITH_A_LINE)}
+    return {key: pair for key, pair in differ.items() if _among(key, told)}
 
 
 def _among(key: str, names: Sequence[str]) -> bool:

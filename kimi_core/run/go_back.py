@@ -1,7 +1,8 @@
 """``--from N``: a run goes back to a kept state, and what came after it is set aside.
 
 ``runs/NAME/aside/1/`` then holds the later lines of metrics.jsonl, files of ``trajectories/`` and
-``samples/``, and states. Nothing reads that folder; it may be removed.
+``samples/``, states, and the best checkpoint if it is a later one. Nothing reads that folder; it
+may be removed.
 
 Records are moved first, then states, and metrics.jsonl is cut last. A process that dies in between
 has lost nothing, and the same command finishes the work.
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kimi_core.metrics import read_lines
+from kimi_core.run.best import read_best
 from kimi_core.run.files import sync, write_atomically
-from kimi_core.run.folder import RunFolder
+from kimi_core.run.folder import BEST, RunFolder
 
 
 def go_back(folder: RunFolder, number: int) -> str:
@@ -49,6 +51,8 @@ def go_back(folder: RunFolder, number: int) -> str:
         _move([one for one in files if _number(one) > number], aside / name)
     if (rates := folder.path / "prompts.jsonl").is_file():
         shutil.copy(rates, aside)  # Its later lines are cut when the run is opened.
+    if (best := read_best(folder.path)) and best.iteration > number:
+        (folder.path / BEST).rename(aside / BEST)
     folder.buffer.unlink(missing_ok=True)  # The state has a snapshot.
     states = [one for one in folder.states.folder.iterdir() if _number(one) > number]
     _move(sorted(states, reverse=True), aside / "states")  # The newest first: all before are whole.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics, read_metrics
+from kimi_core.run.best import read_best
 from kimi_core.run.build import Parts
 from kimi_core.run.given import GIVEN
 from kimi_core.run.report import clock
@@ -18,12 +19,14 @@ def header(config: Config, parts: Parts, folder: Path) -> list[str]:
     made = f"{kind} from scratch" if config.model.name == "scratch" else config.model.name
     share = "" if trained == total else f", {trained:,} of them trained"
     examples = f", {len(parts.examples):,} SFT examples" if parts.examples else ""
+    sets = [f", {name} ({len(one.prompts):,})" for name, one in parts.sets.items()]
+    evaluated = "".join(sets).replace(", ", "; also evaluated: ", 1)
     lines = [
         f"model    {made}, {total:,} parameters{share}, {len(parts.tokenizer):,} tokens, "
         f"{parts.model.dtype}".replace("torch.", "")
         + f" on {parts.model.device}",
         f"data     {config.prompts.source}: {len(parts.train_prompts):,} prompts to train on, "
-        f"{len(parts.evaluator.prompts):,} held out{examples}",
+        f"{len(parts.evaluator.prompts):,} held out{examples}{evaluated}",
         f"look at  kimi dashboard {folder}, or tensorboard --logdir {folder}/tensorboard",
     ]
     done, _ = read_metrics(folder / "metrics.jsonl")
@@ -41,6 +44,8 @@ def _recent_s(done: list[IterationMetrics]) -> float:
 def next_steps(config: Config, folder: Path) -> list[str]:
     """Lines that say what the run has made, and commands that go on with it."""
     lines = [f"curves   {folder}/curves.png", f"model    {folder}/checkpoint"]
+    if best := read_best(folder):
+        lines.append(f"best     {folder}/best: {best}")
     if GIVEN in (config.prompts.source, config.reward.function):
         return lines  # Only the program that gave them can go on.
     settings = f"{folder}/config.toml model.name={folder}/checkpoint"

@@ -54,6 +54,9 @@ def data(config: Config, parts: Parts) -> dict[str, str]:
     compares in other ways."""
     held_out = facts_of(parts.evaluator.prompts).checksums
     found = {"the held-out prompts": _digest(held_out.tobytes())}
+    for name, one in parts.sets.items():
+        checksums = facts_of(one.prompts).checksums
+        found[f"the prompts of evaluation.sets.{name}"] = _digest(checksums.tobytes())
     if parts.images is not None and len(parts.images):
         found["the images"] = parts.images.fingerprint()
     functions = [config.reward.function, *(one.function for one in config.reward.functions)]

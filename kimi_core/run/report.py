@@ -6,7 +6,7 @@ Each of the three sinks takes every record as it comes.
 import json
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,10 @@ from kimi_core.metrics import (
     summarize,
     to_record,
 )
+from kimi_core.run.best import read_best
 from kimi_core.run.files import append_line, write_atomically
+from kimi_core.run.tensorboard import TensorBoard
+from kimi_core.run.trackers import Tracker
 
 Metrics = IterationMetrics | EvaluationMetrics
 
@@ -52,6 +55,8 @@ class Report:
         start_iteration: iterations done in the state that the run continues from.
         sft_s: wall-clock seconds of SFT; part of the summary's wall time.
         cut_off_s: wall-clock seconds of an iteration that was cut off, and runs again.
+        settings: of the run, by dotted name, for TensorBoard and trackers.
+        tracker: another sink, as the setting names it.
         changed: settings that a resumed run has changed, key → [before, now].
         console: where progress goes; standard output unless given.
     """
@@ -64,6 +69,8 @@ class Report:
         start_iteration: int = 0,
         sft_s: float = 0.0,
         cut_off_s: float = 0.0,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        tracker: str = "",
         changed: Mapping[str, list[Any]] = MappingProxyType({}),
         console: Console | None = None,
     ) -> None:
@@ -87,11 +94,16 @@ class Report:
                 soft_wrap=True,
             )
         self._sft_s = sft_s
+        self._tensorboard = TensorBoard(
+            self.folder, self.iterations, self.evaluations, settings, start_iteration
+        )
         self._sinks: list[Sink] = [
             JsonLines(path),
-            TensorBoard(self.folder / "tensorboard", self.iterations, self.evaluations),
+            self._tensorboard,
             ProgressLines(self.console, start_iteration, total_iterations),
         ]
+        if tracker:
+            self._sinks.append(Tracker(tracker, self.folder, settings, self._say))
         self._closed = False
         here = {"iteration": start_iteration}
         lines = [{"kind": "resume", **here, "lost_s": cut_s}] if resumed else []
@@ -125,12 +137,23 @@ class Report:
         self._collapses.append((record["rule"], done))
         line = {"kind": "collapse", "iteration": done, **record}
         append_line(self.folder / "metrics.jsonl", json.dumps(line) + "\n")
-        self.console.print(f"warning: {said}", markup=False, highlight=False, soft_wrap=True)
+        self._say(f"warning: {said}")
+
+    def samples(self, iteration: int) -> None:
+        """Show the samples of an iteration, which are written."""
+        self._tensorboard.samples(iteration)
 
     def evaluation_s(self, prompts: int) -> float | None:
-        """Seconds that an evaluation takes, as the last one tells; None: there was none."""
+        """Seconds that an evaluation takes, as the last one tells; None: there was none.
+
+        Args:
+            prompts: held-out ones; other sets are always evaluated as a whole.
+        """
         timed = [one for one in self.evaluations if math.isfinite(one.wall_s) and one.n]
-        return prompts * timed[-1].wall_s / timed[-1].n if timed else None
+        if not timed:
+            return None
+        others_s = sum(one.get("wall_s", 0.0) for one in timed[-1].sets.values())
+        return others_s + prompts * (timed[-1].wall_s - others_s) / timed[-1].n
 
     def close(self) -> None:
         """Write ``summary.json`` and ``curves.png``, print the table before → after; once."""
@@ -142,6 +165,8 @@ class Report:
         summary = summarize(
             self.iterations, self.evaluations, sft_s=self._sft_s, lost_s=self._lost_s
         )
+        if best := read_best(self.folder):
+            summary["best"] = vars(best)
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         from kimi_core.run.curves import draw_curves  # Loads matplotlib, which only the end needs.
 
@@ -156,6 +181,9 @@ class Report:
         """Close. A full disk at the end of a run that failed must not hide why it failed."""
         with suppress(OSError) if kind else nullcontext():
             self.close()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _tell(self, kind: str, metrics: Metrics) -> None:
         for sink in self._sinks:
@@ -174,42 +202,6 @@ class JsonLines:
 
     def close(self) -> None:
         """Do nothing: every line is on the disk already."""
-
-
-class TensorBoard:
-    """Every number of every record, as ``iteration/NAME`` and ``evaluation/NAME``."""
-
-    def __init__(
-        self,
-        folder: Path,
-        iterations: Sequence[IterationMetrics],
-        evaluations: Sequence[EvaluationMetrics],
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # Slow to load.
-
-        # Made again from metrics.jsonl: a killed run may have lost points, or have some too many.
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._writer = SummaryWriter(str(folder))
-        for kind, records in (("iteration", iterations), ("evaluation", evaluations)):
-            for record in records:
-                self._add(kind, record)
-        self._writer.flush()
-
-    def take(self, kind: str, metrics: Metrics) -> None:
-        self._add(kind, metrics)
-        self._writer.flush()
-
-    def _add(self, kind: str, metrics: Metrics) -> None:
-        for name, value in to_record(metrics).items():
-            if isinstance(value, dict):
-                for part, number in value.items():
-                    self._writer.add_scalar(f"{kind}/{name}/{part}", number, metrics.iteration)
-            elif name != "iteration" and value is not None:
-                self._writer.add_scalar(f"{kind}/{name}", value, metrics.iteration)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class ProgressLines:
@@ -259,11 +251,21 @@ class ProgressLines:
 
 
 def evaluation_line(metrics: EvaluationMetrics) -> str:
-    """One line about an evaluation."""
+    """A line about an evaluation, and one about each other set."""
+    lines = [f"evaluation after {metrics.iteration}  {_numbers(vars(metrics))}"]
+    lines += [f"  {name}  {_numbers(numbers)}" for name, numbers in metrics.sets.items()]
+    return "\n".join(lines)
+
+
+def _numbers(of: Mapping[str, Any]) -> str:
+    """The numbers of an evaluation set in one line."""
+    unscored, chances = of.get("infrastructure_errors", 0), of.get("pass_at_k", {})
+    several = "".join(f"  pass@{k} {one:.3f}" for k, one in chances.items() if k != "1")
     return (
-        f"evaluation after {metrics.iteration}  greedy {metrics.accuracy_greedy:.3f}  "
-        f"sampled {metrics.accuracy_sampled:.3f}  length {metrics.length_mean:.1f}  "
-        f"n {metrics.n}{_no_verdict(metrics)}"
+        f"greedy {of.get('accuracy_greedy', math.nan):.3f}  "
+        f"sampled {of.get('accuracy_sampled', math.nan):.3f}{several}  "
+        f"length {of.get('length_mean', math.nan):.1f}  n {of['n']}"
+        + (f"  no verdict {unscored}" if unscored else "")
     )
 
 
@@ -309,6 +311,11 @@ def _before_after(
     ):
         table.add_row(name, f"{before:{form}}", f"{after:{form}}", f"{after - before:+{form}}")
     table.add_row("prompts", str(first.n), str(last.n))
+    for name, of in last.sets.items():
+        for metric in ("greedy", "sampled"):
+            before, after = first.value(f"{name}/{metric}"), last.value(f"{name}/{metric}")
+            change = f"{after - before:+.3f}"
+            table.add_row(f"{name}, {metric}, n {of['n']}", f"{before:.3f}", f"{after:.3f}", change)
     return table
 
 

@@ -15,11 +15,14 @@ from rich.console import Console
 
 from kimi_core.config import Config
 from kimi_core.evaluation.progress import Progress
+from kimi_core.evaluation.sets import evaluate as evaluate_sets
 from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics, to_record
 from kimi_core.run import identity, state
+from kimi_core.run.best import forget_later, is_stuck, keep_best, read_best
 from kimi_core.run.build import Parts, build
 from kimi_core.run.collapse import watch
+from kimi_core.run.config_file import plain_settings
 from kimi_core.run.disk import disk_faults_named
 from kimi_core.run.fine_tuning import fine_tune, say, say_overlaps
 from kimi_core.run.folder import TOKENIZER, RunFolder, holds_state, refuse_early
@@ -91,18 +94,22 @@ def train(
             state.save(parts.loop, folder, sft_s)
         folder.sft_states.remove()
         _say_changes(folder, console)
+        if said := forget_later(folder.path, parts.loop.iteration):
+            say(console, said)
         with Report(
             folder.path,
             total_iterations=config.iterations,
             start_iteration=parts.loop.iteration,
             sft_s=sft_s,
             cut_off_s=cut_off,
+            settings=plain_settings(config),
+            tracker=config.tracker,
             changed=folder.changed,
             console=console,
         ) as report:
             _reinforce(parts, config, folder, report, sft_s, stop)
         folder.save_checkpoint(parts.loop.trainer, parts.tokenizer, parts.images)
-        if not _is_done(parts.loop, config):
+        if not _is_over(parts.loop, config, report):
             stop.leave(f"{parts.loop.iteration} of {config.iterations}")
     for line in next_steps(config, folder.path):
         say(console, line)
@@ -176,7 +183,7 @@ def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMet
     with closing(build(config)) as parts:
         parts.loop.start()
         seed = config.seed + EVALUATION_SEED
-        return parts.evaluator.evaluate(iteration=0, seed=seed, limit=limit)
+        return evaluate_sets(parts.evaluator, parts.sets, iteration=0, seed=seed, limit=limit)
 
 
 def _reinforce(
@@ -190,7 +197,7 @@ def _reinforce(
     folder.states.prune()  # As the process that saved the last one may not have done.
     if not stop.is_set():
         _catch_up(parts, config, folder, report, files)
-    while not (stop.is_set() or _is_done(loop, config)):
+    while not (stop.is_set() or _is_over(loop, config, report)):
         metrics = loop.iterate()
         records = records_of(loop.latest, loop.iteration, loop.prompts, parts.codec.response_text)
         files.write(loop.iteration, records)
@@ -199,13 +206,19 @@ def _reinforce(
         is_due = last or loop.iteration % config.evaluation.every == 0
         if is_due:
             files.write_samples(loop.iteration, records)
+            report.samples(loop.iteration)
         report.iteration(metrics)
         watch(report, folder, config)
-        if last or stop.is_set() or loop.iteration % config.save_every == 0:
+        may_decide = is_due and config.evaluation.best
+        if last or stop.is_set() or may_decide or loop.iteration % config.save_every == 0:
             state.save(loop, folder, sft_s)
         if last or (is_due and not stop.is_set()):  # A resumed run catches up on it.
             limit = None if last else config.evaluation.prompts
             evaluate(parts, config, folder, report, limit=limit)
+            _keep_best(parts, config, folder, report)
+    if is_stuck(report.evaluations, config.evaluation):
+        patience = config.evaluation.patience
+        say(report.console, f"no better evaluation in {patience}: {read_best(folder.path)} stays")
 
 
 def _catch_up(
@@ -217,11 +230,25 @@ def _catch_up(
     is_there = any(evaluation.iteration == done for evaluation in report.evaluations)
     if is_there or not (last or done % config.evaluation.every == 0):
         (folder.path / EVALUATION).unlink(missing_ok=True)
+        _keep_best(parts, config, folder, report)
         return
     limit = None if last or done == 0 else config.evaluation.prompts
     if records := files.read(done):
         files.write_samples(done, records)
+        report.samples(done)
     evaluate(parts, config, folder, report, limit=limit)
+    _keep_best(parts, config, folder, report)
+
+
+def _keep_best(parts: Parts, config: Config, folder: RunFolder, report: Report) -> None:
+    """Keep the present policy if it was evaluated and is the best one."""
+    evaluated = [one for one in report.evaluations if one.iteration == parts.loop.iteration]
+    if config.evaluation.best and evaluated:
+        keep_best(parts, config.evaluation, folder, evaluated[-1])
+
+
+def _is_over(loop: Loop, config: Config, report: Report) -> bool:
+    return _is_done(loop, config) or is_stuck(report.evaluations, config.evaluation)
 
 
 def _is_done(loop: Loop, config: Config) -> bool:
@@ -232,7 +259,8 @@ def _is_done(loop: Loop, config: Config) -> bool:
 def evaluate(
     parts: Parts, config: Config, folder: RunFolder, report: Report, *, limit: int | None = None
 ) -> None:
-    """Report the accuracy on the first ``limit`` held-out prompts; None: on all of them.
+    """Report the accuracy on the first ``limit`` held-out prompts (None: on all of them) and on
+    the other evaluation sets.
 
     What an earlier process has of this evaluation, with these weights, is kept.
     """
@@ -243,17 +271,24 @@ def evaluate(
         "iteration": iteration,
         "seed": seed,
         "limit": limit,
+        "samples": config.evaluation.samples_of(),
         "data": folder.data,
         "trained": {key: trained[key] for key in ("loss", "grad_norm") if key in trained},
     }
     count = len(parts.evaluator.prompts[:limit])
+    everything = count + sum(len(one.prompts) for one in parts.sets.values())
     expected_s = report.evaluation_s(count)
     if expected_s is None or expected_s >= SAY_FROM_S:
         takes = "" if expected_s is None else f", about {clock(expected_s)}"
-        say(report.console, f"evaluating {count} prompts{takes}")
+        say(report.console, f"evaluating {everything} prompts{takes}")
     with closing(Progress(folder.path / EVALUATION, about)) as progress:
-        found = parts.evaluator.evaluate(
-            iteration=iteration, seed=seed, limit=limit, progress=progress
+        found = evaluate_sets(
+            parts.evaluator,
+            parts.sets,
+            iteration=iteration,
+            seed=seed,
+            limit=limit,
+            progress=progress,
         )
         report.evaluation(found)
         progress.remove()

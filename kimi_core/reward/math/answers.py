@@ -32,6 +32,8 @@ _UPRIGHT = re.compile(
     r"|((?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|ln|log|exp|min|max|gcd|lcm|det))\s*\}"
 )
 """Constants and functions in upright type, which are not units."""
+_BARE_FRACTION = re.compile(r"\\frac ?(\d|\{\d+\}) ?(\d|\{\d+\})")
+_SEGMENT = re.compile(r"\\overline ?\{ ?([A-Z]{2,}) ?\}|\\triangle ?\{? ?([A-Z]{3})\}?(?![A-Za-z])")
 _PER = re.compile(
     r"\\frac\s*\{\s*(\\(?:text|mathrm)\s*\{[^{}]*)\}\s*\}\s*\{\s*\\\w+\s*\{([^{}]*\})\s*\}"
 )
@@ -55,6 +57,8 @@ def clean(answer: str) -> str:
         text = text.replace(symbol, latex)
     text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace("{,}", ",")
     text = text.replace(r"\varnothing", r"\emptyset")
+    text = _BARE_FRACTION.sub(_braced, text)
+    text = _SEGMENT.sub(lambda match: match[1] or match[2], text)
     text = _GROUP.sub(",", text)
     text = _PER.sub(r"\1/\2", text)
     text = _UPRIGHT.sub(lambda match: match[1] or f"\\{match[2]} ", text)
@@ -62,6 +66,12 @@ def clean(answer: str) -> str:
         text = whole[1].strip()
     text = _SPACING.sub(lambda match: _SPACE.get(match[0], ""), text)
     return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip()
+
+
+def _braced(match: re.Match[str]) -> str:
+    """``\\frac12`` with its braces."""
+    above, below = (part.strip("{}") for part in match.groups())
+    return rf"\frac{{{above}}}{{{below}}}"
 
 
 def agree(reference: str, answer: str) -> bool | None:
@@ -79,7 +89,9 @@ def agree(reference: str, answer: str) -> bool | None:
     ours, theirs = _quantity(reference), _quantity(answer)
     if ours and theirs:
         return _same_quantity(ours, theirs)
-    for part in (_choice, _based, _name, _date):
+    if ours and _is_no_number(answer):
+        return False
+    for part in (_choice, _based, _name, _date, _time):
         one, other = part(reference), part(answer)
         if one and other:
             return one == other
@@ -251,6 +263,32 @@ def _same_quantity(one: Quantity, other: Quantity) -> bool:
     return _close(scaled[0], scaled[1], close or one.percent or other.percent)
 
 
+_WORD = re.compile(r"[a-zA-Z]{2,}")
+_VARIABLE = re.compile(r"(?<![a-zA-Z])[a-df-hj-z](?![a-zA-Z])")
+_LAST_UNIT = re.compile(r"(?<=[\d}\] )]) ?[mgshl](?: ?\^ ?\{?[23]\}?)?$")
+_LIST = re.compile(r"[\[(][^\[\]()]*,[^\[\]()]*[\])]")
+
+
+def _is_no_number(text: str) -> bool:
+    """Whether a cleaned answer is in a form that a number's never has.
+
+    That is a list, a number in a base other than ten, or, without words or a relation, an
+    expression with a variable, even one that cancels out.
+
+    >>> [_is_no_number(one) for one in ("[5,5]", "5x/x", "0x", "101_2", "x=5", "5 for all x")]
+    [True, True, True, True, False, False]
+    """
+    if _LIST.fullmatch(text):
+        return True
+    if based := re.search(r"\d_ ?\{? ?(\d+)", text):
+        return based[1] != "10"
+    plain = re.sub(r"\\(?:approx|simeq|equiv|in)(?![a-zA-Z])", "=", _UNIT_TEXT.sub(" words ", text))
+    plain = re.sub(r"\\[a-zA-Z]+", " ", plain)
+    if "=" in plain or _WORD.search(plain):
+        return False
+    return bool(_VARIABLE.search(_LAST_UNIT.sub("", plain)))
+
+
 def _close(one: Fraction, other: Fraction, is_decimal: bool) -> bool:
     if not is_decimal:
         return one == other
@@ -312,6 +350,13 @@ def _date(text: str) -> str | None:
     if not re.fullmatch(r"\d{1,4}(?:-\d{1,2}-|/\d{1,2}/|\.\d{1,2}\.)\d{1,4}", text):
         return None
     return re.sub(r"\b0+(?=\d)", "", text)
+
+
+def _time(text: str) -> tuple[str, str, str] | None:
+    """Hour, minute and half of a time of the day."""
+    plain = _UNIT_TEXT.sub(r"\1", text).lower()
+    match = re.fullmatch(r"0?(\d{1,2})(?::(\d\d))? ?([ap])\.? ?m\.?", plain)
+    return (match[1], match[2] or "00", match[3]) if match else None
 
 
 def _name(text: str) -> str | None:

@@ -50,6 +50,34 @@ EQUATIONS = [
     ("y = 2x + 1", "y = 2x", 0),
 ]
 NAMES = [("AB", "BA", 0), ("AB", "AB", 1), ("ABC", "ACB", 0)]
+NOT_A_NUMBER = [
+    ("5", "[5,5]", 0),
+    ("5", "(5, 5)", 0),
+    ("5", "5x/x", 0),
+    ("5", "5/x^0", 0),
+    ("5", r"\frac{5t}{t}", 0),
+    ("0", "0x", 0),
+    ("42", "42_1", 0),
+    ("5", "101_2", 0),
+    ("42", "42_{10}", 1),
+    ("5", "5 = x", 1),
+    ("5", r"5 \text{ m}", 1),
+    ("0.001", "10^{-3} m", 1),
+    (r"\frac{1}{2}", r"\frac{\sqrt{4}}{4}", 1),
+]
+OTHER_SHAPES = [
+    (r"50\%", r"\frac12", 1),
+    (r"50\%", r"\frac{1}2", 1),
+    ("1.25", r"1\frac14", 1),
+    ("1:30 PM", "1:30 pm", 1),
+    ("1 PM", r"1:00\text{ p.m.}", 1),
+    ("1:30 PM", "1:30 AM", 0),
+    ("1:30 PM", "1:31 PM", 0),
+    (r"\overline{AB}", "AB", 1),
+    (r"\overline{AB}", "BA", 0),
+    (r"\triangle ABC", "ABC", 1),
+    (r"\triangle ABC", "ACB", 0),
+]
 UNREADABLE = [
     ("5", "i<0", 0),
     ("5", r"1+i \ge 2", 0),
@@ -219,6 +247,8 @@ LARGE_NUMBERS = [
     ("7^{7^{7}}", "7^{7^{8}}", 0),
 ]
 KINDS = {
+    "other_shapes": OTHER_SHAPES,
+    "not_a_number": NOT_A_NUMBER,
     "text_that_changes_a_number": TEXT_THAT_CHANGES_A_NUMBER,
     "signs_that_a_parser_drops": SIGNS_THAT_A_PARSER_DROPS,
     "capitals": CAPITALS,

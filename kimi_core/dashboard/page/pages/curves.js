@@ -82,12 +82,29 @@ function tiles(lines, broken) {
     tile("iterations", number(now?.iteration ?? 0), now ? `version ${now.policy_version}` : ""),
     tile("held out, greedy", fixed(last?.accuracy_greedy), first && last !== first ? `${fixed(first.accuracy_greedy)} before, ${signed(last.accuracy_greedy - first.accuracy_greedy)}` : `n ${last?.n ?? 0}`),
     tile("held out, sampled", fixed(last?.accuracy_sampled), first && last !== first ? `${fixed(first.accuracy_sampled)} before, ${signed(last.accuracy_sampled - first.accuracy_sampled)}` : ""),
+    ...setTiles(first, last, tile),
     tile("length", number(last?.length_mean, 3), first && last !== first ? `${number(first.length_mean, 3)} before` : "tokens"),
     tile("an iteration takes", duration(now?.wall_s), now ? `${duration(now.rollout_s)} rollout, ${duration(now.train_s)} training` : ""),
     tile("sampled", number(iterations.reduce((sum, one) => sum + (one.tokens_sampled ?? 0), 0)), `tokens, ${number(now?.tokens_per_s, 3)} a second`),
     ...lines.filter((line) => line.kind === "change").map((line) => tile(`changed after ${line.iteration}`, line.setting, `${line.before} → ${line.now}`)),
     broken ? tile("damaged lines", number(broken), "left out") : null,
   ];
+}
+
+/** A tile for each other evaluation set. */
+function setTiles(first, last, tile) {
+  return Object.entries(last?.sets ?? {}).map(([name, one]) => {
+    const before = first?.sets?.[name]?.accuracy_sampled;
+    const chances = Object.entries(one.pass_at_k ?? {}).filter(([k]) => k !== "1").map(([k, chance]) => `pass@${k} ${fixed(chance)}`);
+    const more = first === last || before == null ? `n ${one.n}` : `${fixed(before)} before, n ${one.n}`;
+    return tile(`${name}, sampled`, fixed(one.accuracy_sampled), [more, ...chances].join(", "));
+  });
+}
+
+/** [name, number] of all that a value holds, such as sets.gsm8k.accuracy_greedy. */
+function leaves(name, value) {
+  if (!value || typeof value !== "object") return [[name, value]];
+  return Object.entries(value).flatMap(([part, inner]) => leaves(`${name}.${part}`, inner));
 }
 
 /** Metric → [[run, points, isEvaluation], ...]. */
@@ -105,8 +122,7 @@ function metricsIn(found) {
       if (!isEvaluation && line.kind !== "iteration") continue;
       for (const [key, value] of Object.entries(line)) {
         if (LEFT_OUT.has(key)) continue;
-        const values = value && typeof value === "object" ? Object.entries(value).map(([part, v]) => [`${key}.${part}`, v]) : [[key, value]];
-        for (const [name, v] of values) {
+        for (const [name, v] of leaves(key, value)) {
           if (v != null && typeof v !== "number" && typeof v !== "boolean") continue;
           add(isEvaluation ? `evaluation.${name}` : name, run, `s${at}`, isEvaluation, [line.iteration, v == null ? null : Number(v)]);
         }
@@ -132,12 +148,18 @@ function drawGrid(grid, found, { smooth, search }) {
   fill(grid, wanted.map((name) => {
     const series = name === "accuracy" ? together : [...metrics.get(name).values()].map((one) => ({ ...one, name: several ? one.run : "" }));
     const values = series[0].points.filter(([, y]) => y != null), last = values.at(-1)?.[1];
-    const [unit, meaning] = MEANINGS[name.replace("evaluation.", "")] ?? ["", ""];
+    const [unit, meaning] = meaningOf(name);
     const pick = several ? null : (at) => (location.hash = link(found[0][0], "iteration", Math.max(1, at)));
     return h("figure", {}, h("figcaption", { title: meaning }, h("b", {}, name.replaceAll("_", " ")), h("span", { class: "note" }, unit),
         several ? null : h("span", { class: "last" }, legend(series), number(last))),
       lineChart({ series, smooth, pick }));
   }));
+}
+
+/** Unit and meaning of a metric, of another evaluation set, or of a part of it. */
+function meaningOf(name) {
+  const plain = name.replace("evaluation.", "").replace(/^sets\.[^.]+\./, "");
+  return MEANINGS[plain] ?? MEANINGS[plain.split(".")[0]] ?? ["", ""];
 }
 
 function legend(series) {
