@@ -122,7 +122,7 @@ def test_cpu_a_token_of_two_workers(engine_of, new_buffer, ratios):
 class Stream:
     """Implements ``Worker``: has its messages ready, packed as a worker packs them."""
 
-    number, policy_version, steps, ready = 0, 0, 0, True
+    number, policy_version, steps, ready, joins = 0, 0, 0, True, False
 
     def __init__(self, messages: list[bytes]) -> None:
         self._messages = messages
@@ -166,7 +166,7 @@ def test_the_master_alone(new_buffer, ratios):
     trajectories, rounds = 2048, 32
     messages, best = packed(trajectories, rounds), np.inf
     config = RolloutConfig(max_response_tokens=64 * rounds + 1)
-    for _ in range(3):
+    for _ in range(5):
         fleet = Fleet(
             [Stream(messages)], batch_rows=ROWS, vocabulary=VOCAB, context=None, exact=True
         )

@@ -117,12 +117,13 @@ class Loop:
         self._count(groups, unjudged)
         self.latest = Outcome(groups, unjudged, _by_trajectory(groups, trained))
         report = self._report(version, rollout, trained, clock.seconds())
+        several = self.config.rollout.workers > 1 or self.config.cluster.listen
         by_worker = {str(number): n for number, n in rollout.tokens_by_worker.items()}
         return replace(
             report,
             learning_rate=rate,
             worker_restarts=self.engine.restarts - restarts,
-            worker_tokens=by_worker if self.config.rollout.workers > 1 else {},
+            worker_tokens=by_worker if several else {},
         )
 
     def state(self) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class SegmentColumns:
 
     @property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.cu_seqlens)
+        return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
     def segment(self, index: int) -> Segment:
         """One segment, whose arrays are views."""
@@ -211,8 +211,8 @@ class Trajectory:
     @property
     def prompt_length(self) -> int:
         """Number of tokens before the first sampled one."""
-        sampled = np.flatnonzero(self.mask)
-        return int(sampled[0]) if len(sampled) else len(self.token_ids)
+        first = int(self.mask.argmax()) if len(self.mask) else 0
+        return first if self.mask[first : first + 1].any() else len(self.mask)
 
     @property
     def response_length(self) -> int:

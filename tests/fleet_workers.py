@@ -9,9 +9,10 @@ import transformers as hf
 
 from kimi_core.rollout import wire
 from kimi_core.rollout.engine import order
-from kimi_core.rollout.fleet import Fleet, WorkerGone
+from kimi_core.rollout.fleet import Fleet
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.rollout.torch.rows import Rows
+from kimi_core.rollout.work import WorkerGone
 from kimi_core.types import Sampling
 
 VOCAB, CONTEXT, STOP = 32, 96, 1
@@ -46,12 +47,18 @@ class Local:
 
     Args:
         dies: asked at each ``take`` whether the worker is gone.
+        joins: whether it comes from another host, and only once.
     """
 
     def __init__(
-        self, number: int, engine: TorchEngine, dies: Callable[[], bool] = lambda: False
+        self,
+        number: int,
+        engine: TorchEngine,
+        dies: Callable[[], bool] = lambda: False,
+        *,
+        joins: bool = False,
     ) -> None:
-        self.number, self.engine, self.dies = number, engine, dies
+        self.number, self.engine, self.dies, self.joins = number, engine, dies, joins
         self.starts = self.steps = 0
         self.fault = ""
         self.fed: list[list[int]] = []
@@ -62,6 +69,8 @@ class Local:
 
     def start(self) -> None:
         self.starts += 1
+        if self.joins and self.starts > 1:  # It is lost.
+            return
         self.steps, self.running, self.waiting = 0, None, []
         self.ready, self.policy_version = False, -1
         self.said = [self._message(wire.READY)]
@@ -119,7 +128,28 @@ class Local:
         return wire.unpacked(bytes_, self.number)
 
 
-def fleet_of(*workers: Local, exact: bool = True) -> Fleet:
-    fleet = Fleet(workers, batch_rows=ROWS, vocabulary=VOCAB, context=CONTEXT, exact=exact)
+class Door:
+    """Implements ``Arrivals``: those of ``coming`` come one at a time, whenever it is asked."""
+
+    def __init__(self, coming: list[Local]) -> None:
+        self.coming = coming
+        self._pipe = os.pipe()
+        os.write(self._pipe[1], b"x")
+
+    def fileno(self) -> int:
+        return self._pipe[0]
+
+    def take(self) -> list[Local]:
+        came = [self.coming.pop(0)] if self.coming else []
+        for one in came:
+            one.starts = 0
+            one.start()
+        return came
+
+
+def fleet_of(*workers: Local, exact: bool = True, door: Door | None = None) -> Fleet:
+    fleet = Fleet(
+        workers, batch_rows=ROWS, vocabulary=VOCAB, context=CONTEXT, exact=exact, arrivals=door
+    )
     fleet.serve(0)
     return fleet

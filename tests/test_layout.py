@@ -27,6 +27,7 @@ OPTIONAL = {
 BELOW_EVERYTHING = (
     "types",
     "config",
+    "config.cluster",
     "config.evaluation",
     "config.section",
     "config.stages",

@@ -133,6 +133,11 @@ Only states that the run keeps can be asked (keep_states); --before needs the on
 or a run without SFT. A prompt that the run has is judged with its answer, any other with --answer.
 The run's folder is not changed."""
 
+COMPLETION = """Print a script that completes commands, configs and settings in a shell.
+
+    kimi completion bash >> ~/.bashrc
+    kimi completion zsh >> ~/.zshrc"""
+
 PUSH = """Upload the checkpoint of a run to the Hugging Face hub, with a page about the run.
 
     kimi push runs/think me/think
@@ -140,3 +145,12 @@ PUSH = """Upload the checkpoint of a run to the Hugging Face hub, with a page ab
 
 A new repository is private unless --public is given. `hf auth login` or HF_TOKEN says who you
 are."""
+
+WORKER = """Sample for a run of another host.
+
+    kimi train my.toml cluster.listen=10.0.0.1:29500 cluster.token_file=token    # on its host
+    kimi worker --connect 10.0.0.1:29500 --token-file token                      # on this one
+
+Gets the model and the weights from the run, so nothing but the package and the token has to be
+here. Joins again after a cut, at the weights of that time. Ends when the run is over, or when
+nobody has answered for --patience seconds. docs/fleet.md says what happens when hosts are lost."""

@@ -1,12 +1,14 @@
 """Commands that train, evaluate, repeat or publish a run."""
 
 import json
+import os
+import socket
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from kimi_core.cli.help import EVALUATE, LONG2SHORT, PUSH, REPLAY, SFT, TRAIN
+from kimi_core.cli.help import EVALUATE, LONG2SHORT, PUSH, REPLAY, SFT, TRAIN, WORKER
 from kimi_core.cli.parser import fail
 from kimi_core.cli.settings import config_parser, may_accept_changes, parser_of, with_config
 from kimi_core.config import Config
@@ -165,3 +167,34 @@ def push(arguments: Sequence[str]) -> int:
     except OSError as error:
         return fail(str(error), 1)
     return 0
+
+
+def worker(arguments: Sequence[str]) -> int:
+    parser = parser_of("worker", WORKER)
+    parser.add_argument("--connect", required=True, metavar="HOST:PORT", help="cluster.listen")
+    parser.add_argument("--token-file", required=True, type=Path, help="a copy of the run's")
+    parser.add_argument("--name", help="under which the run knows this worker (HOST-PID)")
+    parser.add_argument("--threads", type=int, help="CPU threads (all cores)")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds for which a run that does not answer is tried again (600)",
+    )
+    given = parser.parse_args(arguments)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # Hosts without a name are no news.
+
+    from kimi_core.cluster.handshake import address_of, read_token
+    from kimi_core.cluster.worker import Place, serve
+
+    try:
+        place = Place(
+            address_of(given.connect),
+            read_token(given.token_file),
+            given.name or f"{socket.gethostname()}-{os.getpid()}",
+            given.threads or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)),
+        )
+    except ValueError as error:
+        return fail(str(error), 2)
+    return serve(place, patience_s=given.patience, say=lambda text: print(text, flush=True))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from kimi_core.config.cluster import ClusterConfig as ClusterConfig
 from kimi_core.config.evaluation import EvaluationConfig as EvaluationConfig
 from kimi_core.config.evaluation import EvaluationSetConfig as EvaluationSetConfig
 from kimi_core.config.evaluation import TrajectoriesConfig as TrajectoriesConfig
@@ -22,6 +23,7 @@ from kimi_core.config.training import AblationConfig as AblationConfig
 from kimi_core.config.training import LoraConfig as LoraConfig
 from kimi_core.config.training import ScheduleConfig as ScheduleConfig
 from kimi_core.config.training import SftScheduleConfig as SftScheduleConfig
+from kimi_core.config.training import TrainerConfig as TrainerConfig
 
 
 class ScratchConfig(Section):
@@ -297,67 +299,6 @@ class RewardConfig(Section):
         return self
 
 
-class TrainerConfig(Section):
-    objective: str = "omd"
-    """`omd` is the report's mirror descent; `reinforce`, `grpo` and `rest` are there to compare
-    with. `file.py:function` names one of yours; `trainer/objectives.py` has the signature."""
-    tau: float = 0.01
-    """τ > 0: strength of the pull towards the policy that sampled (section 2.3.2)."""
-    ablation: AblationConfig = AblationConfig()
-    """Choices that the report makes for you, with what they can be compared with."""
-    learning_rate: float = Field(1e-4, gt=0, le=1)
-    """Learning rate of AdamW; the peak of the schedule."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """How the learning rate changes over the iterations of the run."""
-    updates_per_iteration: int = Field(2, ge=1)
-    """Optimizer steps per iteration, each on its share of the groups."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of AdamW."""
-    grad_clip: float = Field(1.0, gt=0)
-    """Largest norm of the gradient."""
-    max_staleness: int | None = Field(None, ge=0)
-    """Most versions that a token's weights may lie back; older tokens stay out of the loss. Unset:
-    all tokens count."""
-    tokens_per_micro_batch: int = Field(16384, ge=1)
-    """Tokens in one forward and backward pass, padding included; fewer if `memory_gb` is less."""
-    head_chunk: int = Field(1024, ge=1)
-    """Rows of logits that exist at once."""
-    trainable_layers: int | None = Field(None, ge=1)
-    """Number of top layers to train, with the final norm. Unset: everything is trained."""
-    lora: LoraConfig = LoraConfig()
-    """Adapters that are trained in place of the model's weights, in `trainable_layers` or all."""
-    memory_gb: float | None = Field(None, gt=0)
-    """What the activations of a training pass may take, in 10⁹ bytes. To fit, layers compute their
-    activations twice, and micro-batches get smaller. Unset: half of the device's memory."""
-    ranks: int = Field(1, ge=1)
-    """Processes that train together on this host, each with its part of the parameters, gradients
-    and optimizer (FSDP2), over gloo on a CPU and NCCL on GPUs, one GPU each. 1: the run's process
-    alone."""
-    ranks_timeout_s: float = Field(300.0, gt=0)
-    """Longest wait of one rank for the others, in seconds; longer than a training pass takes."""
-    logprob_gap_limit: float = Field(0.05, gt=0)
-    """Largest mean |Δ log-prob| between engine and trainer on fresh tokens, in nats. Above it the
-    trainer recomputes the reference; three iterations in a row stop the run."""
-
-    @model_validator(mode="after")
-    def _adapters_have_one_rank(self) -> "TrainerConfig":
-        if self.lora.rank and self.ranks > 1:
-            raise ValueError(
-                f"trainer.lora.rank = {self.lora.rank} with trainer.ranks = {self.ranks}: adapters "
-                "are trained by one process so far; set trainer.ranks=1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _tau_is_positive(self) -> "TrainerConfig":
-        if not self.tau > 0:
-            raise ValueError(
-                f"trainer.tau = {self.tau}: the regulariser must be greater than 0 "
-                "(0.01 is a good start)"
-            )
-        return self
-
-
 class Config(Section):
     name: str = Field("think", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/NAME`."""
@@ -390,6 +331,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
+    cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     trajectories: TrajectoriesConfig = TrajectoriesConfig()
     curate: CurateConfig = CurateConfig()

@@ -11,6 +11,8 @@
    back into the queue, each trajectory from its last token that came here. Tokens that it had not
    sent are sampled once more. The worker is started a second time, and joins at the current version
    when it is ready.
+5. Workers of other hosts come and go. One that has joined takes part from its first ``READY``; one
+   that is lost is forgotten, and may join again. Nobody waits for one that is still on its way.
 
 Tokens do not depend on who samples them: a draw is a function of (seed, trajectory, position) and
 the weights. Last bits of log-probs depend on the rows that are decoded together. With ``exact``,
@@ -20,18 +22,15 @@ is lost.
 
 import logging
 import math
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from itertools import groupby
 from multiprocessing.connection import wait
 from typing import Protocol
 
-import numpy as np
-
 from kimi_core.rollout import wire
-from kimi_core.rollout.engine import EngineFailed, check_newer, check_request, order
+from kimi_core.rollout.engine import EngineFailed, check_newer, check_request
+from kimi_core.rollout.work import Work, WorkerGone
 from kimi_core.types import Request, Sampling, SegmentColumns
 
 LOOK_S = 0.2
@@ -46,22 +45,21 @@ AHEAD = 1.25
 log = logging.getLogger(__name__)
 
 
-class WorkerGone(RuntimeError):
-    """A worker ended, hung or was cut off; the message says which and how."""
-
-
 class Worker(Protocol):
     """One engine somewhere. Methods that talk to it raise WorkerGone."""
 
     number: int
+    joins: bool
+    """Whether it comes by itself, from another host; the others are started here."""
     ready: bool
-    """Whether it serves ``policy_version``."""
+    """Whether it serves ``policy_version``, and that is what it was told to serve."""
     policy_version: int
     steps: int
     """Decode steps since it was started."""
 
     def start(self) -> None:
-        """Start it, in place of what is left of it. It is ``ready`` later."""
+        """Start it, in place of what is left of it. It is ``ready`` later. If it joins by itself,
+        end the connection; it may come back with another one."""
         ...
 
     def fileno(self) -> int:
@@ -97,6 +95,18 @@ class Worker(Protocol):
         ...
 
 
+class Arrivals(Protocol):
+    """Workers that join by themselves."""
+
+    def fileno(self) -> int:
+        """What becomes readable when one has come."""
+        ...
+
+    def take(self) -> Sequence[Worker]:
+        """Those that have come since the last call. One that was here before has its old number."""
+        ...
+
+
 def linger_s(workers: int) -> float:
     """Seconds for which a worker's segments wait for others, so that the master gets at most about
     500 messages a second."""
@@ -107,10 +117,11 @@ class Fleet:
     """Implements ``Engine`` with several workers.
 
     Args:
-        workers: not started yet.
+        workers: of this host, not started yet.
         batch_rows: sequences that a worker decodes together at most.
         vocabulary, context: of the model, as for ``check_request``.
         exact: whether the bits of log-probs are to come out the same every time.
+        arrivals: workers of other hosts; None: there are none.
         on_close: called when all workers have ended.
     """
 
@@ -122,18 +133,22 @@ class Fleet:
         vocabulary: int,
         context: int | None,
         exact: bool,
+        arrivals: Arrivals | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy_version = 0
         self.restarts = 0
         self._workers = list(workers)
+        self._arrivals = arrivals
         self._started = False
         self._most = math.inf if exact else batch_rows * AHEAD
         self._vocabulary, self._context = vocabulary, context
+        self._wanted = 0
+        """The version that workers are to serve."""
         self._call = 0
         self._busy = False
         self._steps_before = 0
-        self._losses = [0] * len(workers)
+        self._losses: Counter[int] = Counter()
         self._on_close = on_close
 
     @property
@@ -163,15 +178,13 @@ class Fleet:
         if self._busy:
             raise ValueError(f"Cannot serve version {version} while a rollout is under way")
         check_newer(version, self.policy_version)
-        self._losses = [0] * len(self._workers)
-        for worker in self._workers:
-            if not self._started:
+        self._losses.clear()
+        self._wanted = version
+        for worker in list(self._workers):
+            if self._started or worker.joins:
+                self._serve(worker)
+            else:
                 worker.start()
-                continue
-            try:
-                worker.serve(version)
-            except WorkerGone as gone:
-                self._lost(worker, gone)
         self._started = True
         self._wait_until_ready(version)
         self.policy_version = version
@@ -196,19 +209,20 @@ class Fleet:
             return
         if not self._started:
             raise EngineFailed("The rollout workers have no weights: publish and serve them first")
-        self._busy, self._losses = True, [0] * len(self._workers)
+        self._busy = True
+        self._losses.clear()
         self._call += 1
-        work = _Work(requests, len(self._workers))
+        work = Work(requests, len(self._workers))
         most_steps = max(request.steps for request in requests)
         try:
             self._wait_until_ready(self.policy_version)  # One may have ended since the last call.
             while work.open:
                 self._feed(work, sampling, most_steps)
-                for worker in self._with_news(LOOK_S):
+                for worker in self._with_news(LOOK_S, work):
                     for message in self._take(worker, work):
                         if message.segments is not None and message.call == self._call:
                             yield message.segments
-                for worker in self._workers:
+                for worker in list(self._workers):
                     if work.held[worker.number] or not worker.ready:
                         self._check(worker, work)
         finally:
@@ -216,7 +230,7 @@ class Fleet:
             if work.open:
                 self._stop_all()
 
-    def _feed(self, work: "_Work", sampling: Sampling, most_steps: int) -> None:
+    def _feed(self, work: Work, sampling: Sampling, most_steps: int) -> None:
         """Give what waits to workers that have room, the least loaded first."""
         given: dict[int, list[Request]] = {}
         while work.waiting:
@@ -225,58 +239,79 @@ class Fleet:
                 break
             number = min(free, key=lambda w: (work.held[w.number], w.number)).number
             given.setdefault(number, []).extend(work.give(number))
-        for number, requests in given.items():
-            worker = self._workers[number]
+        for worker in [one for one in self._workers if one.number in given]:
             try:
-                if number not in work.begun:
+                if worker.number not in work.begun:
                     worker.begin(self._call, sampling, most_steps)
-                    work.begun.add(number)
-                worker.feed(requests)
+                    work.begun.add(worker.number)
+                worker.feed(given[worker.number])
             except WorkerGone as gone:
                 self._lost(worker, gone, work)
 
-    def _with_news(self, timeout_s: float) -> list[Worker]:
-        """The workers that have said something, or ended; waits for the first, for so long."""
+    def _with_news(self, timeout_s: float, work: Work | None = None) -> list[Worker]:
+        """The workers that have said something, or ended; waits for the first, for so long.
+        Workers that have come join meanwhile."""
         by_file = {worker.fileno(): worker for worker in self._workers}
-        found = wait(list(by_file), timeout=timeout_s)
-        return [by_file[one] for one in sorted(one for one in found if isinstance(one, int))]
+        door = [self._arrivals.fileno()] if self._arrivals else []
+        found = wait([*by_file, *door], timeout=timeout_s)
+        if self._arrivals and door[0] in found:
+            for worker in self._arrivals.take():
+                self._join(worker, work)
+        said = sorted(one for one in found if isinstance(one, int) and one in by_file)
+        return [by_file[one] for one in said if by_file[one] in self._workers]
 
-    def _take(self, worker: Worker, work: "_Work | None" = None) -> list[wire.Message]:
+    def _join(self, worker: Worker, work: Work | None) -> None:
+        for other in [one for one in self._workers if one.number == worker.number]:
+            self._lost(other, WorkerGone(f"Rollout worker {other.number} has come again"), work)
+        self._workers.append(worker)
+        self._serve(worker, work)
+
+    def _serve(self, worker: Worker, work: Work | None = None) -> None:
+        try:
+            worker.serve(self._wanted)
+        except WorkerGone as gone:
+            self._lost(worker, gone, work)
+
+    def _take(self, worker: Worker, work: Work | None = None) -> list[wire.Message]:
         """What a worker has said until it was lost; its segments are noted in ``work``."""
         taken: list[wire.Message] = []
         try:
             for message in worker.take():
-                if message.kind == wire.FAULT and work is not None:
+                if message.kind == wire.FAULT and (worker.joins or work is not None):
                     raise WorkerGone(f"Rollout worker {worker.number} failed: {message.text}")
                 if work and message.segments is not None and message.call == self._call:
-                    work.note(worker.number, message.segments, self.policy_version)
+                    work.note(worker.number, message, self.policy_version)
                 taken.append(message)
         except WorkerGone as gone:
             self._lost(worker, gone, work)
         return taken
 
-    def _check(self, worker: Worker, work: "_Work | None" = None) -> None:
+    def _check(self, worker: Worker, work: Work | None = None) -> None:
         try:
             worker.check()
         except WorkerGone as gone:
             self._lost(worker, gone, work)
 
-    def _lost(self, worker: Worker, gone: WorkerGone, work: "_Work | None" = None) -> None:
+    def _lost(self, worker: Worker, gone: WorkerGone, work: Work | None = None) -> None:
         """Put what a worker had not finished back into the queue, and start it a second time."""
         back = work.take_back(worker.number) if work else 0
-        log.warning("%s: %d trajectories go on elsewhere, and it starts again", gone, back)
+        what = "may join again" if worker.joins else "starts again"
+        log.warning("%s: %d trajectories go on elsewhere, and it %s", gone, back, what)
         self._steps_before += worker.steps
         worker.start()
         self.restarts += 1
+        if worker.joins:
+            self._workers.remove(worker)
+            return
         self._losses[worker.number] += 1
         if self._losses[worker.number] > RESTARTS:
             raise EngineFailed(f"{gone}; it was started {RESTARTS} times in a row before") from gone
 
     def _wait_until_ready(self, version: int) -> None:
-        """Wait until all workers serve ``version``.
+        """Wait until all workers serve ``version``, except those that have only just joined.
 
         Raises:
-            EngineFailed: one cannot.
+            EngineFailed: one of this host cannot.
         """
         timeout_s = 0.0
         while True:
@@ -287,14 +322,15 @@ class Fleet:
                             f"Rollout worker {worker.number} does not serve version {version}: "
                             f"{message.text}"
                         )
-            late = [worker for worker in self._workers if not worker.ready]
+            late = [one for one in self._workers if not one.ready]
+            late = [one for one in late if one.policy_version >= 0 or not one.joins]
             if not late:
                 break
             for worker in late:
                 self._check(worker)
             timeout_s = LOOK_S
         for worker in self._workers:
-            if worker.policy_version != version:
+            if not worker.joins and worker.policy_version != version:
                 raise EngineFailed(
                     f"Rollout worker {worker.number} serves version {worker.policy_version} of the "
                     f"weights and not {version}: was another one published?"
@@ -305,92 +341,3 @@ class Fleet:
             if worker.ready:
                 with suppress(WorkerGone):  # The next call finds out.
                     worker.stop()
-
-
-class _Work:
-    """One call: which worker has which request, and how far each has come."""
-
-    def __init__(self, requests: Sequence[Request], workers: int) -> None:
-        self.open = len(requests)
-        """Requests that are not answered."""
-        self.held = [0] * workers
-        """Open requests at each worker."""
-        self.begun: set[int] = set()
-        """Workers that know of the call."""
-        self.waiting: deque[list[Request]] = deque(_in_runs(requests, workers))
-        """Requests that no worker has; those with equal contexts, which are prefilled once, go
-        to the same worker."""
-        self._requests = {request.trajectory_id: request for request in requests}
-        self._ids = np.array(sorted(self._requests), np.int64)
-        self._steps = np.array([self._requests[key].steps for key in self._ids.tolist()], np.int64)
-        self._made = np.zeros(self.open, np.int64)
-        self._owner = np.full(self.open, -1)
-        """−1: nobody has it, because it waits or is answered."""
-        self._came: list[list[SegmentColumns]] = [[] for _ in range(workers)]
-        """What each worker has sent."""
-
-    def give(self, worker: int) -> list[Request]:
-        """The next requests, which ``worker`` has from now on."""
-        requests = self.waiting.popleft()
-        self._owner[self._at([request.trajectory_id for request in requests])] = worker
-        self.held[worker] += len(requests)
-        return requests
-
-    def note(self, worker: int, columns: SegmentColumns, version: int) -> None:
-        """Take account of segments that came.
-
-        Raises:
-            WorkerGone: they are not what the worker was asked for.
-        """
-        at = np.minimum(np.searchsorted(self._ids, columns.trajectory_ids), len(self._ids) - 1)
-        theirs = (self._ids[at] == columns.trajectory_ids) & (self._owner[at] == worker)
-        np.add.at(self._made, at[theirs], columns.lengths[theirs])
-        right = theirs & (self._made[at] <= self._steps[at]) & (columns.lengths > 0)
-        if not (right & (columns.policy_versions == version)).all():
-            raise WorkerGone(f"Rollout worker {worker} sent segments that nobody asked it for")
-        answered = (columns.end_reasons > 0) | (self._made[at] == self._steps[at])
-        done = np.unique(at[answered])
-        self._owner[done] = -1
-        self.held[worker] -= len(done)
-        self.open -= len(done)
-        self._came[worker].append(columns)
-
-    def take_back(self, worker: int) -> int:
-        """Let what ``worker`` has not answered wait again, from its last token; return how many."""
-        at = np.flatnonzero(self._owner == worker)
-        keys = self._ids[at]
-        parts: dict[int, list[np.ndarray]] = {key: [] for key in keys.tolist()}
-        for columns in self._came[worker]:
-            for place in np.flatnonzero(np.isin(columns.trajectory_ids, keys)).tolist():
-                segment = columns.segment(place)
-                parts[segment.trajectory_id].append(segment.token_ids)
-        rest = [_rest(self._requests[key], new) for key, new in parts.items()]
-        self._requests |= {request.trajectory_id: request for request in rest}
-        self._steps[at], self._made[at] = [request.steps for request in rest], 0
-        self._owner[at] = -1
-        self.held[worker], self._came[worker] = 0, []
-        self.begun.discard(worker)
-        self.waiting.extendleft(reversed(_in_runs(rest, len(self.held))))
-        return len(rest)
-
-    def _at(self, keys: Sequence[int]) -> np.ndarray:
-        return np.searchsorted(self._ids, keys)
-
-
-def _in_runs(requests: Sequence[Request], workers: int) -> list[list[Request]]:
-    """Requests with equal contexts together, the longest first; no run is more than a share."""
-    share = -(-len(requests) // workers)
-    ordered = sorted(requests, key=order, reverse=True)
-    runs = [list(run) for _, run in groupby(ordered, key=order)]
-    return [run[start : start + share] for run in runs for start in range(0, len(run), share)]
-
-
-def _rest(request: Request, new: Sequence[np.ndarray]) -> Request:
-    """What is left of a request after ``new`` tokens."""
-    made = sum(map(len, new))
-    return replace(
-        request,
-        token_ids=np.concatenate([request.token_ids, *new]),
-        budget=request.budget - made,
-        remaining=request.remaining - made,
-    )

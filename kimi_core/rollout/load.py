@@ -1,11 +1,14 @@
 """From settings to an engine, with the publisher that takes a model's weights to it."""
 
+import json
 import os
 
 import torch
 from transformers import PreTrainedModel
 
-from kimi_core.config import RolloutConfig
+from kimi_core.cluster.handshake import address_of, read_token
+from kimi_core.cluster.listener import Listener, RemoteStart
+from kimi_core.config import ClusterConfig, RolloutConfig
 from kimi_core.models.vision import Images
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.fleet import Fleet, linger_s
@@ -14,6 +17,7 @@ from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.rollout.torch.process import Nursery, ProcessWorker, without_weights
 from kimi_core.rollout.torch.worker import Start
 from kimi_core.rollout.vllm.engine import VLLMEngine
+from kimi_core.weights.broadcast.rounds import BroadcastSettings
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher, module_to_read
 
 
@@ -25,6 +29,7 @@ def load_engine(
     *,
     exact: bool = True,
     images: Images | None = None,
+    cluster: ClusterConfig | None = None,
 ) -> tuple[Engine, Publisher]:
     """The engine that ``rollout`` describes. It samples once a version was published.
 
@@ -33,20 +38,28 @@ def load_engine(
         publisher: takes weights to the engine; None: one for a trainer in this process.
         exact: as for ``Fleet``.
         images: the images of prompts, if the model reads some; then there is one worker.
+        cluster: workers of other hosts may join; None: there are none.
 
     Raises:
         ValueError: the engine cannot run the model, or workers are asked for on a GPU.
     """
-    if publisher is None and reads_trainer(rollout):
+    cluster = cluster or ClusterConfig()
+    if publisher is None and reads_trainer(rollout, cluster):
         publisher = InPlace()
     elif publisher is None:
         publisher = ArenaPublisher(model.config, model.dtype, tp_size=tensor_parallel(rollout))
-    return _engine(model, rollout, longest, publisher, exact, images), publisher
+    if cluster.listen and (rollout.engine != "torch" or rollout.stop or images):
+        raise ValueError(
+            f"cluster.listen = {cluster.listen!r} with rollout.engine = {rollout.engine!r}, "
+            f"rollout.stop = {rollout.stop} and {'' if images else 'no '}images: workers of other "
+            "hosts run the engine 'torch', know no stop strings and read no images yet"
+        )
+    return _engine(model, rollout, longest, publisher, exact, images, cluster), publisher
 
 
-def reads_trainer(rollout: RolloutConfig) -> bool:
+def reads_trainer(rollout: RolloutConfig, cluster: ClusterConfig) -> bool:
     """Whether the engine can read the parameters of a trainer that is one process."""
-    return rollout.engine == "torch" and rollout.workers == 1
+    return rollout.engine == "torch" and rollout.workers == 1 and not cluster.listen
 
 
 def tensor_parallel(rollout: RolloutConfig) -> int:
@@ -61,12 +74,13 @@ def _engine(
     publisher: Publisher,
     exact: bool,
     images: Images | None,
+    cluster: ClusterConfig,
 ) -> Engine:
     if rollout.engine == "torch":
         read, rows = module_to_read(model), rollout.batch_rows
-        if rollout.workers > 1:
+        if rollout.workers > 1 or cluster.listen:
             assert isinstance(publisher, ArenaPublisher)
-            return _fleet(read, rollout, longest, publisher, exact)
+            return _fleet(read, rollout, longest, publisher, exact, cluster)
         if isinstance(publisher, ArenaPublisher):
             arenas = publisher.arenas
             return ArenaEngine(
@@ -91,6 +105,7 @@ def _fleet(
     longest: int | None,
     publisher: ArenaPublisher,
     exact: bool,
+    cluster: ClusterConfig,
 ) -> Fleet:
     if model.device.type != "cpu":
         raise ValueError(
@@ -116,11 +131,51 @@ def _fleet(
 
     timeout_s = rollout.worker_timeout_s
     nursery = Nursery()
+    listener = _listener(model, rollout, longest, publisher, cluster) if cluster.listen else None
+
+    def close() -> None:
+        nursery.close()
+        if listener:
+            listener.close()
+
     return Fleet(
         [ProcessWorker(i, nursery, start, timeout_s=timeout_s) for i in range(rollout.workers)],
         batch_rows=rollout.batch_rows,
         vocabulary=engine.embedding.num_embeddings,
         context=engine.max_positions,
-        exact=exact,
-        on_close=nursery.close,
+        exact=exact and not listener,  # Who is there when is not known beforehand.
+        arrivals=listener,
+        on_close=close,
+    )
+
+
+def _listener(
+    model: PreTrainedModel,
+    rollout: RolloutConfig,
+    longest: int | None,
+    publisher: ArenaPublisher,
+    cluster: ClusterConfig,
+) -> Listener:
+    """Lets workers of other hosts in, from now on."""
+    host, port = address_of(cluster.listen)
+    token = read_token(cluster.token_file)
+    settings = BroadcastSettings(answer_s=cluster.silent_s, transfer_s=cluster.transfer_s)
+    start = RemoteStart(
+        model=json.loads(model.config.to_json_string(use_diff=False)),
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        layout=publisher.layout.hash.hex(),
+        weights=publisher.listen(host, settings),
+        batch_rows=rollout.batch_rows,
+        longest=longest,
+        linger_s=linger_s(rollout.workers),
+        silent_s=cluster.silent_s,
+    )
+    return Listener(
+        (host, port),
+        token,
+        start,
+        first=rollout.workers,
+        forget=publisher.forget,
+        timeout_s=rollout.worker_timeout_s,
     )

@@ -1,13 +1,13 @@
 """The rollout phase: every open trajectory grows by at most the token budget (section 2.6.2).
 
-``roll_out`` reads each trajectory of the buffer once, before it samples. Everything that it reports
-comes from that read and from the segments as they pass. An iteration reads tokens once more, when
-the trainer packs the responses that have ended.
+``roll_out`` reads each trajectory of the buffer once, before it samples, and each response that
+ends once more, when it has ended. Segments go into the buffer a message at a time, and nothing is
+done for a single one. Lengths come from the buffer's own counts.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -26,9 +26,6 @@ from kimi_core.types import (
     StopStrings,
     Trajectory,
 )
-
-Part = tuple[SegmentColumns, int, int]
-"""A segment: its columns, and where its tokens begin and end in them."""
 
 SPARE_SEGMENTS = 100
 """Extra segments that fit into each trajectory: a crash cuts a response once more."""
@@ -108,28 +105,22 @@ def roll_out(
     before = [buffer.read(info.trajectory_id) for info in buffer.trajectories()]
     requests = [_request(one, config, version) for one in before if one.end_reason is None]
     requests = [request for request in requests if request.budget > 0]
-    begun = {one.trajectory_id: one for one in before}
-    added: defaultdict[int, list[Part]] = defaultdict(list)
-    grown: Counter[int] = Counter()
     by_worker: Counter[int] = Counter()
     ended: dict[int, Trajectory] = {}
     for segments in engine.generate(requests, sampling):
         columns = segments if isinstance(segments, SegmentColumns) else SegmentColumns.of(segments)
         _append(buffer, columns)
         by_worker[columns.worker] += len(columns.token_ids)
-        keys, edges = columns.trajectory_ids.tolist(), columns.cu_seqlens.tolist()
-        for key, start, stop in zip(keys, edges, edges[1:], strict=False):
-            added[key].append((columns, start, stop))
-            grown[key] += stop - start
-        for place in np.flatnonzero(columns.end_reasons).tolist():
-            key, reason = keys[place], END_REASONS[columns.end_reasons[place]]
-            ended[key] = _extended(begun[key], added[key], version, reason)
+        for key in columns.trajectory_ids[columns.end_reasons > 0].tolist():
+            ended[key] = buffer.read(key)
             on_end(ended[key])
-    return _report(before, grown, ended, version, engine.decode_steps - steps_before, by_worker)
+    lengths = {info.trajectory_id: info.length for info in buffer.trajectories()}
+    return _report(before, lengths, ended, version, engine.decode_steps - steps_before, by_worker)
 
 
 def _append(buffer: RolloutBuffer, columns: SegmentColumns) -> None:
     """Store segments in one call; the end of a response is stored with its last token."""
+    reasons = columns.end_reasons
     buffer.append_many(
         columns.trajectory_ids,
         columns.token_ids,
@@ -137,30 +128,13 @@ def _append(buffer: RolloutBuffer, columns: SegmentColumns) -> None:
         np.ones(len(columns.token_ids), np.uint8),
         columns.cu_seqlens,
         columns.policy_versions,
-        end_reasons=[END_REASONS[reason] for reason in columns.end_reasons.tolist()],
-    )
-
-
-def _extended(
-    one: Trajectory, parts: Sequence[Part], version: int, reason: EndReason | None
-) -> Trajectory:
-    """The trajectory as the buffer holds it after its segments, of one version, were appended."""
-    tokens = [columns.token_ids[start:stop] for columns, start, stop in parts]
-    logprobs = [columns.logprobs[start:stop] for columns, start, stop in parts]
-    new = sum(map(len, tokens))
-    return replace(
-        one,
-        token_ids=np.concatenate([one.token_ids, *tokens]),
-        logprobs=np.concatenate([one.logprobs, *logprobs]),
-        mask=np.concatenate([one.mask, np.ones(new, np.uint8)]),
-        policy_versions=np.concatenate([one.policy_versions, np.full(new, version, np.int32)]),
-        end_reason=reason,
+        end_reasons=[END_REASONS[one] for one in reasons.tolist()] if reasons.any() else None,
     )
 
 
 def _report(
     before: Sequence[Trajectory],
-    grown: Mapping[int, int],
+    lengths: Mapping[int, int],
     ended: Mapping[int, Trajectory],
     version: int,
     decode_steps: int,
@@ -172,7 +146,7 @@ def _report(
     reasons: list[EndReason | None] = []
     tokens = 0
     for one in before:
-        drawn = grown.get(one.trajectory_id, 0)
+        drawn = lengths[one.trajectory_id] - len(one.token_ids)
         sampled = int(np.count_nonzero(one.policy_versions == version)) + drawn
         now = ended.get(one.trajectory_id, one)
         if now.end_reason is None:

@@ -20,13 +20,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kimi_core.types import Segment, SegmentColumns
+from kimi_core.types import END_REASONS, Segment, SegmentColumns
 
 HELLO, READY, SEGMENTS, FAULT = range(4)
 """``HELLO``: the process can be told what to do. ``READY``: it serves the version in the header.
 ``SEGMENTS``: what the header's call has made; with no segments the message is a sign of life."""
 
 HEADER = struct.Struct("<4i2q")
+
+_I8, _I4, _F4, _U1 = (np.dtype(kind) for kind in ("<i8", "<i4", "<f4", "u1"))
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,17 @@ def unpacked(message: bytes, worker: int) -> Message:
     if kind == FAULT or not n:
         text = message[HEADER.size :].decode(errors="replace")
         return Message(kind, call, version, steps, text=text)
-    types = [("<i8", n), ("<i4", t), ("<f4", t), ("<i4", n + 1), ("u1", n)]
-    ends = np.cumsum([HEADER.size, *(np.dtype(kind).itemsize * size for kind, size in types)])
-    if min(n, t) < 0 or ends[-1] != len(message):
+    if min(n, t) < 0 or HEADER.size + 8 * t + 13 * n + 4 != len(message):
         raise ValueError(f"a message of {len(message)} bytes claims {n} segments and {t} tokens")
-    ids, tokens, logprobs, cu_seqlens, reasons = (
-        np.frombuffer(message, dtype, size, int(start))
-        for (dtype, size), start in zip(types, ends[:-1], strict=True)
-    )
+    columns, start = [], HEADER.size
+    for dtype, size in (_I8, n), (_I4, t), (_F4, t), (_I4, n + 1), (_U1, n):
+        columns.append(np.frombuffer(message, dtype, size, start))
+        start += dtype.itemsize * size
+    ids, tokens, logprobs, cu_seqlens, reasons = columns
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != t or reasons.max() >= len(END_REASONS):
+        raise ValueError(f"the {n} segments of a message do not share its {t} tokens")
+    if not np.isfinite(logprobs).all():
+        raise ValueError("a log-prob is not finite")
     versions = np.full(n, version, np.int32)
-    columns = SegmentColumns(ids, tokens, logprobs, cu_seqlens, versions, reasons, worker)
-    return Message(kind, call, version, steps, segments=columns)
+    segments = SegmentColumns(ids, tokens, logprobs, cu_seqlens, versions, reasons, worker)
+    return Message(kind, call, version, steps, segments=segments)

@@ -14,7 +14,7 @@ from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.evaluation.sets import EvaluationSet
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import check_weights, context_of, load_model
+from kimi_core.models.load import check_weights, config_of, context_of, load_model
 from kimi_core.models.lora import check_lora, choose_trained, plain_module
 from kimi_core.models.placement import check_gpus, limit_threads
 from kimi_core.models.scratch import scratch_llama
@@ -39,6 +39,7 @@ from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.launch import start_ranks
 from kimi_core.run.trackers import load_tracker
 from kimi_core.trainer.objectives import load_objective
+from kimi_core.trainer.parallel import check_axes
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
@@ -105,7 +106,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     encode.keep(data.held_out)
     encoders = _encoders(data, codec, context, response)
     longest = response + max(one.longest for one in (encode, *encoders.values()))
-    trainer, engine, publisher = _trainer(model, config, longest, scratch, images)
+    trainer, engine, publisher = _trainer(model, config, longest, images)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -215,7 +216,6 @@ def _trainer(
     model: PreTrainedModel,
     config: Config,
     longest: int,
-    scratch: PreTrainedTokenizerFast | None,
     images: Images | None,
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
@@ -223,16 +223,22 @@ def _trainer(
     The engine is made before the trainer shards the model, because it checks what it reads.
     """
     policy = policy_of(model, config, longest, images)
-    ranks = start_ranks(config, longest, scratch)
+    ranks = start_ranks(config, policy)
     try:
         has_adapters = config.trainer.lora.rank > 0
         read = plain_module(model) if has_adapters else model
-        publisher = publisher_of(read, config.rollout, ranks)
+        publisher = publisher_of(read, config, ranks)
         if has_adapters and isinstance(publisher, InPlace):
             publisher = CopyInto(read)
         exact = config.resume != "keep"
         engine, _ = load_engine(
-            read, config.rollout, longest, publisher, exact=exact, images=images
+            read,
+            config.rollout,
+            longest,
+            publisher,
+            exact=exact,
+            images=images,
+            cluster=config.cluster,
         )
         if images:
             check_images(model, images, policy, engine)
@@ -245,17 +251,21 @@ def _trainer(
 def model_to_train(
     config: Config, scratch: PreTrainedTokenizerFast | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model as every rank of a trainer loads it, and its tokenizer.
+    """The model as rank 0 of a trainer loads it, and its tokenizer.
 
     Args:
         scratch: the tokenizer of a model from scratch; None for any other model.
 
     Raises:
-        ValueError: it cannot be loaded, its weights are not finite, or there are too few GPUs.
+        ValueError: it cannot be loaded, its weights are not finite, there are too few GPUs, or the
+            axes of the trainer's ranks do not divide it.
     """
     tokenizer: PreTrainedTokenizerBase
+    if scratch is None and (architecture := config_of(config.model)):
+        check_axes(architecture, config.trainer)
     if scratch is not None:
         model, tokenizer = scratch_llama(config.model, scratch, config.seed), scratch
+        check_axes(model.config, config.trainer)
     else:
         model, tokenizer = load_model(config.model)
     check_weights(model)
@@ -278,9 +288,9 @@ def policy_of(
     )
 
 
-def publisher_of(model: PreTrainedModel, rollout: RolloutConfig, ranks: Ranks) -> Publisher:
+def publisher_of(model: PreTrainedModel, config: Config, ranks: Ranks) -> Publisher:
     """Takes the trainer's weights to the engine; ``model`` is not sharded yet."""
-    if reads_trainer(rollout) and ranks.size == 1:
+    if reads_trainer(config.rollout, config.cluster) and ranks.size == 1:
         return InPlace()
-    size = tensor_parallel(rollout)
+    size = tensor_parallel(config.rollout)
     return ArenaPublisher(model.config, model.dtype, tp_size=size, ranks=ranks)

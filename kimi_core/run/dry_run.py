@@ -35,6 +35,7 @@ from kimi_core.run.config_file import dump_toml
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
 from kimi_core.trainer.master_weights import SIXTEEN_BITS
+from kimi_core.trainer.parallel import check_axes
 from kimi_core.types import Prompt
 
 
@@ -133,26 +134,30 @@ def estimate(
     response = config.rollout.max_response_tokens
     prompt_tokens = PromptTokens(codec, prompts, context=context_of(model), response=response)
     tokens, trajectories = buffer_size(prompt_tokens.longest, config.rollout)
-    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies, passes = (
+        config.trainer.replicas,
+        config.trainer.ranks // config.trainer.context_parallel,
+    )
+    trained = 4 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_16_bits = model.dtype in SIXTEEN_BITS
     longest = prompt_tokens.longest + response
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = device_of(config.model.device).type == "cpu"
-    shares = reads_trainer(config.rollout) and config.trainer.ranks == 1
+    shares = reads_trainer(config.rollout, config.cluster) and config.trainer.ranks == 1
     arena = 0 if shares else 3 * weights
     if config.rollout.engine == "vllm":
         kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
     else:
         kv_cache = _rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model)
     return Memory(
-        weights=weights,
+        weights=copies * weights,
         master_weights=trained * in_16_bits,
         gradients=trained + trained // 2 * in_16_bits,
         optimizer_moments=2 * trained,
         merged_weights=adapted_bytes(model) if shares else 0,
         arena=arena,
         kv_cache=kv_cache,
-        activations=config.trainer.ranks * _activations(config, model, longest),
+        activations=passes * _activations(config, model, longest),
         logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
         buffer=RolloutBuffer.file_bytes(tokens, trajectories),
     )
@@ -232,5 +237,6 @@ def _skeleton(config: Config, data: Data) -> tuple[PreTrainedModel, PreTrainedTo
             model.generation_config = GenerationConfig.from_pretrained(
                 source, local_files_only=True
             )
+    check_axes(model.config, config.trainer)
     choose_trained(model, config.trainer, config.seed)
     return model, tokenizer

@@ -10,6 +10,7 @@ in another slot, with a copy of the same bytes. The one pass of publishing is th
 """
 
 import copy
+import logging
 import os
 import shutil
 import tempfile
@@ -23,7 +24,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kimi_core.trainer.ranks import Ranks
-from kimi_core.weights.arena import WeightArena
+from kimi_core.weights.arena import WeightArena, WritableSlot
+from kimi_core.weights.broadcast.rounds import BroadcastError, BroadcastSettings
+from kimi_core.weights.broadcast.sender import Published, WeightSender
 from kimi_core.weights.layout import Layout
 from kimi_core.weights.shards import publish_rows
 
@@ -32,6 +35,9 @@ SLOTS = 3
 
 MARGIN = 1 << 24
 """Bytes of shared memory left free for the arena's header and for vLLM."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Publisher(Protocol):
@@ -112,6 +118,28 @@ class ArenaPublisher:
         self.arenas: list[WeightArena] = []
         """One for each tensor-parallel rank, once a version was published; on rank 0."""
         self._descriptors: list[int] = []
+        self._sender: WeightSender | None = None
+
+    def listen(self, host: str, settings: BroadcastSettings) -> tuple[str, int]:
+        """Send each version to other hosts, too; return where their receivers join.
+
+        Args:
+            host: address of this host at which the others reach it.
+            settings: limits of a transfer.
+        """
+        self._make_all()
+        self._sender = WeightSender(self.arenas, host=host, settings=settings)
+        return self._sender.address
+
+    def forget(self, name: str) -> None:
+        """Do not wait for a receiver on another host that is known to be lost."""
+        if self._sender is not None:
+            self._sender.forget(name)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the first arena."""
+        return self._layouts[0]
 
     @property
     def paths(self) -> list[str]:
@@ -125,25 +153,59 @@ class ArenaPublisher:
         """
         tensors = list(named_tensors)
         if self._ranks.rank == 0:
-            for layout in self._layouts[len(self.arenas) :]:
-                self._make(layout)
+            self._make_all()
         if self._ranks.size > 1:
             for number, layout in enumerate(self._layouts):
                 place = (self.arenas[number], self.paths[number]) if self.arenas else None
-                publish_rows(place, layout, tensors, version, self._ranks)
-            return
-        for arena in self.arenas:
-            arena.publish(tensors, version=version)
+                send = self._send_filled if self._sender else None
+                publish_rows(place, layout, tensors, version, self._ranks, send)
+        elif self._sender:
+            self._send(tensors, version)
+        else:
+            for arena in self.arenas:
+                arena.publish(tensors, version=version)
 
     def close(self) -> None:
         """Give the memory of the arenas back. Safe to call twice."""
+        if self._sender is not None:
+            self._sender.close()
+        self._sender = None
         for arena, descriptor in zip(self.arenas, self._descriptors, strict=True):
             arena.close()
             os.close(descriptor)
         self.arenas, self._descriptors = [], []
 
+    def _send(self, tensors: list[tuple[str, Tensor]], version: int) -> None:
+        """Publish here and on the hosts that take it; those that do not are left behind."""
+        assert self._sender is not None
+        try:
+            published = self._sender.publish(tensors, version=version)
+        except BroadcastError as error:
+            log.warning("No other host has version %d: %s", version, error)
+            self._sender.expel()
+            published = self._sender.publish(tensors, version=version)
+        self._warn(published)
+
+    def _send_filled(self, slot: WritableSlot, crcs: list[int]) -> None:
+        assert self._sender is not None
+        try:
+            published = self._sender.send_filled(slot, crcs)
+        except BroadcastError as error:
+            log.warning("No other host has version %d: %s", slot.version, error)
+            self._sender.expel()
+            published = self._sender.send_filled(slot, crcs)
+        self._warn(published)
+
+    def _warn(self, published: Published) -> None:
+        for name, why in published.fenced.items():
+            log.warning("%s did not get version %d: %s", name, published.version, why)
+
+    def _make_all(self) -> None:
+        for layout in self._layouts[len(self.arenas) :]:
+            self._make(layout)
+
     def _make(self, layout: Layout) -> None:
-        folder = _folder_with_room(SLOTS * layout.payload_bytes)
+        folder = folder_with_room(SLOTS * layout.payload_bytes)
         with tempfile.TemporaryDirectory(dir=folder, prefix="kimi_core-") as name:
             path = Path(name) / "weights"
             self.arenas.append(WeightArena.create(path, layout, slots=SLOTS))
@@ -160,7 +222,7 @@ def module_to_read(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared).eval()
 
 
-def _folder_with_room(size: int) -> str | None:
+def folder_with_room(size: int) -> str | None:
     """A folder in shared memory, or None for one on disk if shared memory is too small.
 
     Containers often have little shared memory. A file on disk is as fast while its pages are in

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from fleet_workers import ROWS, SAMPLED, VOCAB, Local, fleet_of, model
+from fleet_workers import ROWS, SAMPLED, VOCAB, Door, Local, fleet_of, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,6 +68,24 @@ def test_the_tokens_of_one_engine_whoever_dies(engines, workers, n, exact, seed,
     assert answers(fleet.generate(requests, SAMPLED)) == expected
     assert answers(fleet.generate(requests, SAMPLED)) == expected
     assert fleet.restarts >= deaths
+
+
+@settings(deadline=None, max_examples=10)
+@given(n=st.integers(1, 20), seed=st.integers(0, 1 << 30), danger=st.sampled_from([0.0, 0.05, 0.3]))
+def test_workers_that_join_in_the_middle_and_are_lost_for_good(engines, n, seed, danger):
+    chance = np.random.default_rng(seed)
+    requests = requests_of(n)
+    expected = answers(engines[0].generate(requests, SAMPLED))
+    coming = [
+        Local(int(number), engines[number], lambda: bool(chance.random() < danger), joins=True)
+        for number in chance.integers(1, 3, 6)  # Some come again, before or after they are lost.
+    ]
+    fleet = fleet_of(Local(0, engines[0]), exact=False, door=Door(coming))
+    for _ in range(3):
+        assert answers(fleet.generate(requests, SAMPLED)) == expected
+    numbers = [one.number for one in fleet._workers]
+    assert numbers[0] == 0 and len(set(numbers)) == len(numbers)
+    assert fleet.restarts + len(numbers) - 1 == 6 - len(coming)
 
 
 def test_exact_deals_by_the_requests_alone_and_keeps_groups_together(engines):
@@ -177,6 +195,21 @@ def test_messages_come_out_as_they_went_in(lengths, version, call, cut):
     if segments and cut < len(sent):
         with pytest.raises(ValueError, match=r"no header|claims"):
             wire.unpacked(sent[:cut], worker=2)
+
+
+def test_columns_that_cannot_be_are_refused():
+    ids, logprobs = np.array([3, 4], np.int32), np.array([-1, -2], np.float32)
+    good = wire.packed(wire.SEGMENTS, segments=[Segment(5, ids, logprobs, 0, None)])
+    edges = wire.HEADER.size + 8 + 4 * 2 + 4 * 2
+    for place, wrong, why in [
+        (edges, b"\x01", "share its 2 tokens"),
+        (edges + 4, b"\x01", "share its 2 tokens"),
+        (len(good) - 1, b"\x04", "share its 2 tokens"),
+        (edges - 4, np.float32(np.nan).tobytes(), "not finite"),
+    ]:
+        bad = good[:place] + wrong + good[place + len(wrong) :]
+        with pytest.raises(ValueError, match=why):
+            wire.unpacked(bad, worker=0)
 
 
 def test_a_fault_is_text_whatever_its_bytes_are():

@@ -33,7 +33,7 @@ export const MEANINGS = {
   greedy_by_domain: ["0–1", "greedy accuracy of the prompts with each domain tag"],
   sampled_by_domain: ["0–1", "sampled accuracy of the prompts with each domain tag"],
   same_answer: ["0–1", "questions asked as text and as an image whose greedy answers are the same"],
-  worker_restarts: ["", "rollout workers that were lost and started a second time"],
+  worker_restarts: ["", "rollout workers that were lost; those of the run's host started a second time"],
   worker_tokens: ["tokens", "tokens that each rollout worker sampled"],
   learning_rate: ["", "learning rate of the updates"],
   n: ["prompts", "number of held-out prompts; it bounds what a difference can mean"],

@@ -5,27 +5,20 @@ import os
 import pickle
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from kimi_core.rollout import wire
-from kimi_core.rollout.fleet import WorkerGone
+from kimi_core.rollout.connected import ConnectedWorker
 from kimi_core.rollout.torch.worker import RUNS, Start
-from kimi_core.types import Request, Sampling
 
 MODULE = "kimi_core.rollout.torch.worker"
-
-START_S = 300.0
-"""Seconds until a worker serves. The imports of the nursery take about 8 CPU-seconds."""
 
 SILENT_S = 20.0
 """Seconds after which a worker counts as hung that has work and says nothing at all."""
@@ -89,8 +82,8 @@ class Nursery:
         self._control = ours
 
 
-class ProcessWorker:
-    """Implements ``Worker`` with a process that is bound to an arena.
+class ProcessWorker(ConnectedWorker):
+    """Implements ``Worker`` with a process of this host that is bound to an arena.
 
     Args:
         number: of this worker in its fleet.
@@ -99,133 +92,58 @@ class ProcessWorker:
         timeout_s: longest time without a decode step while there is work, in seconds.
     """
 
+    joins = False
+
     def __init__(
         self, number: int, nursery: Nursery, start: Callable[[], Start], *, timeout_s: float
     ) -> None:
-        self.number = number
+        super().__init__(number, timeout_s=timeout_s, silent_s=SILENT_S)
         self.pid = 0
         """0: it has not started."""
-        self.ready = False
-        self.policy_version = -1
-        self.steps = 0
         self._nursery = nursery
         self._start = start
-        self._timeout_s = timeout_s
-        self._connection: Connection | None = None
-        self._answers = 0
-        """How often it is still to say that it serves a version."""
-        self._heard = self._moved = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"Rollout worker {self.number} (pid {self.pid or 'not known'})"
 
     def start(self) -> None:
         """Start the process, in place of one that is left. It is ``ready`` later."""
         self.close()
         ours, theirs = socket.socketpair()
-        limit = struct.pack("ll", int(SILENT_S), 0)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, option, limit)
         with theirs:
             self._nursery.fork(theirs)
-        self._connection = Connection(ours.detach())
-        self._answers = 1
-        self._heard = self._moved = time.monotonic()
-
-    def fileno(self) -> int:
-        """What becomes readable when the worker says something or ends."""
-        assert self._connection is not None
-        return self._connection.fileno()
+        self.connected(ours)
 
     def serve(self, version: int) -> None:
         """Have the worker switch to what was published; it is ``ready`` when it has."""
         self.ready = False
         if self.pid:  # Otherwise it starts with the newest version.
-            self._answers += 1
-            self._ask(("serve", version))
-
-    def begin(self, call: int, sampling: Sampling, most_steps: int) -> None:
-        """Announce a call: what is fed from now on belongs to it."""
-        self._ask(("begin", call, sampling, most_steps))
-
-    def feed(self, requests: Sequence[Request]) -> None:
-        """Give the worker more to do."""
-        self._ask(("feed", list(requests)))
-
-    def stop(self) -> None:
-        """Have the worker give up what it was fed."""
-        self._ask(("stop",))
-
-    def take(self) -> list[wire.Message]:
-        """What the worker has said since the last call. Raises WorkerGone."""
-        assert self._connection is not None
-        said = []
-        try:
-            while self._connection.poll():
-                said.append(wire.unpacked(self._connection.recv_bytes(), self.number))
-        except EOFError as error:
-            if not said:  # Otherwise the next call finds the end.
-                raise WorkerGone(self._how_it_ended(error)) from error
-        except (OSError, ValueError) as error:
-            raise WorkerGone(self._how_it_ended(error)) from error
-        for message in said:
-            self._note(message)
-        return said
-
-    def check(self) -> None:
-        """Raise WorkerGone if the worker has work and is silent, or makes no step, for too long."""
-        now = time.monotonic()
-        silent, limit = now - self._heard, SILENT_S if self.policy_version >= 0 else START_S
-        if silent > limit:
-            raise WorkerGone(f"{self._name} said nothing for {silent:.0f} s")
-        if now - self._moved > max(self._timeout_s, limit):
-            raise WorkerGone(f"{self._name} made no step for {now - self._moved:.0f} s")
+            super().serve(version)
 
     def close(self) -> None:
         """End the process. Safe to call twice."""
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = None
+        self.disconnect()
         if self.pid:
             with suppress(ProcessLookupError):  # The nursery has asked how it ended.
                 os.kill(self.pid, signal.SIGKILL)
             self._nursery.status(self.pid)
-        self.ready, self.policy_version, self.steps, self.pid = False, -1, 0, 0
+        self.pid = 0
 
-    @property
-    def _name(self) -> str:
-        return f"Rollout worker {self.number} (pid {self.pid or 'not known'})"
-
-    def _note(self, message: wire.Message) -> None:
-        self._heard = time.monotonic()
+    def note(self, message: wire.Message) -> None:
+        super().note(message)
         if message.kind == wire.HELLO:
             self.pid = message.steps
-            self._send(self._start())
-            return
-        if message.kind == wire.READY:
-            self._answers -= 1
-            self.ready, self.policy_version = self._answers == 0, message.policy_version
-        if message.kind == wire.READY or message.segments or message.steps > self.steps:
-            self._moved = self._heard
-        self.steps = max(self.steps, message.steps)
+            self.send(pickle.dumps(self._start()))
 
-    def _ask(self, question: tuple[Any, ...]) -> None:
-        self._heard = self._moved = time.monotonic()  # It may have had nothing to do until now.
-        self._send(question)
+    def encode(self, question: tuple[Any, ...]) -> bytes:
+        return pickle.dumps(question)
 
-    def _send(self, thing: Any) -> None:
-        assert self._connection is not None
-        try:
-            self._connection.send_bytes(pickle.dumps(thing))
-        except OSError as error:
-            raise WorkerGone(self._how_it_ended(error)) from error
-
-    def _how_it_ended(self, error: Exception) -> str:
-        if isinstance(error, BlockingIOError):
-            return f"{self._name} stopped in the middle of a message for {SILENT_S:.0f} s"
-        if isinstance(error, ValueError):
-            return f"{self._name} sent nonsense: {error}"
+    def how_it_ended(self) -> str:
         status = self._nursery.status(self.pid) if self.pid else RUNS
         if status == RUNS:
-            return f"{self._name} closed its connection"
-        name, self.pid = self._name, 0  # The number may be another process's from now on.
+            return f"{self.name} closed its connection"
+        name, self.pid = self.name, 0  # The number may be another process's from now on.
         how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
         return f"{name} ended {how}"
 

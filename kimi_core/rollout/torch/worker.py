@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -47,6 +47,10 @@ from kimi_core.weights.binding import bind
 
 BEAT_S = 0.5
 """Seconds between two signs of life, and between two looks at the parent."""
+
+COME_S = 60.0
+"""Seconds for which a worker waits for a version that it is to serve; it comes before that, or is
+being sent."""
 
 STATUS_S = 1.0
 """Seconds in which a worker ends that has closed its connection, or that was killed."""
@@ -73,11 +77,26 @@ class Start:
 
 
 class Served:
-    """An engine that does what comes in over a connection, until the connection ends."""
+    """An engine that does what comes in over a connection, until the connection ends.
 
-    def __init__(self, connection: Connection, start: Start) -> None:
+    Args:
+        connection: to the master.
+        start: what the worker has to know.
+        decode: gives the question in a message.
+        lost: exit status if the connection ends before the master has said that the run is over.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        start: Start,
+        decode: Callable[[bytes], tuple[Any, ...]] = pickle.loads,
+        *,
+        lost: int = 0,
+    ) -> None:
         torch.set_num_threads(start.threads)
         self._connection = connection
+        self._decode, self._lost = decode, lost
         self._start = start
         self._binding = bind(start.model, WeightArena.open(start.arena).acquire())
         self._engine = TorchEngine(
@@ -120,15 +139,24 @@ class Served:
         try:
             while os.getppid() == parent:
                 if self._connection.poll(BEAT_S):
-                    self._inbox.put(pickle.loads(self._connection.recv_bytes()))
+                    question = self._decode(self._connection.recv_bytes())
+                    if question == ("end",):
+                        os._exit(0)
+                    self._inbox.put(question)
                 elif self._busy:
                     self._send(wire.SEGMENTS)
-        except (EOFError, OSError):
+        except (EOFError, OSError, ValueError):
             pass
-        os._exit(0)
+        os._exit(self._lost)
 
     def _serve(self, version: int) -> None:
         self._busy = True
+        ends = time.monotonic() + COME_S
+        while (self._binding.lease.arena.active_version or 0) < version:
+            if time.monotonic() > ends:
+                self._send(wire.FAULT, text=f"version {version} has not come in {COME_S:g} s")
+                return
+            time.sleep(0.005)
         try:
             self._engine.policy_version = self._binding.follow()
         except ValueError as error:

@@ -23,7 +23,13 @@ from kimi_core.weights.arena import WeightArena, WritableSlot
 from kimi_core.weights.broadcast.mailbox import Mailbox, Message
 from kimi_core.weights.broadcast.rounds import JOINS, BroadcastSettings, Fenced, JoinRequest, Vote
 from kimi_core.weights.broadcast.slot_stream import RunningChecksums, regions_of
-from kimi_core.weights.broadcast.transport import Deadline, Group, TransferError, move
+from kimi_core.weights.broadcast.transport import (
+    Deadline,
+    Group,
+    TransferError,
+    local_address,
+    move,
+)
 
 JOIN_S = 300.0
 """Seconds that a receiver waits for an answer when it joins; the sender may be in a round."""
@@ -62,6 +68,7 @@ class WeightReceiver:
         self._arena = arena
         self._tp_rank = tp_rank
         self._box = Mailbox.connect(*address)
+        self._host = local_address(*address)
         self._id = ""
         self._settings = BroadcastSettings()
         self._next_round = 0
@@ -196,6 +203,7 @@ class WeightReceiver:
             rank=rank,
             size=size,
             deadline=deadline,
+            host=self._host,
             backend=settings.backend,
         ) as group:
             payload = torch.from_numpy(slot.payload)

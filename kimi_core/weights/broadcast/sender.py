@@ -1,6 +1,7 @@
 """Weights between hosts, sender's side: no member serves a version before all have verified it.
 
-No command starts a broadcast yet; use it from Python, in place of ``WeightArena.publish``:
+A run with ``cluster.listen`` publishes in this way; from Python it stands in place of
+``WeightArena.publish``:
 
     arena = WeightArena.create("/dev/shm/run", layout)
     with WeightSender([arena], host="10.0.0.1") as sender:
@@ -27,7 +28,7 @@ from typing import Any, Self
 
 import torch
 
-from kimi_core.weights.arena import NamedTensors, WeightArena
+from kimi_core.weights.arena import NamedTensors, WeightArena, WritableSlot
 from kimi_core.weights.broadcast.mailbox import Mailbox, Message
 from kimi_core.weights.broadcast.rounds import (
     JOINS,
@@ -109,23 +110,28 @@ class WeightSender:
                 is to blame. Nobody is fenced; call again to retry.
         """
         tensors = _pairs(named_tensors)
-        fenced: dict[str, str] = {}
         with self._lock, contextlib.ExitStack() as slots:
-            writers = [
-                SlotWriter(arena, slots.enter_context(arena.writing(version)), tensors)
-                for arena in self._arenas
-            ]
-            while True:
-                self._round += 1
-                members = self._members.values()
-                current_round = _Round(self._box, self.settings, self._round, members, writers)
-                current_round.run()
-                for seat, why in current_round.fenced.items():
-                    fenced[seat.member.name] = why
-                    del self._members[seat.member.id]
-                if current_round.served is not None:
-                    names = tuple(seat.member.name for seat in current_round.served)
-                    return Published(version, names, fenced)
+            return self._publish(
+                [
+                    SlotWriter(arena, slots.enter_context(arena.writing(version)), tensors)
+                    for arena in self._arenas
+                ]
+            )
+
+    def send_filled(self, slot: WritableSlot, crcs: Sequence[int]) -> Published:
+        """As ``publish``, for a slot of the only arena that others have filled and summed."""
+        with self._lock:
+            return self._publish([_Filled(slot, list(crcs))])
+
+    def forget(self, name: str) -> None:
+        """Do not wait for a receiver that is known to be lost; it may join again."""
+        for one in [one for one in list(self._members.values()) if one.name == name]:
+            self._members.pop(one.id, None)
+
+    def expel(self) -> None:
+        """Forget all members; each finds out in the next round, and may join again."""
+        with self._lock:
+            self._members.clear()
 
     def close(self) -> None:
         """Stop listening; members then find the sender gone."""
@@ -138,6 +144,20 @@ class WeightSender:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _publish(self, writers: "Sequence[SlotWriter | _Filled]") -> Published:
+        fenced: dict[str, str] = {}
+        while True:
+            self._round += 1
+            members = list(self._members.values())
+            current_round = _Round(self._box, self.settings, self._round, members, writers)
+            current_round.run()
+            for seat, why in current_round.fenced.items():
+                fenced[seat.member.name] = why
+                self._members.pop(seat.member.id, None)
+            if current_round.served is not None:
+                names = tuple(seat.member.name for seat in current_round.served)
+                return Published(writers[0].slot.version, names, fenced)
 
     # ---- Receivers that join
 
@@ -170,8 +190,7 @@ class WeightSender:
         self._box.post(f"join/{member.id}", answer)
         if fault or (behind and not self._send_current(member)):
             return
-        for old in [m for m in self._members.values() if m.name == member.name]:
-            del self._members[old.id]
+        self.forget(member.name)
         self._members[member.id] = member
 
     def _is_behind(self, request: JoinRequest) -> bool:
@@ -222,6 +241,21 @@ class WeightSender:
         return True
 
 
+@dataclass(frozen=True)
+class _Filled:
+    """In place of a ``SlotWriter``: the bytes are there already."""
+
+    slot: WritableSlot
+    crcs: list[int]
+
+    def make_ready(self, start: int, end: int) -> None:
+        """Do nothing."""
+
+    def finish(self) -> list[int]:
+        self.slot.verify(self.crcs, found=self.crcs)
+        return self.crcs
+
+
 class _Round:
     """One round, from the sender's side."""
 
@@ -231,7 +265,7 @@ class _Round:
         settings: BroadcastSettings,
         number: int,
         members: Iterable[Member],
-        writers: Sequence[SlotWriter],
+        writers: "Sequence[SlotWriter | _Filled]",
     ) -> None:
         self.fenced: dict[Seat, str] = {}
         self.served: list[Seat] | None = None
@@ -337,7 +371,10 @@ class _Round:
 def _meet(
     box: Mailbox, prefix: str, size: int, settings: BroadcastSettings, deadline: Deadline
 ) -> Group:
-    return Group(box.store, prefix, rank=0, size=size, deadline=deadline, backend=settings.backend)
+    store, backend = box.store, settings.backend
+    return Group(
+        store, prefix, rank=0, size=size, deadline=deadline, host=store.host, backend=backend
+    )
 
 
 def _pairs(named_tensors: NamedTensors) -> list[tuple[str, Any]]:

@@ -5,9 +5,10 @@ i − 1. On the CPU (gloo) buckets are sent from and received into the slot itse
 stored twice. On a GPU (NCCL) they pass through device memory, two buckets at a time. Every wait
 ends at a ``Deadline``. The NCCL path has never run, because no GPU was available.
 
-gloo uses the network interface that ``GLOO_SOCKET_IFNAME`` names, or that of the host's name.
+gloo listens at the address at which the peers of a group can reach this host.
 """
 
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -59,9 +60,13 @@ class Group:
         rank: int,
         size: int,
         deadline: Deadline,
+        host: str,
         backend: Backend = "gloo",
     ) -> None:
         """Connect to the other ranks under ``prefix``, which no earlier group has used.
+
+        Args:
+            host: address of this host at which gloo listens.
 
         Raises:
             TransferError: not all ranks connected before the deadline.
@@ -73,7 +78,7 @@ class Group:
         self._group: Any  # torch's stub of a backend lacks its collectives.
         try:
             if backend == "gloo":
-                self._group = dist.ProcessGroupGloo(place, rank, size, limit)
+                self._group = dist.ProcessGroupGloo(place, rank, size, _gloo(host, limit))
             else:
                 self.device = torch.device("cuda", torch.cuda.current_device())
                 options = dist.ProcessGroupNCCL.Options()
@@ -110,6 +115,22 @@ class Group:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def local_address(host: str, port: int) -> str:
+    """The address of this host from which packets to ``host`` go out; none is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        name: str = probe.getsockname()[0]
+        return name
+
+
+def _gloo(host: str, limit: timedelta) -> Any:
+    backend: Any = dist.ProcessGroupGloo  # torch's stub of it lacks both.
+    options = backend._Options()
+    options._timeout = limit
+    options._devices = [backend.create_device(hostname=host)]
+    return options
 
 
 @dataclass

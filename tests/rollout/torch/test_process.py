@@ -12,7 +12,6 @@ from fleet_workers import CONTEXT, SAMPLED, VOCAB, model
 
 from kimi_core.config import RolloutConfig
 from kimi_core.rollout.load import load_engine
-from kimi_core.rollout.torch import process
 from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.types import Request
 
@@ -36,7 +35,7 @@ def gathered(stream, at_first=lambda: None) -> dict[int, list[int]]:
 
 
 @pytest.mark.slow
-def test_workers_follow_the_arena_and_one_that_hangs_is_replaced(monkeypatch):
+def test_workers_follow_the_arena_and_one_that_hangs_is_replaced():
     read = model()
     twin = TorchEngine(model(), batch_rows=8)
     engine, publisher = load_engine(read, RolloutConfig(workers=2, batch_rows=8), CONTEXT)
@@ -54,7 +53,8 @@ def test_workers_follow_the_arena_and_one_that_hangs_is_replaced(monkeypatch):
         publisher.publish(read.named_parameters(), 1)
         engine.serve(1)
         stopped = engine._workers[1].pid
-        monkeypatch.setattr(process, "SILENT_S", 5)
+        for worker in engine._workers:
+            worker.silent_s = 5
         found = gathered(
             engine.generate(requests_of(40), sampling),
             at_first=lambda: os.kill(stopped, signal.SIGSTOP),

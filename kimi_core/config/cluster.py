@@ -1,0 +1,27 @@
+"""Settings of a run on several hosts."""
+
+from pydantic import Field, model_validator
+
+from kimi_core.config.section import Section
+
+
+class ClusterConfig(Section):
+    listen: str = ""
+    """Address of this host at which rollout workers of other hosts join (`kimi worker --connect`),
+    such as `10.0.0.1:29500`. They come and go while the run goes on. Empty: none."""
+    token_file: str = ""
+    """File with the token that the workers have to know, at least 16 characters."""
+    silent_s: float = Field(10.0, ge=1)
+    """Seconds after which a worker of another host counts as lost that says nothing. A shorter cut
+    of the network is harmless."""
+    transfer_s: float = Field(120.0, gt=0)
+    """Longest time for sending one version of the weights to all other hosts, in seconds."""
+
+    @model_validator(mode="after")
+    def _has_a_token(self) -> "ClusterConfig":
+        if self.listen and not self.token_file:
+            raise ValueError(
+                f"cluster.listen = {self.listen!r} without cluster.token_file: anybody could join; "
+                "make a token with `openssl rand -hex 32`, and name its file"
+            )
+        return self

@@ -1,0 +1,211 @@
+"""Workers that join over the network: the same tokens, whoever comes, goes or is refused."""
+
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Thread
+
+import numpy as np
+import pytest
+import torch
+from fleet_workers import CONTEXT, SAMPLED, VOCAB, model
+from hypothesis import given
+from hypothesis import strategies as st
+from rewarded_runs import children
+
+import kimi_core
+from kimi_core.cluster.handshake import MAGIC, Refused, address_of, greet, read_token
+from kimi_core.config import ClusterConfig, RolloutConfig
+from kimi_core.rollout import orders
+from kimi_core.rollout.load import load_engine
+from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.types import Request, Sampling
+
+WAIT_S = 120
+TOKEN = "0123456789abcdef" * 2
+
+
+def requests_of(n: int) -> list[Request]:
+    rng = np.random.default_rng(0)
+    return [
+        Request(i, rng.integers(2, VOCAB, 4).astype(np.int32), 4, 80, CONTEXT - 10)
+        for i in range(n)
+    ]
+
+
+def gathered(stream, at_first=lambda: None) -> tuple[dict[int, list[int]], dict[int, int]]:
+    """Trajectory → tokens, and worker → number of tokens."""
+    tokens, by_worker = defaultdict(list), defaultdict(int)
+    for number, segments in enumerate(stream):
+        if number == 0:
+            at_first()
+        by_worker[getattr(segments, "worker", 0)] += sum(map(len, segments))
+        for segment in segments:
+            tokens[segment.trajectory_id] += segment.token_ids.tolist()
+    return dict(tokens), dict(by_worker)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
+def worker(port: int, token: Path, name: str, *options: str) -> subprocess.Popen:
+    kimi = [sys.executable, "-P", "-m", "kimi_core.cli", "worker"]
+    where = ["--connect", f"127.0.0.1:{port}", "--token-file", str(token), "--name", name]
+    root = str(Path(kimi_core.__file__).parents[1])
+    return subprocess.Popen(
+        [*kimi, *where, "--threads", "1", *options],
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_until_there(engine, count: int) -> None:
+    """Until so many workers are ready, of this host or another."""
+    ends = time.monotonic() + WAIT_S
+    while sum(one.ready for one in engine._workers) < count:
+        assert time.monotonic() < ends
+        for one in engine._with_news(0.2):
+            engine._take(one)
+
+
+@pytest.mark.slow
+def test_workers_join_work_are_lost_and_join_again(tmp_path):
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    port = free_port()
+    read = model()
+    twin = TorchEngine(model(), batch_rows=8)
+    cluster = ClusterConfig(listen=f"127.0.0.1:{port}", token_file=str(token))
+    sampling = replace(SAMPLED, stop_token_ids=frozenset(), stream_tokens=2)
+    engine, publisher = load_engine(read, RolloutConfig(batch_rows=4), CONTEXT, cluster=cluster)
+    other = tmp_path / "other"
+    other.write_text("f" * 32)
+    joined, stranger = worker(port, token, "two"), worker(port, other, "stranger")
+    try:
+        publisher.publish(read.named_parameters(), 0)
+        engine.serve(0)
+        wait_until_there(engine, 2)
+        expected = gathered(twin.generate(requests_of(30), sampling))[0]
+        tokens, by_worker = gathered(engine.generate(requests_of(30), sampling))
+        assert tokens == expected and min(by_worker.values()) > 0 and len(by_worker) == 2
+
+        with torch.no_grad():
+            for one in (read, twin.model):
+                one.get_output_embeddings().weight.mul_(0.5)
+        publisher.publish(read.named_parameters(), 1)
+        engine.serve(1)
+        assert all(one.policy_version == 1 for one in engine._workers) and len(engine._workers) == 2
+        expected = gathered(twin.generate(requests_of(60), sampling))[0]
+        (session,) = children(joined.pid, "kimi_core.cli")
+        tokens, _ = gathered(
+            engine.generate(requests_of(60), sampling),
+            at_first=lambda: os.kill(session, signal.SIGKILL),
+        )
+        assert tokens == expected and engine.restarts == 1
+        wait_until_there(engine, 2)
+        assert [one.number for one in engine._workers] == [0, 1]
+        assert stranger.wait(WAIT_S) == 1 and "does not accept this token" in stranger.stdout.read()
+    finally:
+        engine.close()
+        publisher.close()
+        stranger.kill()
+    assert joined.wait(WAIT_S) == 0
+    assert "joining again" in (said := joined.stdout.read()) and "The run is over" in said
+
+
+def test_a_run_that_is_not_there_and_a_token_that_is_none(tmp_path, capsys):
+    for text in ("10.0.0.1", ":80", "host:99999", "host:x"):
+        with pytest.raises(ValueError, match="write HOST:PORT"):
+            address_of(text)
+    assert address_of("host:80") == ("host", 80)
+    with pytest.raises(ValueError, match="openssl rand"):
+        read_token(tmp_path / "missing")
+    (tmp_path / "short").write_text("abc\n")
+    with pytest.raises(ValueError, match="has 3 characters"):
+        read_token(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"without cluster.token_file"):
+        ClusterConfig(listen="127.0.0.1:1")
+    cluster = ClusterConfig(listen="127.0.0.1:1", token_file="t")
+    with pytest.raises(ValueError, match="know no stop strings"):
+        load_engine(model(), RolloutConfig(stop=["x"]), CONTEXT, cluster=cluster)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [(TOKEN, ""), ("x" * 32, "another token"), ("nonsense", "another version"), ("", "EOF")],
+)
+def test_the_master_lets_in_who_knows_the_token(given, why):
+    ours, theirs = Pipe()
+    found: list[BaseException | None] = []
+
+    def other_side(connection: Connection) -> None:
+        try:
+            if given == "nonsense":
+                connection.send_bytes(MAGIC[:-2] + b"2\n" + bytes(32))
+            elif given:
+                greet(connection, given.encode(), is_master=False)
+        except (Refused, EOFError, OSError) as error:
+            found.append(error)
+        if not given:
+            connection.close()
+
+    thread = Thread(target=other_side, args=(theirs,))
+    thread.start()
+    refused = pytest.raises((Refused, EOFError, OSError), match=(why if given else None) or None)
+    with refused if why else nullcontext():
+        greet(ours, TOKEN.encode(), is_master=True)
+    ours.close()
+    thread.join()
+    assert [type(one) for one in found] == [Refused] * (why == "another token")
+
+
+NUMBERS = st.integers(0, 1 << 30)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), max_size=5),
+    sampling=st.builds(
+        Sampling,
+        temperature=st.floats(0, 2),
+        seed=st.integers(0, 1 << 62),
+        stop_token_ids=st.frozensets(NUMBERS),
+        repeat_window=NUMBERS,
+        repeat_count=NUMBERS,
+        stream_tokens=NUMBERS,
+    ),
+    call=NUMBERS,
+    cut=st.integers(1, 300),
+)
+def test_orders_come_out_as_they_went_in(lengths, sampling, call, cut):
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(int(rng.integers(1 << 60)), rng.integers(0, 9, n).astype(np.int32), n, 3, 4)
+        for n in lengths
+    ]
+    for order in [("serve", call), ("begin", call, sampling, 7), ("stop",), ("end",)]:
+        assert orders.unpacked(orders.packed(order)) == order
+    sent = orders.packed(("feed", requests))
+    kind, came = orders.unpacked(sent)
+    assert kind == "feed" and len(came) == len(requests)
+    for one, two in zip(requests, came, strict=True):
+        assert replace(one, token_ids=0) == replace(two, token_ids=0)
+        np.testing.assert_array_equal(one.token_ids, two.token_ids)
+    if cut < len(sent):
+        with pytest.raises((ValueError, struct.error)):
+            orders.unpacked(sent[:cut])
+    with pytest.raises(ValueError, match="unknown kind"):
+        orders.unpacked(b"")
