@@ -23,6 +23,7 @@ from kimi_core.prompts.many import ById
 from kimi_core.reward.groups import GroupScorer
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.phase import Rollout, begin_group, roll_out
+from kimi_core.trainer.schedule import share_of_peak
 from kimi_core.trainer.trainer import Trainer, TrainingMetrics
 from kimi_core.types import Group, Prompt, Sampling, TrainingBatch, Trajectory
 
@@ -102,6 +103,7 @@ class Loop:
             rollout = self._roll_out()
         clock.sampled()
         groups, unjudged = self._score(rollout)
+        rate = self.config.trainer.learning_rate * self._share_of_peak()
         with self.turns.trainer():
             trained = self._train(groups, version)
             with self.turns.timed("publish"):
@@ -115,6 +117,7 @@ class Loop:
         by_worker = {str(number): n for number, n in rollout.tokens_by_worker.items()}
         return replace(
             report,
+            learning_rate=rate,
             worker_restarts=self.engine.restarts - restarts,
             worker_tokens=by_worker if several else {},
             turn_s=self.turns.seconds(),
@@ -229,7 +232,13 @@ class Loop:
             advantages=np.concatenate([group.advantages for group in groups]),
             ended_rewards={group.group_id: group.ended_rewards for group in groups},
         )
-        return self.trainer.train(batch, policy_version=version, seed=self._seed(1))
+        return self.trainer.train(
+            batch, policy_version=version, seed=self._seed(1), share_of_peak=self._share_of_peak()
+        )
+
+    def _share_of_peak(self) -> float:
+        """The learning rate of the running iteration, as a share of ``trainer.learning_rate``."""
+        return share_of_peak(self.config.trainer.schedule, self.iteration, self.config.iterations)
 
     def _count(self, groups: Sequence[Group], unjudged: Sequence[Trajectory]) -> None:
         """Count what was trained; responses that have not ended stay for the next iteration.

@@ -90,6 +90,8 @@ class IterationMetrics:
     turn_s: dict[str, float] = field(default_factory=dict)
     """Seconds of ``wake`` and ``sleep`` of the engine, ``publish`` and ``rest`` of the trainer, and
     ``serve``; evaluations before the iteration are in them."""
+    learning_rate: float = math.nan
+    """Learning rate of the updates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +134,7 @@ class EvaluationMetrics:
 
     def value(self, best: str) -> float:
         """The accuracy that a value of ``evaluation.best`` names; NaN: it was not measured."""
-        name, _, metric = best.partition("/")
-        numbers = vars(self) if name == HELD_OUT else self.sets.get(name, {})
-        if metric in METRICS:
-            return numbers.get(METRICS[metric], math.nan)
-        return numbers.get("pass_at_k", {}).get(metric.removeprefix("pass@"), math.nan)
+        return accuracy_in(vars(self), best)
 
     def as_set(self) -> dict[str, Any]:
         """What ``sets`` holds of an evaluation: its numbers, without those that are empty."""
@@ -190,6 +188,30 @@ KINDS: dict[str, type] = {
     "collapse": Collapse,
 }
 """``kind`` of a line of ``metrics.jsonl`` → what the line holds."""
+
+
+def accuracy_in(evaluation: Mapping[str, Any], best: str) -> float:
+    """The accuracy that a value of ``evaluation.best`` names; NaN: it was not measured.
+
+    >>> accuracy_in({"sets": {"gsm8k": {"pass_at_k": {"4": 0.5}}}}, "gsm8k/pass@4")
+    0.5
+    """
+    name, _, metric = best.partition("/")
+    numbers = evaluation if name == HELD_OUT else evaluation.get("sets", {}).get(name, {})
+    if metric in METRICS:
+        found = numbers.get(METRICS[metric])
+    else:
+        found = numbers.get("pass_at_k", {}).get(metric.removeprefix("pass@"))
+    return math.nan if found is None else found
+
+
+def is_stuck(values: Sequence[float], patience: int) -> bool:
+    """Whether the last ``patience`` values are all no better than one before them.
+
+    What was not measured is worse than everything else.
+    """
+    values = [-math.inf if math.isnan(value) else value for value in values]
+    return bool(values) and len(values) - 1 - values.index(max(values)) >= patience
 
 
 def read_metrics(path: str | Path) -> tuple[list[IterationMetrics], list[EvaluationMetrics]]:

@@ -88,9 +88,6 @@ every = 2
 prompts = 4
 samples = 2
 best = "held_out/sampled"
-[evaluation.sets.second]
-source = "retrieve"
-prompts = 3
 """
 
 REWARD = """
@@ -99,7 +96,12 @@ def of_lengths(prompt, text):
 """
 
 KINDS = {
-    "budget": ["rollout.token_budget=7", "rollout.stream_tokens=2"],
+    "budget": [
+        "rollout.token_budget=7",
+        "rollout.stream_tokens=2",
+        "evaluation.sets.second.source=retrieve",
+        "evaluation.sets.second.prompts=3",
+    ],
     "whole": ["rollout.stream_tokens=3", "save_every=2", "trajectories.every=2"],
     "images": [
         "rollout.token_budget=7",

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from kimi_core.cli import data, runs, start, viewing
+from kimi_core.cli.completion import completion
 from kimi_core.cli.parser import fail
 from kimi_core.run.output import keep_output
 
@@ -26,9 +27,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "replay": (runs.replay, "do an iteration of a run again and compare every bit"),
     "dashboard": (viewing.dashboard, "look at runs in a browser, down to every token"),
     "chat": (viewing.chat, "ask the model of a run, before and after"),
+    "push": (runs.push, "upload the checkpoint of a run to the Hugging Face hub"),
     "worker": (runs.worker, "sample for a run of another host"),
     "sandbox": (data.sandbox, "run programs in a sandbox, serve it, or check this machine"),
     "buffer": (data.buffer, "print what a rollout buffer's file holds"),
+    "completion": (
+        lambda rest: completion(list(COMMANDS), rest),
+        "print what bash or zsh needs to complete commands and settings",
+    ),
 }
 
 

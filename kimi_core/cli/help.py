@@ -133,6 +133,19 @@ Only states that the run keeps can be asked (keep_states); --before needs the on
 or a run without SFT. A prompt that the run has is judged with its answer, any other with --answer.
 The run's folder is not changed."""
 
+COMPLETION = """Print a script that completes commands, configs and settings in a shell.
+
+    kimi completion bash >> ~/.bashrc
+    kimi completion zsh >> ~/.zshrc"""
+
+PUSH = """Upload the checkpoint of a run to the Hugging Face hub, with a page about the run.
+
+    kimi push runs/think me/think
+    kimi push runs/think me/think --best --public
+
+A new repository is private unless --public is given. `hf auth login` or HF_TOKEN says who you
+are."""
+
 WORKER = """Sample for a run of another host.
 
     kimi train my.toml cluster.listen=10.0.0.1:29500 cluster.token_file=token    # on its host

@@ -1,4 +1,4 @@
-"""Commands that train, evaluate or repeat a run."""
+"""Commands that train, evaluate, repeat or publish a run."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
-from kimi_core.cli.help import EVALUATE, LONG2SHORT, REPLAY, SFT, TRAIN, WORKER
+from kimi_core.cli.help import EVALUATE, LONG2SHORT, PUSH, REPLAY, SFT, TRAIN, WORKER
 from kimi_core.cli.parser import fail
 from kimi_core.cli.settings import config_parser, may_accept_changes, parser_of, with_config
 from kimi_core.config import Config
@@ -148,6 +148,25 @@ def replay(arguments: Sequence[str]) -> int:
         return fail(str(error), 2)
     print("equal" if status == 0 else "not equal")
     return status
+
+
+def push(arguments: Sequence[str]) -> int:
+    parser = parser_of("push", PUSH)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("repo", metavar="OWNER/NAME", help="of the repository on the hub")
+    parser.add_argument("--best", action="store_true", help="RUN/best, not RUN/checkpoint")
+    parser.add_argument("--public", action="store_true", help="a new repository is for everybody")
+    given = parser.parse_intermixed_args(arguments)
+
+    from kimi_core.run.push import push as upload
+
+    try:
+        print(upload(given.run, given.repo, best=given.best, public=given.public))
+    except ValueError as error:
+        return fail(str(error), 2)
+    except OSError as error:
+        return fail(str(error), 1)
+    return 0
 
 
 def worker(arguments: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from kimi_core.config.cluster import ClusterConfig as ClusterConfig
 from kimi_core.config.evaluation import EvaluationConfig as EvaluationConfig
 from kimi_core.config.evaluation import EvaluationSetConfig as EvaluationSetConfig
+from kimi_core.config.evaluation import TrajectoriesConfig as TrajectoriesConfig
 from kimi_core.config.section import Section as Section
 from kimi_core.config.stages import CurateConfig as CurateConfig
 from kimi_core.config.stages import DpoConfig as DpoConfig
@@ -22,6 +23,7 @@ from kimi_core.config.training import AblationConfig as AblationConfig
 from kimi_core.config.training import LoraConfig as LoraConfig
 from kimi_core.config.training import ScheduleConfig as ScheduleConfig
 from kimi_core.config.training import SftScheduleConfig as SftScheduleConfig
+from kimi_core.config.training import TrainerConfig as TrainerConfig
 
 
 class ScratchConfig(Section):
@@ -142,8 +144,10 @@ class SftConfig(Section):
     """Take the examples in random order. False: in the order of the data, such as short ones
     first."""
     learning_rate: float = Field(3e-3, gt=0, le=1)
-    """Peak learning rate. It is reached after 5 % of the steps, and a cosine then lowers it to a
-    tenth."""
+    """Peak learning rate."""
+    schedule: SftScheduleConfig = SftScheduleConfig()
+    """How the learning rate changes over the steps: by default it rises over 5 % of them, and a
+    cosine then lowers it to a tenth."""
     save_every: int = Field(200, ge=1)
     """Steps between saved states of SFT. `--resume` repeats those after the last one."""
 
@@ -295,61 +299,6 @@ class RewardConfig(Section):
         return self
 
 
-class TrainerConfig(Section):
-    objective: str = "omd"
-    """`omd` is the report's mirror descent; `reinforce`, `grpo` and `rest` are there to compare
-    with. `file.py:function` names one of yours; `trainer/objectives.py` has the signature."""
-    tau: float = 0.01
-    """τ > 0: strength of the pull towards the policy that sampled (section 2.3.2)."""
-    ablation: AblationConfig = AblationConfig()
-    """Choices that the report makes for you, with what they can be compared with."""
-    learning_rate: float = Field(1e-4, gt=0, le=1)
-    """Learning rate of AdamW; constant."""
-    updates_per_iteration: int = Field(2, ge=1)
-    """Optimizer steps per iteration, each on its share of the groups."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of AdamW."""
-    grad_clip: float = Field(1.0, gt=0)
-    """Largest norm of the gradient."""
-    max_staleness: int | None = Field(None, ge=0)
-    """Most versions that a token's weights may lie back; older tokens stay out of the loss. Unset:
-    all tokens count."""
-    tokens_per_micro_batch: int = Field(16384, ge=1)
-    """Tokens in one forward and backward pass, padding included; fewer if `memory_gb` is less."""
-    head_chunk: int = Field(1024, ge=1)
-    """Rows of logits that exist at once."""
-    trainable_layers: int | None = Field(None, ge=1)
-    """Number of top layers to train, with the final norm. Unset: everything is trained."""
-    memory_gb: float | None = Field(None, gt=0)
-    """What the activations of a training pass may take, in 10⁹ bytes. To fit, layers compute their
-    activations twice, and micro-batches get smaller. Unset: half of the device's memory."""
-    ranks: int = Field(1, ge=1)
-    """Processes that train together on this host, each with its part of the parameters, gradients
-    and optimizer (FSDP2), over gloo on a CPU and NCCL on GPUs, one GPU each. 1: the run's process
-    alone."""
-    ranks_timeout_s: float = Field(300.0, gt=0)
-    """Longest wait of one rank for the others, in seconds; longer than a training pass takes."""
-    logprob_gap_limit: float = Field(0.05, gt=0)
-    """Largest mean |Δ log-prob| between engine and trainer on fresh tokens, in nats. Above it the
-    trainer recomputes the reference; three iterations in a row stop the run."""
-
-    @model_validator(mode="after")
-    def _tau_is_positive(self) -> "TrainerConfig":
-        if not self.tau > 0:
-            raise ValueError(
-                f"trainer.tau = {self.tau}: the regulariser must be greater than 0 "
-                "(0.01 is a good start)"
-            )
-        return self
-
-
-class TrajectoriesConfig(Section):
-    every: int = Field(1, ge=0)
-    """Iterations between two files in `trajectories/`; 1 writes one per iteration, 0 none."""
-    tokens: bool = True
-    """Write token ids and log-probs. Off: texts and rewards only, a sixth of the size or less."""
-
-
 class Config(Section):
     name: str = Field("think", pattern=r"^[\w.-]+$")
     """Name of the run; its folder is `runs/NAME`."""
@@ -372,6 +321,9 @@ class Config(Section):
     engine `torch`, `keep` with `vllm`, whose results differ in the last bits anyway."""
     grace_s: float = Field(20.0, ge=0)
     """Seconds that a run has after SIGTERM to finish the iteration and save it."""
+    tracker: str = ""
+    """Another place for the numbers of the run: `wandb`, `trackio`, `mlflow`, or
+    `file.py:function` (docs/training.md). Empty: none."""
     model: ModelConfig = ModelConfig()
     prompts: PromptsConfig = PromptsConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

@@ -1,4 +1,4 @@
-"""Settings of the evaluations of a run: which prompts, how many answers, and what they decide."""
+"""Settings of what a run measures and records: evaluations, and files of trajectories."""
 
 import re
 
@@ -90,3 +90,10 @@ class EvaluationConfig(Section):
     def samples_of(self) -> dict[str, int]:
         """Name of each set → samples; the held-out prompts come first."""
         return {HELD_OUT: self.samples} | {name: one.samples for name, one in self.sets.items()}
+
+
+class TrajectoriesConfig(Section):
+    every: int = Field(1, ge=0)
+    """Iterations between two files in `trajectories/`; 1 writes one per iteration, 0 none."""
+    tokens: bool = True
+    """Write token ids and log-probs. Off: texts and rewards only, a sixth of the size or less."""

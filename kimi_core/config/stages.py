@@ -66,7 +66,7 @@ class ShortestConfig(Section):
     batch_size: int = Field(48, ge=1)
     """Examples per step."""
     learning_rate: float = Field(3e-4, gt=0, le=1)
-    """Peak learning rate; warm-up and cosine are those of `sft`."""
+    """Peak learning rate; the schedule is the default one of `sft`."""
 
 
 class DpoConfig(Section):
@@ -75,7 +75,7 @@ class DpoConfig(Section):
     batch_size: int = Field(32, ge=1)
     """Pairs per step."""
     learning_rate: float = Field(1e-5, gt=0, le=1)
-    """Peak learning rate; warm-up and cosine are those of `sft`."""
+    """Peak learning rate; the schedule is the default one of `sft`."""
     beta: float = Field(0.1, gt=0)
     """β: strength of the pull towards the starting policy."""
 

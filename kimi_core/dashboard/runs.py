@@ -16,6 +16,7 @@ from kimi_core.dashboard.missing import Missing
 from kimi_core.dashboard.responses import IterationFile
 from kimi_core.dashboard.tokens import token_texts
 from kimi_core.dashboard.waiting import waiting, waiting_response
+from kimi_core.metrics import accuracy_in, is_stuck
 
 TRACES = ("config.toml", "metrics.jsonl")
 """A folder with one of these is a run."""
@@ -115,6 +116,9 @@ class Run:
         is_done = bool(total and done >= total) or bool(
             enough and last.get("samples_trained_total", 0) >= enough
         )
+        if patience := settings.get("evaluation.patience"):
+            best = settings.get("evaluation.best", "")
+            is_done |= is_stuck([accuracy_in(one, best) for one in evaluations], patience)
         running = is_locked(self.path / "lock")
         return {
             "name": self.name,

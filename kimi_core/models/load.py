@@ -47,6 +47,15 @@ def load_model(config: ModelConfig, *, alphabet: str = "", seed: int = 0) -> Mod
     return load_pretrained(config.name, dtype=config.dtype, device=config.device)
 
 
+def config_of(config: ModelConfig) -> PretrainedConfig | None:
+    """The architecture of a model that is not from scratch, without its weights; None: unknown."""
+    source = str(get_smollm2()) if config.name == SMOLLM2 else config.name
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):  # Loading the model will say why.
+        return None
+
+
 def check_weights(model: PreTrainedModel) -> None:
     """Raise ValueError if a parameter is not finite; the message names it."""
     for name, parameter in model.named_parameters():

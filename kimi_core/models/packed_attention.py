@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kimi_core.models.causal_attention import causal
+from kimi_core.models.ulysses import to_columns, to_heads
 
 NAME = "kimi_packed"
 
@@ -67,6 +69,10 @@ class Packing:
     groups: tuple[Group, ...]
     order_t: Tensor | None
     """Where each column of the row stands among the outputs of all groups; None: in its place."""
+    columns: int = 0
+    """Columns of the row, if ``group`` shares them."""
+    group: dist.ProcessGroup | None = None
+    """The ranks that share the columns (``ulysses``); None: they are all here."""
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], device: torch.device | str = "cpu") -> "Packing":
@@ -103,7 +109,8 @@ def attend(
     """The function that transformers calls.
 
     Args:
-        query: ``[1, heads, columns, head_dim]`` with a packing.
+        query: ``[1, heads, columns, head_dim]`` with a packing; the columns of this rank if its
+            group shares them.
         attention_mask: not looked at with a packing.
 
     Returns the output, ``[1, columns, heads, head_dim]``, and no weights.
@@ -125,6 +132,26 @@ def attend(
     added = [name for name in ("position_bias", "softcap", "s_aux") if kwargs.get(name) is not None]
     if added or not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise NotImplementedError(f"{type(module).__name__}: {', '.join(added) or 'not causal'}")
+    if packing.group is None:
+        return _attend(query, key, value, packing, scaling, sliding_window)[None], None
+    padding = packing.group.size() * query.shape[2] - packing.columns
+    q, k, v = (
+        to_heads(x[0], packing.group)[None, :, : packing.columns] for x in (query, key, value)
+    )
+    out_lhd = _attend(q, k, v, packing, scaling, sliding_window)
+    out_hld = torch.nn.functional.pad(out_lhd.transpose(0, 1), (0, 0, 0, padding))
+    return to_columns(out_hld, packing.group).transpose(0, 1)[None], None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """Attention of all columns of a row, ``[columns, heads, head_dim]``."""
     outputs = []
     for group in packing.groups:
         q, k, v = (_gathered(x, group) for x in (query, key, value))
@@ -133,7 +160,7 @@ def attend(
     out_tnd = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
     if packing.order_t is not None:
         out_tnd = out_tnd.index_select(0, packing.order_t)
-    return out_tnd[None], None
+    return out_tnd
 
 
 def _gathered(x: Tensor, group: Group) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from kimi_core import metrics
 from kimi_core.config import EvaluationConfig
 from kimi_core.metrics import EvaluationMetrics
 from kimi_core.run.build import Parts
@@ -77,12 +78,7 @@ def forget_later(path: Path, iteration: int) -> str:
 
 
 def is_stuck(evaluations: Sequence[EvaluationMetrics], settings: EvaluationConfig) -> bool:
-    """Whether the last ``patience`` evaluations have all been no better than one before them.
-
-    What was not measured is worse than everything else.
-    """
-    if settings.patience is None or not evaluations:
+    """Whether the last ``patience`` evaluations have all been no better than one before them."""
+    if settings.patience is None:
         return False
-    values = [one.value(settings.best) for one in evaluations]
-    values = [-math.inf if math.isnan(value) else value for value in values]
-    return len(values) - 1 - values.index(max(values)) >= settings.patience
+    return metrics.is_stuck([one.value(settings.best) for one in evaluations], settings.patience)

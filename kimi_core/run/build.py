@@ -14,8 +14,9 @@ from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.evaluation.sets import EvaluationSet
 from kimi_core.loop import Loop
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import check_weights, context_of, load_model
-from kimi_core.models.placement import check_gpus, freeze_below, limit_threads
+from kimi_core.models.load import check_weights, config_of, context_of, load_model
+from kimi_core.models.lora import check_lora, choose_trained, plain_module
+from kimi_core.models.placement import check_gpus, limit_threads
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision import Images
 from kimi_core.models.vision_check import check
@@ -36,12 +37,14 @@ from kimi_core.run import state
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.run.given import NOTHING, Given
 from kimi_core.run.launch import start_ranks
+from kimi_core.run.trackers import load_tracker
 from kimi_core.trainer.objectives import load_objective
+from kimi_core.trainer.parallel import check_axes
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt, Sampling
-from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher
+from kimi_core.weights.publish import ArenaPublisher, CopyInto, InPlace, Publisher
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
         ValueError: a setting or a file cannot work, or a prompt does not fit into the context.
     """
     data = load_data(config, given)
-    load_objective(config.trainer)
-    if config.rollout.engine == "vllm":
-        check_options(config.rollout.vllm.args)
+    _check_settings(config)
     reward = given.reward or load_reward(config.reward)
     judged = [one.prompts for one in data.sets.values() if not one.benchmark]
     try_reward(reward, data.held_out, data.train, *judged)
@@ -105,7 +106,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     encode.keep(data.held_out)
     encoders = _encoders(data, codec, context, response)
     longest = response + max(one.longest for one in (encode, *encoders.values()))
-    trainer, engine, publisher = _trainer(model, config, longest, scratch, images)
+    trainer, engine, publisher = _trainer(model, config, longest, images)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -138,6 +139,16 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     prompts, examples = data.train, data.examples
     built = (reward, publisher, evaluator, sets, loop, new_buffer, images)
     return Parts(model, tokenizer, codec, prompts, examples, given, *built)
+
+
+def _check_settings(config: Config) -> None:
+    """Refuse what the settings alone show. Raises ValueError."""
+    load_objective(config.trainer)
+    check_lora(config)
+    if config.tracker:
+        load_tracker(config.tracker)
+    if config.rollout.engine == "vllm":
+        check_options(config.rollout.vllm.args)
 
 
 def _encoders(
@@ -205,7 +216,6 @@ def _trainer(
     model: PreTrainedModel,
     config: Config,
     longest: int,
-    scratch: PreTrainedTokenizerFast | None,
     images: Images | None,
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
@@ -213,12 +223,16 @@ def _trainer(
     The engine is made before the trainer shards the model, because it checks what it reads.
     """
     policy = policy_of(model, config, longest, images)
-    ranks = start_ranks(config, longest, scratch)
+    ranks = start_ranks(config, policy)
     try:
-        publisher = publisher_of(model, config, ranks)
+        has_adapters = config.trainer.lora.rank > 0
+        read = plain_module(model) if has_adapters else model
+        publisher = publisher_of(read, config, ranks)
+        if has_adapters and isinstance(publisher, InPlace):
+            publisher = CopyInto(read)
         exact = config.resume != "keep"
         engine, _ = load_engine(
-            model,
+            read,
             config.rollout,
             longest,
             publisher,
@@ -237,23 +251,27 @@ def _trainer(
 def model_to_train(
     config: Config, scratch: PreTrainedTokenizerFast | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model as every rank of a trainer loads it, and its tokenizer.
+    """The model as rank 0 of a trainer loads it, and its tokenizer.
 
     Args:
         scratch: the tokenizer of a model from scratch; None for any other model.
 
     Raises:
-        ValueError: it cannot be loaded, its weights are not finite, or there are too few GPUs.
+        ValueError: it cannot be loaded, its weights are not finite, there are too few GPUs, or the
+            axes of the trainer's ranks do not divide it.
     """
     tokenizer: PreTrainedTokenizerBase
+    if scratch is None and (architecture := config_of(config.model)):
+        check_axes(architecture, config.trainer)
     if scratch is not None:
         model, tokenizer = scratch_llama(config.model, scratch, config.seed), scratch
+        check_axes(model.config, config.trainer)
     else:
         model, tokenizer = load_model(config.model)
     check_weights(model)
     check_gpus(model.device, config.trainer.ranks)
     limit_threads(model, config.trainer.ranks)
-    freeze_below(model, config.trainer.trainable_layers)
+    choose_trained(model, config.trainer, config.seed)
     return model, tokenizer
 
 

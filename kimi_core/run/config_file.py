@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from kimi_core.config import AblationConfig, Config, ScratchConfig, TaskConfig
 from kimi_core.config.names import canonical, meant, settings
+from kimi_core.metrics import leaves
 
 MOVED = {
     **{f"model.{key}": f"model.scratch.{key}" for key in ScratchConfig.model_fields},
@@ -77,6 +78,20 @@ def dump_toml(config: Config) -> str:
     default.
     """
     return tomli_w.dumps(_without_none(config.model_dump()))
+
+
+def plain_settings(config: Config) -> dict[str, Any]:
+    """Dotted key → value, as text where it is no number, text or truth value; without unset ones.
+
+    >>> plain_settings(Config())["rollout.stop"], plain_settings(Config())["trainer.tau"]
+    ('[]', 0.01)
+    """
+    found = ((key.replace("/", "."), value) for key, value in leaves(config.model_dump()))
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in found
+        if value is not None
+    }
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import auto_class, check_folder, context_of
-from kimi_core.models.placement import device_of, dtype_of, freeze_below
+from kimi_core.models.lora import adapted_bytes, check_lora, choose_trained
+from kimi_core.models.placement import device_of, dtype_of
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.tokens import PromptTokens
@@ -34,6 +35,7 @@ from kimi_core.run.config_file import dump_toml
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
 from kimi_core.trainer.master_weights import SIXTEEN_BITS
+from kimi_core.trainer.parallel import check_axes
 from kimi_core.types import Prompt
 
 
@@ -48,6 +50,8 @@ class Memory:
     """float32, and once more in the model's dtype if that has 16 bits."""
     optimizer_moments: int
     """AdamW: two float32 numbers per trained parameter."""
+    merged_weights: int
+    """The engine's copy of the weights under adapters; 0 without adapters."""
     arena: int
     """Three versions of the weights in shared memory, for vLLM, several ranks and rollout workers.
     On a CPU the engine reads them there; on a GPU it has another copy."""
@@ -72,6 +76,7 @@ def describe(config: Config) -> str:
         ValueError: the model or the prompts do not exist or do not fit the config.
     """
     data = load_data(config)
+    check_lora(config)
     found = _skeleton(config, data)
     if found is None:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
@@ -129,7 +134,11 @@ def estimate(
     response = config.rollout.max_response_tokens
     prompt_tokens = PromptTokens(codec, prompts, context=context_of(model), response=response)
     tokens, trajectories = buffer_size(prompt_tokens.longest, config.rollout)
-    trained = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies, passes = (
+        config.trainer.replicas,
+        config.trainer.ranks // config.trainer.context_parallel,
+    )
+    trained = 4 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_16_bits = model.dtype in SIXTEEN_BITS
     longest = prompt_tokens.longest + response
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -141,13 +150,14 @@ def estimate(
     else:
         kv_cache = _rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model)
     return Memory(
-        weights=weights,
+        weights=copies * weights,
         master_weights=trained * in_16_bits,
         gradients=trained + trained // 2 * in_16_bits,
         optimizer_moments=2 * trained,
+        merged_weights=adapted_bytes(model) if shares else 0,
         arena=arena,
         kv_cache=kv_cache,
-        activations=config.trainer.ranks * _activations(config, model, longest),
+        activations=passes * _activations(config, model, longest),
         logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
         buffer=RolloutBuffer.file_bytes(tokens, trajectories),
     )
@@ -227,5 +237,6 @@ def _skeleton(config: Config, data: Data) -> tuple[PreTrainedModel, PreTrainedTo
             model.generation_config = GenerationConfig.from_pretrained(
                 source, local_files_only=True
             )
-    freeze_below(model, config.trainer.trainable_layers)
+    check_axes(model.config, config.trainer)
+    choose_trained(model, config.trainer, config.seed)
     return model, tokenizer

@@ -27,7 +27,7 @@ def fine_tune(
 
     Args:
         folder: where states of SFT are saved; the phase continues from the newest one that is
-            there. None: nothing is saved. With several ranks nothing is saved either, so far.
+            there, which any number of ranks may have saved. None: nothing is saved.
         stop: looked at after each step.
 
     Returns the seconds that it took, in all processes.
@@ -72,10 +72,6 @@ def fine_tune(
 
     def after_step(step: int, save: Save) -> None:
         if folder is None or step == steps:
-            return
-        if parts.loop.trainer.ranks.size > 1:
-            if stop:
-                stop.leave(f"step {step} of {steps} of SFT, which begins again")
             return
         if step % config.sft.save_every == 0 or (stop and stop.is_set()):
             record = folder.record(fingerprint) | {"sft_s": perf_counter() - started}

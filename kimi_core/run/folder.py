@@ -42,6 +42,7 @@ MAY_CHANGE_ON_RESUME = (
     "keep_states",
     "resume",
     "grace_s",
+    "tracker",
     "sft.save_every",
     "evaluation",
     "trajectories",
@@ -53,12 +54,16 @@ MAY_CHANGE_ON_RESUME = (
 
 MAY_CHANGE_WITH_A_LINE = (
     "trainer.learning_rate",
+    "trainer.schedule",
     "trainer.grad_clip",
     "trainer.tokens_per_micro_batch",
     "trainer.head_chunk",
     "trainer.memory_gb",
     "trainer.ranks",
     "trainer.ranks_timeout_s",
+    "trainer.tensor_parallel",
+    "trainer.context_parallel",
+    "trainer.replicas",
     "trainer.logprob_gap_limit",
     "rollout.batch_rows",
     "rollout.workers",
@@ -358,6 +363,9 @@ def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
     """
     before, now = flatten(saved), flatten(given)
     differ = changes(before, now)
+    told: tuple[str, ...] = MAY_CHANGE_WITH_A_LINE
+    if given.trainer.schedule.shape != "constant" or given.trainer.schedule.warmup:
+        told = (*told, "iterations")  # The schedule depends on it.
     refused = {
         key: pair
         for key, pair in differ.items()
@@ -370,7 +378,7 @@ def _changed(path: Path, saved: Config, given: Config) -> dict[str, list[Any]]:
             f"Give the saved values, or start a run with another name=...; only "
             f"{', '.join(MAY_CHANGE_ON_RESUME + MAY_CHANGE_WITH_A_LINE)} may change"
         )
-    return {key: pair for key, pair in differ.items() if _among(key, MAY_CHANGE_WITH_A_LINE)}
+    return {key: pair for key, pair in differ.items() if _among(key, told)}
 
 
 def _among(key: str, names: Sequence[str]) -> bool:

@@ -2,22 +2,23 @@
 
     python -m kimi_core.run.follower 127.0.0.1:29400 GENERATION 1
 
-It loads the model that the run's config names, keeps its shards, and calls what rank 0 calls, until
+It makes the model without weights, gets its shards from rank 0, and calls what rank 0 calls, until
 rank 0 ends the run or is gone. ``trainer/ranks.py`` has the protocol.
 """
 
 import logging
+import pickle
 import sys
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
 
 from kimi_core.config import Config
-from kimi_core.models.placement import device_of
-from kimi_core.models.scratch import tokenizer_of
-from kimi_core.run.build import model_to_train, policy_of, publisher_of
+from kimi_core.models.placement import device_of, limit_threads
+from kimi_core.run.build import publisher_of
+from kimi_core.trainer.blueprint import Blueprint
+from kimi_core.trainer.dpo import DpoPhase
 from kimi_core.trainer.ranks import Ranks, is_lost
 from kimi_core.trainer.sft import SftPhase
 from kimi_core.trainer.trainer import LogprobMismatch, Trainer, TrainingDiverged
@@ -35,14 +36,24 @@ def follow(address: str, generation: str, rank: int) -> None:
     server = dist.TCPStore(host, int(port), timeout=timedelta(seconds=MEET_S))
     store = dist.PrefixStore(generation, server)
     config = _on_own_gpu(Config.model_validate_json(store.get("config")), rank)
-    tokenizer = store.get("tokenizer").decode()
-    scratch = tokenizer_of(Tokenizer.from_str(tokenizer)) if tokenizer else None
-    model, _ = model_to_train(config, scratch)
-    policy = policy_of(model, config, int(store.get("longest")))
+    blueprint: Blueprint = pickle.loads(bytes.fromhex(store.get("policy").decode()))
     settings = config.trainer
-    ranks = Ranks.meet(store, rank, settings.ranks, timeout_s=settings.ranks_timeout_s)
+    policy = blueprint.build(settings.trainable_layers)
+    model = policy.model
+    limit_threads(model, settings.ranks)
+    ranks = Ranks.meet(
+        store,
+        rank,
+        settings.ranks,
+        timeout_s=settings.ranks_timeout_s,
+        copies=settings.context_parallel * settings.tensor_parallel,
+    )
     trainer = Trainer(policy, settings, publisher_of(model, config, ranks), ranks)
-    targets = {"Trainer": trainer, "SftPhase": SftPhase(trainer, config.sft, settings)}
+    targets = {
+        "Trainer": trainer,
+        "SftPhase": SftPhase(trainer, config.sft, settings),
+        "DpoPhase": DpoPhase(trainer, settings),
+    }
     try:
         while order := ranks.next_order():
             name, args, kwargs = order

@@ -1,10 +1,12 @@
 """Starts the other ranks of a trainer on this host, and sees how they end.
 
 A follower needs three things: the address of rank 0's store, the generation, and its rank. What it
-has to know of the run is in the store. Whatever else starts followers has to give them no more.
+has to know of the run is in the store, but for the weights, which rank 0 sends. Whatever else
+starts followers has to give them no more.
 """
 
 import os
+import pickle
 import secrets
 import signal
 import socket
@@ -14,9 +16,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerFast
 
 from kimi_core.config import Config
+from kimi_core.trainer.blueprint import Blueprint
+from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 
 FOLLOWER = "kimi_core.run.follower"
@@ -82,14 +85,11 @@ def local_store(timeout_s: float) -> dist.TCPStore:
     )
 
 
-def start_ranks(
-    config: Config, longest: int, scratch: PreTrainedTokenizerFast | None = None
-) -> Ranks:
+def start_ranks(config: Config, policy: Policy) -> Ranks:
     """The ranks of a run's trainer, of which this process is rank 0. Waits until all have come.
 
     Args:
-        longest: as for ``Policy``.
-        scratch: the tokenizer of a model from scratch.
+        policy: this process's; the others make it without weights.
 
     Raises:
         RankFailed: a rank ended, or did not come in ``trainer.ranks_timeout_s``.
@@ -103,8 +103,7 @@ def start_ranks(
     generation = secrets.token_hex(4)
     store = dist.PrefixStore(generation, server)
     store.set("config", config.model_dump_json())
-    store.set("longest", str(longest))
-    store.set("tokenizer", scratch.backend_tokenizer.to_str() if scratch else "")
+    store.set("policy", pickle.dumps(Blueprint.of(policy)).hex())
     followers = LocalFollowers(f"{HOST}:{server.port}", generation, range(1, settings.ranks))
     try:
         return Ranks.meet(
@@ -112,6 +111,7 @@ def start_ranks(
             0,
             settings.ranks,
             timeout_s=settings.ranks_timeout_s,
+            copies=settings.context_parallel * settings.tensor_parallel,
             followers=followers,
         )
     except BaseException:

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from transformers import PreTrainedModel
 
 from kimi_core.config import Config
 from kimi_core.evaluation.answers import Draw, Responder
@@ -36,18 +35,21 @@ from kimi_core.long2short.merge import merge
 from kimi_core.long2short.pairs import preference_pairs, shortest_right
 from kimi_core.metrics import read_metrics
 from kimi_core.models.codec import Codec
-from kimi_core.models.load import load_model
-from kimi_core.models.placement import freeze_below, limit_threads
 from kimi_core.prompts.load import load_prompts, split
+from kimi_core.run.build import model_to_train
 from kimi_core.run.config_file import dump_toml, load_config
 from kimi_core.run.files import discard, swap, sync_tree, write_atomically
 from kimi_core.run.folder import flatten, holds_state
+from kimi_core.run.launch import start_ranks
 from kimi_core.run.lock import take_lock
 from kimi_core.run.run import evaluate_alone, fine_tune_alone, train
 from kimi_core.run.stop import Stopped
-from kimi_core.trainer.dpo import Pair, train_dpo
-from kimi_core.trainer.sft import train_sft
+from kimi_core.trainer.dpo import DpoPhase, Pair
+from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.sft import SftPhase
+from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt
+from kimi_core.weights.publish import InPlace
 
 FITTING = 0.95
 """Share of the shortest right answers that fit into RL's maximum length, unless it is set."""
@@ -244,16 +246,11 @@ def _shortest(work: _Work) -> _Made:
     ]
     best = [(prompt, answer) for prompt, answer in found if answer]
 
-    def fit(model: PreTrainedModel, codec: Codec) -> None:
-        train_sft(
-            model,
-            [_encoded(codec, prompt, answer) for prompt, answer in best],
-            settings,
-            work.given.trainer,
-            seed=work.seed,
-            key="long2short.sft",
-            report=_report(work, "shortest", settings.steps),
-        )
+    def fit(trainer: Trainer, codec: Codec) -> None:
+        examples = [_encoded(codec, prompt, answer) for prompt, answer in best]
+        report = _report(work, "shortest", settings.steps)
+        phase = SftPhase(trainer, settings, work.given.trainer, report, key="long2short.sft")
+        phase.fit(examples, work.seed)
 
     return _fitted(work, "shortest", fit, f"the shortest right answers to {len(best)} prompts")
 
@@ -268,39 +265,34 @@ def _dpo(work: _Work) -> _Made:
             "to its prompt, and no right one is 1.5 times as long. Raise long2short.samples"
         )
 
-    def fit(model: PreTrainedModel, codec: Codec) -> None:
+    def fit(trainer: Trainer, codec: Codec) -> None:
         def encoded(prompt: Prompt, chosen: Answer, rejected: Answer) -> Pair:
             return *_encoded(codec, prompt, chosen), _encoded(codec, prompt, rejected)[1]
 
-        train_dpo(
-            model,
-            [encoded(*pair) for pair in pairs],
-            settings,
-            work.given.trainer,
-            seed=work.seed,
-            key="long2short.dpo",
-            report=_report(work, "dpo", settings.steps),
-        )
+        phase = DpoPhase(trainer, work.given.trainer, _report(work, "dpo", settings.steps))
+        phase.fit([encoded(*pair) for pair in pairs], settings, work.seed, "long2short.dpo")
 
     wrong = sum(not shortest_right([rejected]) for _, _, rejected in pairs)
     note = f"{len(pairs)} pairs, in {wrong} of which the rejected answer is wrong"
     return _fitted(work, "dpo", fit, note)
 
 
-def _fitted(
-    work: _Work, name: str, fit: Callable[[PreTrainedModel, Codec], None], note: str
-) -> _Made:
+def _fitted(work: _Work, name: str, fit: Callable[[Trainer, Codec], None], note: str) -> _Made:
     """Train the long model on the sampled answers by ``fit``, and save it as ``name``."""
     config = work.config(work.long)
     started = _cpu_s()
-    model, tokenizer = load_model(config.model)
-    limit_threads(model)
-    freeze_below(model, config.trainer.trainable_layers)
-    fit(model, Codec(tokenizer, config.rollout.stop, model))
-    spent = work.drawn.cpu_s + _cpu_s() - started
-    with _replacing(work.folder / name) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+    model, tokenizer = model_to_train(config, None)
+    policy = Policy(model, temperature=1.0, head_chunk=config.trainer.head_chunk)
+    ranks = start_ranks(config, policy)
+    try:
+        trainer = Trainer(policy, config.trainer, InPlace(), ranks)
+        fit(trainer, Codec(tokenizer, config.rollout.stop, model))
+        spent = work.drawn.cpu_s + _cpu_s() - started
+        with _replacing(work.folder / name) as partial:
+            trainer.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+    finally:
+        ranks.close()
     return _Made(work.folder / name, work.drawn.samples, spent, note)
 
 

@@ -6,7 +6,7 @@ Each of the three sinks takes every record as it comes.
 import json
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -19,7 +19,6 @@ from rich.table import Column, Table
 from kimi_core.metrics import (
     EvaluationMetrics,
     IterationMetrics,
-    leaves,
     plain,
     read_lines,
     read_metrics,
@@ -28,6 +27,8 @@ from kimi_core.metrics import (
 )
 from kimi_core.run.best import read_best
 from kimi_core.run.files import append_line, write_atomically
+from kimi_core.run.tensorboard import TensorBoard
+from kimi_core.run.trackers import Tracker
 
 Metrics = IterationMetrics | EvaluationMetrics
 
@@ -54,6 +55,8 @@ class Report:
         start_iteration: iterations done in the state that the run continues from.
         sft_s: wall-clock seconds of SFT; part of the summary's wall time.
         cut_off_s: wall-clock seconds of an iteration that was cut off, and runs again.
+        settings: of the run, by dotted name, for TensorBoard and trackers.
+        tracker: another sink, as the setting names it.
         changed: settings that a resumed run has changed, key → [before, now].
         console: where progress goes; standard output unless given.
     """
@@ -66,6 +69,8 @@ class Report:
         start_iteration: int = 0,
         sft_s: float = 0.0,
         cut_off_s: float = 0.0,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        tracker: str = "",
         changed: Mapping[str, list[Any]] = MappingProxyType({}),
         console: Console | None = None,
     ) -> None:
@@ -89,11 +94,16 @@ class Report:
                 soft_wrap=True,
             )
         self._sft_s = sft_s
+        self._tensorboard = TensorBoard(
+            self.folder, self.iterations, self.evaluations, settings, start_iteration
+        )
         self._sinks: list[Sink] = [
             JsonLines(path),
-            TensorBoard(self.folder / "tensorboard", self.iterations, self.evaluations),
+            self._tensorboard,
             ProgressLines(self.console, start_iteration, total_iterations),
         ]
+        if tracker:
+            self._sinks.append(Tracker(tracker, self.folder, settings, self._say))
         self._closed = False
         here = {"iteration": start_iteration}
         lines = [{"kind": "resume", **here, "lost_s": cut_s}] if resumed else []
@@ -127,7 +137,11 @@ class Report:
         self._collapses.append((record["rule"], done))
         line = {"kind": "collapse", "iteration": done, **record}
         append_line(self.folder / "metrics.jsonl", json.dumps(line) + "\n")
-        self.console.print(f"warning: {said}", markup=False, highlight=False, soft_wrap=True)
+        self._say(f"warning: {said}")
+
+    def samples(self, iteration: int) -> None:
+        """Show the samples of an iteration, which are written."""
+        self._tensorboard.samples(iteration)
 
     def evaluation_s(self, prompts: int) -> float | None:
         """Seconds that an evaluation takes, as the last one tells; None: there was none.
@@ -168,6 +182,9 @@ class Report:
         with suppress(OSError) if kind else nullcontext():
             self.close()
 
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def _tell(self, kind: str, metrics: Metrics) -> None:
         for sink in self._sinks:
             sink.take(kind, metrics)
@@ -185,39 +202,6 @@ class JsonLines:
 
     def close(self) -> None:
         """Do nothing: every line is on the disk already."""
-
-
-class TensorBoard:
-    """Every number of every record, as ``iteration/NAME`` and ``evaluation/NAME``."""
-
-    def __init__(
-        self,
-        folder: Path,
-        iterations: Sequence[IterationMetrics],
-        evaluations: Sequence[EvaluationMetrics],
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # Slow to load.
-
-        # Made again from metrics.jsonl: a killed run may have lost points, or have some too many.
-        for old in folder.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._writer = SummaryWriter(str(folder))
-        for kind, records in (("iteration", iterations), ("evaluation", evaluations)):
-            for record in records:
-                self._add(kind, record)
-        self._writer.flush()
-
-    def take(self, kind: str, metrics: Metrics) -> None:
-        self._add(kind, metrics)
-        self._writer.flush()
-
-    def _add(self, kind: str, metrics: Metrics) -> None:
-        for name, value in leaves(to_record(metrics)):
-            if name != "iteration" and value is not None:
-                self._writer.add_scalar(f"{kind}/{name}", value, metrics.iteration)
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class ProgressLines:

@@ -22,6 +22,7 @@ from kimi_core.run import identity, state
 from kimi_core.run.best import forget_later, is_stuck, keep_best, read_best
 from kimi_core.run.build import Parts, build
 from kimi_core.run.collapse import watch
+from kimi_core.run.config_file import plain_settings
 from kimi_core.run.disk import disk_faults_named
 from kimi_core.run.fine_tuning import fine_tune, say, say_overlaps
 from kimi_core.run.folder import TOKENIZER, RunFolder, holds_state, refuse_early
@@ -101,6 +102,8 @@ def train(
             start_iteration=parts.loop.iteration,
             sft_s=sft_s,
             cut_off_s=cut_off,
+            settings=plain_settings(config),
+            tracker=config.tracker,
             changed=folder.changed,
             console=console,
         ) as report:
@@ -204,6 +207,7 @@ def _reinforce(
         is_due = last or loop.iteration % config.evaluation.every == 0
         if is_due:
             files.write_samples(loop.iteration, records)
+            report.samples(loop.iteration)
         report.iteration(metrics)
         watch(report, folder, config)
         may_decide = is_due and config.evaluation.best
@@ -232,6 +236,7 @@ def _catch_up(
     limit = None if last or done == 0 else config.evaluation.prompts
     if records := files.read(done):
         files.write_samples(done, records)
+        report.samples(done)
     evaluate(parts, config, folder, report, limit=limit)
     _keep_best(parts, config, folder, report)
 

@@ -115,9 +115,11 @@ class Recompute:
         model: its trained layers are those with a parameter that requires a gradient.
         memory_gb: what the activations of a pass may take, in 10⁹ bytes; None: ``SHARE`` of the
             memory of the model's device.
+        sharing: ranks that divide the tokens of a pass between them.
     """
 
-    def __init__(self, model: PreTrainedModel, memory_gb: float | None) -> None:
+    def __init__(self, model: PreTrainedModel, memory_gb: float | None, sharing: int = 1) -> None:
+        self._sharing = sharing
         self._layers = trained_layers(model)
         self._mlps = [mlp for mlp in map(_mlp, self._layers) if mlp is not None]
         self._model = model
@@ -142,9 +144,14 @@ class Recompute:
             self._footprint = measure(self._model, run)
         return self._footprint
 
+    def assume(self, footprint: Footprint | None, budget: int) -> None:
+        """Take over what another process has measured."""
+        self._footprint, self.budget = footprint or self._footprint, budget
+
     def most_tokens(self, wanted: int, run: Callable[[Tensor], Any]) -> int:
         """``wanted`` or, if that is too much, the size of the largest micro-batch that fits."""
-        return min(wanted, max(1, self.footprint(run).most_tokens(self.budget)))
+        most = self._sharing * self.footprint(run).most_tokens(self.budget)
+        return min(wanted, max(1, most))
 
     def fit(self, tokens: int) -> Plan:
         """Prepare the next pass, which has ``tokens`` tokens, and return what it will recompute.
@@ -154,6 +161,7 @@ class Recompute:
         """
         footprint = self._footprint
         assert footprint is not None
+        tokens = -(-tokens // self._sharing)
         plan = footprint.plan(tokens, self.budget)
         if plan is None:
             plan = footprint.least(tokens)

@@ -13,7 +13,9 @@ of the loss with respect to each of these sums is then known, and a second pass 
 micro-batches one by one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,10 @@ from transformers import PreTrainedModel
 
 from kimi_core.config import DpoConfig, TrainerConfig
 from kimi_core.trainer.fitting import Fitting
+from kimi_core.trainer.ranks import Ranks, on_all_ranks
 from kimi_core.trainer.sft import Example, pack_examples
+from kimi_core.trainer.trainer import Trainer
+from kimi_core.types import Batch
 
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Token ids of a prompt, of the chosen and of the rejected response, int32, not empty."""
@@ -50,19 +55,62 @@ def train_dpo(
     if not pairs:
         raise ValueError("DPO needs at least one pair of a chosen and a rejected response")
     fitting = Fitting.of(model, trainer)
-    reference_n2 = torch.cat([_sums(fitting, some) for some in _chunks(pairs, config.batch_size)])
+    _descend(fitting, pairs, len(pairs), config, seed=seed, key=key, report=report)
+
+
+@dataclass
+class DpoPhase:
+    """``train_dpo`` with the policy of a trainer, on all of its ranks; each rank has one."""
+
+    trainer: Trainer
+    settings: TrainerConfig
+    report: Callable[[int, float], None] = lambda step, loss: None
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.trainer.ranks
+
+    def fit(self, pairs: Sequence[Pair], config: DpoConfig, seed: int, key: str = "dpo") -> None:
+        """Make chosen responses likelier. Rank 0 alone has the pairs, and deals them.
+
+        Raises: as ``train_dpo``, and RankFailed.
+        """
+        if not pairs:
+            raise ValueError("DPO needs at least one pair of a chosen and a rejected response")
+        self._fit(self.ranks.of_rank_0(pairs, []), len(pairs), config, seed, key)
+
+    @on_all_ranks
+    def _fit(self, pairs: Any, count: int, config: DpoConfig, seed: int, key: str) -> None:
+        policy = self.trainer.policy
+        with policy.at_temperature(1.0):
+            fitting = Fitting(policy, self.trainer.recompute, self.settings, self.ranks)
+            _descend(fitting, pairs, count, config, seed=seed, key=key, report=self.report)
+
+
+def _descend(
+    fitting: Fitting,
+    pairs: Sequence[Pair],
+    count: int,
+    config: DpoConfig,
+    *,
+    seed: int,
+    key: str,
+    report: Callable[[int, float], None],
+) -> None:
+    """Take the steps on all ranks; the ``count`` pairs are looked at on rank 0 only."""
+    reference_n2 = _reference(fitting, pairs, count, config.batch_size)
 
     def accumulate(chosen: list[int]) -> float:
-        some = [pairs[index] for index in chosen]
-        losses_n, slopes_n2 = dpo_loss(_sums(fitting, some), reference_n2[chosen], config.beta)
-        slopes = (slopes_n2 / len(some)).flatten()
-        for micro in fitting.micro_batches(pack_examples(_examples(some)), share_prompts=True):
-            assert micro is not None  # There is one rank.
-            logprobs_t = fitting.policy.logprobs(micro)
-            fitting.backward((logprobs_t * slopes[micro.sequence_t]).sum())
-        return float(losses_n.mean())
+        own, batch = _own(fitting, pairs, chosen)
+        # Every rank has the reference of all pairs: two numbers a pair.
+        losses_n, slopes_n2 = dpo_loss(_sums(fitting, batch), reference_n2[own], config.beta)
+        slopes = (slopes_n2 / len(chosen)).flatten()
+        for micro in fitting.micro_batches(batch, share_prompts=True):
+            found = fitting.logprobs(micro)
+            fitting.backward(found if micro is None else (found * slopes[micro.sequence_t]).sum())
+        return float(fitting.ranks.data_sum(float(losses_n.sum()))) / len(chosen)
 
-    fitting.descend(accumulate, len(pairs), config, key=key, seed=seed, report=report)
+    fitting.descend(accumulate, count, config, key=key, seed=seed, report=report)
 
 
 def dpo_loss(sums_n2: Tensor, reference_n2: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -82,21 +130,43 @@ def dpo_loss(sums_n2: Tensor, reference_n2: Tensor, beta: float) -> tuple[Tensor
     return -logsigmoid(logits_n), torch.stack([-slope_n, slope_n], dim=1)
 
 
+def _reference(fitting: Fitting, pairs: Sequence[Pair], count: int, size: int) -> Tensor:
+    """Summed log-probs of all pairs as they are now, float64 ``[count, 2]``, on every rank.
+
+    Args:
+        size: pairs that are dealt to the ranks at once.
+    """
+    found = torch.zeros(count, 2, dtype=torch.float64)
+    for start in range(0, count, size):
+        own, batch = _own(fitting, pairs, list(range(start, min(start + size, count))))
+        found[own] = _sums(fitting, batch).cpu()
+    united = torch.from_numpy(fitting.ranks.data_sum(found.numpy()))
+    return united.to(fitting.policy.model.device)
+
+
+def _own(fitting: Fitting, pairs: Sequence[Pair], chosen: list[int]) -> tuple[list[int], Batch]:
+    """This rank's ones of the ``chosen`` pairs, with their sequences: a pair stays together."""
+    ranks, parts = fitting.ranks, None
+    if ranks.rank == 0:
+        hands = fitting.deal(chosen, lambda index: sum(map(len, pairs[index])))
+        parts = ranks.each([(hand, pack_examples(_examples(pairs, hand))) for hand in hands])
+    own: tuple[list[int], Batch] = ranks.own(parts)
+    return own
+
+
 @torch.no_grad()
-def _sums(fitting: Fitting, pairs: Sequence[Pair]) -> Tensor:
+def _sums(fitting: Fitting, batch: Batch) -> Tensor:
     """Log-probs of both responses of each pair, summed in float64, ``[n, 2]``."""
-    total = torch.zeros(2 * len(pairs), dtype=torch.float64, device=fitting.policy.model.device)
-    for micro in fitting.micro_batches(pack_examples(_examples(pairs)), share_prompts=True):
-        assert micro is not None
-        total.index_add_(0, micro.sequence_t, fitting.policy.logprobs(micro).double())
+    total = torch.zeros(len(batch), dtype=torch.float64, device=fitting.policy.model.device)
+    for micro in fitting.micro_batches(batch, share_prompts=True):
+        found = fitting.logprobs(micro)
+        if micro is not None:
+            total.index_add_(0, micro.sequence_t, found.double())
+    fitting.policy.forget_gathered()
     return total.view(-1, 2)
 
 
-def _examples(pairs: Sequence[Pair]) -> list[Example]:
+def _examples(pairs: Sequence[Pair], chosen: Sequence[int]) -> list[Example]:
     """Chosen and rejected responses in turn, each behind its prompt."""
-    return [(prompt, one) for prompt, *both in pairs for one in both]
-
-
-def _chunks(pairs: Sequence[Pair], size: int) -> Iterator[Sequence[Pair]]:
-    for start in range(0, len(pairs), size):
-        yield pairs[start : start + size]
+    some = (pairs[index] for index in chosen)
+    return [(prompt, one) for prompt, *both in some for one in both]

@@ -1,30 +1,46 @@
 """What SFT and DPO share: steps over examples, in micro-batches that fit the memory."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kimi_core.config import DpoConfig, SftConfig, ShortestConfig, TrainerConfig
+from kimi_core.config import (
+    DpoConfig,
+    SftConfig,
+    SftScheduleConfig,
+    ShortestConfig,
+    TrainerConfig,
+)
 from kimi_core.trainer.activations import Recompute
-from kimi_core.trainer.master_weights import MasterWeights
+from kimi_core.trainer.master_weights import MasterWeights, local
 from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.policy import Policy
-from kimi_core.trainer.ranks import Ranks
+from kimi_core.trainer.ranks import Ranks, deal
+from kimi_core.trainer.schedule import share_of_peak
 from kimi_core.trainer.trainer import TrainingDiverged
 from kimi_core.types import Batch
+from kimi_core.weights.shards import load_rows, save_rows
 
 Save = Callable[[Path], None]
 """Writes masters and moments into a folder."""
 
 TENSORS = "sft.safetensors"
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter, besides the number of its steps."""
+
+LEAVE = "leave"
+"""What rank 0 tells the others when it ends a training between two steps."""
+
+T = TypeVar("T")
 
 
 class Fitting:
@@ -47,7 +63,7 @@ class Fitting:
         self.policy = policy
         self.ranks = ranks or Ranks()
         self._trainer = trainer
-        self._weights = MasterWeights(policy.trainable())
+        self._weights = MasterWeights(policy.trainable(), self.ranks)
         self._recompute = recompute
         self._max_tokens = recompute.most_tokens(trainer.tokens_per_micro_batch, policy.probe)
 
@@ -66,8 +82,8 @@ class Fitting:
     def micro_batches(
         self, batch: Batch, *, share_prompts: bool = False
     ) -> Iterator[MicroBatch | None]:
-        """This rank's sequences of ``batch`` in passes that fit the memory; None: an empty pass,
-        because another rank has more. The masked tokens are wanted.
+        """This rank's ``batch`` in passes that fit the memory; None: an empty pass, because another
+        rank has more. The masked tokens are wanted.
 
         Args:
             share_prompts: lay a prompt once for all its responses, if the model can take it.
@@ -75,7 +91,7 @@ class Fitting:
         mine = micro_batches(
             batch,
             batch.mask > 0,
-            self.ranks.share(np.arange(len(batch)), batch.lengths),
+            np.arange(len(batch)),
             max_tokens=self._max_tokens,
             share_prompts=share_prompts and self.policy.shares_prompts,
             layout=self.policy.layout,
@@ -87,9 +103,30 @@ class Fitting:
                 self._recompute.fit(micro.ids_rl.numel())
             yield micro
 
+    def deal(self, items: Sequence[T], size: Callable[[T], int]) -> list[list[T]]:
+        """Deal ``items`` by their sizes, one list for each data-parallel group of ranks."""
+        hands = deal([size(item) for item in items], self.ranks.data_parallel)
+        return [[items[index] for index in hand] for hand in hands]
+
+    def logprobs(self, micro: MicroBatch | None) -> Tensor:
+        """Log-probs of a pass's wanted tokens, float32 ``[t]``; 0 for an empty pass.
+
+        Raises:
+            FloatingPointError: a rank has met a NaN; all ranks raise it, and it names the rank.
+        """
+        found, fault = None, ""
+        try:
+            found = self.policy.nothing() if micro is None else self.policy.logprobs(micro)
+        except FloatingPointError as error:
+            fault = str(error)
+        said = self.ranks.fault(fault)  # Before ``backward``, where the others would wait.
+        if said or found is None:
+            raise FloatingPointError(said)
+        return found
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``, which is summed over the ranks."""
-        (loss * self.ranks.size).backward()
+        (loss * self.policy.averaged_over).backward()
         self._weights.add_gradients()
 
     def descend(
@@ -108,12 +145,13 @@ class Fitting:
 
         Args:
             accumulate: adds the gradient of the mean loss of some examples by ``backward``, and
-                returns that loss.
+                returns that loss, the same on every rank.
             count: number of examples, at least 1.
             key: where ``config`` stands in the settings, for errors.
             seed: decides the order of the examples.
             report: called with the number of each step, starting at 1, and its mean loss.
-            after_step: called with the number of each step and a function that saves its state.
+            after_step: called with the number of each step and a function that saves its state; on
+                rank 0. The other ranks then write their part.
             resume: steps done, and the folder that such a function wrote after them. What follows
                 has the bits of a training that was not interrupted.
 
@@ -121,42 +159,73 @@ class Fitting:
             TrainingDiverged: a loss or gradient is not finite; that step is not taken.
         """
         optimizer = self._weights.adamw(config.learning_rate, self._trainer.weight_decay)
+        schedule = config.schedule if isinstance(config, SftConfig) else SftScheduleConfig()
         done, folder = resume or (0, None)
         if folder is not None:
             self._load(optimizer, folder)
         batches = _batches(count, config, np.random.default_rng([seed, config.steps]))
         for step, chosen in enumerate(islice(batches, done, config.steps), done + 1):
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * warmup_cosine(step - 1, config.steps)
+                group["lr"] = config.learning_rate * share_of_peak(schedule, step - 1, config.steps)
             try:
                 loss = accumulate(chosen)
-            except FloatingPointError:  # A log-prob is NaN, so the loss is NaN too.
-                loss = math.nan
-            norm = self._weights.clip_gradients(self._trainer.grad_clip)
+                norm = self._weights.clip_gradients(self._trainer.grad_clip)
+                fault = f"loss {loss}, gradient norm {norm}"
+            except FloatingPointError as error:  # A log-prob is NaN, so the loss is NaN too.
+                loss, norm, fault = math.nan, math.nan, f"loss nan: {error}"
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingDiverged(
-                    f"{key}, step {step}: loss {loss}, gradient norm {norm}; the step was not "
+                    f"{key}, step {step}: {fault}; the step was not "
                     f"taken. Lower {key}.learning_rate (now {config.learning_rate})"
                 )
             self._weights.step(optimizer)
             report(step, loss)
-            after_step(step, lambda folder: self._save(optimizer, folder))
+            if not self._after(optimizer, partial(after_step, step)):
+                return
+
+    def _after(self, optimizer: torch.optim.Optimizer, after_step: Callable[[Save], None]) -> bool:
+        """Call ``after_step`` on rank 0, and save with it; False on the others if rank 0 leaves."""
+        if self.ranks.rank > 0:
+            where = self.ranks.everywhere(None)
+            if isinstance(where, Path):
+                self._save(optimizer, where)
+            return where != LEAVE
+        told = False
+
+        def save(folder: Path) -> None:
+            nonlocal told
+            told = True
+            self.ranks.everywhere(folder)
+            self._save(optimizer, folder)
+
+        leaves = True
+        try:
+            after_step(save)
+            leaves = False
+        finally:
+            if not told:
+                self.ranks.everywhere(LEAVE if leaves else None)
+        return True
 
     def _save(self, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+        """Write masters and moments; all ranks call this."""
         tensors = {}
         for name, master in self._weights.masters.items():
-            tensors[name] = master.detach().contiguous()
+            tensors[name] = master
             tensors |= {f"{name}/{key}": value for key, value in optimizer.state[master].items()}
-        save_file(tensors, folder / TENSORS)
+        save_rows(tensors, folder / TENSORS, self.ranks)
 
     def _load(self, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-        saved = load_file(folder / TENSORS)
+        masters = self._weights.masters
+        moments = {f"{name}/{key}": one for name, one in masters.items() for key in MOMENTS}
+        saved = load_rows(folder / TENSORS, masters | moments)
         self._weights.load(saved)
-        for place, value in saved.items():
-            name, slash, key = place.partition("/")
-            if slash:
-                master = self._weights.masters[name]
-                optimizer.state[master][key] = value.to(master.device)
+        for name, master in masters.items():
+            state = optimizer.state[master]
+            state["step"] = saved[f"{name}/step"].to(master.device)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(master)
+                local(state[key]).copy_(saved[f"{name}/{key}"])
 
 
 def _batches(
@@ -170,12 +239,3 @@ def _batches(
             order.extend(rng.permutation(count).tolist() if shuffle else range(count))
         chosen, order = order[: config.batch_size], order[config.batch_size :]
         yield chosen
-
-
-def warmup_cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: it rises over the first 5 % of the steps, then falls to 0.1."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))

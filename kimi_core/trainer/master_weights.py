@@ -12,12 +12,14 @@ at random, once. The model then moves as far as its masters, on average over the
 masters always give the same model, so a resumed run needs nothing but the masters.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from kimi_core.trainer.ranks import Ranks
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -28,9 +30,11 @@ class MasterWeights:
     Args:
         parameters: name → parameter, collected before any forward pass, because a sharded policy
             shows gathered copies between a forward pass and the end of its backward pass.
+        ranks: that hold the parameters; None: this process alone.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
         self._parameters = dict(parameters)
         self.masters = {name: _master(parameter) for name, parameter in parameters.items()}
         """Name → master, in the order of ``parameters``."""
@@ -64,8 +68,14 @@ class MasterWeights:
 
     def clip_gradients(self, largest_norm: float) -> float:
         """Scale the gradients to at most ``largest_norm``; return their norm before that."""
-        found: Any = nn.utils.clip_grad_norm_(self.masters.values(), largest_norm)
-        return float(found.full_tensor() if isinstance(found, DTensor) else found)
+        if self._ranks.size == 1:
+            return float(nn.utils.clip_grad_norm_(self.masters.values(), largest_norm))
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        squares = sum(float(local(one).double().square().sum()) / _held(one) for one in gradients)
+        norm = math.sqrt(float(self._ranks.sum(squares)))
+        for gradient in gradients:
+            local(gradient).mul_(min(1.0, largest_norm / (norm + 1e-6)))
+        return norm
 
     @torch.no_grad()
     def step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -83,12 +93,12 @@ class MasterWeights:
     def load(self, saved: Mapping[str, Tensor]) -> None:
         """Copy ``saved`` tensors into masters and parameters: by name, of a shard its rows."""
         for name, master in self.masters.items():
-            _local(master).copy_(saved[name])
+            local(master).copy_(saved[name])
         self._round()
 
     def _round(self) -> None:
         for seed, (parameter, master) in enumerate(self._in_16_bits()):
-            to, exact = _local(parameter), _local(master)
+            to, exact = local(parameter), local(master)
             to.copy_(_dithered(exact, seed) if to.dtype == torch.bfloat16 else exact)
 
     def _in_16_bits(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -109,9 +119,16 @@ def _dithered(exact: Tensor, seed: int) -> Tensor:
     return ((exact.view(torch.int32) + dither) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """The tensor, or this rank's part of a sharded one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _held(tensor: Tensor) -> int:
+    """Number of ranks that hold the same part of a sharded tensor."""
+    assert isinstance(tensor, DTensor)
+    pairs = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in pairs if placement.is_replicate())
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

@@ -11,14 +11,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kimi_core.config import TrainerConfig
 from kimi_core.kernels import mirror_descent, response_norms
 from kimi_core.plugins import load_function
-from kimi_core.types import Normalize
+from kimi_core.trainer.packing import MicroBatch
+from kimi_core.types import Normalize, TrainingBatch
 
 CLIP = 0.2
 """GRPO keeps each token's probability ratio within 1 ± this."""
@@ -44,6 +47,28 @@ class Responses:
     """Group id → rewards of all its responses that have ended so far, float64 ``[m]``. A
     micro-batch may hold only some of a group's responses, so an objective derives from this what it
     needs to know of the whole group."""
+
+    @classmethod
+    def of(cls, batch: TrainingBatch, reference: np.ndarray, micro: MicroBatch) -> Self:
+        """Those of ``batch`` in a micro-batch; ``reference`` has log π_i of all its tokens."""
+        # The wanted tokens of a sequence are adjacent in a micro-batch.
+        members_n, response_t = torch.unique_consecutive(micro.sequence_t, return_inverse=True)
+        rows = members_n.cpu().numpy()
+
+        def tensor(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(micro.ids_t.device)
+
+        groups_n = batch.group_ids[rows]
+        ended = {int(group): tensor(batch.ended_rewards[group]) for group in np.unique(groups_n)}
+        return cls(
+            ref_logprobs_t=tensor(reference[micro.source_t.cpu().numpy()]),
+            response_t=response_t,
+            groups_n=tensor(groups_n),
+            rewards_n=tensor(batch.rewards[rows]),
+            correctness_n=tensor(batch.correctness[rows]),
+            advantages_n=tensor(batch.advantages[rows]),
+            ended_rewards=ended,
+        )
 
     @property
     def cu_seqlens(self) -> Tensor:

@@ -1,6 +1,7 @@
 """A Hugging Face causal LM as the trainer sees it: tokens in, log-probs or a loss out."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -16,6 +18,7 @@ from kimi_core.kernels import Head, OmdLoss, linear_logprob, omd_loss
 from kimi_core.models.packed_attention import use_packed_attention
 from kimi_core.models.switches import length_to_check
 from kimi_core.models.vision import Bounded, Images, inputs_of, is_frozen
+from kimi_core.trainer.context import ContextParallel
 from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.packing import Layout, MicroBatch, micro_batches
 from kimi_core.types import Batch, Normalize
@@ -43,6 +46,9 @@ class Policy(nn.Module):
     here. Then call ``fully_shard`` on each decoder layer, and last on the policy: the root whose
     forward gathers embeddings, final norm and head for whatever the loss reads.
 
+    ``layout`` is how micro-batches are laid out for the model. Sequences up to ``masks_up_to``
+    tokens are laid into ``rows`` where that is cheaper.
+
     Args:
         model: any ``AutoModelForCausalLM``.
         temperature: the temperature that the tokens were sampled with.
@@ -50,6 +56,8 @@ class Policy(nn.Module):
         longest: tokens of the longest sequence of the run, if it is known; the check crosses the
             windows and original contexts that such sequences cross.
         images: the run's images, if prompts or SFT examples have some.
+        checked: ``layout`` and ``masks_up_to`` of the same model on rank 0, which has checked it;
+            this one may have no weights yet.
 
     Raises:
         ValueError: the model is sharded already, its logits are not made from its last hidden state
@@ -64,6 +72,7 @@ class Policy(nn.Module):
         head_chunk: int,
         longest: int | None = None,
         images: Images | None = None,
+        checked: tuple[Layout, int] | None = None,
     ) -> None:
         super().__init__()
         if any(isinstance(module, FSDPModule) for module in model.modules()):
@@ -77,6 +86,13 @@ class Policy(nn.Module):
         self.images = images
         frozen = images is not None and is_frozen(model)
         self._features = Bounded() if frozen else None
+        self.context: ContextParallel | None = None
+        """The ranks that share the columns of a row; None: this one has them all."""
+        self.tp_group: dist.ProcessGroup | None = None
+        """The ranks that share heads, widths and vocabulary; None: this one has them all."""
+        self.averaged_over = 1
+        """Ranks whose gradients FSDP2 averages, so a loss is multiplied by it before
+        ``backward``."""
         if model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no output embeddings: not a causal LM")
         text = model.config.get_text_config()
@@ -85,14 +101,16 @@ class Policy(nn.Module):
         self._scale: float = (getattr(text, "logit_scale", None) or 1.0) / (
             getattr(text, "logits_scaling", None) or 1.0
         )
+        if checked is not None:
+            use_packed_attention(model)
+            self.layout, self.masks_up_to = checked
+            return
         self._check_head()
         # One mask serves all layers only without windows.
         short = model.device.type == "cpu" and getattr(text, "sliding_window", None) is None
         self.layout, *others = self._layouts_of(length_to_check(model, longest), masks_too=short)
-        """How micro-batches are laid out for this model."""
+        # On a CPU short sequences are laid into rows all the same, unless that pads much.
         self.masks_up_to = CHEAP_MASKS if "rows" in others else 0
-        """Sequences up to this many tokens are laid into ``rows`` all the same, unless that pads
-        much: it is cheaper."""
         if self.layout == "rows":
             log.warning(MASKED, type(model).__name__)
 
@@ -112,6 +130,8 @@ class Policy(nn.Module):
         Raises:
             FloatingPointError: a log-prob is NaN.
         """
+        if self.context is not None:
+            return self._shared(micro, self.context)
         hidden, head = self._hidden(micro), self._kernel_head()
         if responses is None:
             return linear_logprob(hidden, head, micro.ids_t, chunk=self.head_chunk)
@@ -127,6 +147,16 @@ class Policy(nn.Module):
             chunk=self.head_chunk,
         )
 
+    def _shared(self, micro: MicroBatch, context: ContextParallel) -> Tensor:
+        """Log-probs of all wanted tokens, of which this rank computes those of its columns."""
+        part, mine_t = context.cut(micro)
+        hidden, head = self._hidden(part), self._kernel_head()
+        try:
+            own = linear_logprob(hidden, head, part.ids_t, chunk=self.head_chunk)
+        except FloatingPointError:  # The other ranks wait in ``unite``, and it tells them.
+            own = torch.full_like(part.ids_t, math.nan, dtype=torch.float32)
+        return context.unite(own, mine_t, len(micro.ids_t))
+
     def logprobs(self, micro: MicroBatch) -> Tensor:
         """Log-probs of the wanted tokens, float32 ``[t]``; differentiable unless under no_grad.
 
@@ -138,6 +168,8 @@ class Policy(nn.Module):
         self, micro: MicroBatch, responses: Responses, *, tau: float, normalize: Normalize
     ) -> OmdLoss:
         """``objectives.omd`` of the wanted tokens, averaged over the responses, as one operation.
+
+        Not with ``context``, whose log-probs have to be united first.
 
         Raises: as ``forward``.
         """
@@ -238,7 +270,10 @@ class Policy(nn.Module):
 
     def _kernel_head(self) -> Head:
         temperature = self.temperature / self._scale
-        return Head(self._head.weight, self._head.bias, temperature, self._softcap)
+        weight, bias = self._head.weight, self._head.bias
+        if self.tp_group is not None:
+            weight, bias = weight.to_local(), None if bias is None else bias.to_local()
+        return Head(weight, bias, temperature, self._softcap, self.tp_group)
 
     @property
     def shares_prompts(self) -> bool:

@@ -6,8 +6,8 @@ Rank 0 is the process of the run. It holds loop, buffer, engine and rewards. The
    that are left over from an earlier start never meet the new ones.
 2. A method that is marked ``on_all_ranks`` and called on rank 0 puts an order into the store. The
    followers wait for orders without a time limit, because a rollout may take hours.
-3. The arguments are broadcast, and every rank calls the method. From here on each collective has
-   the time limit ``trainer.ranks_timeout_s``.
+3. Each rank gets the arguments, of a ``PerRank`` its own part, and calls the method. From here on
+   each collective has the time limit ``trainer.ranks_timeout_s``.
 4. A follower ends when rank 0 is gone: the store is rank 0's. A follower that is gone ends the
    method on rank 0 with ``RankFailed``.
 
@@ -44,6 +44,10 @@ class RankFailed(RuntimeError):
     """
 
 
+class PerRank(list[Any]):
+    """In place of an argument of a method ``on_all_ranks``: a value for each rank."""
+
+
 class Followers(Protocol):
     """The processes of the ranks above 0, as rank 0 sees them."""
 
@@ -62,6 +66,8 @@ class Ranks:
     Args:
         rank: this process; 0 gives the orders.
         size: number of processes. With more than 1, ``torch.distributed`` has been initialised.
+        copies: ranks that compute the same sequences together, by tensor and context parallelism.
+            They have adjacent numbers.
         store: where the orders are; None with one process.
         followers: on rank 0, the processes of the other ranks. None: nobody follows, and each rank
             calls the same methods by itself.
@@ -72,11 +78,15 @@ class Ranks:
         rank: int = 0,
         size: int = 1,
         *,
+        copies: int = 1,
         store: dist.Store | None = None,
         followers: Followers | None = None,
     ) -> None:
         self.rank = rank
         self.size = size
+        self.copies = copies
+        self.data_parallel = size // copies
+        """Groups of ``copies`` ranks; each group gets other sequences."""
         self._store = store
         self._followers = followers
         self._orders = 0
@@ -89,6 +99,7 @@ class Ranks:
         size: int,
         *,
         timeout_s: float,
+        copies: int = 1,
         followers: Followers | None = None,
     ) -> "Ranks":
         """Join the other ranks at ``store``, and wait until all are there.
@@ -97,7 +108,7 @@ class Ranks:
 
         Args:
             timeout_s: time limit of this meeting, and of every later collective, in seconds.
-            followers: as for the class.
+            copies, followers: as for the class.
 
         Raises:
             RankFailed: not all ranks came in time, or one has ended.
@@ -115,7 +126,7 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         limit = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        return cls(rank, size, store=store, followers=followers)
+        return cls(rank, size, copies=copies, store=store, followers=followers)
 
     def sum(self, values: Any) -> np.ndarray:
         """Sum of each rank's numbers, element by element; the same bits on every rank."""
@@ -124,13 +135,17 @@ class Ranks:
             dist.all_reduce(found)
         return found.numpy()
 
-    def largest(self, value: int) -> int:
+    def data_sum(self, values: Any) -> np.ndarray:
+        """The same, where all ``copies`` of a group have the same numbers, which count once."""
+        return np.asarray(self.sum(values) / self.copies)
+
+    def largest(self, value: float) -> float:
         """The largest of the ranks' numbers."""
         if self.size == 1:
             return value
-        found = torch.tensor(value)
+        found = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return float(found)
 
     def fault(self, own: str) -> str:
         """The faults of all ranks, each with its rank's number; empty if no rank has one.
@@ -146,14 +161,6 @@ class Ranks:
         dist.all_gather_object(said, own)
         return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text)
 
-    def union(self, values: np.ndarray) -> np.ndarray:
-        """Float32 ``[n]`` that has each number which some rank has; NaN where none has one."""
-        if self.size == 1:
-            return values
-        found = torch.from_numpy(np.where(np.isnan(values), -np.inf, values))
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return np.where(np.isneginf(found.numpy()), np.float32(np.nan), found.numpy())
-
     def everywhere(self, thing: Any) -> Any:
         """Rank 0's ``thing``, on every rank."""
         if self.size == 1:
@@ -162,16 +169,30 @@ class Ranks:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def share(self, indices: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """This rank's part of ``indices``; the ranks get about equal sums of ``sizes``.
+    def each(self, parts: Sequence[Any]) -> PerRank:
+        """``parts``, one for each of the ``data_parallel`` groups, as each rank's argument."""
+        return PerRank(part for part in parts for _ in range(self.copies))
 
-        Args:
-            indices: int ``[n]``, the same on every rank.
-            sizes: of each of them, such as tokens, ``[n]``.
-        """
+    def of_rank_0(self, thing: Any, others: Any) -> PerRank:
+        """``thing`` as rank 0's argument, and ``others`` as that of every other rank."""
+        return PerRank([thing] + [others] * (self.size - 1))
+
+    def own(self, parts: "Sequence[Any] | None") -> Any:
+        """This rank's one of ``parts``, which rank 0 has for each rank; others give None."""
         if self.size == 1:
-            return indices
-        return indices[deal(sizes.tolist(), self.size)[self.rank]]
+            assert parts is not None
+            return parts[0]
+        box: list[Any] = [None]
+        dist.scatter_object_list(box, list(parts or ()) if self.rank == 0 else None)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """On rank 0, the value of each of the ``data_parallel`` groups; empty on the others."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value if self.rank % self.copies == 0 else None, found)
+        return found[:: self.copies] if found else []
 
     def passes(self, micro_batches: Iterator[Any]) -> Iterator[Any]:
         """This rank's micro-batches, and then None while another rank has more.
@@ -182,7 +203,8 @@ class Ranks:
             yield from micro_batches
             return
         own = list(micro_batches)
-        most = self.largest(len(own))  # Before the first pass, whose collectives would mix with it.
+        # Before the first pass, whose collectives would mix with it.
+        most = int(self.largest(len(own)))
         yield from own
         yield from [None] * (most - len(own))
 
@@ -205,7 +227,7 @@ class Ranks:
         if said == END.encode():
             return None
         self._orders += 1
-        order: tuple[str, tuple[Any, ...], dict[str, Any]] = self.everywhere(None)
+        order: tuple[str, tuple[Any, ...], dict[str, Any]] = self.own(None)
         return order
 
     @contextmanager
@@ -223,7 +245,8 @@ class Ranks:
         try:
             self._store.set(f"order/{self._orders}", "")
             self._orders += 1
-            self.everywhere((name, args, kwargs))
+            orders = [(name, *_part(rank, args, kwargs)) for rank in range(1, self.size)]
+            self.own([None, *orders])
             yield
         except RuntimeError as error:
             if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
@@ -266,9 +289,21 @@ def on_all_ranks(method: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         this: HasRanks = args[0]  # type: ignore[assignment]
         with this.ranks.together(method.__qualname__, args[1:], kwargs):
-            return method(*args, **kwargs)
+            own, named = _part(this.ranks.rank, args, kwargs)
+            return method(*own, **named)
 
     return call
+
+
+def _part(
+    rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments as one rank gets them."""
+
+    def of(one: Any) -> Any:
+        return one[rank] if isinstance(one, PerRank) else one
+
+    return tuple(map(of, args)), {name: of(one) for name, one in kwargs.items()}
 
 
 def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:

@@ -1,9 +1,9 @@
 """Supervised fine-tuning on packed sequences (section 2.2)."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -72,62 +72,74 @@ class SftPhase:
     """``train_sft`` with the policy of a run's trainer, on all of its ranks; each rank has one."""
 
     trainer: Trainer
-    config: SftConfig
+    config: SftConfig | ShortestConfig
     settings: TrainerConfig
     report: Callable[[int, float], None] = lambda step, loss: None
     after_step: Callable[[int, Save], None] = lambda step, save: None
-    """As for ``train_sft``. A state can be saved by one rank alone only, so far."""
     resume: tuple[int, Path] | None = None
+    key: str = "sft"
 
     @property
     def ranks(self) -> Ranks:
         return self.trainer.ranks
 
-    @on_all_ranks
     def fit(self, examples: Sequence[Example], seed: int) -> None:
-        """Fit the responses, given their prompts.
+        """Fit the responses, given their prompts. Rank 0 alone has the examples, and deals them.
 
         Raises: as ``train_sft``, and RankFailed.
         """
+        if not examples:
+            raise ValueError("SFT needs at least one example; the file or source gave none")
+        mine = self.ranks.of_rank_0(examples, [])
+        self._fit(mine, len(examples), self.config, self.key, seed, self.resume)
+
+    @on_all_ranks
+    def _fit(
+        self,
+        examples: Any,
+        count: int,
+        config: SftConfig | ShortestConfig,
+        key: str,
+        seed: int,
+        resume: tuple[int, Path] | None,
+    ) -> None:
         policy = self.trainer.policy
         with policy.at_temperature(1.0):
             fitting = Fitting(policy, self.trainer.recompute, self.settings, self.ranks)
             fitting.descend(
                 _accumulator(fitting, examples),
-                len(examples),
-                self.config,
-                key="sft",
+                count,
+                config,
+                key=key,
                 seed=seed,
                 report=self.report,
                 after_step=self.after_step,
-                resume=self.resume,
+                resume=resume,
             )
 
 
 def _accumulator(fitting: Fitting, examples: Sequence[Example]) -> Callable[[list[int]], float]:
-    policy, ranks = fitting.policy, fitting.ranks
+    """The ``accumulate`` of ``Fitting.descend``; ``examples`` are looked at on rank 0 only."""
+
+    def dealt(chosen: list[int]) -> list[tuple[Batch, int]]:
+        some = [examples[index] for index in chosen]
+        counted = sum(len(response) for _, response in some)
+        hands = fitting.deal(some, lambda one: len(one[0]) + len(one[1]))
+        return [(pack_examples(hand), counted) for hand in hands]
 
     def accumulate(chosen: list[int]) -> float:
         """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean.
 
-        It is NaN if a log-prob is NaN on any rank; the gradient is then not whole.
+        Raises: as ``Fitting.logprobs``; the gradient is then not whole.
         """
-        batch = pack_examples([examples[index] for index in chosen])
-        counted, total = int(batch.mask.sum()), 0.0
+        ranks, total = fitting.ranks, 0.0
+        batch, counted = ranks.own(ranks.each(dealt(chosen)) if ranks.rank == 0 else None)
         for micro in fitting.micro_batches(batch):
-            loss, fault = None, ""
-            try:
-                if micro is None:
-                    loss = policy.nothing()
-                else:
-                    loss = -policy.logprobs(micro).sum() / counted
-            except FloatingPointError as error:
-                fault = str(error)
-            if ranks.fault(fault) or loss is None:
-                return math.nan
+            found = fitting.logprobs(micro)
+            loss = found if micro is None else -found.sum() / counted
             fitting.backward(loss)
             total += float(loss.detach())
-        return float(ranks.sum(total))
+        return float(ranks.data_sum(total))
 
     return accumulate
 
@@ -135,12 +147,13 @@ def _accumulator(fitting: Fitting, examples: Sequence[Example]) -> Callable[[lis
 def pack_examples(examples: Sequence[Example]) -> Batch:
     """Pack prompts and responses end to end; the mask is 1 on responses."""
     tokens = [np.concatenate(example) for example in examples]
-    mask = [np.repeat([0, 1], [len(prompt), len(response)]) for prompt, response in examples]
+    kinds = np.array([0, 1], np.uint8)
+    mask = [kinds.repeat([len(prompt), len(response)]) for prompt, response in examples]
     total = sum(map(len, tokens))
     return Batch(
-        token_ids=np.concatenate(tokens).astype(np.int32),
+        token_ids=np.concatenate([np.empty(0, np.int32), *tokens]),
         logprobs=np.zeros(total, np.float32),
-        mask=np.concatenate(mask).astype(np.uint8),
+        mask=np.concatenate([np.empty(0, np.uint8), *mask]),
         policy_versions=np.full(total, PROMPT_VERSION, np.int32),
         cu_seqlens=np.cumsum([0, *map(len, tokens)], dtype=np.int32),
     )

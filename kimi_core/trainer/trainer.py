@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +17,16 @@ from torch import Tensor
 
 from kimi_core.config import TrainerConfig
 from kimi_core.models.fingerprint import fingerprint
+from kimi_core.models.lora import plain_parameters
 from kimi_core.trainer.activations import Recompute
+from kimi_core.trainer.gap import Gap
 from kimi_core.trainer.master_weights import MasterWeights
 from kimi_core.trainer.objectives import Responses, load_objective, omd
 from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.parallel import shard
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks, on_all_ranks
-from kimi_core.trainer.shares import deal
+from kimi_core.trainer.shares import PhaseOutcome, ages_and_counted, deal, shares_of
 from kimi_core.types import Batch, TrainingBatch
 from kimi_core.weights.publish import Publisher
 from kimi_core.weights.shards import load_rows, save_model, save_rows
@@ -97,29 +100,38 @@ class Trainer:
         """The version published last."""
         self.gaps_over_limit = 0
         """Consecutive iterations whose gap exceeded its limit; part of a run's state."""
-        self.recompute = Recompute(policy.model, config.memory_gb)
+        self.recompute = Recompute(policy.model, config.memory_gb, config.context_parallel)
         self.ranks = ranks or Ranks()
-        if self.ranks.size > 1:
+        known = None
+        if self.ranks.rank == 0:
             # A sharded policy would hide what its passes keep, and its frozen parameters.
-            self.recompute.footprint(policy.probe)
-        self._fingerprint = fingerprint(policy.model)
-        shard(policy, self.ranks)
+            several = self.ranks.size > 1
+            kept = self.recompute.footprint(policy.probe) if several else None
+            known = fingerprint(policy.model), kept, self.recompute.budget
+        self._fingerprint, kept, budget = self.ranks.everywhere(known)
+        self.recompute.assume(kept, budget)
+        shard(policy, config, self.ranks)
 
     @property
     def _device(self) -> torch.device:
         return next(self.policy.parameters()).device
 
-    @on_all_ranks
     def train(
-        self, batch: TrainingBatch, *, policy_version: int, seed: tuple[int, ...]
+        self,
+        batch: TrainingBatch,
+        *,
+        policy_version: int,
+        seed: tuple[int, ...],
+        share_of_peak: float = 1.0,
     ) -> TrainingMetrics:
         """Take ``updates_per_iteration`` steps, each on its share of the groups.
 
         Args:
-            batch: at least one response.
+            batch: at least one response. With several ranks each gets only what it trains on.
             policy_version: the version of the present weights, which sampled this iteration's
                 tokens.
             seed: decides which update each group belongs to.
+            share_of_peak: what the learning rate is multiplied by.
 
         Raises:
             TrainingDiverged: a loss or gradient is not finite; that update is not taken.
@@ -128,43 +140,55 @@ class Trainer:
             RankFailed: another rank ended or did not answer in time.
             RuntimeError: the policy's parameters were replaced during the phase.
         """
-        weights = self._master_weights()
-        # Moments belong to a reference, and the reference just changed: the optimizer is new.
-        optimizer = weights.adamw(self._config.learning_rate, self._config.weight_decay)
-        tokens = batch.tokens
-        ages = policy_version - tokens.policy_versions
-        counted = tokens.mask > 0
-        if self._config.max_staleness is not None:
-            counted = counted & (ages <= self._config.max_staleness)
-        reference, met = tokens.logprobs, np.full(len(tokens.token_ids), np.nan, np.float32)
-        shares = deal(batch.group_ids, self._config.updates_per_iteration, seed)
-        losses, norms, gap = [], [], (0.0, 0.0, 0.0)
-        recomputed = False
-        for number, share in enumerate(shares):
-            loss = self._accumulate(batch, counted, reference, share, met)
-            if number == 0:
-                fresh = (ages == 0) & counted
-                gap = _gap(met, reference, fresh, self._config.logprob_gap_limit)
-                recomputed = self._check_gap(gap[0])
-                if recomputed:
-                    weights.drop_gradients()
-                    own = self.logprobs(tokens, counted, np.arange(len(batch)))
-                    reference = np.where(fresh, own, reference)
-                    loss = self._accumulate(batch, counted, reference, share, met)
-            norms.append(self._update(weights, optimizer, loss))
-            losses.append(loss)
+        updates = deal(batch.group_ids, self._config.updates_per_iteration, seed)
+        shares = shares_of(batch, updates, self.ranks.data_parallel)
+        rate = self._config.learning_rate * share_of_peak
+        phase = self._train(self.ranks.each(shares), policy_version, rate)
+        met = np.full(len(batch.tokens.token_ids), np.nan, np.float32)
+        for share, logprobs in zip(shares, phase.met, strict=False):
+            met[share.tokens] = logprobs
+        ages, counted = ages_and_counted(batch.tokens, policy_version, self._config.max_staleness)
         return TrainingMetrics(
-            loss=float(np.mean(losses)),
-            grad_norm=float(np.mean(norms)),
-            logprob_gap_mean=gap[0],
-            logprob_gap_max=gap[1],
-            logprob_gap_over_limit_share=gap[2],
-            reference_recomputed=recomputed,
+            loss=float(np.mean(phase.losses)),
+            grad_norm=float(np.mean(phase.norms)),
+            logprob_gap_mean=phase.gap.mean,
+            logprob_gap_max=phase.gap.largest,
+            logprob_gap_over_limit_share=phase.gap.over_limit_share,
+            reference_recomputed=phase.recomputed,
             tokens_stale_share=float((ages[counted] > 0).mean()) if counted.any() else 0.0,
             max_staleness=int(ages[counted].max(initial=0)),
-            entropy=float(-reference[counted].mean()) if counted.any() else 0.0,
+            entropy=phase.entropy,
             logprobs=met,
         )
+
+    @on_all_ranks
+    def _train(self, share: Any, policy_version: int, rate: float) -> PhaseOutcome:
+        """``train`` on every rank; ``share`` is a ``Share``, for each rank its own."""
+        weights = self._master_weights()
+        # Moments belong to a reference, and the reference just changed: the optimizer is new.
+        optimizer = weights.adamw(rate, self._config.weight_decay)
+        tokens = share.batch.tokens
+        ages, counted = ages_and_counted(tokens, policy_version, self._config.max_staleness)
+        fresh = (ages == 0) & counted
+        reference, met = tokens.logprobs, np.full(len(tokens.token_ids), np.nan, np.float32)
+        losses, norms, gap = [], [], Gap()
+        recomputed = False
+        for number, (which, size) in enumerate(zip(share.updates, share.sizes, strict=True)):
+            loss = self._accumulate(share.batch, counted, reference, which, size, met)
+            if number == 0:
+                limit = self._config.logprob_gap_limit
+                gap = Gap.of(met[fresh], reference[fresh], limit, self.ranks)
+                recomputed = self._check_gap(gap.mean)
+                if recomputed:
+                    weights.drop_gradients()
+                    own = self.logprobs(tokens, counted, np.arange(len(tokens)))
+                    reference = np.where(fresh, own, reference)
+                    loss = self._accumulate(share.batch, counted, reference, which, size, met)
+            norms.append(self._update(weights, optimizer, loss))
+            losses.append(loss)
+        nats, count = self.ranks.data_sum([reference[counted].sum(dtype=float), counted.sum()])
+        entropy = float(-nats / count) if count else 0.0
+        return PhaseOutcome(losses, norms, gap, recomputed, entropy, self.ranks.gather(met))
 
     @on_all_ranks
     def publish(self, version: int) -> None:
@@ -179,7 +203,7 @@ class Trainer:
                 f"Cannot publish version {version}: version {self.published} was published, and "
                 "versions only grow"
             )
-        self._publisher.publish(self.policy.model.named_parameters(), version)
+        self._publisher.publish(plain_parameters(self.policy.model), version)
         self.published = version
 
     @on_all_ranks
@@ -234,7 +258,10 @@ class Trainer:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, wanted: np.ndarray, which: np.ndarray) -> np.ndarray:
-        """The policy's log-probs of the ``wanted`` tokens, float32 ``[T]``, NaN elsewhere."""
+        """The policy's log-probs of the ``wanted`` tokens of the sequences ``which``.
+
+        Every rank calls this with its own sequences. Float32 ``[T]``, NaN elsewhere.
+        """
         result = np.full(len(batch.token_ids), np.nan, np.float32)
         for micro in self._micro_batches(batch, wanted, which):
             if micro is None:
@@ -242,13 +269,13 @@ class Trainer:
             else:
                 result[micro.source_t.cpu().numpy()] = self.policy.logprobs(micro).cpu().numpy()
         self.policy.forget_gathered()
-        return self.ranks.union(result)
+        return result
 
     def _master_weights(self) -> MasterWeights:
         """The trained parameters with their masters, which live as long as the parameters do."""
         trainable = self.policy.trainable()
         if self._weights is None or self._weights.hold(trainable) is not None:
-            self._weights = MasterWeights(trainable)
+            self._weights = MasterWeights(trainable, self.ranks)
         return self._weights
 
     def _accumulate(
@@ -256,16 +283,21 @@ class Trainer:
         batch: TrainingBatch,
         counted: np.ndarray,
         reference: np.ndarray,
-        share: np.ndarray,
+        which: np.ndarray,
+        size: int,
         met: np.ndarray,
     ) -> float:
-        """Add the gradient of the mean loss over ``share`` and return the loss.
+        """Add the gradient of an update's mean loss, and return the loss.
 
-        Writes the log-probs of its counted tokens into ``met``, those of other ranks, too.
+        Writes the log-probs of this rank's counted tokens into ``met``.
+
+        Args:
+            which: the update's responses on this rank.
+            size: its number of responses on all ranks.
         """
         total = 0.0
         assert self._weights is not None
-        for micro in self._micro_batches(batch.tokens, counted, share):
+        for micro in self._micro_batches(batch.tokens, counted, which):
             loss, logprobs_t, fault = None, None, ""
             try:
                 if micro is None:
@@ -273,28 +305,27 @@ class Trainer:
                 else:
                     self.recompute.fit(micro.ids_rl.numel())
                     mean, logprobs_t, count = self._loss(micro, batch, reference)
-                    loss = mean * (count / len(share))
+                    loss = mean * (count / size)
             except FloatingPointError as error:
                 fault = str(error)
             if said := self.ranks.fault(fault):  # Before ``backward``, where the others would wait.
                 raise self._diverged(said)
             assert loss is not None
-            (loss * self.ranks.size).backward()
+            (loss * self.policy.averaged_over).backward()
             self._weights.add_gradients()
             total += float(loss.detach())
             if micro and logprobs_t is not None:
                 met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
-        met[:] = self.ranks.union(met)
-        return float(self.ranks.sum(total))
+        return float(self.ranks.data_sum(total))
 
     def _micro_batches(
         self, batch: Batch, wanted: np.ndarray, which: np.ndarray
     ) -> Iterator[MicroBatch | None]:
-        """This rank's part of the sequences ``which``; None: a pass of other ranks alone."""
+        """The sequences ``which``; None: a pass of other ranks alone."""
         mine = micro_batches(
             batch,
             wanted,
-            self.ranks.share(which, batch.lengths[which]),
+            which,
             max_tokens=self.recompute.most_tokens(
                 self._config.tokens_per_micro_batch, self.policy.probe
             ),
@@ -305,39 +336,18 @@ class Trainer:
         )
         return self.ranks.passes(mine)
 
-    def _responses(
-        self, batch: TrainingBatch, reference: np.ndarray, micro: MicroBatch
-    ) -> Responses:
-        # The wanted tokens of a sequence are adjacent in a micro-batch.
-        members_n, response_t = torch.unique_consecutive(micro.sequence_t, return_inverse=True)
-        rows = members_n.cpu().numpy()
-
-        def tensor(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(self._device)
-
-        groups_n = batch.group_ids[rows]
-        ended = {int(group): tensor(batch.ended_rewards[group]) for group in np.unique(groups_n)}
-        return Responses(
-            ref_logprobs_t=tensor(reference[micro.source_t.cpu().numpy()]),
-            response_t=response_t,
-            groups_n=tensor(groups_n),
-            rewards_n=tensor(batch.rewards[rows]),
-            correctness_n=tensor(batch.correctness[rows]),
-            advantages_n=tensor(batch.advantages[rows]),
-            ended_rewards=ended,
-        )
-
     def _loss(
         self, micro: MicroBatch, batch: TrainingBatch, reference: np.ndarray
     ) -> tuple[Tensor, Tensor, int]:
         """Mean loss over a micro-batch's responses, its log-probs, and its number of responses."""
-        responses = self._responses(batch, reference, micro)
-        count = len(responses.advantages_n)
-        if isinstance(self._objective, partial) and self._objective.func is omd:
-            fused = self.policy.omd_loss(micro, responses, **self._objective.keywords)
+        responses = Responses.of(batch, reference, micro)
+        count, objective = len(responses.advantages_n), self._objective
+        is_omd = isinstance(objective, partial) and objective.func is omd
+        if isinstance(objective, partial) and is_omd and self.policy.context is None:
+            fused = self.policy.omd_loss(micro, responses, **objective.keywords)
             return fused.loss, fused.logprobs_t, count
         logprobs_t = self.policy.logprobs(micro)
-        losses_n = self._objective(logprobs_t, responses)
+        losses_n = objective(logprobs_t, responses)
         if losses_n.shape != (count,):
             raise ValueError(
                 f"trainer.objective = {self._config.objective!r} returned a tensor of shape "
@@ -384,17 +394,3 @@ class Trainer:
             f"{self._config.learning_rate}) or look at the rewards and log-probs in "
             "this iteration's file in trajectories/"
         )
-
-
-def _gap(
-    own: np.ndarray, engines: np.ndarray, fresh: np.ndarray, limit: float
-) -> tuple[float, float, float]:
-    """Mean and maximum of |Δ log-prob| in nats, and the share of tokens above ``limit``.
-
-    Over those fresh tokens that ``own`` has a log-prob of.
-    """
-    delta = np.abs(own[fresh] - engines[fresh])
-    delta = delta[~np.isnan(own[fresh])]
-    if not len(delta):
-        return 0.0, 0.0, 0.0
-    return float(delta.mean()), float(delta.max()), float((delta > limit).mean())

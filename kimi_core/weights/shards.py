@@ -1,9 +1,10 @@
-"""Rows of tensors that are sharded over ranks: into an arena's slot, and into safetensors files.
+"""Tensors that are sharded over ranks: into an arena's slot, and into safetensors files.
 
-Every rank writes the rows that it holds to where they belong, in place. Slot and file are the whole
+Every rank writes the block that it holds to where it belongs, in place. Slot and file are the whole
 model, once a host; no rank holds the whole model in its own memory. ``docs/ranks.md`` has figures.
 
-FSDP2 shards a tensor by rows: a rank holds rows ``first``, ``first + 1``, ... of it.
+FSDP2 shards a tensor by rows, and tensor parallelism by rows or by columns: a rank holds a range of
+both. Replicas hold the same block, and one of them writes it.
 """
 
 import copy
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from kimi_core import _C
+from kimi_core.models.lora import plain_state
 from kimi_core.trainer.ranks import Ranks, deal
 from kimi_core.weights.arena import WeightArena, WritableSlot
 from kimi_core.weights.layout import Layout
@@ -46,23 +48,35 @@ _CODES = {
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of a tensor that this process holds: all of a plain tensor."""
+class Block:
+    """The part of a tensor that this process holds: a range of each dimension."""
 
     held: Tensor
     """At least one dimension."""
-    first: int
-    """The row of the whole tensor that ``held`` begins with."""
+    first: tuple[int, ...]
+    """Where ``held`` begins in the whole tensor, in each dimension."""
+    writes: bool
+    """Whether this process writes it, of all those that hold the same."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Rows":
-        held, first = tensor.detach(), 0
-        if isinstance(held, DTensor):
-            _, offset = compute_local_shape_and_global_offset(
-                held.shape, held.device_mesh, held.placements
-            )
-            held, first = held.to_local(), offset[0]
-        return cls(held.reshape(1) if held.ndim == 0 else held, first)
+    def of(cls, tensor: Tensor, rank: int) -> "Block":
+        """Of a plain tensor the whole, which rank 0 writes."""
+        held = tensor.detach()
+        if not isinstance(held, DTensor):
+            held = held.reshape(1) if held.ndim == 0 else held
+            return cls(held, (0,) * held.ndim, rank == 0)
+        mesh, placements = held.device_mesh, held.placements
+        _, first = compute_local_shape_and_global_offset(held.shape, mesh, placements)
+        place = mesh.get_coordinate()
+        assert place is not None
+        pairs = zip(place, placements, strict=True)
+        return cls(held.to_local(), first, not any(n for n, p in pairs if p.is_replicate()))
+
+    @property
+    def ranges(self) -> tuple[slice, ...]:
+        """What it takes of each dimension of the whole tensor."""
+        pairs = zip(self.first, self.held.shape, strict=True)
+        return tuple(slice(first, first + length) for first, length in pairs)
 
 
 def publish_rows(
@@ -98,9 +112,7 @@ def publish_rows(
             raise fault or ValueError(said)
         path, slots, number = ranks.everywhere(where)
         payload = torch.from_numpy(slot.payload if slot else _map(path, slots, number, layout))
-        # Rank 0 writes what is not sharded.
-        own = [one for one in named if ranks.rank == 0 or isinstance(one[1], DTensor)]
-        write_rows(payload, layout, own)
+        write_rows(payload, layout, named, ranks.rank)
         ranks.largest(0)  # Nobody sums before all have written.
         sums = np.zeros(len(layout.entries), np.int64)
         for index in deal([entry.nbytes for entry in layout.entries], ranks.size)[ranks.rank]:
@@ -115,27 +127,32 @@ def publish_rows(
                 slot.commit()
 
 
-def write_rows(slot: Tensor, layout: Layout, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Cast this rank's rows of Hugging Face tensors into a slot, where the layout has them.
+def write_rows(
+    slot: Tensor, layout: Layout, named: Iterable[tuple[str, Tensor]], rank: int = 0
+) -> None:
+    """Cast this rank's blocks of Hugging Face tensors into a slot, where the layout has them.
 
     Args:
         slot: the payload, uint8 ``[layout.payload_bytes]``.
-        named: names and tensors, sharded or whole; whole ones are written by whoever calls.
+        named: names and tensors, sharded or whole.
+        rank: of this process; rank 0 writes the whole ones.
     """
     for name, tensor in named:
         entry, part = layout.by_hf_name[name]
         place = slot[entry.offset : entry.offset + entry.nbytes]
         there = place.view(getattr(torch, entry.dtype)).view(entry.shape)
-        rows = Rows.of(tensor)
-        end = rows.first + len(rows.held)
-        if part.dim == 0:
-            low, high = max(rows.first, part.start), min(end, part.stop)
-            if low < high:
-                target = there[part.row + low - part.start : part.row + high - part.start]
-                target.copy_(rows.held[low - rows.first : high - rows.first])
-        else:
-            target = there[part.row + rows.first : part.row + end]
-            target.copy_(rows.held[:, part.start : part.stop])
+        block = Block.of(tensor, rank)
+        source, target = [], []
+        for dim, whole in enumerate(block.ranges):
+            low, high = whole.start, whole.stop
+            shift = part.row if dim == 0 else 0
+            if dim == part.dim:
+                low, high = max(low, part.start), min(high, part.stop)
+                shift -= part.start
+            source.append(slice(low - whole.start, max(low, high) - whole.start))
+            target.append(slice(low + shift, max(low, high) + shift))
+        if block.writes and all(one.start < one.stop for one in source):
+            there[tuple(target)].copy_(block.held[tuple(source)])
 
 
 @torch.no_grad()
@@ -161,10 +178,9 @@ def save_rows(tensors: Mapping[str, Tensor], path: Path, ranks: Ranks) -> None:
     try:
         with path.open("r+b") as file:
             for name, tensor in tensors.items():
-                rows = Rows.of(tensor)
-                if rows.held.numel() and (isinstance(tensor, DTensor) or ranks.rank == 0):
-                    file.seek(places[name] + rows.first * rows.held[0].nbytes)
-                    file.write(_buffer(rows.held.cpu().contiguous().flatten().view(torch.uint8)))
+                block = Block.of(tensor, ranks.rank)
+                if block.held.numel() and block.writes:
+                    _write(file, places[name], block, tensor.shape)
     except OSError as error:
         fault = error
     _agree(fault, ranks)
@@ -176,7 +192,7 @@ def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
     Raises: OSError as ``save_rows``.
     """
     if ranks.size == 1:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=plain_state(model))
         return
     if ranks.rank == 0:
         config = copy.deepcopy(model.config)
@@ -201,11 +217,24 @@ def load_rows(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118
             if isinstance(like.get(name), DTensor):
-                rows = Rows.of(like[name])
-                found[name] = file.get_slice(name)[rows.first : rows.first + len(rows.held)]
+                found[name] = file.get_slice(name)[Block.of(like[name], 0).ranges]
             else:
                 found[name] = file.get_tensor(name)
     return found
+
+
+def _write(file: BinaryIO, begin: int, block: Block, shape: torch.Size) -> None:
+    """Write a block of a tensor of ``shape`` that begins at byte ``begin`` of the file."""
+    held = block.held.cpu().contiguous()
+    if held.shape[1:] == shape[1:]:  # Whole rows, which are adjacent.
+        pieces = [(block.first[0] * held[0].numel(), held)]
+    else:
+        width = shape[1]
+        start = block.first[0] * width + block.first[1]
+        pieces = [(start + row * width, values) for row, values in enumerate(held)]
+    for place, values in pieces:
+        file.seek(begin + place * held.element_size())
+        file.write(_buffer(values.flatten().view(torch.uint8)))
 
 
 def _map(path: str, slots: int, slot: int, layout: Layout) -> np.ndarray:

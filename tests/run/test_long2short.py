@@ -95,6 +95,17 @@ def test_one_command_gives_every_point_and_does_not_repeat_itself(folder, capsys
     assert [one.iteration for one in iterations] == [1, 2]
 
 
+@pytest.mark.slow
+def test_dpo_on_two_ranks(folder):
+    assert long2short("--methods", "dpo") == 0
+    assert long2short("trainer.ranks=2", "--methods", "dpo", "--out", "two") == 0
+    models = [Path(out) / "seed-0" / "dpo" for out in (OUT, "two")]
+    one, two = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in models)
+    start = AutoModelForCausalLM.from_pretrained("runs/tiny/checkpoint").state_dict()
+    assert all((one[name] - two[name]).abs().max() < 1e-5 for name in start)
+    assert any((one[name] - start[name]).abs().max() > 1e-5 for name in start)
+
+
 def test_other_settings_need_another_folder(folder, capsys):
     assert long2short("--methods", "shortest", "--seeds", 1) == 0
     assert [(one["method"], one["seed"]) for one in points()] == [("long", 1), ("shortest", 1)]

@@ -29,6 +29,7 @@ def followers(pid: int) -> list[int]:
     return children(pid, "kimi_core.run.follower")
 
 
+@pytest.mark.slow
 def test_two_ranks_one_dies_the_run_dies_and_goes_on(run):
     run("name=one")
     expected = iterations("one")
@@ -48,12 +49,12 @@ def test_two_ranks_one_dies_the_run_dies_and_goes_on(run):
     killer = Thread(target=kill)
     killer.start()
     with pytest.raises(RankFailed, match=r"Rank 1 .*SIGKILL.*--resume"):
-        run("name=two", "iterations=500", "trainer.ranks=2")
+        run("name=two", "iterations=500", "trainer.ranks=2", "trainer.context_parallel=2")
     killer.join()
 
-    # The same command again; now the run's process is killed, and its follower ends, too.
+    # Two go on as a tensor-parallel group; the run's process is killed, and its follower ends, too.
     before = len(iterations("two"))
-    master = command("name=two", "iterations=500", "trainer.ranks=2")
+    master = command("name=two", "iterations=500", "trainer.ranks=2", "trainer.tensor_parallel=2")
     wait_for(lambda: len(iterations("two")) > before)
     (follower,) = followers(master.pid)
     master.kill()

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: it learns, counts the right tokens and repeats itself."""
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kimi_core.config import SftConfig, TrainerConfig
 from kimi_core.models.placement import freeze_below
-from kimi_core.trainer.fitting import warmup_cosine
 from kimi_core.trainer.sft import pack_examples, train_sft
 from kimi_core.trainer.trainer import TrainingDiverged
 
@@ -123,20 +121,6 @@ def test_frozen_layers_stay_as_they_are():
     fit(model, COPY_TWICE)
     for name, value in model.named_parameters():
         assert torch.equal(value, before[name]) == (not value.requires_grad), name
-
-
-def test_warmup_cosine():
-    factors = [warmup_cosine(step, 100) for step in range(101)]
-    assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
-    assert factors[5 + 95 // 2] == pytest.approx(0.55, abs=0.01)  # half-way down
-    assert factors[100] == pytest.approx(0.1)
-    assert all(later <= earlier for earlier, later in pairwise(factors[5:]))
-
-
-@pytest.mark.parametrize("steps", [0, 1, 2, 19])
-def test_warmup_cosine_of_a_few_steps_starts_at_the_peak(steps):
-    assert warmup_cosine(0, steps) == 1
-    assert all(0.1 <= warmup_cosine(step, steps) <= 1 for step in range(steps + 1))
 
 
 def test_no_steps_change_nothing():

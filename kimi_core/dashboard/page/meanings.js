@@ -36,6 +36,7 @@ export const MEANINGS = {
   worker_restarts: ["", "rollout workers that were lost; those of the run's host started a second time"],
   turn_s: ["s", "seconds that engine and trainer took to wake, sleep, publish, rest and serve"],
   worker_tokens: ["tokens", "tokens that each rollout worker sampled"],
+  learning_rate: ["", "learning rate of the updates"],
   n: ["prompts", "number of held-out prompts; it bounds what a difference can mean"],
   samples: ["", "sampled responses to each prompt"],
   pass_at_k: ["0–1", "chance that one of k sampled responses is right, unbiased"],

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kimi_core.trainer.fitting import warmup_cosine
+from kimi_core.config import SftScheduleConfig
 from kimi_core.trainer.master_weights import MasterWeights
+from kimi_core.trainer.schedule import share_of_peak
 
 HEAD_FILE = "value_head.safetensors"
 
@@ -110,7 +111,10 @@ def train_value(
         )
     weights = MasterWeights({n: p for n, p in value_model.named_parameters() if p.requires_grad})
     optimizer = weights.adamw(learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: warmup_cosine(s, steps))
+    shape = SftScheduleConfig()
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: share_of_peak(shape, step, steps)
+    )
     rng = np.random.default_rng([seed, steps])
     order: list[int] = []
     value_model.train()
