@@ -125,7 +125,7 @@ def test_fig7_from_points_that_are_there(tmp_path, monkeypatch, capsys):
         both = [asdict(one) | {"seed": seed} for one in some for seed in (0, 100)]
         (out / "summary.json").write_text(json.dumps({"points": both}))
     said = figure("fig7", tmp_path, monkeypatch, capsys)
-    assert "| rl | 1 [1, 1] | 0.97 [0.97, 0.97] | 50 [50, 50] |" in said
+    assert "| rl, 1 seeds | 1 [1, 1] | 0.97 [0.97, 0.97] | 50 [50, 50] |" in said
 
 
 def test_fig5_and_length_from_runs_that_are_there(tmp_path, monkeypatch, capsys):
