@@ -265,7 +265,8 @@ def model_to_train(
             axes of the trainer's ranks do not divide it.
     """
     tokenizer: PreTrainedTokenizerBase
-    if scratch is None and (architecture := config_of(config.model)):
+    divided = config.trainer.tensor_parallel * config.trainer.context_parallel > 1
+    if scratch is None and divided and (architecture := config_of(config.model)):
         check_axes(architecture, config.trainer)
     if scratch is not None:
         model, tokenizer = scratch_llama(config.model, scratch, config.seed), scratch
