@@ -124,7 +124,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "checkpoint": (RunFolder, "save_checkpoint"),
 }
 NUMBERS = {name: number for number, name in enumerate(STAGES, 1)}
-TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s", "sft_s")
+TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s", "sft_s", "turn_s")
 
 
 class Marks:
