@@ -238,7 +238,7 @@ def left(folder: Path) -> dict[str, Any]:
     events = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     for tag in events.Tags()["scalars"]:
-        if not tag.endswith(TIMES):
+        if not tag.endswith(TIMES) and "turn_s" not in tag:
             found[tag] = [(one.step, one.value) for one in events.Scalars(tag)]
     found["buffer"] = trajectories(path / "buffer.bin")
     for state in path.glob("states/*"):
