@@ -124,7 +124,7 @@ STAGES: dict[str, tuple[Any, str]] = {
     "checkpoint": (RunFolder, "save_checkpoint"),
 }
 NUMBERS = {name: number for number, name in enumerate(STAGES, 1)}
-TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s", "sft_s")
+TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s", "sft_s", "turn_s")
 
 
 class Marks:
@@ -238,7 +238,7 @@ def left(folder: Path) -> dict[str, Any]:
     events = EventAccumulator(str(path / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     for tag in events.Tags()["scalars"]:
-        if not tag.endswith(TIMES):
+        if not tag.endswith(TIMES) and "turn_s" not in tag:
             found[tag] = [(one.step, one.value) for one in events.Scalars(tag)]
     found["buffer"] = trajectories(path / "buffer.bin")
     for state in path.glob("states/*"):

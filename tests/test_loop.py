@@ -198,7 +198,7 @@ def test_a_resumed_run_remembers_how_long_engine_and_trainer_have_differed():
     assert after.loop.trainer.gaps_over_limit == 2
 
 
-TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s")
+TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s", "turn_s")
 
 
 def lines(folder: Path) -> list[dict]:
