@@ -94,6 +94,8 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     """
     data = load_data(config, given)
     check_settings(config)
+    if config.rollout.engine == "vllm":
+        check_options(config.rollout.vllm.args)
     reward = given.reward or load_reward(config.reward)
     judged = [one.prompts for one in data.sets.values() if not one.benchmark]
     try_reward(reward, data.held_out, data.train, *judged)
@@ -151,8 +153,6 @@ def check_settings(config: Config) -> None:
     if config.cluster.listen:
         address_of(config.cluster.listen)
         read_token(config.cluster.token_file)
-    if config.rollout.engine == "vllm":
-        check_options(config.rollout.vllm.args)
 
 
 def _encoders(
