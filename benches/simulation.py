@@ -46,6 +46,8 @@ class Master:
     latency_s: float = 1e-4
     segment_tokens: int = 64
     linger_s: float = 0.05
+    asks: bool = True
+    """An engine that has a free row sends at once. The workers of today wait for ``linger_s``."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ class Rollout:
         if one.rows:
             steps = one.rows[0][0] - one.step
             self._at(max(now, one.time + self._time_of(one, steps)) + 1e-12, "row", index)
-        if (self._has_room(one) and not one.asked) or (one.ended and not one.rows):
+        asks = self.master.asks and not one.asked and self._has_room(one)
+        if asks or (one.ended and not one.rows):
             self._at(now, "message", index)
 
     def _has_room(self, one: Engine) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kimi_core.buffer import RolloutBuffer, TrajectoryInfo
+from kimi_core.cluster.turns import Turns
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics, mean_parts
 from kimi_core.prompts.curriculum import Curriculum
@@ -68,6 +69,9 @@ class Loop:
     on_rollout: Callable[[Rollout], None] = lambda rollout: None
     """Called when all tokens of an iteration are in the buffer."""
 
+    def __post_init__(self) -> None:
+        self.turns = Turns(self.engine, self.trainer, shared=self.config.cluster.hybrid)
+
     def start(self, version: int = 0) -> None:
         """Publish the weights that the first rollout samples from."""
         self.trainer.publish(version)
@@ -95,25 +99,17 @@ class Loop:
             rng=np.random.default_rng(self._seed(0)),
         )
         self._begin(prompts)
-        self.engine.wake()
-        rollout = roll_out(
-            self.engine,
-            self.buffer,
-            self.config.rollout,
-            self.sampling,
-            on_end=lambda one: self.scorer.begin(self.prompts[one.prompt_id], one),
-        )
-        rollout = replace(rollout, decode_steps=rollout.decode_steps + self.steps_before)
-        self.steps_before = 0
-        self.on_rollout(rollout)
-        self.engine.sleep()
+        with self.turns.engine():
+            rollout = self._roll_out()
         clock.sampled()
         groups, unjudged = self._score(rollout)
         rate = self.config.trainer.learning_rate * self._share_of_peak()
-        trained = self._train(groups, version)
-        self.trainer.publish(version + 1)
-        self.trainer.rest()
-        self.engine.serve(version + 1)
+        with self.turns.trainer():
+            trained = self._train(groups, version)
+            with self.turns.timed("publish"):
+                self.trainer.publish(version + 1)
+        with self.turns.timed("serve"):
+            self.engine.serve(version + 1)
         self._count(groups, unjudged)
         self.latest = Outcome(groups, unjudged, _by_trajectory(groups, trained))
         report = self._report(version, rollout, trained, clock.seconds())
@@ -124,6 +120,7 @@ class Loop:
             learning_rate=rate,
             worker_restarts=self.engine.restarts - restarts,
             worker_tokens=by_worker if several else {},
+            turn_s=self.turns.seconds(),
         )
 
     def state(self) -> dict[str, Any]:
@@ -187,6 +184,19 @@ class Loop:
                 begun=begun[group_id],
             )
         self.next_group += len(prompts)
+
+    def _roll_out(self) -> Rollout:
+        rollout = roll_out(
+            self.engine,
+            self.buffer,
+            self.config.rollout,
+            self.sampling,
+            on_end=lambda one: self.scorer.begin(self.prompts[one.prompt_id], one),
+        )
+        rollout = replace(rollout, decode_steps=rollout.decode_steps + self.steps_before)
+        self.steps_before = 0
+        self.on_rollout(rollout)
+        return rollout
 
     def _score(self, rollout: Rollout) -> tuple[list[Group], list[Trajectory]]:
         """The groups of responses to train now, and the responses without a verdict."""

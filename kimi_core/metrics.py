@@ -13,7 +13,7 @@ from typing import Any
 
 from kimi_core.config.evaluation import HELD_OUT, METRICS
 
-TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s")
+TIMES = ("wall_s", "cpu_s", "rollout_s", "train_s", "tokens_per_s", "turn_s")
 """Numbers of a record that a clock measures; all others come again with the same bits."""
 
 
@@ -87,6 +87,9 @@ class IterationMetrics:
     """Processes of the engine that were lost and started a second time."""
     worker_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens that each of several rollout workers sampled, by its number."""
+    turn_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of ``wake`` and ``sleep`` of the engine, ``publish`` and ``rest`` of the trainer, and
+    ``serve``; evaluations before the iteration are in them."""
     learning_rate: float = math.nan
     """Learning rate of the updates."""
 

@@ -17,6 +17,10 @@ class ClusterConfig(Section):
     transfer_s: float = Field(120.0, gt=0)
     """Longest time for sending one version of the weights to all other hosts, in seconds."""
 
+    hybrid: bool = False
+    """Trainer and engine share the devices of this host and take turns: the processes of rollout
+    workers or of vLLM end after each rollout, and start again before the next."""
+
     @model_validator(mode="after")
     def _has_a_token(self) -> "ClusterConfig":
         if self.listen and not self.token_file:

@@ -47,15 +47,15 @@ class EvaluationConfig(Section):
     samples: int = Field(1, ge=1)
     """Sampled answers to each held-out prompt, besides the most likely one. With 2 or more, pass@k
     is reported."""
-    sets: dict[str, EvaluationSetConfig] = {}
-    """Other sets of prompts that are evaluated, too, each with a name: a section
-    `[evaluation.sets.NAME]`."""
     best: str = ""
     """Keep the best checkpoint in `runs/NAME/best`: the set and the accuracy that decide, as
     `held_out/greedy`, `held_out/sampled` or `gsm8k/pass@4`. Empty: the last one alone is kept."""
     patience: int | None = Field(None, ge=1)
     """End the run after this many evaluations in a row without a better one than before, by `best`.
     Unset: never."""
+    sets: dict[str, EvaluationSetConfig] = {}
+    """Other sets of prompts that are evaluated, too, each with a name: a section
+    `[evaluation.sets.NAME]`."""
 
     @model_validator(mode="after")
     def _sets_have_names(self) -> "EvaluationConfig":

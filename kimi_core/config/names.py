@@ -41,6 +41,7 @@ def _settings_of(section: type[Section], prefix: str) -> Iterator[tuple[str, Set
         inner = field.annotation
         is_section = isinstance(inner, type) and issubclass(inner, Section)
         default = None if is_section else field.get_default(call_default_factory=True)
+        default = "" if field.is_required() else default
         yield prefix + name, Setting(default, field.description or "", is_section)
         if isinstance(inner, type) and issubclass(inner, Section):
             yield from _settings_of(inner, f"{prefix}{name}.")

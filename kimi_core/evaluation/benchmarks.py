@@ -7,6 +7,7 @@
 | ``gsm8k`` | ``question`` and ``answer``, which ends with ``#### 72`` | final answer |
 | ``mmlu`` | ``question``, ``choices``, ``answer`` from 0; or the original CSV | letter |
 | ``mmlu-pro`` | ``question``, ``options`` and ``answer``, a letter | letter |
+| ``mathvista``, ``mmmu`` | as ``image_benchmarks.py``, with images | letter, or final answer |
 | ``humaneval``, ``mbpp``, ``livecodebench`` | as ``prompts/code_datasets.py`` | tests |
 """
 
@@ -16,10 +17,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from kimi_core.config import RewardConfig
+from kimi_core.evaluation.image_benchmarks import mathvista, mmmu
+from kimi_core.evaluation.problem import LETTERS, Problem, with_options
+from kimi_core.prompts.images import take_images
 from kimi_core.prompts.jsonl import PROMPT_KEYS, Place, lines_in, prompt_in
+from kimi_core.prompts.tables import records_of
 from kimi_core.reward.base import RewardFunction
 from kimi_core.reward.code.reward import code_reward
 from kimi_core.reward.math.extract import extract
@@ -28,26 +33,17 @@ from kimi_core.tasks import humaneval
 from kimi_core.types import Prompt
 
 Line = Mapping[str, Any]
-Kind = Literal["math", "choice", "code"]
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+Kind = Literal["math", "choice", "code", "mixed"]
+"""What is judged: a final answer, a letter, or a program. ``mixed``: a letter if it has options."""
 
 ASK: dict[Kind, str] = {
     "math": "{question}\n\nReason step by step, and put your final answer within \\boxed{}.",
     "choice": '{question}\n\n{options}\n\nThink step by step. End with a line "Answer: X", where X '
     "is the letter of the right option.",
     "code": "{question}",
+    "mixed": "as `choice` with options, otherwise as `math`",
 }
 """How the problems of each kind are asked."""
-
-
-class Problem(NamedTuple):
-    """What a line holds."""
-
-    question: str
-    answer: str
-    subject: str = ""
-    options: tuple[str, ...] = ()
 
 
 def _aime(line: Line) -> Problem:
@@ -73,13 +69,13 @@ def _gsm8k(line: Line) -> Problem:
 def _mmlu(line: Line) -> Problem:
     options, right = tuple(line["choices"]), line["answer"]
     letter = LETTERS[right] if isinstance(right, int) else right
-    return _with_options(Problem(line["question"], letter, line.get("subject") or "", options))
+    return with_options(Problem(line["question"], letter, line.get("subject") or "", options))
 
 
 def _mmlu_pro(line: Line) -> Problem:
     subject = line.get("category") or ""
     options = tuple(line["options"])
-    return _with_options(Problem(line["question"], line["answer"], subject, options))
+    return with_options(Problem(line["question"], line["answer"], subject, options))
 
 
 BENCHMARKS: dict[str, tuple[Kind, Callable[[Line], Problem] | None]] = {
@@ -88,10 +84,16 @@ BENCHMARKS: dict[str, tuple[Kind, Callable[[Line], Problem] | None]] = {
     "gsm8k": ("math", _gsm8k),
     "mmlu": ("choice", _mmlu),
     "mmlu-pro": ("choice", _mmlu_pro),
+    "mathvista": ("mixed", mathvista),
+    "mmmu": ("mixed", mmmu),
     "humaneval": ("code", None),
     "mbpp": ("code", None),
     "livecodebench": ("code", None),
 }
+
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+"""The files of a folder that are read."""
 
 
 def files_of(name: str, data: Path | None) -> list[Path]:
@@ -106,15 +108,13 @@ def files_of(name: str, data: Path | None) -> list[Path]:
         if name == "humaneval":
             return []
         raise ValueError(
-            f"--benchmark {name} needs --data: a file or a folder of JSONL, JSON or CSV"
+            f"--benchmark {name} needs --data: a file or a folder of JSONL, JSON, CSV or Parquet"
         )
     if data.is_file():
         return [data]
-    found = sorted(path for path in data.rglob("*") if path.suffix in (".jsonl", ".json", ".csv"))
+    found = sorted(path for path in data.rglob("*") if path.suffix in SUFFIXES)
     if not found:
-        raise ValueError(
-            f"No .jsonl, .json or .csv file in {data}; turn Parquet files into JSONL first"
-        )
+        raise ValueError(f"No .jsonl, .json, .csv or .parquet file in {data}")
     return found
 
 
@@ -127,7 +127,8 @@ def load_benchmark(name: str, files: list[Path]) -> list[Prompt]:
     kind, read = BENCHMARKS[name]
     if read is None:
         return _programs(files)
-    return [_prompt(row, kind, one) for row, one in enumerate(_problems(name, read, files))]
+    asked = enumerate(_problems(name, read, files))
+    return [_prompt(row, kind, problem, path) for row, (path, problem) in asked]
 
 
 def questions_of(name: str, files: list[Path]) -> list[str]:
@@ -138,7 +139,7 @@ def questions_of(name: str, files: list[Path]) -> list[str]:
     _, read = BENCHMARKS[name]
     if read is None:
         return [one.text for one in _programs(files)]
-    return [one.question for one in _problems(name, read, files)]
+    return [one.question for _, one in _problems(name, read, files)]
 
 
 def _programs(files: list[Path]) -> list[Prompt]:
@@ -151,12 +152,14 @@ def _programs(files: list[Path]) -> list[Prompt]:
     ]
 
 
-def _problems(name: str, read: Callable[[Line], Problem], files: list[Path]) -> list[Problem]:
+def _problems(
+    name: str, read: Callable[[Line], Problem], files: list[Path]
+) -> list[tuple[Path, Problem]]:
     problems = []
     for path in files:
         for number, line in _lines(path):
             try:
-                problems.append(_checked(read(line)))
+                problems.append((path, _checked(read(line))))
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 keys = ", ".join(map(str, line)) if isinstance(line, dict) else repr(line)[:80]
                 raise ValueError(
@@ -175,14 +178,11 @@ def _checked(problem: Problem) -> Problem:
     return problem
 
 
-def _with_options(problem: Problem) -> Problem:
-    if problem.answer not in [*LETTERS[: len(problem.options)]]:
-        raise ValueError(f"the answer {problem.answer!r} is none of {len(problem.options)} options")
-    return problem
-
-
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """What each line holds; of a JSON file, the entries of its list, or its one object."""
+    if path.suffix == ".parquet":
+        yield from enumerate(records_of(str(path)), 1)
+        return
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
@@ -202,11 +202,16 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {error}") from None
 
 
-def _prompt(row: int, kind: Kind, problem: Problem) -> Prompt:
+def _prompt(row: int, kind: Kind, problem: Problem, path: Path) -> Prompt:
+    if kind == "mixed":
+        kind = "choice" if problem.options else "math"
     named = zip(LETTERS, problem.options, strict=False)
     options = "\n".join(f"{letter}) {option}" for letter, option in named)
     text = ASK[kind].replace("{options}", options).replace("{question}", problem.question)
-    return Prompt(row, text, problem.answer, tags={"subject": problem.subject})
+    tags = {"subject": problem.subject, "judged": kind}
+    record = {"prompt": text, "images": list(problem.images)}
+    images = take_images(record, Place(path, row + 1)) if problem.images else ()
+    return Prompt(row, text, problem.answer, tags=tags, images=images)
 
 
 CHOSEN = (
@@ -237,9 +242,28 @@ def reward_of(name: str, config: RewardConfig) -> RewardFunction:
     kind = BENCHMARKS[name][0]
     if kind == "choice":
         return choice
+    if kind == "mixed":
+        return Mixed(MathReward(config.math))
     return MathReward(config.math) if kind == "math" else code_reward(config.sandbox)
 
 
 def choice(prompt: Prompt, response: str) -> float:
     """The reward of multiple choice: 1 if the right option is chosen."""
     return float(chosen(response) == prompt.answer)
+
+
+class Mixed:
+    """The reward of problems of which some have options. Thread-safe, as ``math`` is."""
+
+    __name__ = "mixed"
+
+    def __init__(self, math: MathReward) -> None:
+        self._math = math
+
+    def __call__(self, prompt: Prompt, response: str) -> float:
+        """Raises: as ``MathReward``."""
+        has_options = prompt.tags["judged"] == "choice"
+        return choice(prompt, response) if has_options else self._math(prompt, response)
+
+    def close(self) -> None:
+        self._math.close()

@@ -27,6 +27,10 @@ MOST_BYTES = 64_000_000
 DATA_URI = "data:image/"
 
 
+STARTS = {"png": b"\x89PNG", "jpeg": b"\xff\xd8", "webp": b"RIFF"}
+"""Formats that are read, and how their files begin."""
+
+
 def image_of(reference: str, folder: Path) -> Image:
     """The image that a file name or a data URI names, decoded once to see that it can be.
 
@@ -90,13 +94,27 @@ def decoded(image: Image) -> "Picture":
     Raises:
         ValueError: the file is gone or has other bytes than when the image was made.
     """
+    return _decode(_own_bytes(image), _name(image.source))
+
+
+def data_uri(image: Image) -> str:
+    """The image itself as a data URI, for a server that cannot read our files.
+
+    Raises: as `decoded`.
+    """
+    encoded = _own_bytes(image)
+    kind = next((kind for kind, start in STARTS.items() if encoded.startswith(start)), "png")
+    return f"{DATA_URI}{kind};base64,{base64.b64encode(encoded).decode()}"
+
+
+def _own_bytes(image: Image) -> bytes:
     encoded = _bytes_of(image.source)
     if hashlib.sha256(encoded).hexdigest() != image.digest:
         raise ValueError(
             f"{_name(image.source)} has changed since this run began: put the file back and resume "
             "the run, or start another run"
         )
-    return _decode(encoded, _name(image.source))
+    return encoded
 
 
 def _decode(encoded: bytes, name: str) -> "Picture":

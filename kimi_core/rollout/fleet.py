@@ -122,6 +122,7 @@ class Fleet:
         vocabulary, context: of the model, as for ``check_request``.
         exact: whether the bits of log-probs are to come out the same every time.
         arrivals: workers of other hosts; None: there are none.
+        hybrid: whether the workers of this host end while the fleet sleeps. It sleeps at first.
         on_close: called when all workers have ended.
     """
 
@@ -134,6 +135,7 @@ class Fleet:
         context: int | None,
         exact: bool,
         arrivals: Arrivals | None = None,
+        hybrid: bool = False,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy_version = 0
@@ -141,6 +143,7 @@ class Fleet:
         self._workers = list(workers)
         self._arrivals = arrivals
         self._started = False
+        self._hybrid = self._asleep = hybrid
         self._most = math.inf if exact else batch_rows * AHEAD
         self._vocabulary, self._context = vocabulary, context
         self._wanted = 0
@@ -163,7 +166,10 @@ class Fleet:
             ValueError: a request is empty, or exceeds the model's vocabulary or its context; at
                 once, before anything is generated.
             EngineFailed: a worker was lost time after time, or serves other weights.
+            RuntimeError: the fleet sleeps.
         """
+        if self._asleep:
+            raise RuntimeError("The rollout workers are asleep: wake the engine before it samples")
         for request in requests:
             check_request(request, vocabulary=self._vocabulary, context=self._context)
         return self._generate(list(requests), sampling)
@@ -180,7 +186,7 @@ class Fleet:
         check_newer(version, self.policy_version)
         self._losses.clear()
         self._wanted = version
-        for worker in list(self._workers):
+        for worker in self._there():
             if self._started or worker.joins:
                 self._serve(worker)
             else:
@@ -190,10 +196,33 @@ class Fleet:
         self.policy_version = version
 
     def sleep(self) -> None:
-        """Do nothing: on a CPU a worker without work uses nothing but its memory."""
+        """End the workers of this host, if they share its devices with the trainer. The nursery
+        stays, which holds no weights. Without that, a worker that has no work uses only memory."""
+        if not self._hybrid or self._asleep:
+            return
+        self._steps_before += sum(one.steps for one in self._workers if not one.joins)
+        self._asleep = True
+        for worker in self._workers:
+            if not worker.joins:
+                worker.close()
 
     def wake(self) -> None:
-        """Do nothing, as ``sleep`` does."""
+        """Start the workers that ``sleep`` has ended, with the version that was served last.
+
+        Raises:
+            EngineFailed: one could not be started, or refused the weights.
+        """
+        if not self._asleep or not self._started:
+            return
+        self._asleep = False
+        for worker in self._workers:
+            if not worker.joins:
+                worker.start()
+        self._wait_until_ready(self.policy_version)
+
+    def _there(self) -> list[Worker]:
+        """The workers that have not been put to sleep."""
+        return [one for one in self._workers if one.joins or not self._asleep]
 
     def close(self) -> None:
         """End the workers. Safe to call twice."""
@@ -251,7 +280,7 @@ class Fleet:
     def _with_news(self, timeout_s: float, work: Work | None = None) -> list[Worker]:
         """The workers that have said something, or ended; waits for the first, for so long.
         Workers that have come join meanwhile."""
-        by_file = {worker.fileno(): worker for worker in self._workers}
+        by_file = {worker.fileno(): worker for worker in self._there()}
         door = [self._arrivals.fileno()] if self._arrivals else []
         found = wait([*by_file, *door], timeout=timeout_s)
         if self._arrivals and door[0] in found:
@@ -322,14 +351,14 @@ class Fleet:
                             f"Rollout worker {worker.number} does not serve version {version}: "
                             f"{message.text}"
                         )
-            late = [one for one in self._workers if not one.ready]
+            late = [one for one in self._there() if not one.ready]
             late = [one for one in late if one.policy_version >= 0 or not one.joins]
             if not late:
                 break
             for worker in late:
                 self._check(worker)
             timeout_s = LOOK_S
-        for worker in self._workers:
+        for worker in self._there():
             if not worker.joins and worker.policy_version != version:
                 raise EngineFailed(
                     f"Rollout worker {worker.number} serves version {worker.policy_version} of the "

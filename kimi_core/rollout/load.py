@@ -54,6 +54,11 @@ def load_engine(
             f"rollout.stop = {rollout.stop} and {'' if images else 'no '}images: workers of other "
             "hosts run the engine 'torch', know no stop strings and read no images yet"
         )
+    if cluster.hybrid and reads_trainer(rollout, cluster):
+        raise ValueError(
+            "cluster.hybrid = true with one worker of the engine 'torch', which samples with the "
+            "trainer's own parameters: nothing can sleep; leave it out, or set rollout.workers = 2"
+        )
     return _engine(model, rollout, longest, publisher, exact, images, cluster), publisher
 
 
@@ -96,6 +101,7 @@ def _engine(
         batch_rows=rollout.batch_rows,
         options=rollout.vllm.args,
         timeout_s=rollout.vllm.timeout_s,
+        hybrid=cluster.hybrid,
     )
 
 
@@ -145,6 +151,7 @@ def _fleet(
         context=engine.max_positions,
         exact=exact and not listener,  # Who is there when is not known beforehand.
         arrivals=listener,
+        hybrid=cluster.hybrid,
         on_close=close,
     )
 

@@ -113,7 +113,9 @@ def figures(judged: Sequence[Judged], kind: Kind, samples: int, seed: int) -> di
         ]
         found["pass@k"][str(k)] = _mean(chances, seed)
     if kind != "code" and samples > 1:
-        found[f"maj@{samples}"] = _mean([_majority(some, kind) for _, some in scored], seed)
+        found[f"maj@{samples}"] = _mean(
+            [_majority(some, prompt.tags.get("judged", kind)) for prompt, some in scored], seed
+        )
     subjects: dict[str, list[float]] = defaultdict(list)
     for (prompt, _), share in zip(scored, shares, strict=True):
         subjects[prompt.tags.get("subject", "")].append(share)
@@ -135,7 +137,7 @@ def _mean(values: Sequence[float], seed: int) -> dict[str, Any] | None:
     return {"mean": float(np.mean(values)), "low": low, "high": high, "interval": method}
 
 
-def _majority(answers: Sequence[Answer], kind: Kind) -> float:
+def _majority(answers: Sequence[Answer], kind: str) -> float:
     """1 if the most frequent final answer is right. Answers without a final one have no vote."""
     if kind == "choice":
         said = [chosen(one.text) for one in answers]

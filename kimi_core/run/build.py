@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kimi_core.buffer import RolloutBuffer
+from kimi_core.cluster.handshake import address_of, read_token
 from kimi_core.config import Config, RolloutConfig
 from kimi_core.evaluation.held_out import Evaluator
 from kimi_core.evaluation.sets import EvaluationSet
@@ -92,7 +93,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
         ValueError: a setting or a file cannot work, or a prompt does not fit into the context.
     """
     data = load_data(config, given)
-    _check_settings(config)
+    check_settings(config)
     reward = given.reward or load_reward(config.reward)
     judged = [one.prompts for one in data.sets.values() if not one.benchmark]
     try_reward(reward, data.held_out, data.train, *judged)
@@ -141,12 +142,15 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     return Parts(model, tokenizer, codec, prompts, examples, given, *built)
 
 
-def _check_settings(config: Config) -> None:
+def check_settings(config: Config) -> None:
     """Refuse what the settings alone show. Raises ValueError."""
     load_objective(config.trainer)
     check_lora(config)
     if config.tracker:
         load_tracker(config.tracker)
+    if config.cluster.listen:
+        address_of(config.cluster.listen)
+        read_token(config.cluster.token_file)
     if config.rollout.engine == "vllm":
         check_options(config.rollout.vllm.args)
 
@@ -261,7 +265,8 @@ def model_to_train(
             axes of the trainer's ranks do not divide it.
     """
     tokenizer: PreTrainedTokenizerBase
-    if scratch is None and (architecture := config_of(config.model)):
+    divided = config.trainer.tensor_parallel * config.trainer.context_parallel > 1
+    if scratch is None and divided and (architecture := config_of(config.model)):
         check_axes(architecture, config.trainer)
     if scratch is not None:
         model, tokenizer = scratch_llama(config.model, scratch, config.seed), scratch

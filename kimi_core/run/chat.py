@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from kimi_core.config import Config
+from kimi_core.config import ClusterConfig, Config, EvaluationConfig
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.reward.judging import verdicts_on
 from kimi_core.rollout.texts import complete
@@ -151,7 +151,8 @@ def _to_ask(config: Config) -> Config:
     """The settings without what only a training needs."""
     trainer = config.trainer.model_copy(update={"ranks": 1})
     sft = config.sft.model_copy(update={"steps": 0})
-    return config.model_copy(update={"trainer": trainer, "sft": sft})
+    plain = {"trainer": trainer, "sft": sft, "evaluation": EvaluationConfig(), "tracker": ""}
+    return config.model_copy(update={**plain, "cluster": ClusterConfig()})
 
 
 def _weights(run: Path, config: Config, *, at: int | None, before: bool) -> list[Weights]:

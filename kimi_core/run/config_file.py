@@ -144,6 +144,8 @@ def _said_of(fault: Any) -> str:
         return f"{shown}: this key is now {MOVED[where]}"
     if where in DROPPED:
         return f"{shown}: this key is gone; {DROPPED[where]}"
+    if fault["type"] == "missing":
+        return f"{where} is missing, which has no default"
     if fault["type"] == "value_error":
         return str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":

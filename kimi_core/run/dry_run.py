@@ -22,7 +22,7 @@ from kimi_core.config import Config
 from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import auto_class, check_folder, context_of
-from kimi_core.models.lora import adapted_bytes, check_lora, choose_trained
+from kimi_core.models.lora import adapted_bytes, choose_trained
 from kimi_core.models.placement import device_of, dtype_of
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision_load import load_images
@@ -31,6 +31,7 @@ from kimi_core.rollout.load import reads_trainer
 from kimi_core.rollout.phase import buffer_size
 from kimi_core.rollout.torch.kv_cache import ROUND_TO
 from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
+from kimi_core.run.build import check_settings
 from kimi_core.run.config_file import dump_toml
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
 from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
@@ -76,7 +77,7 @@ def describe(config: Config) -> str:
         ValueError: the model or the prompts do not exist or do not fit the config.
     """
     data = load_data(config)
-    check_lora(config)
+    check_settings(config)
     found = _skeleton(config, data)
     if found is None:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]

@@ -183,7 +183,8 @@ def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMet
     with closing(build(config)) as parts:
         parts.loop.start()
         seed = config.seed + EVALUATION_SEED
-        return evaluate_sets(parts.evaluator, parts.sets, iteration=0, seed=seed, limit=limit)
+        with parts.loop.turns.engine():
+            return evaluate_sets(parts.evaluator, parts.sets, iteration=0, seed=seed, limit=limit)
 
 
 def _reinforce(
@@ -281,7 +282,10 @@ def evaluate(
     if expected_s is None or expected_s >= SAY_FROM_S:
         takes = "" if expected_s is None else f", about {clock(expected_s)}"
         say(report.console, f"evaluating {everything} prompts{takes}")
-    with closing(Progress(folder.path / EVALUATION, about)) as progress:
+    with (
+        closing(Progress(folder.path / EVALUATION, about)) as progress,
+        parts.loop.turns.engine(),
+    ):
         found = evaluate_sets(
             parts.evaluator,
             parts.sets,

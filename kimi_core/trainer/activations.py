@@ -202,7 +202,7 @@ def measure(model: PreTrainedModel, run: Callable[[Tensor], Any]) -> Footprint:
             saved.watch(mlp, "mlp")
     ids = torch.ones(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
     try:
-        with torch.enable_grad(), saved_tensors_hooks(saved.save, lambda tensor: tensor):
+        with torch.enable_grad(), saved_tensors_hooks(saved.save, lambda nothing: nothing):
             run(ids)
     finally:
         saved.unwatch()
@@ -255,13 +255,15 @@ class _Saved:
     def unwatch(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._seen.clear()  # With them goes the pass, and what of the weights it holds.
 
-    def save(self, tensor: Tensor) -> Tensor:
+    def save(self, tensor: Tensor) -> None:
+        """Count a tensor. Autograd keeps nothing: an output kept by the operation that made it
+        would be a circle, which would keep all weights for ever."""
         place = _storage(tensor)
         if place not in self._seen and place not in self._parameters:
             self._seen[place] = tensor
             self.bytes[self._where[-1]] += tensor.untyped_storage().nbytes()
-        return tensor
 
 
 def trained_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -67,9 +67,8 @@ def shard(policy: Policy, config: TrainerConfig, ranks: Ranks) -> None:
     # With two dimensions FSDP2 replicates over the first.
     places = mesh["replicas", "shards"] if config.replicas > 1 else mesh["shards"]
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    received: dict[int, Tensor] = {}
     for unit in (*layers, policy):
-        receive(unit, device, received)
+        receive(unit, device)
         if tensor > 1:
             divide(policy, mesh["tensor"], unit)
         fully_shard(unit, mesh=places, mp_policy=precision)
@@ -77,14 +76,14 @@ def shard(policy: Policy, config: TrainerConfig, ranks: Ranks) -> None:
         _compare(policy, ranks.everywhere(before))
 
 
-def receive(unit: torch.nn.Module, device: torch.device, received: dict[int, Tensor]) -> None:
+def receive(unit: torch.nn.Module, device: torch.device) -> None:
     """Give a module the parameters and buffers that it has on rank 0. All ranks call this.
 
     Args:
+        unit: modules that share a tensor still share it after. What is sharded is passed over.
         device: where they get memory if they are on torch's meta device.
-        received: by their ids, the tensors of other modules that were received. A tensor that two
-            modules share stays one.
     """
+    received: dict[int, tuple[Tensor, Tensor]] = {}
     for module in unit.modules():
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for owned in tables:
@@ -92,10 +91,11 @@ def receive(unit: torch.nn.Module, device: torch.device, received: dict[int, Ten
                 if tensor is None or isinstance(tensor, DTensor):
                     continue
                 if id(tensor) not in received:
-                    received[id(tensor)] = whole = _with_memory(tensor, device)
-                    received[id(whole)] = whole
+                    whole = _with_memory(tensor, device)
                     dist.broadcast(whole.detach(), 0)
-                owned[name] = received[id(tensor)]
+                    # The key belongs to a tensor that is alive.
+                    received[id(tensor)] = tensor, whole
+                owned[name] = received[id(tensor)][1]
 
 
 def _with_memory(tensor: Tensor, device: torch.device) -> Tensor:
@@ -143,6 +143,8 @@ def check_axes(model: PretrainedConfig, trainer: TrainerConfig) -> None:
         ValueError: a setting and what it should divide are named.
     """
     tensor, context = trainer.tensor_parallel, trainer.context_parallel
+    if tensor == context == 1:
+        return
     text = model.get_text_config()
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

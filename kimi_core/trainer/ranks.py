@@ -242,14 +242,26 @@ class Ranks:
             return
         if said := self._followers.ended():
             raise RankFailed(said)
-        try:
+        with self.naming_the_lost(name):
             self._store.set(f"order/{self._orders}", "")
             self._orders += 1
             orders = [(name, *_part(rank, args, kwargs)) for rank in range(1, self.size)]
             self.own([None, *orders])
             yield
+
+    @contextmanager
+    def naming_the_lost(self, what: str) -> Iterator[None]:
+        """On rank 0: say which follower was lost if a collective in the block breaks.
+
+        Raises:
+            RankFailed: a follower has ended or did not answer in time.
+        """
+        try:
+            yield
         except RuntimeError as error:
-            if type(error) is not RuntimeError and not isinstance(error, dist.DistError):
+            if self._followers is None or (
+                type(error) is not RuntimeError and not isinstance(error, dist.DistError)
+            ):
                 raise  # One of ours.
             ends = time.monotonic() + NOTICE_S
             while not (said := self._followers.ended()) and time.monotonic() < ends:
@@ -257,7 +269,7 @@ class Ranks:
             if not said and not is_lost(error):
                 raise
             raise RankFailed(
-                said or f"The ranks of the trainer did not answer in {name}: {error}"
+                said or f"The ranks of the trainer did not answer in {what}: {error}"
             ) from error
 
     def close(self) -> None:

@@ -80,7 +80,9 @@ class Trainer:
         ranks: the processes that train together; None: this one alone.
 
     Raises:
-        ValueError: ``trainer.objective`` names nothing that exists.
+        ValueError: ``trainer.objective`` names nothing that exists, or the ranks cannot divide the
+            model.
+        RankFailed: another rank ended or did not answer in time.
     """
 
     def __init__(
@@ -108,9 +110,10 @@ class Trainer:
             several = self.ranks.size > 1
             kept = self.recompute.footprint(policy.probe) if several else None
             known = fingerprint(policy.model), kept, self.recompute.budget
-        self._fingerprint, kept, budget = self.ranks.everywhere(known)
-        self.recompute.assume(kept, budget)
-        shard(policy, config, self.ranks)
+        with self.ranks.naming_the_lost("the start"):
+            self._fingerprint, kept, budget = self.ranks.everywhere(known)
+            self.recompute.assume(kept, budget)
+            shard(policy, config, self.ranks)
 
     @property
     def _device(self) -> torch.device:

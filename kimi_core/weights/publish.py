@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
@@ -154,16 +154,22 @@ class ArenaPublisher:
         tensors = list(named_tensors)
         if self._ranks.rank == 0:
             self._make_all()
+        sender = self._sender
         if self._ranks.size > 1:
             for number, layout in enumerate(self._layouts):
                 place = (self.arenas[number], self.paths[number]) if self.arenas else None
-                send = self._send_filled if self._sender else None
+                send = self._send_filled if sender else None
                 publish_rows(place, layout, tensors, version, self._ranks, send)
-        elif self._sender:
-            self._send(tensors, version)
+        elif sender:
+            self._send(lambda: sender.publish(tensors, version=version))
         else:
             for arena in self.arenas:
                 arena.publish(tensors, version=version)
+
+    def _send_filled(self, slot: WritableSlot, crcs: list[int]) -> None:
+        sender = self._sender
+        assert sender is not None
+        self._send(lambda: sender.send_filled(slot, crcs))
 
     def close(self) -> None:
         """Give the memory of the arenas back. Safe to call twice."""
@@ -175,28 +181,15 @@ class ArenaPublisher:
             os.close(descriptor)
         self.arenas, self._descriptors = [], []
 
-    def _send(self, tensors: list[tuple[str, Tensor]], version: int) -> None:
+    def _send(self, send: Callable[[], Published]) -> None:
         """Publish here and on the hosts that take it; those that do not are left behind."""
         assert self._sender is not None
         try:
-            published = self._sender.publish(tensors, version=version)
+            published = send()
         except BroadcastError as error:
-            log.warning("No other host has version %d: %s", version, error)
+            log.warning("No other host took the weights: %s", error)
             self._sender.expel()
-            published = self._sender.publish(tensors, version=version)
-        self._warn(published)
-
-    def _send_filled(self, slot: WritableSlot, crcs: list[int]) -> None:
-        assert self._sender is not None
-        try:
-            published = self._sender.send_filled(slot, crcs)
-        except BroadcastError as error:
-            log.warning("No other host has version %d: %s", slot.version, error)
-            self._sender.expel()
-            published = self._sender.send_filled(slot, crcs)
-        self._warn(published)
-
-    def _warn(self, published: Published) -> None:
+            published = send()
         for name, why in published.fenced.items():
             log.warning("%s did not get version %d: %s", name, published.version, why)
 

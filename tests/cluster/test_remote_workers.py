@@ -18,10 +18,11 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from cluster.two_hosts import SLOW
 from fleet_workers import CONTEXT, SAMPLED, VOCAB, model
 from hypothesis import given
 from hypothesis import strategies as st
-from rewarded_runs import children
+from rewarded_runs import REWARD, children, go_on, iterations, sampled, write_files
 
 import kimi_core
 from kimi_core.cluster.handshake import MAGIC, Refused, address_of, greet, read_token
@@ -125,6 +126,29 @@ def test_workers_join_work_are_lost_and_join_again(tmp_path):
         stranger.kill()
     assert joined.wait(WAIT_S) == 0
     assert "joining again" in (said := joined.stdout.read()) and "The run is over" in said
+
+
+@pytest.mark.nightly
+def test_weights_of_several_ranks_reach_other_hosts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    Path("reward.py").write_text(REWARD + SLOW)
+    Path("token").write_text(TOKEN)
+    port = free_port()
+    length, rate = "iterations=40", "trainer.learning_rate=1e-4"
+    cluster = [f"cluster.listen=127.0.0.1:{port}", "cluster.token_file=token"]
+    slowly = "reward.function=reward.py:slow"
+    other = worker(port, Path("token"), "other")
+    try:
+        go_on("name=two", length, rate, slowly, "trainer.ranks=2", *cluster)
+        assert other.wait(WAIT_S) == 0
+    finally:
+        other.kill()
+    go_on("name=one", length, rate)
+    assert sampled("one") == sampled("two") != []
+    found = iterations("two")
+    assert sum("1" in one.worker_tokens for one in found) > 10
+    assert not any(one.worker_restarts for one in found)
 
 
 def test_a_run_that_is_not_there_and_a_token_that_is_none(tmp_path, capsys):

@@ -21,7 +21,9 @@ def trained(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("trained")
     (work / "tiny.toml").write_text(TINY)
     settings = [f"runs={work / 'runs'}", "name=tiny", "rollout.token_budget=5", "iterations=3"]
-    config = load_config(work / "tiny.toml", [*settings, "sft.steps=2"])
+    easy = ["source=multiply", "prompts=3", "samples=2"]
+    settings += ["sft.steps=2", *(f"evaluation.sets.easy.{one}" for one in easy)]
+    config = load_config(work / "tiny.toml", settings)
     return train(config, console=Console(file=StringIO()))
 
 

@@ -120,6 +120,13 @@ def test_a_click_on_a_curve_opens_its_iteration(page, served):
     page.wait_for_selector("h1:text('Iteration 3')")
 
 
+def test_other_evaluation_sets_have_a_tile_and_curves(page, served):
+    show(page, served + "#/run/tiny?search=easy.pass")
+    assert "pass@2" in page.inner_text(".tile:has-text('easy, sampled')")
+    names = [one.inner_text() for one in page.query_selector_all("figcaption b")]
+    assert names == ["evaluation.sets.easy.pass at k.1", "evaluation.sets.easy.pass at k.2"]
+
+
 def test_search_and_smoothing_of_curves(page, served):
     show(page, served + "#/run/tiny")
     page.keyboard.press("/")

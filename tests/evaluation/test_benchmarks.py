@@ -186,6 +186,6 @@ def test_missing_files(tmp_path):
         files_of("gsm", None)
     with pytest.raises(ValueError, match="needs --data"):
         files_of("gsm8k", None)
-    with pytest.raises(ValueError, match="turn Parquet files into JSONL"):
+    with pytest.raises(ValueError, match=r"No \.jsonl, \.json, \.csv or \.parquet file"):
         files_of("gsm8k", tmp_path)
     assert files_of("humaneval", None) == []

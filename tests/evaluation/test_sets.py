@@ -155,7 +155,7 @@ def test_a_run_reports_them_everywhere(work):
     [
         ("evaluation.sets.easy.sampels=2", "did you mean evaluation.sets.easy.samples=2"),
         ("evaluation.sets.held_out.source=easy.csv", "letters, digits, _ and -, and is not held"),
-        ("evaluation.sets.x.samples=2", "evaluation.sets.x.source"),
+        ("evaluation.sets.x.samples=2", "evaluation.sets.x.source is missing"),
         ("evaluation.best=easy/pass@3", "evaluation.best = 'easy/pass@3'; these settings measure"),
         ("evaluation.patience=2", "evaluation.patience = 2 without evaluation.best"),
     ],

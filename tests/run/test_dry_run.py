@@ -148,6 +148,20 @@ def test_a_missing_folder_is_an_error(tmp_path):
         describe(config(f"model.name={tmp_path / 'nowhere'}"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["tracker=wandbb"], "allowed are wandb"),
+        (["cluster.listen=here", "cluster.token_file=t"], "is no address"),
+        (["cluster.listen=localhost:0", "cluster.token_file=nofile"], "Cannot read the token"),
+        (["trainer.objective=omdd"], "omdd"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        describe(config(*settings))
+
+
 def test_vllm_takes_three_versions_of_the_weights_and_the_cache_it_is_given():
     given = config("rollout.engine=vllm")
     model, tokenizer = load_model(given.model, alphabet=multiply.ALPHABET)

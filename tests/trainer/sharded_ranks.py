@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -290,6 +291,15 @@ def dpo_losses(ranks: Ranks | None = None, case: Case = CASES["FSDP"]) -> list[f
     return losses
 
 
+def whole_parameters(case: Case, ranks: Ranks) -> int:
+    """How many parameters of the whole model a rank still has once its policy is sharded."""
+    policy = Policy(tiny_llama(case), temperature=0.8, head_chunk=16)
+    whole = [weakref.ref(p) for p in policy.model.parameters()]
+    trainer = Trainer(policy, TrainerConfig(**axes_of(case)), InPlace(), ranks)
+    trainer.policy.nothing()
+    return sum(one() is not None for one in whole)
+
+
 def nan_on(broken: int, ranks: Ranks, case: Case = CASES["FSDP"]) -> dict:
     """One rank's pass meets a NaN; what each rank says, and after how many seconds."""
     trainer = trainer_of(case, ranks)
@@ -389,6 +399,7 @@ def work_of(folder: Path) -> dict[str, tuple[Case, Callable[..., Any]]]:
     fsdp, tied, four = CASES["FSDP"], CASES["FSDP, tied"], CASES["TP × FSDP, unequal passes"]
     product = CASES["TP × CP"]
     work["sft"] = fsdp, partial(sft_losses, save=(2, folder / "sft"))
+    work["whole parameters"] = fsdp, partial(whole_parameters, fsdp)
     work["sft stops"] = fsdp, sft_that_stops
     work["dpo"] = fsdp, dpo_losses
     for name, case, broken in NANS:

@@ -23,6 +23,7 @@ def test_the_product_of_the_axes_divides_the_ranks():
 
 def test_axes_that_fit():
     check_axes(llama(), TrainerConfig(ranks=8, replicas=4))
+    check_axes(hf.MambaConfig(), TrainerConfig(ranks=2))
     check_axes(llama(), TrainerConfig(ranks=6, tensor_parallel=3, context_parallel=2))
     check_axes(llama(), TrainerConfig(ranks=3, context_parallel=3))
     check_axes(llama(), TrainerConfig(ranks=6, context_parallel=6))

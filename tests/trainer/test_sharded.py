@@ -83,6 +83,10 @@ def test_sft_has_the_losses_of_one_process_and_goes_on_with_other_ranks(found, f
     assert last == pytest.approx(expected[3:], rel=1e-4)
 
 
+def test_no_rank_keeps_the_whole_model(found):
+    assert found["whole parameters"] == [0, 0]
+
+
 def test_ranks_leave_sft_together(found):
     assert found["sft stops"] == [1, 1]
 

@@ -15,9 +15,10 @@ from typing import Any
 import httpx2
 
 from kimi_core.config import JudgeConfig
+from kimi_core.models.images import data_uri
 from kimi_core.reward.base import InfrastructureError, LimitReached
 from kimi_core.reward.judges.judge import REPAIR, REPAIR_TOKENS, TEMPLATE, escape, read_verdict
-from kimi_core.types import Prompt, Score
+from kimi_core.types import IMAGE_MARK, Image, Prompt, Score
 
 FIRST_PAUSE_S = 0.5
 """Pause before the first repetition, seconds; doubled before each further one."""
@@ -82,11 +83,14 @@ class HttpJudge:
         Raises:
             LimitReached: the server refuses the request, as it does if it is too long.
             InfrastructureError: the server cannot be reached, or gives no readable verdict.
-            ValueError: the server refuses the key, or does not know the model.
+            ValueError: the server refuses the key, or does not know the model; or an image of the
+                prompt is gone.
         """
-        fields = {"question": prompt.text, "reference": prompt.answer, "response": response}
+        question = prompt.text.replace(IMAGE_MARK, "(image)")
+        fields = {"question": question, "reference": prompt.answer, "response": response}
         safe = {name: escape(text, BREAKS) for name, text in fields.items()}
-        asked = [{"role": "user", "content": self._template.format(**safe)}]
+        content = _content(self._template.format(**safe), prompt.images)
+        asked: list[dict[str, Any]] = [{"role": "user", "content": content}]
         reasoning, text, stopped = self._complete(asked, self._config.max_tokens)
         verdict = read_verdict(text) if stopped else None
         if verdict is None:
@@ -104,7 +108,7 @@ class HttpJudge:
         self._http.close()
 
     def _complete(
-        self, messages: Sequence[Mapping[str, str]], max_tokens: int
+        self, messages: Sequence[Mapping[str, Any]], max_tokens: int
     ) -> tuple[str, str, bool]:
         """Reasoning that the server sets apart, the text, and whether the judge ended it itself."""
         body = {
@@ -174,6 +178,14 @@ class HttpJudge:
                     raise Unanswered(f"{len(read)} bytes in {self._config.timeout_s:g} s, no end")
         headers = {"Retry-After": answer.headers.get("Retry-After", "0")}
         return httpx2.Response(answer.status_code, headers=headers, content=bytes(read))
+
+
+def _content(text: str, images: Sequence[Image]) -> str | list[dict[str, Any]]:
+    """The content of a message; the images of a prompt stand before the text, in their order."""
+    if not images:
+        return text
+    seen = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
+    return [*seen, {"type": "text", "text": text}]
 
 
 def _template(path: str) -> str:

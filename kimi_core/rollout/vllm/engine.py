@@ -55,6 +55,7 @@ class VLLMEngine:
         options: further arguments of vLLM's ``AsyncEngineArgs``.
         timeout_s: longest wait for the next tokens or for new weights, seconds.
         policy_version: the version written on segments until the first ``serve``.
+        hybrid: whether vLLM's processes end while the engine sleeps.
 
     Raises:
         ValueError: vLLM is not installed here, or the engine sets one of the options itself.
@@ -70,6 +71,7 @@ class VLLMEngine:
         options: Mapping[str, Any] | None = None,
         timeout_s: float = 300.0,
         policy_version: int = 0,
+        hybrid: bool = False,
     ):
         self.options = {"max_num_seqs": batch_rows} | dict(options or {})
         check_options(self.options)
@@ -78,6 +80,7 @@ class VLLMEngine:
         self.timeout_s = timeout_s
         self.policy_version = policy_version
         self.server: VLLMServer | None = None
+        self.hybrid = hybrid
         self.starts = 0
         """How often vLLM was started."""
         text = config.get_text_config(decoder=True)
@@ -232,10 +235,13 @@ class VLLMEngine:
         self.policy_version = version
 
     def sleep(self) -> None:
-        """Do nothing yet: vLLM keeps its memory while the trainer works."""
+        """End vLLM's processes, if they share the devices with the trainer."""
+        if self.hybrid and self.server is not None:
+            self.close()
+            self.starts -= 1  # The next start is no restart.
 
     def wake(self) -> None:
-        """Do nothing yet, as ``sleep`` does."""
+        """Do nothing: vLLM starts with the first request."""
 
     def close(self) -> None:
         """End vLLM's processes. Safe to call twice."""

@@ -20,7 +20,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        asked = body["messages"][0]["content"]
+        asked, images = body["messages"][0]["content"], []
+        if isinstance(asked, list):
+            images = [part["image_url"]["url"] for part in asked if part["type"] == "image_url"]
+            asked = "".join(part["text"] for part in asked if part["type"] == "text")
         response = asked.split("<response>\n")[1].split("\n</response>")[0]
         word = response.split()[0] if response.split() else ""
         with lock:
@@ -54,12 +57,15 @@ class Handler(BaseHTTPRequestHandler):
                     self.wfile.write(b" " if word == "TRICKLE" else b" " * (1 << 20))
                     self.wfile.flush()
                     time.sleep(0.1 if word == "TRICKLE" else 0)
+        elif word == "IMAGES":
+            seen_here = json.dumps([images, asked.count("(image)")])
+            self.complete(word, response, repair=False, thoughts=seen_here)
         elif word == "HANGUP":
             self.close_connection = True
         else:
             self.complete(word, response, repair=len(body["messages"]) > 1)
 
-    def complete(self, word, response, *, repair):
+    def complete(self, word, response, *, repair, thoughts="Hm."):
         right = json.dumps({"correct": "42" in response})
         text, reason = f"I compare. {right}", "stop"
         if word == "CUT":
@@ -70,7 +76,10 @@ class Handler(BaseHTTPRequestHandler):
             text = "la la la"
         if word == "PARTS":
             text = [{"type": "text", "text": text}]
-        choice = {"message": {"content": text, "reasoning_content": "Hm."}, "finish_reason": reason}
+        choice = {
+            "message": {"content": text, "reasoning_content": thoughts},
+            "finish_reason": reason,
+        }
         self.answer(200, json.dumps({"choices": [choice]}).encode())
 
     def answer(self, status, body, headers=()):

@@ -1,17 +1,23 @@
 """The judge behind an OpenAI-compatible server, which is a real process that misbehaves."""
 
+import base64
+import hashlib
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kimi_core.config import JudgeConfig, RewardConfig
+from kimi_core.models.images import image_of, image_of_pixels
 from kimi_core.reward.base import InfrastructureError, LimitReached
 from kimi_core.reward.judges.http import HttpJudge
 from kimi_core.reward.judging import judge_all
 from kimi_core.reward.load import close_reward, load_reward
-from kimi_core.types import Prompt
+from kimi_core.types import IMAGE_MARK, Prompt
 
 PROMPT = Prompt(3, "6 * 7?", "42")
 
@@ -54,6 +60,31 @@ def test_without_a_verdict_at_the_end_it_is_asked_for_the_json(judge, word):
 
 def test_a_text_in_parts(judge):
     assert judge()(PROMPT, "PARTS 42").value == 1.0
+
+
+def test_the_images_of_a_prompt_are_seen(judge, tmp_path):
+    pytest.importorskip("PIL", reason="pillow is not installed: kimi-core[vision]")
+    pixels = np.zeros((2, 3), np.uint8)
+    made = image_of_pixels(pixels)
+    (tmp_path / "photo.jpg").write_bytes(jpeg(pixels))
+    images = (made, image_of("photo.jpg", tmp_path))
+    score = judge()(
+        Prompt(3, f"Are {IMAGE_MARK} and {IMAGE_MARK} alike?", "42", images=images), "IMAGES 42"
+    )
+    urls, marks = json.loads(score.note.splitlines()[0])
+    assert score.value == 1.0 and marks == 2
+    kinds = [url.partition(";")[0] for url in urls]
+    assert kinds == ["data:image/png", "data:image/jpeg"]
+    sent = [base64.b64decode(url.partition(",")[2]) for url in urls]
+    assert [hashlib.sha256(one).hexdigest() for one in sent] == [one.digest for one in images]
+
+
+def jpeg(pixels) -> bytes:
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG")
+    return stream.getvalue()
 
 
 def test_a_response_that_utf_8_cannot_write(judge):
