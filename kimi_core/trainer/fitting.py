@@ -221,6 +221,8 @@ class Fitting:
         saved = load_rows(folder / TENSORS, masters | moments)
         self._weights.load(saved)
         for name, master in masters.items():
+            if f"{name}/step" not in saved:  # It has not had a gradient.
+                continue
             state = optimizer.state[master]
             state["step"] = saved[f"{name}/step"].to(master.device)
             for key in MOMENTS:
