@@ -31,7 +31,8 @@ def mathvista(line: Mapping[str, Any]) -> Problem:
     if line.get("unit"):
         question += f" (unit: {line['unit']})"
     if line.get("precision"):
-        question += f" Round to {int(line['precision'])} decimal places."
+        digits = int(line["precision"])
+        question += f" Round to {digits} decimal place{'s' if digits > 1 else ''}."
     return Problem(question, str(answer), subject, images=(image,))
 
 

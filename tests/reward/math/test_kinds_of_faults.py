@@ -65,6 +65,15 @@ NOT_A_NUMBER = [
     ("0.001", "10^{-3} m", 1),
     (r"\frac{1}{2}", r"\frac{\sqrt{4}}{4}", 1),
 ]
+VALUES_AT_A_POINT = [
+    (r"\sin(512x)+5", r"\sin(582x)+5", 0),
+    (r"\sum_{k=1}^{n} k", r"\frac{n(n+1)}{2}", 1),
+    (r"\int_0^x t^2 dt", r"\frac{x^3}{3}", 1),
+    (r"\binom{n}{2}", r"\frac{n(n-1)}{2}", 1),
+    (r"\frac{n!}{(n-2)!}", "n(n-1)", 1),
+    ("|x|", r"\sqrt{x^2}", 1),
+    ("x^{1/3}", r"\sqrt[3]{x}", 1),
+]
 OTHER_SHAPES = [
     (r"50\%", r"\frac12", 1),
     (r"50\%", r"\frac{1}2", 1),
@@ -247,6 +256,7 @@ LARGE_NUMBERS = [
     ("7^{7^{7}}", "7^{7^{8}}", 0),
 ]
 KINDS = {
+    "values_at_a_point": VALUES_AT_A_POINT,
     "other_shapes": OTHER_SHAPES,
     "not_a_number": NOT_A_NUMBER,
     "text_that_changes_a_number": TEXT_THAT_CHANGES_A_NUMBER,
