@@ -88,8 +88,8 @@ class IterationMetrics:
     worker_tokens: dict[str, int] = field(default_factory=dict)
     """Tokens that each of several rollout workers sampled, by its number."""
     turn_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of ``wake`` and ``sleep`` of the engine, ``publish`` and ``rest`` of the trainer, and
-    ``serve``; evaluations before the iteration are in them."""
+    """Seconds of ``wake`` and ``sleep`` of the engine, ``publish`` and ``rest`` of the trainer,
+    ``serve``, and ``save``. The save and the evaluation before the iteration are in them."""
     learning_rate: float = math.nan
     """Learning rate of the updates."""
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -52,6 +53,15 @@ HEADERS = {
 }
 """What every answer has. Trusted types forbid a page to make markup from text."""
 
+
+class Number(IntegerConvertor):
+    """A number in a path. More digits find nothing: ``int`` refuses thousands of them."""
+
+    regex = "[0-9]{1,19}"
+
+
+register_url_convertor("number", Number())
+
 Ask = Callable[[Run, Request], Any]
 
 QUESTIONS: dict[str, Ask] = {
@@ -60,15 +70,15 @@ QUESTIONS: dict[str, Ask] = {
         _query(request, "epoch", -1), _query(request, "after")
     ),
     "iterations": lambda run, request: run.iterations(),
-    "iterations/{number:int}": lambda run, request: run.iteration(request.path_params["number"]),
-    "iterations/{number:int}/groups/{one:int}": lambda run, request: run.group(
+    "iterations/{number:number}": lambda run, request: run.iteration(request.path_params["number"]),
+    "iterations/{number:number}/groups/{one:number}": lambda run, request: run.group(
         request.path_params["number"], request.path_params["one"]
     ),
-    "iterations/{number:int}/responses/{one:int}": lambda run, request: run.response(
+    "iterations/{number:number}/responses/{one:number}": lambda run, request: run.response(
         request.path_params["number"], request.path_params["one"]
     ),
     "buffer": lambda run, request: run.waiting(),
-    "buffer/{one:int}": lambda run, request: run.waiting_response(request.path_params["one"]),
+    "buffer/{one:number}": lambda run, request: run.waiting_response(request.path_params["one"]),
     "prompts": lambda run, request: run.prompts(),
 }
 """Path behind the run's name → what it asks."""

@@ -60,21 +60,29 @@ def os_errors() -> Iterator[None]:
 
 
 def swap(partial: Path, final: Path) -> None:
-    """Replace the folder ``final`` by ``partial``; it or its ``.old`` is whole at any instant."""
+    """Replace the folder ``final`` by ``partial``; it or its ``.old`` is whole at any instant.
+
+    ``.old`` stays until ``settle``.
+    """
     old = final.with_suffix(".old")
     if final.exists():
         discard(old)
         final.rename(old)
     partial.rename(final)
+
+
+def settle(final: Path) -> None:
+    """Force a swap, whose files are on the disk, to the disk, too, and drop what it replaced."""
     sync(final.parent)
-    discard(old)
+    discard(final.with_suffix(".old"))
 
 
 def finish_swap(final: Path) -> None:
-    """Undo a swap that a crash interrupted between its two renames."""
+    """Undo a swap that a crash interrupted between its two renames, or drop what it replaced."""
     old = final.with_suffix(".old")
     if old.exists() and not final.exists():
         old.rename(final)
+    discard(old)
 
 
 def discard(folder: Path) -> None:

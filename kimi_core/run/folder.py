@@ -29,7 +29,7 @@ from kimi_core.models.load import no_progress_bars
 from kimi_core.models.vision import Images
 from kimi_core.run.checksums import checksum
 from kimi_core.run.config_file import dump_toml, load_config, parse_config
-from kimi_core.run.files import clean, finish_swap, swap, sync_tree, write_atomically
+from kimi_core.run.files import clean, finish_swap, settle, swap, sync_tree, write_atomically
 from kimi_core.run.lock import take_lock
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
 
@@ -188,7 +188,7 @@ class RunFolder:
         state: Mapping[str, Any],
         fingerprint: str = "",
     ) -> Path:
-        """Make everything the next iteration starts from durable, as ``States.save`` does it.
+        """Save everything that the next iteration starts from, as ``States.save`` does it.
 
         Args:
             iteration: iterations done, at least 0.
@@ -286,13 +286,18 @@ class RunFolder:
                 (partial / file).write_text(text)
             sync_tree(partial)
             swap(partial, final)
+            settle(final)
         return final
 
     def close(self) -> None:
-        """Release the lock. Safe to call twice."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Wait for the disk as ``States.wait`` does, then release the lock. Safe to call twice."""
+        try:
+            self.states.wait()
+            self.sft_states.wait()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def __enter__(self) -> Self:
         return self

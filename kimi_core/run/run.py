@@ -294,6 +294,7 @@ def evaluate(
             limit=limit,
             progress=progress,
         )
+        folder.states.wait()
         report.evaluation(found)
         progress.remove()
     watch(report, folder, config)

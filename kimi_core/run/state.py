@@ -15,9 +15,9 @@ Take the state of iteration n:
 * A mark of n means that iteration n + 1 has begun. The file holds what the snapshot holds, and the
   tokens sampled since then with the weights of the state. Trajectories that n consumed may be gone
   or not; they are evicted a second time.
-* A greater mark means that iterations went by unsaved (``save_every`` > 1). Their tokens come from
-  weights that are lost, and the trajectories that they trained are gone. The snapshot then replaces
-  the live file.
+* A greater mark means that iterations went by unsaved (``save_every`` > 1), or that a newer state
+  is damaged. Their tokens come from weights that are lost, and the trajectories that they trained
+  are gone. The snapshot then replaces the live file.
 
 In the first two cases the run can continue from the live file. With ``resume = "keep"`` it does.
 The first token of a response that goes on then comes from a prefill and not from a decode step, and
@@ -50,12 +50,16 @@ ROLLOUT = "rollout.json"
 
 
 def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
-    """Make durable what the next iteration starts from.
+    """Save what the next iteration starts from.
+
+    With ``exact`` a thread forces the state to disk while the next iteration samples. With ``keep``
+    it is there at the end, because that iteration evicts what this one used up: after a power cut
+    the state before would need the tokens.
 
     Args:
         sft_s: seconds that SFT took, for the summary of a resumed run.
 
-    Raises: OSError as ``RunFolder.save_state``.
+    Raises: OSError as ``States.save`` and ``States.wait``.
     """
     rates: dict[str, Any] = loop.curriculum.state()
     writers = [
@@ -65,7 +69,10 @@ def save(loop: Loop, folder: RunFolder, sft_s: float) -> None:
         lambda partial: np.savez(partial / CURRICULUM, **rates),
     ]
     state = loop.state() | {"sft_s": sft_s}
-    folder.save_state(loop.iteration, writers, state, fingerprint=loop.trainer.fingerprint())
+    with loop.turns.timed("save"):
+        folder.save_state(loop.iteration, writers, state, fingerprint=loop.trainer.fingerprint())
+        if not is_exact(loop.config):
+            folder.states.wait()
 
 
 def restore(loop: Loop, folder: RunFolder) -> tuple[float, str]:

@@ -1,24 +1,31 @@
 """Numbered states of a run in one folder. They survive any crash, and damage is found.
 
-A state is written under a name that ends in ``.tmp``, forced to disk, and only then renamed, so a
-folder without ``.tmp`` in its name is whole. The newest ``keep`` states stay. Each holds checksums
-of its files; if the newest is damaged, the one before is used, and the damaged one is renamed to
-``000012.damaged``. ``RunFolder.states`` are those of RL, ``RunFolder.sft_states`` those of SFT.
+A state is written under a name that ends in ``.tmp`` and renamed when it is whole. From then on the
+death of the process does not lose it. A thread then forces it to disk, while the run goes on, and
+after that removes older ones; the newest ``keep`` states stay. Each holds checksums of its files.
+If the newest is damaged, or the machine died before it was on the disk, the one before is used, and
+the damaged one is renamed to ``000012.damaged``.
+
+``RunFolder.states`` are those of RL, ``RunFolder.sft_states`` those of SFT.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kimi_core.run.checksums import damage_in, write_checksums
-from kimi_core.run.files import OUT_OF_ROOM, discard, os_errors, swap, sync, sync_tree
+from kimi_core.run.files import OUT_OF_ROOM, discard, os_errors, settle, swap, sync, sync_tree
 
 RECORD = "state.json"
+
+DISK_S = 3600.0
+"""Longest wait for the disk to take a state, seconds. A state of 100 GB at 100 MB/s takes 1,000."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,8 @@ class States:
         self.keep = keep
         self.pinned: int | None = None
         """A state that stays, too, however old it is."""
+        self._forced: Future[None] | None = None
+        """The thread that forces the last state to disk; None: all states are there."""
 
     def latest(self) -> tuple[int, Path] | None:
         """The newest whole state as ``(number, folder)``; None where none was saved."""
@@ -61,40 +70,70 @@ class States:
         writers: Sequence[Callable[[Path], None]],
         record: Mapping[str, Any],
     ) -> Path:
-        """Make a state durable; then drop older ones.
+        """Write a state. A thread then forces it to disk and drops older ones.
 
         Args:
             number: at least 0. Saving the same one again replaces it.
             writers: functions that write their files into the folder they are given.
             record: whatever else there is, as JSON.
 
-        Returns the folder of the state. When it returns, the state survives a power cut.
+        Returns the folder of the state, which now survives the death of the process. After ``wait``
+        it survives a power cut, too.
 
         Raises:
-            OSError: the disk or the quota is full, or the disk has another fault. The half-written
-                folder is gone, and the previous state is as it was.
+            OSError: the disk or the quota is full, or the disk has another fault, now or when it
+                took the state before. That state is gone, and the one before it is as it was.
         """
+        self.wait()
         final = self.folder / f"{number:06d}"
         partial = final.with_suffix(".tmp")
         self.folder.mkdir(exist_ok=True)
         for leftover in self.folder.glob("*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-        with removed_if_unfinished(partial, f"the state of {self.of} {number}", self.way_on):
+        what = f"the state of {self.of} {number}"
+        with removed_if_unfinished(partial, what, self.way_on):
             partial.mkdir()
             for write in writers:
                 write(partial)
             text = json.dumps(dict(record), separators=(",", ":"))
             (partial / RECORD).write_text(text)
             write_checksums(partial)
-            sync_tree(partial)
             swap(partial, final)
-        self.prune()
+        thread = ThreadPoolExecutor(1, "states")
+        self._forced = thread.submit(self._force, final, what)
+        thread.shutdown(wait=False)
         return final
 
+    def wait(self) -> None:
+        """Return when the state that was saved last is on the disk.
+
+        Raises:
+            OSError: as ``save``. The state is gone.
+            TimeoutError: the disk has not taken it in ``DISK_S``.
+        """
+        if self._forced is None:
+            return
+        if not wait([self._forced], DISK_S).done:
+            raise TimeoutError(f"The disk has not taken a state in {self.folder} in {DISK_S:g} s")
+        done, self._forced = self._forced, None
+        done.result()
+
     def prune(self) -> None:
-        """Remove all but the newest ``keep`` states and the pinned one."""
+        """Remove all but the newest ``keep`` states and the pinned one. Raises: as ``wait``."""
+        self.wait()
+        self._prune()
+
+    def _force(self, final: Path, what: str) -> None:
+        """Force a state to disk; then, and not before, drop those that it makes superfluous."""
+        with removed_if_unfinished(final, what, self.way_on):
+            sync_tree(final)
+            settle(final)
+        self._prune()
+
+    def _prune(self) -> None:
+        every = list(self.folder.iterdir())
         kept = self.numbers()[-self.keep :]
-        for older in list(self.folder.iterdir()):
+        for older in every:
             if _number_of(older) < kept[0] and _number_of(older) != self.pinned:
                 discard(older)
 
@@ -159,7 +198,8 @@ class States:
         sync(self.folder)
 
     def remove(self) -> None:
-        """Remove all of them, with the folder."""
+        """Remove all of them, with the folder. Raises: as ``wait``."""
+        self.wait()
         discard(self.folder)
 
     def way_on(self) -> str:
@@ -181,7 +221,7 @@ class States:
 
 @contextmanager
 def removed_if_unfinished(partial: Path, what: str, way_on: Callable[[], str]) -> Iterator[None]:
-    """Remove the folder ``partial`` at the end; if the disk is full, say what to do.
+    """Remove the folder ``partial`` if the block fails; if the disk is full, say what to do.
 
     Raises:
         OSError: what was raised inside; that of a full disk names ``what`` and the way on.
@@ -189,19 +229,17 @@ def removed_if_unfinished(partial: Path, what: str, way_on: Callable[[], str]) -
     try:
         with os_errors():
             yield
-    except OSError as error:
-        if error.errno not in OUT_OF_ROOM:
-            raise
+    except BaseException as error:
         written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError) or error.errno not in OUT_OF_ROOM:
+            raise
         free = shutil.disk_usage(partial.parent).free
         raise OSError(
             error.errno,
             f"Cannot save {what} in {partial.parent}: {error.strerror} after {written / 1e6:.1f} MB"
             f"; {free / 1e6:.1f} MB are free without it. {way_on()}",
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _number_of(folder: Path) -> float:

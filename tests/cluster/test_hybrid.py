@@ -89,7 +89,7 @@ def test_a_run_in_turns_is_the_run_without(tmp_path, monkeypatch):
     go_on("name=turns", "iterations=3", "rollout.workers=2", "cluster.hybrid=true")
     assert sampled("apart") == sampled("turns") != []
     for one in iterations("turns"):
-        assert {"wake", "sleep", "publish", "rest", "serve"} == one.turn_s.keys()
+        assert {"wake", "sleep", "publish", "rest", "serve", "save"} == one.turn_s.keys()
         assert one.worker_restarts == 0
     nurseries = children(os.getpid(), NURSERY)
     assert [child for one in nurseries for child in children(one, NURSERY)] == []

@@ -88,6 +88,7 @@ def test_loopback_by_name_is_served(served, host):
         "/data/runs/tiny%00/settings",
         "/data/runs/tiny/iterations/-1",
         "/data/runs/tiny/iterations/99999999999999999999",
+        "/data/runs/tiny/iterations/" + 5000 * "9",
         "/data/runs/tiny/iterations/1/responses/..%2f..%2f..%2fconfig.toml",
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -62,7 +63,9 @@ def save(run: RunFolder, iteration: int, fingerprint: str = "") -> Path:
     def write(folder: Path) -> None:
         (folder / "buffer.bin").write_bytes(bytes([iteration]) * 100)
 
-    return run.save_state(iteration, [write], {"i": iteration}, fingerprint)
+    state = run.save_state(iteration, [write], {"i": iteration}, fingerprint)
+    run.states.wait()
+    return state
 
 
 def names(folder: Path) -> list[str]:
@@ -205,6 +208,7 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path, Config()) as run:
         save(run, 5)
         run.save_state(5, [], {"i": "again"})
+        run.states.wait()
         assert run.load_state().record["state"] == {"i": "again"}
         assert names(run.states.folder) == ["000005"]
 
@@ -469,6 +473,18 @@ def test_a_checkpoint_swap_that_was_cut_is_undone(tmp_path: Path) -> None:
         run.checkpoint.rename(tmp_path / "checkpoint.old")
     with RunFolder.resume(tmp_path, Config()) as run:
         assert (run.checkpoint / "model").read_text() == "one"
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "best"])
+def test_what_a_cut_swap_has_replaced_goes(tmp_path: Path, name: str) -> None:
+    with RunFolder.create(tmp_path, Config()) as run:
+        save(run, 1)
+        run.save_checkpoint(Saves("model", "two"), Saves("tokenizer", "two"), name=name)
+        shutil.copytree(tmp_path / name, tmp_path / f"{name}.old")  # Killed before it was removed.
+        before = names(tmp_path)
+    RunFolder.resume(tmp_path, Config()).close()
+    assert names(tmp_path) == sorted(set(before) - {f"{name}.old"})
+    assert (tmp_path / name / "model").read_text() == "two"
 
 
 # ---- a folder in use

@@ -36,7 +36,7 @@ def test_killed_runs_end_with_the_same_bits():
 def test_many_killed_runs_end_with_the_same_bits():
     counts = kill("--kills", "100", "--seed", "1")
     assert counts["kills"] >= 100
-    missed = {"sft", "rollout", "reward", "training", "save", "evaluation", "checkpoint"}
+    missed = {"sft", "rollout", "reward", "training", "save", "disk", "evaluation", "checkpoint"}
     assert missed <= counts["in"].keys()
 
 

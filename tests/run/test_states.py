@@ -5,12 +5,17 @@ import shutil
 from collections import Counter
 from io import StringIO
 from pathlib import Path
+from threading import Event
 
 import pytest
 from rich.console import Console
 from tiny_runs import TINY
 
+import kimi_core.run.states
+from kimi_core.config import Config
 from kimi_core.run.config_file import load_config
+from kimi_core.run.files import sync_tree
+from kimi_core.run.folder import RunFolder
 from kimi_core.run.run import train
 from kimi_core.run.states import States
 
@@ -69,7 +74,55 @@ def test_keep_states_stay(run, tmp_path):
     states = States(tmp_path / "states", "iteration", keep=3)
     for number in range(6):
         states.save(number, [], {})
-    assert sorted(path.name for path in states.folder.iterdir()) == ["000003", "000004", "000005"]
+    states.wait()
+    assert names(states) == ["000003", "000004", "000005"]
+
+
+def names(states: States) -> list[str]:
+    return sorted(path.name for path in states.folder.iterdir())
+
+
+def test_no_state_goes_before_a_newer_one_is_on_the_disk(tmp_path, monkeypatch):
+    asked, allowed = Event(), Event()
+
+    def slow(folder):
+        asked.set()
+        assert allowed.wait(60)
+        sync_tree(folder)
+
+    states = States(tmp_path / "states", "iteration", keep=1)
+    states.save(1, [], {})
+    states.wait()
+    monkeypatch.setattr(kimi_core.run.states, "sync_tree", slow)
+    states.save(2, [], {"i": 2})
+    assert asked.wait(60) and names(states) == ["000001", "000002"]
+    assert states.load().record == {"i": 2}  # The death of the process would not lose it.
+    monkeypatch.setattr(kimi_core.run.states, "DISK_S", 0.01)
+    with pytest.raises(TimeoutError, match=r"states in 0\.01 s"):
+        states.wait()
+    monkeypatch.undo()
+    allowed.set()
+    states.wait()
+    assert names(states) == ["000002"]
+
+
+def test_a_disk_that_does_not_take_a_state_is_an_error_of_the_next_wait(tmp_path, monkeypatch):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    with RunFolder.create(tmp_path, Config()) as run:
+        run.save_state(1, [], {})
+        run.states.wait()
+        monkeypatch.setattr(kimi_core.run.states, "sync_tree", full)
+        said = r"Cannot save the state of iteration 2 .*The state of iteration 1 is intact: make"
+        run.save_state(2, [], {})
+        with pytest.raises(OSError, match=said):
+            run.save_state(3, [], {})
+        assert names(run.states) == ["000001"]
+        run.save_state(2, [], {})
+        with pytest.raises(OSError, match=said):
+            run.close()
+    RunFolder.resume(tmp_path, Config()).close()  # It is not left locked.
 
 
 def test_a_record_is_one_line_without_blanks(run):

@@ -34,7 +34,7 @@ export const MEANINGS = {
   sampled_by_domain: ["0–1", "sampled accuracy of the prompts with each domain tag"],
   same_answer: ["0–1", "questions asked as text and as an image whose greedy answers are the same"],
   worker_restarts: ["", "rollout workers that were lost; those of the run's host started a second time"],
-  turn_s: ["s", "seconds that engine and trainer took to wake, sleep, publish, rest and serve"],
+  turn_s: ["s", "seconds that engine and trainer took to wake, sleep, publish, rest and serve, and that the state before took"],
   worker_tokens: ["tokens", "tokens that each rollout worker sampled"],
   learning_rate: ["", "learning rate of the updates"],
   n: ["prompts", "number of held-out prompts; it bounds what a difference can mean"],
