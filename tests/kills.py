@@ -346,7 +346,8 @@ def kill_runs(kills: int, chance: random.Random, fresh: bool, work: Path, counts
         counts.kills.update(stages)
         counts.runs += 1
         shutil.rmtree(folder)
-        print(f"{counts.runs} runs, {counts.kills.total()} kills", file=sys.stderr, flush=True)
+        so_far = f"{counts.runs} runs, {counts.kills.total()} kills, {len(counts.wrong)} wrong"
+        print(so_far, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -362,10 +363,12 @@ def main() -> int:
         return 0
     counts, chance = Counts(), random.Random(given.seed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory() as place, suppress(KeyboardInterrupt):
-        kill_runs(given.kills, chance, given.fresh, Path(place), counts)
-    found = {"kills": counts.kills.total(), "runs": counts.runs, "wrong": counts.wrong}
-    print(json.dumps(found | {"in": dict(counts.kills)}))
+    try:
+        with tempfile.TemporaryDirectory() as place, suppress(KeyboardInterrupt):
+            kill_runs(given.kills, chance, given.fresh, Path(place), counts)
+    finally:
+        found = {"kills": counts.kills.total(), "runs": counts.runs, "wrong": counts.wrong}
+        print(json.dumps(found | {"in": dict(counts.kills)}), flush=True)
     return 1 if counts.wrong else 0
 
 

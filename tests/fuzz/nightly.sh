@@ -1,22 +1,38 @@
 #!/usr/bin/env bash
-# Fuzzes the core with libFuzzer, and what reads text with atheris: SECONDS each, 60 unless given.
+# Fuzzes what reads input of others, SECONDS for each target: the core with libFuzzer, what reads text
+# with atheris, the HTTP services with Schemathesis.
 #
-#   tests/fuzz/nightly.sh [SECONDS]      # needs clang (CXX=clang++-19); atheris if it is installed
+#   pip install '.[test,fuzz]'
+#   tests/fuzz/nightly.sh [SECONDS [TARGET...]]   # 60 seconds and all targets unless given
 #
-# Inputs that reach new code go to build/fuzz/new/TARGET. A finding ends the script.
+# The core needs clang (CXX=clang++-19); without it, it is skipped. Inputs that reach new code go to
+# build/fuzz/new/TARGET. A finding ends the script.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 seconds=${1:-60}
-cmake -S . -B build/fuzz -G Ninja --log-level=WARNING -DCMAKE_CXX_COMPILER="${CXX:-clang++}" \
-  -DKIMI_CUDA=OFF -DKIMI_FUZZ=ON -DKIMI_SANITIZE=address,undefined
-cmake --build build/fuzz --target fuzz_buffer fuzz_arena
-for target in buffer arena; do
+shift || true
+targets=("$@")
+[ $# = 0 ] && targets=(buffer arena config prompts answers programs verdicts results records sandbox dashboard)
+CXX=${CXX:-clang++}
+
+core() {
+  if ! command -v "$CXX"; then
+    echo "SKIPPED: no $CXX, so $1 is not fuzzed here"
+    return
+  fi
+  cmake -S . -B build/fuzz -G Ninja --log-level=WARNING -DCMAKE_CXX_COMPILER="$CXX" \
+    -DKIMI_CUDA=OFF -DKIMI_FUZZ=ON -DKIMI_SANITIZE=address,undefined
+  cmake --build build/fuzz --target "fuzz_$1"
+  "build/fuzz/tests/fuzz/fuzz_$1" -max_total_time="$seconds" -max_len=400 \
+    -print_final_stats=1 "build/fuzz/new/$1" "tests/fuzz/corpus/$1"
+}
+
+for target in "${targets[@]}"; do
   mkdir -p "build/fuzz/new/$target"
-  "build/fuzz/tests/fuzz/fuzz_$target" -max_total_time="$seconds" -max_len=400 \
-    -print_final_stats=1 "build/fuzz/new/$target" "tests/fuzz/corpus/$target"
-done
-for target in config prompts answers programs verdicts results records; do
-  mkdir -p "build/fuzz/new/$target"
-  python tests/fuzz/targets.py "$target" --seconds "$seconds" --new "build/fuzz/new/$target"
+  case $target in
+    buffer | arena) core "$target" ;;
+    sandbox | dashboard) PYTHONPATH="tests:${PYTHONPATH:-}" python tests/fuzz/services.py "$target" --seconds "$seconds" ;;
+    *) python tests/fuzz/targets.py "$target" --seconds "$seconds" --new "build/fuzz/new/$target" ;;
+  esac
 done
