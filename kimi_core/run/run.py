@@ -217,6 +217,7 @@ def _reinforce(
             limit = None if last else config.evaluation.prompts
             evaluate(parts, config, folder, report, limit=limit)
             _keep_best(parts, config, folder, report)
+    folder.states.prune()  # The last evaluation may have freed one.
     if is_stuck(report.evaluations, config.evaluation):
         patience = config.evaluation.patience
         say(report.console, f"no better evaluation in {patience}: {read_best(folder.path)} stays")
