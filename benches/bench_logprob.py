@@ -387,13 +387,14 @@ def _training_data(prompts, copies, prompt, answer) -> TrainingBatch:
 
 def peak_bytes(run: Callable[[], None]) -> int | None:
     """Run; return the peak of the process's resident memory above what it was, where known."""
+    # What was freed before and kept by the allocator would hide what the run takes, or count in
+    # the peak, which is set back to what is resident.
+    ctypes.CDLL(None).malloc_trim(0)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
+        Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         run()
         return None
-    # What was freed before and kept by the allocator would hide what the run takes.
-    ctypes.CDLL(None).malloc_trim(0)
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before
