@@ -124,6 +124,11 @@ class Images:
             )
         return [-1 - number if one == PLACE else one for one in self._ids[number]]
 
+    def image(self, digest: str) -> Image | None:
+        """The image of that SHA-256; None: it was never added."""
+        number = self._numbers.get(digest)
+        return None if number is None else self._images[number]
+
     def places(self, number: int) -> int:
         """Positions that an image takes."""
         return self._ids[number].count(PLACE)
