@@ -23,7 +23,6 @@ from typing import Any
 import schemathesis
 import uvicorn
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from made_runs import make_run
 from pydantic import TypeAdapter
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -73,6 +72,8 @@ def sandbox(work: Path) -> tuple[dict[str, Any], Any]:
 
 def dashboard(work: Path) -> tuple[dict[str, Any], Any]:
     """Schema and application of the dashboard over two runs."""
+    from made_runs import make_run  # Loads transformers.
+
     make_run(work / "made", iterations=2)
     make_run(work / "deep" / "made", iterations=1)
     numbers = {"type": "integer", "minimum": 0}
