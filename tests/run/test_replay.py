@@ -46,7 +46,7 @@ def test_it_is_equal_and_a_changed_record_is_not(run, capsys):
 
 
 def test_a_state_that_is_gone_is_named(run, capsys):
-    status, said = replay(run, 2, capsys)  # State 0 is kept for its evaluation, the best one.
-    assert status == 2 and "has those for 1, 3, 4. Raise keep_states" in said
+    status, said = replay(run, 2, capsys)  # The last evaluation is good.
+    assert status == 2 and "has those for 3, 4. Raise keep_states" in said
     status, said = replay(run / "nothing", 1, capsys)
     assert status == 2 and "none" in said
