@@ -17,6 +17,21 @@ from typing import Any
 Record = Mapping[str, Any]
 Tests = list[dict[str, Any]]
 
+FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    RecursionError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    zlib.error,
+)
+"""What ``as_problem`` raises if a line has the keys of a format and another content."""
+
 
 def as_problem(record: Record) -> dict[str, Any] | None:
     """The prompt, answer and tests of a line; None if it has none of these formats.
@@ -25,8 +40,7 @@ def as_problem(record: Record) -> dict[str, Any] | None:
     ...             "test_list": ["assert t(2) == 6"]})["tests"]
     [{'check': 'assert t(2) == 6', 'entry_point': 't', 'setup': ''}]
 
-    Raises:
-        ValueError, KeyError, TypeError: the line has the keys of a format and another content.
+    Raises: one of ``FAULTS``.
     """
     if MARKS.isdisjoint(record):
         return None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kimi_core.prompts.code_datasets import MARKS, as_problem
+from kimi_core.prompts.code_datasets import FAULTS, MARKS, as_problem
 from kimi_core.prompts.columns import Columns
 from kimi_core.prompts.images import take_images
 from kimi_core.prompts.messages import check_messages, question
@@ -218,7 +218,7 @@ def _problem_in(record: dict[str, Any], where: Place) -> dict[str, Any]:
         return record
     try:
         return as_problem(record) or record
-    except (ValueError, TypeError, LookupError, SyntaxError) as error:
+    except FAULTS as error:
         keys = ", ".join(record)
         raise ValueError(
             f"{where}: the keys ({keys}) are those of a dataset of programs, but {error!r} came up "
