@@ -65,9 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if any(part in item.path.as_posix() for part in SHARES_THE_HOST):
             item.add_marker(pytest.mark.xdist_group("sandboxes"))
-        elif any(part in item.path.as_posix() for part in SHARES_A_FIXTURE) or (
-            "tests/rollout/vllm/" in item.path.as_posix() and "engine" in item.fixturenames
-        ):
+        elif any(part in item.path.as_posix() for part in SHARES_A_FIXTURE):
             item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
 
 
