@@ -278,24 +278,6 @@ class RolloutBuffer(_C.RolloutBuffer):
         policy_versions = torch.repeat_interleave(versions, lengths, output_size=tokens)
         return DeviceBatch(token_ids, logprobs, mask, policy_versions, cu_seqlens)
 
-    def pack_micro_batches(
-        self, trajectory_ids: Sequence[int], *, max_tokens: int
-    ) -> list[tuple[list[int], Batch]]:
-        """Pack trajectories into few batches of about equal size, at most ``max_tokens`` each.
-
-        Returns the trajectory ids of each batch, in the order given, with the batch.
-
-        Raises:
-            KeyError: there is no such trajectory.
-            ValueError: one trajectory alone is longer than ``max_tokens``.
-        """
-        length_of = {info.trajectory_id: info.length for info in self.trajectories()}
-        if missing := [key for key in trajectory_ids if key not in length_of]:
-            raise KeyError(f"No trajectory {missing[0]}: never begun, or evicted")
-        split = _C.balance([length_of[key] for key in trajectory_ids], max_tokens)
-        batches = [[trajectory_ids[index] for index in indices] for indices in split]
-        return [(ids, self.pack(ids)) for ids in batches]
-
     def trajectories(self) -> list[TrajectoryInfo]:
         """All trajectories without their tokens, oldest first. Reads no token."""
         return [TrajectoryInfo(*row) for row in self._scan()]

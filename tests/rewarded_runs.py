@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from io import StringIO
@@ -11,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from tiny_runs import TINY
+from warm import Warm
 
 import kimi_core
 from kimi_core.metrics import IterationMetrics, read_metrics
@@ -43,15 +42,11 @@ def go_on(*overrides: str) -> None:
     train(config, resume=True, console=Console(file=StringIO()))
 
 
-def command(*overrides: str) -> subprocess.Popen:
+def command(*overrides: str) -> Warm:
     """The same in another process."""
-    kimi = [sys.executable, "-P", "-m", "kimi_core.cli", "train", "--resume", "tiny.toml"]
+    kimi = ["-m", "kimi_core.cli", "train", "--resume", "tiny.toml"]
     root = str(Path(kimi_core.__file__).parents[1])
-    return subprocess.Popen(
-        [*kimi, *SETTINGS, *overrides],
-        env=os.environ | {"PYTHONPATH": root},
-        stdout=subprocess.DEVNULL,
-    )
+    return Warm([*kimi, *SETTINGS, *overrides], env=os.environ | {"PYTHONPATH": root})
 
 
 def iterations(name: str) -> list[IterationMetrics]:

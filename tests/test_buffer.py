@@ -350,24 +350,6 @@ def test_a_batch_on_a_gpu_is_the_one_on_the_cpu(make, page_tokens):
     assert len(buffer.pack([], device="cuda").token_ids) == 0
 
 
-def test_micro_batches_hold_everything_once_and_are_even(make):
-    buffer = make(capacity_tokens=20_000, max_trajectories=50)
-    for n in range(1, 50):
-        buffer.append(buffer.begin(0, 0), *columns(4 * n, n), policy_version=0)
-    keys = buffer.unfinished()[::-1]
-    batches = buffer.pack_micro_batches(keys, max_tokens=600)
-    assert sorted(key for ids, _ in batches for key in ids) == sorted(keys)
-    sizes = [len(batch.token_ids) for _, batch in batches]
-    assert max(sizes) <= 600
-    assert max(sizes) - min(sizes) < 100
-    for ids, batch in batches:
-        assert batch.lengths.tolist() == [len(buffer.read(key).token_ids) for key in ids]
-    with pytest.raises(ValueError, match="alone has 196; raise max_tokens"):
-        buffer.pack_micro_batches(keys, max_tokens=195)
-    with pytest.raises(KeyError, match="No trajectory 99"):
-        buffer.pack_micro_batches([0, 99], max_tokens=600)
-
-
 def test_no_file_to_open_and_one_too_many(make, tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         RolloutBuffer.open(tmp_path / "nothing.bin")

@@ -45,7 +45,8 @@ def vars_of(path: Path) -> dict:
     return load_function(f"{path}:prompts").__globals__
 
 
-def test_the_notebook_runs(capsys):
+def test_the_notebook_runs(capsys, draw_curves, monkeypatch):
+    monkeypatch.setattr("kimi_core.run.curves.draw_curves", draw_curves)
     space: dict = {}
     last = None
     for cell in json.loads((EXAMPLES / "own_task.ipynb").read_text())["cells"]:

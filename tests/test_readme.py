@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 from kimi_core.config import ModelConfig
 from kimi_core.metrics import read_metrics
@@ -105,8 +106,9 @@ def test_an_experiment_of_ones_own_runs(tmp_path: Path, overrides: list[str]):
     model.save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     tiny = ["model.name=tiny", "iterations=1", "rollout.prompts_per_iteration=2"]
-    result = run([str(ROOT / "python/train.py"), "my_run.toml", *tiny, *overrides], tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
+    train = Warm([ROOT / "python/train.py", "my_run.toml", *tiny, *overrides], cwd=tmp_path)
+    output, errors = train.communicate(timeout=300)
+    assert train.returncode == 0, output + errors
     iterations, evaluations = read_metrics(tmp_path / "runs/mine/metrics.jsonl")
     assert [one.samples_trained for one in iterations] == [2 * 8]
     assert [one.iteration for one in evaluations] == [0, 1]

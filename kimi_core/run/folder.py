@@ -22,16 +22,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from kimi_core.config import Config, Section
-from kimi_core.models.load import no_progress_bars
-from kimi_core.models.vision import Images
 from kimi_core.run.checksums import checksum
 from kimi_core.run.config_file import dump_toml, load_config, parse_config
 from kimi_core.run.files import clean, finish_swap, settle, swap, sync_tree, write_atomically
 from kimi_core.run.lock import take_lock
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
+
+if TYPE_CHECKING:
+    from kimi_core.models.vision import Images
 
 MAY_CHANGE_ON_RESUME = (
     "name",
@@ -256,7 +257,7 @@ class RunFolder:
         self,
         model: Any,
         tokenizer: Any,
-        images: Images | None = None,
+        images: "Images | None" = None,
         *,
         name: str = CHECKPOINT,
         also: Mapping[str, str] = MappingProxyType({}),
@@ -272,6 +273,8 @@ class RunFolder:
         Raises:
             OSError: the disk is full; the previous checkpoint is as it was.
         """
+        from kimi_core.models.load import no_progress_bars  # Loads torch.
+
         final = self.path / name
         partial = final.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)

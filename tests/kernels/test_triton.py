@@ -28,7 +28,7 @@ def test_interpreted_kernels_agree_with_plain_torch():
     pytest.importorskip("triton", reason="no Triton for this platform")
     file = Path(__file__).with_name("triton_interpreted.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(file)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,

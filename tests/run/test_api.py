@@ -38,7 +38,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_lists_and_functions_make_a_run_that_goes_on_bit_for_bit(capsys):
+def test_lists_and_functions_make_a_run_that_goes_on_bit_for_bit(capsys, draw_curves, monkeypatch):
+    monkeypatch.setattr("kimi_core.run.curves.draw_curves", draw_curves)
     given = {"prompts": WORDS, "reward": starts_right, "examples": copies}
     whole = train(settings("whole", iterations=3), **given)
     train(settings("parts"), **given)

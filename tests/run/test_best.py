@@ -14,7 +14,7 @@ from tiny_runs import TINY
 from kimi_core.config import EvaluationConfig
 from kimi_core.metrics import EvaluationMetrics, read_metrics
 from kimi_core.models.load import load_pretrained
-from kimi_core.run import best, curves, run
+from kimi_core.run import best, run
 from kimi_core.run.best import is_stuck, read_best
 from kimi_core.run.config_file import load_config
 from kimi_core.run.folder import RunFolder
@@ -99,7 +99,6 @@ def early_end(values: list[float]) -> int:
 def test_a_kill_changes_no_bit_of_it(unbroken: Path, monkeypatch, after, patience):
     """Every ninth call of what writes something dies, before it or after it."""
     monkeypatch.chdir(unbroken.parents[1])
-    monkeypatch.setattr(curves, "draw_curves", lambda *_: None)  # It takes the longest.
     calls = 0
 
     def dying(plain):

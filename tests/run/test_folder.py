@@ -119,12 +119,14 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -
 
 
 def test_the_lock_goes_with_the_process_that_held_it(tmp_path: Path) -> None:
-    script = python(SAVE_LOOP, tmp_path)
-    with subprocess.Popen(script, stdout=subprocess.PIPE, env=environment()) as holder:
+    holder = Warm(["-c", textwrap.dedent(SAVE_LOOP), tmp_path])
+    try:
         holder.stdout.readline()
         with pytest.raises(ValueError, match=f"pid {holder.pid}"):
             RunFolder.resume(tmp_path, Config())
+    finally:
         holder.kill()
+    holder.wait(60)
     RunFolder.resume(tmp_path, Config()).close()
 
 
@@ -380,13 +382,14 @@ def test_a_killed_save_loop_always_leaves_a_whole_state(tmp_path: Path) -> None:
 
 NO_ROOM = """
     import json, sys
-    import torch
-    from safetensors.torch import save_file
+    import numpy as np
+    from safetensors.numpy import save_file
     from kimi_core.config import Config
     from kimi_core.run.folder import RunFolder
 
     def tensors(size):
-        return lambda folder: save_file({"w": torch.ones(size)}, folder / "tensors.safetensors")
+        ones = {"w": np.ones(size, np.float32)}
+        return lambda folder: save_file(ones, folder / "tensors.safetensors")
 
     run = RunFolder.create(sys.argv[1], Config())
     small, big = tensors(100), tensors(1_000_000)

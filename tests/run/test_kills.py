@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from warm import Warm
 
 from kimi_core.evaluation.progress import sealed_line
 from kimi_core.run import state
@@ -16,16 +15,11 @@ KILLS = Path(__file__).parents[1] / "kills.py"
 
 def kill(*arguments: str) -> dict:
     path = os.pathsep.join([str(KILLS.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, str(KILLS), *arguments],
-        env={**os.environ, "PYTHONPATH": path.strip(os.pathsep)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    print(done.stdout)
-    return json.loads(done.stdout)
+    process = Warm([KILLS, *arguments], env=os.environ | {"PYTHONPATH": path.strip(os.pathsep)})
+    output, errors = process.communicate()
+    assert process.returncode == 0, output[-3000:] + errors[-3000:]
+    print(output)
+    return json.loads(output)
 
 
 def test_killed_runs_end_with_the_same_bits():

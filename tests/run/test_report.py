@@ -146,7 +146,8 @@ def test_on_a_terminal_the_line_is_replaced(tmp_path: Path) -> None:
     assert "\x1b[?25h" in output.getvalue()  # The cursor is back.
 
 
-def test_summary_adds_up_over_all_lines(tmp_path: Path) -> None:
+def test_summary_adds_up_over_all_lines(tmp_path: Path, draw_curves, monkeypatch) -> None:
+    monkeypatch.setattr("kimi_core.run.curves.draw_curves", draw_curves)
     run(tmp_path, range(1, 4))
     output = io.StringIO()
     metrics = writer(tmp_path, output, start_iteration=3, sft_s=10.0)
@@ -193,7 +194,10 @@ def test_a_run_stopped_before_its_first_line_still_closes(tmp_path: Path) -> Non
     assert summary["first_evaluation"] is None
 
 
-def test_curves_take_gaps_of_zero_and_what_was_not_measured(tmp_path: Path) -> None:
+def test_curves_take_gaps_of_zero_and_what_was_not_measured(
+    tmp_path: Path, draw_curves, monkeypatch
+) -> None:
+    monkeypatch.setattr("kimi_core.run.curves.draw_curves", draw_curves)
     with writer(tmp_path) as metrics:
         nothing = {"reward_mean": math.nan, "logprob_gap_mean": 0.0, "logprob_gap_max": math.nan}
         metrics.iteration(replace(ITERATION, **nothing))

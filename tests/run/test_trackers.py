@@ -11,7 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY
 
-from kimi_core.run import curves, trackers
+from kimi_core.run import trackers
 from kimi_core.run.config_file import load_config, plain_settings
 from kimi_core.run.report import Report
 from kimi_core.run.run import train
@@ -57,7 +57,6 @@ def tracked(name: str, folder: Path, records: int = 3) -> str:
 
 def test_a_run_tells_a_function_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(curves, "draw_curves", lambda *_: None)
     Path("mine.py").write_text(MINE)
     Path("tiny.toml").write_text(TINY)
     config = load_config("tiny.toml", ["tracker=mine.py:start", "seed=3"])

@@ -1,9 +1,10 @@
 """The ranks of trainers for ``test_sharded.py``, and the same work in one process.
 
-    python sharded_ranks.py RANK FOLDER
+    python sharded_ranks.py RANK FOLDER NAME...
 
-is one of four processes. First they are two trainers of two ranks, which divide the work of two
-ranks between them, then one trainer of four ranks. Each process writes what it found into FOLDER.
+is one of four processes, which do the named work. First they are two trainers of two ranks, which
+divide the work of two ranks between them, then one trainer of four ranks. Each process writes what
+it found into FOLDER.
 """
 
 import math
@@ -122,6 +123,8 @@ NANS = [
     ("NaN in a CP group", CP, 1),
     ("NaN on rank 2 of TP × FSDP", CASES["TP × FSDP, unequal passes"], 2),
 ]
+OTHERS = {"sft", "sft on four", "sft stops", "whole parameters", "dpo", "dpo on four"}
+"""Work that a test without a parameter looks at."""
 
 
 def tiny_llama(case: Case = CASES["FSDP"]) -> hf.PreTrainedModel:
@@ -418,11 +421,12 @@ def work_of(folder: Path) -> dict[str, tuple[Case, Callable[..., Any]]]:
 
 
 def main() -> None:
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    rank, folder, names = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     found: dict[str, Any] = {}
+    every = {name: one for name, one in work_of(folder).items() if name in names}
     for size in (2, 4):
         world, mine = divmod(rank, size)
-        work = [(name, *one) for name, one in work_of(folder).items() if one[0].ranks == size]
+        work = [(name, *one) for name, one in every.items() if one[0].ranks == size]
         for number, (name, case, do) in enumerate(work):
             if number % (4 // size) != world:
                 continue

@@ -19,7 +19,7 @@ from kimi_core.metrics import read_metrics
 from kimi_core.models import lora
 from kimi_core.models.load import load_pretrained
 from kimi_core.models.lora import choose_trained, plain_module, plain_parameters, plain_state
-from kimi_core.run import curves, state
+from kimi_core.run import state
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
 from kimi_core.run.run import train
@@ -57,7 +57,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def work(folder, monkeypatch) -> Path:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(curves, "draw_curves", lambda *_: None)  # It takes the longest.
     return folder
 
 

@@ -12,7 +12,6 @@ from tiny_runs import TINY
 
 from kimi_core.config import ScheduleConfig, SftScheduleConfig
 from kimi_core.metrics import read_lines, read_metrics
-from kimi_core.run import curves
 from kimi_core.run.config_file import load_config
 from kimi_core.run.run import train
 from kimi_core.trainer.schedule import share_of_peak
@@ -73,7 +72,6 @@ def test_a_resumed_run_has_the_rates_and_the_bits_of_an_unbroken_one(tmp_path, m
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)
     Path("reward.py").write_text(REWARD)
-    monkeypatch.setattr(curves, "draw_curves", lambda *_: None)  # It takes the longest.
     whole = carry_out("iterations=3", "name=whole")
     rates = [one.learning_rate for one in read_metrics(whole / "metrics.jsonl")[0]]
     assert rates == pytest.approx([1e-2, 1e-2, 5e-3])
@@ -82,7 +80,6 @@ def test_a_resumed_run_has_the_rates_and_the_bits_of_an_unbroken_one(tmp_path, m
         carry_out("iterations=3", "name=broken")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(curves, "draw_curves", lambda *_: None)
     broken = carry_out("iterations=3", "name=broken", resume=True)
     weights = [load_file(one / "states/000003/tensors.safetensors") for one in (whole, broken)]
     assert all(value.equal(weights[1][name]) for name, value in weights[0].items())

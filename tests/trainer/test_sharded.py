@@ -11,6 +11,7 @@ from trainer.sharded_ranks import (
     ARENAS,
     CASES,
     NANS,
+    OTHERS,
     dpo_losses,
     gradients,
     sft_losses,
@@ -31,11 +32,18 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(folder) -> dict[str, list]:
-    """By name: what each rank found that took part, in the order of the ranks."""
+def found(folder, request) -> dict[str, list]:
+    """By name: what each rank found that took part, in the order of the ranks.
+
+    Of the work with a name of its test, only what the chosen tests ask for is done.
+    """
     script = Path(__file__).with_name("sharded_ranks.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [Warm([script, rank, folder], env=environment) for rank in range(4)]
+    chosen = [one for one in request.session.items if one.path == request.path]
+    names = {one.callspec.params["name"] for one in chosen if "name" in one.fixturenames}
+    if any("found" in one.fixturenames and "name" not in one.fixturenames for one in chosen):
+        names |= OTHERS
+    processes = [Warm([script, rank, folder, *names], env=environment) for rank in range(4)]
     try:
         for process in processes:
             _, errors = process.communicate(timeout=400)

@@ -3,8 +3,6 @@
 import faulthandler
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from warm import Warm
 
 from kimi_core.weights.arena import WeightArena
 from kimi_core.weights.layout import Layout
@@ -241,15 +240,9 @@ def test_publishing_goes_on_when_a_reader_lets_go(arena, layout):
         "lease.release()\n"
         "sys.stdin.readline()\n"
     )
-    with (
-        subprocess.Popen(
-            [sys.executable, "-c", script, arena.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as child,
-        ExitStack() as leases,
-    ):
+    child = Warm(["-c", script, arena.path])
+    with ExitStack() as leases:
+        leases.callback(child.kill)
         assert child.stdout.readline() == "1\n"
         for version in (2, 3):
             arena.publish(weights_of(layout, version), version=version)
