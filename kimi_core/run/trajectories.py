@@ -65,7 +65,7 @@ class TrajectoryRecord:
     trainer_logprobs: list[float | None] = field(default_factory=list)
     """Nats, in the training pass over the response."""
     entropies: list[float | None] = field(default_factory=list)
-    """Of the distribution at each token in that pass, nats, to three digits."""
+    """Of the distribution at each token in that pass, nats, to 0.001."""
 
 
 def records_of(
@@ -93,8 +93,8 @@ def records_of(
             prompt_ids=one.token_ids[:start].tolist(),
             token_ids=one.response_ids.tolist(),
             engine_logprobs=[_short(value) for value in one.logprobs[start:].tolist()],
-            trainer_logprobs=_told(outcome.logprobs, one),
-            entropies=_told(outcome.entropies, one, digits=3),
+            trainer_logprobs=_told(outcome.logprobs, one, _short),
+            entropies=_told(outcome.entropies, one, lambda nats: round(nats, 3)),
         )
 
     records = []
@@ -114,12 +114,14 @@ def records_of(
     return records + [describe(one) for one in outcome.unjudged]
 
 
-def _told(values: Mapping[int, np.ndarray], one: Trajectory, digits: int = 6) -> list[float | None]:
+def _told(
+    values: Mapping[int, np.ndarray], one: Trajectory, write: Callable[[float], float]
+) -> list[float | None]:
     """The trainer's numbers of a response's tokens; empty if it was not trained."""
     if (own := values.get(one.trajectory_id)) is None:
         return []
     tokens = own[one.prompt_length :].tolist()
-    return [None if value != value else _short(value, digits) for value in tokens]
+    return [None if value != value else write(value) for value in tokens]
 
 
 class TrajectoryFiles:
@@ -225,6 +227,6 @@ def behind_bars(text: str) -> str:
     return "\n".join(f"  | {line}" for line in visible(text).split("\n"))
 
 
-def _short(value: float, digits: int = 6) -> float:
-    """Six significant digits, as many as float32 holds, or fewer."""
-    return float(f"{value:.{digits}g}")
+def _short(value: float) -> float:
+    """Six significant digits, as many as float32 holds."""
+    return float(f"{value:.6g}")
