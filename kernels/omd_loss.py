@@ -48,8 +48,8 @@ class OmdLoss(NamedTuple):
     """float64: ∂ℓ_i / ∂ log π_θ of each counted token of the response."""
     logprobs_t: Tensor
     """float32: the policy's log-probs; 0 outside the mask."""
-    entropy: Tensor
-    """float64: the mean over the counted tokens, in nats; 0 if there are none."""
+    entropy_t: Tensor
+    """float32: the entropy of the distribution at each token, in nats; 0 outside the mask."""
     rows_computed: int
     rows_skipped: int
     """Rows outside the mask, which no GEMM reads."""
@@ -141,12 +141,14 @@ def omd_loss(
     else:
         found = _two_pass(hidden, ids.long(), head, inputs, chunk)
     loss, ratio_n, logprobs_t, entropy_t = found
-    entropy = entropy_t.double().sum() / max(1, len(ids))
     if mask is not None:
-        logprobs_t = logprobs_t.new_zeros(len(mask)).index_copy(0, kept, logprobs_t)
+        logprobs_t, entropy_t = (
+            values.new_zeros(len(mask)).index_copy(0, kept, values)
+            for values in (logprobs_t, entropy_t)
+        )
     check_finite(logprobs_t)
     return OmdLoss(
-        loss, ratio_n, inputs.coefficients(ratio_n), logprobs_t, entropy, len(ids), rows_skipped
+        loss, ratio_n, inputs.coefficients(ratio_n), logprobs_t, entropy_t, len(ids), rows_skipped
     )
 
 

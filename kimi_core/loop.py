@@ -38,6 +38,8 @@ class Outcome:
     """Responses without a verdict: not trained, and not kept."""
     logprobs: dict[int, np.ndarray] = field(default_factory=dict)
     """Trajectory id → the trainer's log-probs of its tokens, float32; NaN where not counted."""
+    entropies: dict[int, np.ndarray] = field(default_factory=dict)
+    """The same for the entropy of the trainer's distribution at each token, nats."""
 
 
 @dataclass
@@ -111,7 +113,10 @@ class Loop:
         with self.turns.timed("serve"):
             self.engine.serve(version + 1)
         self._count(groups, unjudged)
-        self.latest = Outcome(groups, unjudged, _by_trajectory(groups, trained))
+        self.latest = Outcome(groups, unjudged)
+        if trained:
+            told = (_by_trajectory(groups, one) for one in (trained.logprobs, trained.entropies))
+            self.latest = Outcome(groups, unjudged, *told)
         report = self._report(version, rollout, trained, clock.seconds())
         several = self.config.rollout.workers > 1 or self.config.cluster.listen
         by_worker = {str(number): n for number, n in rollout.tokens_by_worker.items()}
@@ -321,14 +326,10 @@ def _trained(groups: Sequence[Group]) -> list[int]:
     return [one.trajectory_id for group in groups for one in group.trajectories]
 
 
-def _by_trajectory(
-    groups: Sequence[Group], trained: TrainingMetrics | None
-) -> dict[int, np.ndarray]:
-    """Trajectory id → the trainer's log-probs."""
-    if trained is None:
-        return {}
+def _by_trajectory(groups: Sequence[Group], values: np.ndarray) -> dict[int, np.ndarray]:
+    """Trajectory id → the values of its tokens."""
     lengths = [len(one.token_ids) for group in groups for one in group.trajectories]
-    parts = np.split(trained.logprobs, np.cumsum(lengths)[:-1])
+    parts = np.split(values, np.cumsum(lengths)[:-1])
     return dict(zip(_trained(groups), parts, strict=True))
 
 

@@ -104,6 +104,7 @@ def _token_part(tokenizer: PreTrainedTokenizerFast, text: str, rng: random.Rando
         "token_ids": tokenizer(text).input_ids,
         "engine_logprobs": logprobs,
         "trainer_logprobs": [float(f"{x + rng.gauss(0, 1e-3):.6g}") for x in logprobs],
+        "entropies": [float(f"{rng.expovariate(2):.3g}") for _ in text],
     }
     return "," + json.dumps(values, separators=(",", ":"))[1:-1]
 

@@ -157,6 +157,8 @@ def test_sft_writes_a_checkpoint_that_evaluate_takes(tmp_path, monkeypatch, caps
         ("model.layers=3", "this key is now model.scratch.layers"),
         ("name=my_run/2", "write name=my_run-2"),
         ("thnik", "No config file thnik; did you mean think?"),
+        ("trainer.lr 1e-4", "trainer.lr: settings are key=value; write trainer.learning_rate=1e-4"),
+        ("think seed", "seed: settings are key=value; write seed=..."),
     ],
 )
 def test_a_mistyped_word_is_answered_with_what_to_type(words, said, capsys):
@@ -185,6 +187,8 @@ def test_config_lists_every_setting_with_its_default_and_description(capsys):
     assert "rollout" not in listed
     assert cli.main(["config", "traner"]) == 2
     assert "did you mean `kimi config trainer`" in capsys.readouterr().err
+    assert cli.main(["config", "trainer.lr"]) == 2
+    assert "did you mean `kimi config trainer.learning_rate`?" in capsys.readouterr().err
 
 
 def test_new_writes_three_files_that_run(tmp_path, monkeypatch, capsys):

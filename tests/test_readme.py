@@ -114,6 +114,17 @@ def test_an_experiment_of_ones_own_runs(tmp_path: Path, overrides: list[str]):
     assert [one.iteration for one in evaluations] == [0, 1]
 
 
+def test_the_script_of_the_readme_runs(tmp_path: Path):
+    """With a tiny model and few steps."""
+    tiny = "model={'device': 'cpu', 'scratch': {'layers': 1, 'width': 16, 'heads': 2}}"
+    few = "rollout={'prompts_per_iteration': 2, 'samples_per_prompt': 2}"
+    script = EXAMPLES["reverse.py"].replace("Config(", f"Config({tiny}, {few}, ")
+    (tmp_path / "reverse.py").write_text(script.replace("200", "2"))
+    result = run(["reverse.py"], tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Result(folder='runs/reverse', iterations=5" in result.stdout
+
+
 def test_the_reward_of_the_readme_tells_right_from_wrong(tmp_path: Path):
     from kimi_core.plugins import load_function
     from kimi_core.types import Prompt

@@ -21,7 +21,7 @@ TRAIN = """Train a reasoning model by reinforcement learning (section 2.3 of the
     kimi train                              # the config `think`: minutes on a laptop
     kimi train smollm2 seed=1               # a real pretrained model
     kimi train my.toml trainer.tau=0.1
-    kimi train --dry-run                    # what would run, and its memory
+    kimi train --dry-run                    # what would run, its memory and its time
     kimi train --resume                     # start, or continue after a crash or Ctrl-C
     kimi train --resume --from 40 trainer.learning_rate=5e-5    # go back to a kept state
 

@@ -4,10 +4,12 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from kimi_core.cli.parser import Parser, fail
 from kimi_core.config import Config
+from kimi_core.config.names import meant, settings
 from kimi_core.run.config_file import load_config
 from kimi_core.run.out_of_memory import advice, is_out_of_memory
 
@@ -51,6 +53,7 @@ def with_config(
     files = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     try:
+        _refuse_bare_settings(arguments)
         if len(files) > 1:
             raise ValueError(f"One config at a time, not {len(files)}: {', '.join(files)}")
         config = load_config(find_config(files[0] if files else default), overrides)
@@ -82,6 +85,20 @@ def with_config(
         print(said, file=sys.stderr)
         return error.status if isinstance(error, Stopped) else 130
     return 0
+
+
+def _refuse_bare_settings(words: Sequence[str]) -> None:
+    """Raise ValueError if a word is meant for a setting and has no ``=``."""
+    for word, behind in pairwise([*words, "..."]):
+        section, dot, _ = word.rpartition(".")
+        known = settings().get(word)
+        likely = [word] if known and not known.is_section else []
+        if dot and section in settings() and not known:
+            likely = meant(word)
+        if likely and "=" not in word and not Path(word).is_file():
+            value = "..." if "=" in behind else behind
+            written = " or ".join(f"{key}={value}" for key in likely)
+            raise ValueError(f"{word}: settings are key=value; write {written}")
 
 
 def find_config(name: str) -> Path:

@@ -53,7 +53,8 @@ def config(arguments: Sequence[str]) -> int:
     name: str = parser.parse_args(arguments).name
     known = settings()
     if name and name not in known:
-        near = difflib.get_close_matches(name, known, 2) or meant(name)
+        inside = name.rpartition(".")[0] in known
+        near = (inside and meant(name)) or difflib.get_close_matches(name, known, 2) or meant(name)
         likely = " or ".join(f"`kimi config {one}`" for one in near)
         sections = ", ".join(key for key, one in known.items() if one.is_section)
         way_out = f"did you mean {likely}?" if likely else f"sections are {sections}"

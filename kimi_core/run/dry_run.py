@@ -1,4 +1,4 @@
-"""``--dry-run``: the settings of a run and the memory that it would take."""
+"""``--dry-run``: the settings of a run, and the memory and the time that it would take."""
 
 import copy
 import shutil
@@ -23,7 +23,7 @@ from kimi_core.models import smollm2
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import auto_class, check_folder, context_of
 from kimi_core.models.lora import adapted_bytes, choose_trained
-from kimi_core.models.placement import device_of, dtype_of
+from kimi_core.models.placement import device_of, dtype_of, limit_threads
 from kimi_core.models.scratch import scratch_llama
 from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.tokens import PromptTokens
@@ -34,6 +34,7 @@ from kimi_core.rollout.vllm.server import CPU_CACHE_BYTES
 from kimi_core.run.build import check_settings
 from kimi_core.run.config_file import dump_toml
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
+from kimi_core.run.duration import Sizes, expected
 from kimi_core.trainer.activations import Footprint, Recompute, measure, trained_layers
 from kimi_core.trainer.master_weights import SIXTEEN_BITS
 from kimi_core.trainer.parallel import check_axes
@@ -68,10 +69,10 @@ class Memory:
 
 
 def describe(config: Config) -> str:
-    """The settings as TOML, with the memory of each part in MB as TOML comments.
+    """The settings as TOML; the memory of each part in MB, and the time, as TOML comments.
 
     No weights are loaded and nothing is fetched. If the model is not on this machine, a comment
-    says so, and the memory is left out.
+    says so, and memory and time are left out.
 
     Raises:
         ValueError: the model or the prompts do not exist or do not fit the config.
@@ -83,7 +84,8 @@ def describe(config: Config) -> str:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
         return "\n".join([dump_toml(config), *remark, ""])
     model, tokenizer = found
-    memory = estimate(config, model, tokenizer, data.prompts)
+    codec, encode = _encoders(config, model, tokenizer, data.prompts)
+    memory = _memory(config, model, encode.longest)
     parts = asdict(memory)
     parts["total"] = sum(parts.values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -92,7 +94,23 @@ def describe(config: Config) -> str:
         f"# {total:,} parameters, {trained:,} of them trained. Memory in MB:",
         *(f"#   {part.replace('_', ' '):<18}{size / 1e6:>12.1f}" for part, size in parts.items()),
     ]
-    lines += [_disk(config, memory.buffer), *_price(config)]
+    limit_threads(model, config.trainer.ranks)
+    time = expected(
+        config,
+        model.config,
+        total,
+        lambda: Sizes.of(
+            config,
+            data.train,
+            encode,
+            codec,
+            tokenizer,
+            data.examples,
+            data.held_out,
+            data.sets,
+        ),
+    )
+    lines += [_disk(config, memory.buffer), *_price(config), f"# Time: {time}."]
     return "\n".join([dump_toml(config), *lines, ""])
 
 
@@ -130,18 +148,31 @@ def estimate(
     Raises:
         ValueError: a prompt or a stop string cannot be tokenized.
     """
+    _, encode = _encoders(config, model, tokenizer, prompts)
+    return _memory(config, model, encode.longest)
+
+
+def _encoders(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+) -> tuple[Codec, PromptTokens]:
     images = load_images(model, config, prompts)
     codec = Codec(tokenizer, config.rollout.stop, model, images)
     response = config.rollout.max_response_tokens
-    prompt_tokens = PromptTokens(codec, prompts, context=context_of(model), response=response)
-    tokens, trajectories = buffer_size(prompt_tokens.longest, config.rollout)
+    return codec, PromptTokens(codec, prompts, context=context_of(model), response=response)
+
+
+def _memory(config: Config, model: PreTrainedModel, longest_prompt: int) -> Memory:
+    tokens, trajectories = buffer_size(longest_prompt, config.rollout)
     copies, passes = (
         config.trainer.replicas,
         config.trainer.ranks // config.trainer.context_parallel,
     )
     trained = 4 * copies * sum(p.numel() for p in model.parameters() if p.requires_grad)
     in_16_bits = model.dtype in SIXTEEN_BITS
-    longest = prompt_tokens.longest + response
+    longest = longest_prompt + config.rollout.max_response_tokens
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     on_cpu = device_of(config.model.device).type == "cpu"
     shares = reads_trainer(config.rollout, config.cluster) and config.trainer.ranks == 1

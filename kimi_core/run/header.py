@@ -1,17 +1,19 @@
 """What a run says of itself before it begins, and what to do with it when it has ended."""
 
+from functools import partial
 from pathlib import Path
 
 from kimi_core.config import Config
 from kimi_core.metrics import IterationMetrics, read_metrics
 from kimi_core.run.best import read_best
 from kimi_core.run.build import Parts
+from kimi_core.run.duration import Sizes, expected
 from kimi_core.run.given import GIVEN
 from kimi_core.run.report import clock
 
 
 def header(config: Config, parts: Parts, folder: Path) -> list[str]:
-    """Lines about the model, the data, where to look, and the time to go if a run goes on."""
+    """Lines about the model, the data, where to look, and the time that the run will take."""
     parameters = list(parts.model.parameters())
     total = sum(one.numel() for one in parameters)
     trained = sum(one.numel() for one in parameters if one.requires_grad)
@@ -33,7 +35,23 @@ def header(config: Config, parts: Parts, folder: Path) -> list[str]:
     left = config.iterations - len(done)
     if done and left > 0:
         lines.append(f"time     about {clock(left * _recent_s(done))} for {left} iterations")
+    elif not done:
+        sizes = partial(_sizes, config, parts)
+        lines.append(f"time     {expected(config, parts.model.config, total, sizes)}")
     return lines
+
+
+def _sizes(config: Config, parts: Parts) -> Sizes:
+    return Sizes.of(
+        config,
+        parts.train_prompts,
+        parts.loop.encode,
+        parts.codec,
+        parts.tokenizer,
+        parts.examples,
+        parts.evaluator.prompts,
+        parts.sets,
+    )
 
 
 def _recent_s(done: list[IterationMetrics]) -> float:

@@ -163,7 +163,8 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
         stop_on_signals(config.grace_s) as stop,
     ):
         identity.write_down(folder, config, parts)
-        for line in header(config, parts, folder.path):
+        sft_alone = config.model_copy(update={"iterations": 0})
+        for line in header(sft_alone, parts, folder.path):
             say(console, line)
         fine_tune(parts, config, console, folder, stop)
         _say_changes(folder, console)

@@ -67,6 +67,8 @@ class TrajectoryRecord:
     """Nats, as the engine reported them when it sampled."""
     trainer_logprobs: list[float | None] = field(default_factory=list)
     """Nats, in the training pass over the response."""
+    entropies: list[float | None] = field(default_factory=list)
+    """Of the distribution at each token in that pass, nats, to 0.001."""
 
 
 def records_of(
@@ -79,7 +81,6 @@ def records_of(
 
     def describe(one: Trajectory) -> TrajectoryRecord:
         prompt, start = prompts[one.prompt_id], one.prompt_length
-        own = outcome.logprobs.get(one.trajectory_id)
         stretches = groupby(one.policy_versions[start:].tolist())
         return TrajectoryRecord(
             iteration=iteration,
@@ -95,10 +96,8 @@ def records_of(
             prompt_ids=one.token_ids[:start].tolist(),
             token_ids=one.response_ids.tolist(),
             engine_logprobs=[_short(value) for value in one.logprobs[start:].tolist()],
-            trainer_logprobs=[
-                None if value != value else _short(value)
-                for value in ([] if own is None else own[start:].tolist())
-            ],
+            trainer_logprobs=_told(outcome.logprobs, one, _short),
+            entropies=_told(outcome.entropies, one, lambda nats: round(nats, 3)),
         )
 
     records = []
@@ -116,6 +115,16 @@ def records_of(
             )
             records.append(record)
     return records + [describe(one) for one in outcome.unjudged]
+
+
+def _told(
+    values: Mapping[int, np.ndarray], one: Trajectory, write: Callable[[float], float]
+) -> list[float | None]:
+    """The trainer's numbers of a response's tokens; empty if it was not trained."""
+    if (own := values.get(one.trajectory_id)) is None:
+        return []
+    tokens = own[one.prompt_length :].tolist()
+    return [None if value != value else write(value) for value in tokens]
 
 
 class TrajectoryFiles:
@@ -182,7 +191,7 @@ class TrajectoryFiles:
         write_atomically(self._samples / f"{iteration:06d}.txt", text)
 
 
-TOKEN_FIELDS = ("prompt_ids", "token_ids", "engine_logprobs", "trainer_logprobs")
+TOKEN_FIELDS = ("prompt_ids", "token_ids", "engine_logprobs", "trainer_logprobs", "entropies")
 """Fields that ``trajectories.tokens = false`` leaves out."""
 
 

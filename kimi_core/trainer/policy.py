@@ -121,20 +121,19 @@ class Policy(nn.Module):
         *,
         tau: float = 0.0,
         normalize: Normalize = "none",
-    ) -> Tensor | OmdLoss:
-        """Log-probs of the wanted tokens or, given ``responses``, the mirror-descent loss.
+    ) -> tuple[Tensor, Tensor] | OmdLoss:
+        """Log-probs and entropies of the wanted tokens or, given ``responses``, the loss.
 
-        ``logprobs`` and ``omd_loss`` are the same calls with one return type each. Everything that
-        reads a parameter happens in here, so a sharded policy is whole where it has to be.
+        Everything that reads a parameter happens in here: a sharded policy is whole where it must.
 
         Raises:
             FloatingPointError: a log-prob is NaN.
         """
         if self.context is not None:
             return self._shared(micro, self.context)
-        hidden, head = self._hidden(micro), self._kernel_head()
+        hidden, head, chunk = self._hidden(micro), self._kernel_head(), self.head_chunk
         if responses is None:
-            return linear_logprob(hidden, head, micro.ids_t, chunk=self.head_chunk)
+            return linear_logprob(hidden, head, micro.ids_t, return_entropy=True, chunk=chunk)
         return omd_loss(
             hidden,
             head,
@@ -144,25 +143,26 @@ class Policy(nn.Module):
             cu_seqlens=responses.cu_seqlens,
             tau=tau,
             normalize=normalize,
-            chunk=self.head_chunk,
+            chunk=chunk,
         )
 
-    def _shared(self, micro: MicroBatch, context: ContextParallel) -> Tensor:
-        """Log-probs of all wanted tokens, of which this rank computes those of its columns."""
+    def _shared(self, micro: MicroBatch, context: ContextParallel) -> tuple[Tensor, Tensor]:
+        """What ``forward`` gives; this rank computes that of its columns."""
         part, mine_t = context.cut(micro)
-        hidden, head = self._hidden(part), self._kernel_head()
+        hidden, head, chunk = self._hidden(part), self._kernel_head(), self.head_chunk
         try:
-            own = linear_logprob(hidden, head, part.ids_t, chunk=self.head_chunk)
+            own = linear_logprob(hidden, head, part.ids_t, return_entropy=True, chunk=chunk)
         except FloatingPointError:  # The other ranks wait in ``unite``, and it tells them.
-            own = torch.full_like(part.ids_t, math.nan, dtype=torch.float32)
-        return context.unite(own, mine_t, len(micro.ids_t))
+            own = (torch.full_like(part.ids_t, math.nan, dtype=torch.float32),) * 2
+        logprobs_t, entropy_t = (context.unite(one, mine_t, len(micro.ids_t)) for one in own)
+        return logprobs_t, entropy_t
 
     def logprobs(self, micro: MicroBatch) -> Tensor:
         """Log-probs of the wanted tokens, float32 ``[t]``; differentiable unless under no_grad.
 
         Raises: as ``forward``.
         """
-        return self(micro)
+        return self(micro)[0]
 
     def omd_loss(
         self, micro: MicroBatch, responses: Responses, *, tau: float, normalize: Normalize

@@ -122,4 +122,5 @@ class PhaseOutcome:
     recomputed: bool
     entropy: float
     met: list[np.ndarray]
-    """The log-probs of each share's tokens, float32; NaN for a token that does not count."""
+    """Log-probs and entropies of each share's tokens, float32 ``[2, T]``; NaN for a token that does
+    not count."""

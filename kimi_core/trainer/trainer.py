@@ -65,6 +65,8 @@ class TrainingMetrics:
     logprobs: np.ndarray
     """The trainer's log-prob of each token in the pass that trained it, float32 ``[T]``; NaN for a
     token that does not count. The second update's passes come after the first update."""
+    entropies: np.ndarray
+    """Entropy of the distribution at each token in that pass, nats, as ``logprobs``."""
 
 
 class Trainer:
@@ -147,9 +149,9 @@ class Trainer:
         shares = shares_of(batch, updates, self.ranks.data_parallel)
         rate = self._config.learning_rate * share_of_peak
         phase = self._train(self.ranks.each(shares), policy_version, rate)
-        met = np.full(len(batch.tokens.token_ids), np.nan, np.float32)
-        for share, logprobs in zip(shares, phase.met, strict=False):
-            met[share.tokens] = logprobs
+        met = np.full((2, len(batch.tokens.token_ids)), np.nan, np.float32)
+        for share, mine in zip(shares, phase.met, strict=False):
+            met[:, share.tokens] = mine
         ages, counted = ages_and_counted(batch.tokens, policy_version, self._config.max_staleness)
         return TrainingMetrics(
             loss=float(np.mean(phase.losses)),
@@ -161,7 +163,8 @@ class Trainer:
             tokens_stale_share=float((ages[counted] > 0).mean()) if counted.any() else 0.0,
             max_staleness=int(ages[counted].max(initial=0)),
             entropy=phase.entropy,
-            logprobs=met,
+            logprobs=met[0],
+            entropies=met[1],
         )
 
     @on_all_ranks
@@ -173,14 +176,14 @@ class Trainer:
         tokens = share.batch.tokens
         ages, counted = ages_and_counted(tokens, policy_version, self._config.max_staleness)
         fresh = (ages == 0) & counted
-        reference, met = tokens.logprobs, np.full(len(tokens.token_ids), np.nan, np.float32)
+        reference, met = tokens.logprobs, np.full((2, len(tokens.token_ids)), np.nan, np.float32)
         losses, norms, gap = [], [], Gap()
         recomputed = False
         for number, (which, size) in enumerate(zip(share.updates, share.sizes, strict=True)):
             loss = self._accumulate(share.batch, counted, reference, which, size, met)
             if number == 0:
                 limit = self._config.logprob_gap_limit
-                gap = Gap.of(met[fresh], reference[fresh], limit, self.ranks)
+                gap = Gap.of(met[0, fresh], reference[fresh], limit, self.ranks)
                 recomputed = self._check_gap(gap.mean)
                 if recomputed:
                     weights.drop_gradients()
@@ -251,10 +254,7 @@ class Trainer:
 
     @on_all_ranks
     def rest(self) -> None:
-        """Free the device memory that only training needs, until the next ``train``.
-
-        Between phases no optimizer exists, so this returns gradients and cached blocks.
-        """
+        """Free gradients and cached blocks, which only the next ``train`` needs."""
         self._master_weights().drop_gradients()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -292,7 +292,7 @@ class Trainer:
     ) -> float:
         """Add the gradient of an update's mean loss, and return the loss.
 
-        Writes the log-probs of this rank's counted tokens into ``met``.
+        Writes log-probs and entropies of this rank's counted tokens into ``met``, ``[2, T]``.
 
         Args:
             which: the update's responses on this rank.
@@ -301,13 +301,13 @@ class Trainer:
         total = 0.0
         assert self._weights is not None
         for micro in self._micro_batches(batch.tokens, counted, which):
-            loss, logprobs_t, fault = None, None, ""
+            loss, met_2t, fault = None, None, ""
             try:
                 if micro is None:
                     loss = self.policy.nothing()
                 else:
                     self.recompute.fit(micro.ids_rl.numel())
-                    mean, logprobs_t, count = self._loss(micro, batch, reference)
+                    mean, met_2t, count = self._loss(micro, batch, reference)
                     loss = mean * (count / size)
             except FloatingPointError as error:
                 fault = str(error)
@@ -317,8 +317,8 @@ class Trainer:
             (loss * self.policy.averaged_over).backward()
             self._weights.add_gradients()
             total += float(loss.detach())
-            if micro and logprobs_t is not None:
-                met[micro.source_t.cpu().numpy()] = logprobs_t.detach().cpu().numpy()
+            if micro and met_2t is not None:
+                met[:, micro.source_t.cpu().numpy()] = met_2t.cpu().numpy()
         return float(self.ranks.data_sum(total))
 
     def _micro_batches(
@@ -342,21 +342,21 @@ class Trainer:
     def _loss(
         self, micro: MicroBatch, batch: TrainingBatch, reference: np.ndarray
     ) -> tuple[Tensor, Tensor, int]:
-        """Mean loss over a micro-batch's responses, its log-probs, and its number of responses."""
+        """Mean loss of a micro-batch, its log-probs and entropies, its number of responses."""
         responses = Responses.of(batch, reference, micro)
         count, objective = len(responses.advantages_n), self._objective
         is_omd = isinstance(objective, partial) and objective.func is omd
         if isinstance(objective, partial) and is_omd and self.policy.context is None:
             fused = self.policy.omd_loss(micro, responses, **objective.keywords)
-            return fused.loss, fused.logprobs_t, count
-        logprobs_t = self.policy.logprobs(micro)
+            return fused.loss, torch.stack([fused.logprobs_t, fused.entropy_t]), count
+        logprobs_t, entropy_t = self.policy(micro)
         losses_n = objective(logprobs_t, responses)
         if losses_n.shape != (count,):
             raise ValueError(
                 f"trainer.objective = {self._config.objective!r} returned a tensor of shape "
                 f"{tuple(losses_n.shape)}; it must return one loss per response, shape ({count},)"
             )
-        return losses_n.mean(), logprobs_t, count
+        return losses_n.mean(), torch.stack([logprobs_t, entropy_t]).detach(), count
 
     def _check_gap(self, mean: float) -> bool:
         """Whether the reference has to be recomputed."""

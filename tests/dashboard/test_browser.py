@@ -101,10 +101,11 @@ def test_the_way_from_all_runs_down_to_a_token_and_back_by_keys(page, served):
     page.keyboard.press("j")
     page.keyboard.press("Enter")
     page.wait_for_selector("h1:text('Response')")
-    page.keyboard.press("3")
+    page.keyboard.press("4")
     assert "?colour=version" in page.url
     page.keyboard.press("ArrowRight")
-    assert "token" in page.inner_text(".tip") and "version" in page.inner_text(".tip")
+    for number in ("token", "entropy", "version"):
+        assert number in page.inner_text(".tip")
     for expected in ("Group", "Iteration 2"):
         page.keyboard.press("u")
         page.wait_for_selector(f"h1:text('{expected}')")
@@ -162,6 +163,10 @@ def test_tokens_have_the_class_of_their_numbers(page, served):
     gaps = [abs(a - b) for a, b in pairs]
     assert classes == [f"t m{sum(gap >= edge for edge in edges)}" for gap in gaps]
     page.keyboard.press("3")
+    classes = page.eval_on_selector_all(".tokens .t", "all => all.map((one) => one.className)")
+    edges = [0.05, 0.2, 0.5, 1, 2, 3, 5]
+    assert classes == [f"t q{sum(one >= edge for edge in edges)}" for one in record["entropies"]]
+    page.keyboard.press("4")
     classes = page.eval_on_selector_all(".tokens .t", "all => all.map((one) => one.className)")
     assert classes == [f"t v{v % 8}" for v, count in record["versions"] for _ in range(count)]
     text = page.eval_on_selector(".tokens", "one => one.textContent")

@@ -126,7 +126,9 @@ def test_responses_end_with_every_end_token_and_stop_string(work):
         assert not any(end in record.response for end in ("a", "1", "<|im_end|>", "</s>"))
         ended = last in ends or any(stop in tokenizer.decode([last]) for stop in "a1")
         assert (record.end_reason == "stop") == ended
-        assert len(record.engine_logprobs) == len(record.token_ids) == len(record.trainer_logprobs)
+        tokens = len(record.token_ids)
+        assert len(record.engine_logprobs) == tokens == len(record.trainer_logprobs)
+        assert len(record.entropies) == tokens and min(record.entropies) > 0
         reasons.add(record.end_reason)
         versions.add(len(record.versions))
     assert reasons == {"stop", "length"}

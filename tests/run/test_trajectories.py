@@ -54,7 +54,8 @@ def records() -> list[TrajectoryRecord]:
         ended_rewards=np.array([0.75, 0.5]),
     )
     own = np.array([math.nan, math.nan, math.nan, -0.2, math.nan, -1 / 3], np.float32)
-    outcome = Outcome([group], [trajectory(12)], {11: own})
+    entropies = np.array([math.nan, math.nan, math.nan, 0.25, math.nan, 2 / 3], np.float32)
+    outcome = Outcome([group], [trajectory(12)], {11: own}, {11: entropies})
     return records_of(outcome, 6, {7: PROMPT}, lambda ids: "".join(map(str, ids.tolist())))
 
 
@@ -79,6 +80,7 @@ def test_a_record_has_everything_known_of_a_response(records):
         token_ids=[9, 7, 1],
         engine_logprobs=[-0.1, -0.7, -0.333333],
         trainer_logprobs=[-0.2, None, -0.333333],
+        entropies=[0.25, None, 0.667],
     )
     assert unjudged == replace(
         trained,
@@ -89,6 +91,7 @@ def test_a_record_has_everything_known_of_a_response(records):
         reward=None,
         advantage=None,
         trainer_logprobs=[],
+        entropies=[],
     )
 
 

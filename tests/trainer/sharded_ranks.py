@@ -232,6 +232,7 @@ def gradients(case: Case, ranks: Ranks | None = None) -> dict:
         "gap": metrics.logprob_gap_mean,
         "recomputed": metrics.reference_recomputed,
         "logprobs": np.nan_to_num(metrics.logprobs, nan=7.0).tolist(),
+        "entropies": np.nan_to_num(metrics.entropies, nan=7.0).tolist(),
         "fingerprint": trainer.fingerprint(),
     }
 

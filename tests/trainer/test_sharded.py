@@ -78,7 +78,8 @@ def test_ranks_give_the_gradients_of_one_process(found, name):
         assert rank["fingerprint"] == one["fingerprint"]
         assert rank["recomputed"] == one["recomputed"] == (case.age == 0)
         assert all(rank["moved"].values()), rank["moved"]
-    assert first["logprobs"] == pytest.approx(one["logprobs"], rel=close, abs=close)
+    for values in ("logprobs", "entropies"):
+        assert first[values] == pytest.approx(one[values], rel=close, abs=close)
 
 
 def test_sft_has_the_losses_of_one_process_and_goes_on_with_other_ranks(found, folder):

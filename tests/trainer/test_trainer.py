@@ -1,6 +1,7 @@
 """What one training phase does to the weights, without an engine: log-probs come from the model."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -481,11 +482,27 @@ def test_an_objective_of_ones_own_that_gives_one_number_is_refused(tmp_path):
         train(trainer_of(model, objective=f"{file}:mine"), data_of(model))
 
 
-def test_the_trainer_reports_the_log_probs_that_it_met():
+def entropies_of(model, batch: Batch) -> np.ndarray:
+    """Of the model's distribution at each token at temperature 0.8, by its own logits."""
+    found = []
+    for start, end in itertools.pairwise(batch.cu_seqlens.tolist()):
+        ids = torch.from_numpy(batch.token_ids[start:end]).long()[None]
+        with torch.no_grad():
+            logits_tv = model(ids).logits[0, :-1].double() / 0.8
+        entropy_t = torch.distributions.Categorical(logits=logits_tv).entropy()
+        found += [math.nan, *entropy_t.tolist()]
+    return np.array(found)
+
+
+@pytest.mark.parametrize("objective", ["omd", "grpo"])
+def test_the_trainer_reports_the_log_probs_and_entropies_that_it_met(objective):
     model = llama()
     data = data_of(model, shift=0.01)
-    metrics = train(trainer_of(model), data)
+    entropies = entropies_of(model, data.tokens)
+    metrics = train(trainer_of(model, objective=objective), data)
     sampled = data.tokens.mask > 0
+    np.testing.assert_allclose(metrics.entropies[sampled], entropies[sampled], rtol=1e-5)
+    assert np.isnan(metrics.entropies[~sampled]).all()
     np.testing.assert_allclose(
         metrics.logprobs[sampled], data.tokens.logprobs[sampled] - 0.01, atol=1e-5
     )

@@ -19,7 +19,7 @@ const KEYS = [
   ["[ ]", "previous, next iteration, group or response"],
   ["u", "up: response, group, iteration, run"],
   ["r c i b p", "runs, curves, iterations, buffer, prompts"],
-  ["1 … 4", "what colours the tokens"],
+  ["1 … 5", "what colours the tokens"],
   ["← →", "previous, next token"],
   ["/", "search"],
   ["d", "dark or light"],

@@ -42,6 +42,11 @@ export const MODES = {
     classes: (record) => gaps(record).map((gap) => (gap == null ? "missing" : `m${step(MISMATCH, Math.abs(gap))}`)),
     legend: () => [...legendOf("m", MISMATCH), ["missing", "not counted"]],
   },
+  entropy: {
+    name: "entropy", title: "entropy of the trainer's distribution at the token, nats: how open the choice was",
+    classes: (record) => (record.token_ids ?? []).map((_, at) => (record.entropies?.[at] == null ? "missing" : `q${step(SURPRISE, record.entropies[at])}`)),
+    legend: () => [...legendOf("q", SURPRISE), ["missing", "not recorded"]],
+  },
   version: {
     name: "version", title: "policy version that sampled the token",
     classes: (record) => versionsOf(record).map((version) => `v${version % 8}`),

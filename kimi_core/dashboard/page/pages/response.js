@@ -49,9 +49,11 @@ function about(record, iteration, inBuffer) {
 function side(record, inBuffer) {
   const total = record.versions.reduce((sum, [, count]) => sum + count, 0);
   const differences = gaps(record).filter((gap) => gap != null).map(Math.abs);
-  const logprobs = record.engine_logprobs ?? [];
+  const logprobs = record.engine_logprobs ?? [], entropies = (record.entropies ?? []).filter((one) => one != null);
+  const mean = (all) => (all.length ? fixed(all.reduce((a, b) => a + b, 0) / all.length) : "not recorded");
   const facts = [
-    ["mean log-prob", logprobs.length ? fixed(logprobs.reduce((a, b) => a + b, 0) / logprobs.length) : "not recorded"],
+    ["mean log-prob", mean(logprobs)],
+    ["mean entropy", mean(entropies)],
     ["mismatch, mean", differences.length ? number(differences.reduce((a, b) => a + b, 0) / differences.length, 2) : "–"],
     ["mismatch, most", differences.length ? number(differences.reduce((a, b) => Math.max(a, b), 0), 2) : "–"],
   ];
@@ -139,12 +141,13 @@ function chooser(record, mode, choose) {
 }
 
 function numbersOf(record, at, text) {
-  const engine = record.engine_logprobs?.[at], trainer = record.trainer_logprobs?.[at];
+  const engine = record.engine_logprobs?.[at], trainer = record.trainer_logprobs?.[at], entropy = record.entropies?.[at];
   const lines = [
     ["token", `${at + 1} of ${record.token_ids.length}, id ${record.token_ids[at]}`],
     ["engine", engine == null ? "–" : `${engine.toFixed(4)} nats, p ${number(Math.exp(engine), 3)}`],
     ["trainer", trainer == null ? "not counted" : `${trainer.toFixed(4)} nats`],
     ["difference", trainer == null ? "–" : number(trainer - engine, 3)],
+    ["entropy", entropy == null ? "not recorded" : `${number(entropy, 3)} nats, as of ${number(Math.exp(entropy), 3)} equal choices`],
     ["version", String(versionsOf(record)[at])],
   ];
   return [h("code", {}, shown(JSON.stringify(text))), h("dl", { class: "facts" }, lines.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]))];
