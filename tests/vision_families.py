@@ -268,10 +268,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Made | Cut]] = {
 """Name → model type, settings, processor."""
 
 
-def built(name: str):
+def built(name: str, **more: int):
+    """The model and an empty table of images; ``more`` goes into its config."""
     kind, settings, processor = FAMILIES[name]
     known = {"image_token_id": IMAGE, "image_token_index": IMAGE, "tie_word_embeddings": False}
-    config = AutoConfig.for_model(kind, **settings, **known)
+    config = AutoConfig.for_model(kind, **settings, **known, **more)
     config.image_token_id = IMAGE
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).float().eval()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from kimi_core.config import Config
 from kimi_core.models import scratch
+from kimi_core.models.inputs import has_mrope
 from kimi_core.models.vision import (
     PLACE,
     STANDARDISED,
@@ -50,7 +51,54 @@ def _processor(name: str, model: PreTrainedModel) -> Processor:
         return Standardised(scratch.IMAGE_SIZE, scratch.PLACES)
     if (settings := Path(name) / STANDARDISED).is_file():
         return Standardised(**json.loads(settings.read_text()))
-    return Pretrained(name, model)
+    return InPatches(name, model) if has_mrope(model) else Pretrained(name, model)
+
+
+AROUND = (
+    ("vision_start_token_id", "vision_end_token_id"),
+    ("image_start_token_id", "image_end_token_id"),
+)
+"""Names in a config of the tokens that a chat template writes around an image."""
+
+
+class InPatches:
+    """The image processor of a model with M-RoPE, which says how many patches an image has.
+
+    The model's whole processor would bring one of videos, which needs torchvision.
+
+    Raises:
+        ValueError: there is none, or it needs a package that is missing.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel) -> None:
+        from transformers import AutoImageProcessor  # Loads Pillow.
+
+        try:
+            self._processor: Any = AutoImageProcessor.from_pretrained(name)
+        except (OSError, ValueError, ImportError) as error:
+            raise _unloadable(name, error) from error
+        config: Any = model.config
+        self._merged: int = config.vision_config.spatial_merge_size**2
+        found: list[Any] = [[getattr(config, one, None) for one in pair] for pair in AROUND]
+        self._around: list[int] = next((pair for pair in found if None not in pair), [])
+
+    def __call__(self, picture: Any) -> tuple[list[int], Pixels]:
+        pixels = dict(self._processor(images=[picture], return_tensors="pt"))
+        places = int(pixels["image_grid_thw"].prod()) // self._merged
+        return [*self._around[:1], *[PLACE] * places, *self._around[1:]], pixels
+
+    def settings(self) -> str:
+        return f"{self._around} {self._processor.to_json_string()}"
+
+    def save(self, folder: Path) -> None:
+        self._processor.save_pretrained(folder)
+
+
+def _unloadable(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"Cannot load the image processor of {name}: {error}\nA vision-language model's "
+        "folder holds preprocessor_config.json or processor_config.json"
+    )
 
 
 class Pretrained:
@@ -66,20 +114,13 @@ class Pretrained:
         try:
             self._processor: Any = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(
-                f"Cannot load the image processor of {name}: {error}\nA vision-language model's "
-                "folder holds preprocessor_config.json or processor_config.json"
-            ) from error
+            raise _unloadable(name, error) from error
         if not hasattr(self._processor, "image_token"):
             raise ValueError(
                 f"The processor of {name} is {type(self._processor).__name__}, which names no "
                 "image token; take a model whose processor puts images into text"
             )
         self._place: int = model.config.image_token_id
-        # Chat templates of Qwen-VL write these around an image; its processor does not.
-        around = [getattr(model.config, f"vision_{end}_token_id", None) for end in ("start", "end")]
-        known = [int(one) for one in around if one is not None]
-        self._around = known if len(known) == len(around) else []
         self._name = Path(name).name
 
     def __call__(self, picture: Any) -> tuple[list[int], Pixels]:
@@ -91,8 +132,7 @@ class Pretrained:
         )
         ids = made["input_ids"][0].tolist()
         pixels = {name: value for name, value in made.items() if name not in NOT_PIXELS}
-        ids = [PLACE if one == self._place else one for one in ids]
-        return ([*self._around[:1], *ids, *self._around[1:]], pixels)
+        return [PLACE if one == self._place else one for one in ids], pixels
 
     def settings(self) -> str:
         return str(self._processor.image_processor.to_json_string())

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import vision_families
 import vision_testing
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY
+from transformers import Qwen2VLImageProcessorPil
 
 from kimi_core.metrics import read_metrics
+from kimi_core.models import scratch
 from kimi_core.models.vision_load import load_images
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
@@ -97,6 +100,33 @@ class TestRun:
         model, _ = vision_testing.tiny()
         with pytest.raises(ValueError, match=r"reads images, which rollout\.engine"):
             load_images(model, config(setting))
+
+
+def test_a_model_with_m_rope_and_deepstack_trains_and_its_checkpoint_goes_on(folder):
+    model, _ = vision_families.built("Qwen3-VL", vision_start_token_id=61, vision_end_token_id=62)
+    model.save_pretrained("qwen")
+    scratch.character_tokenizer(vision_testing.ALPHABET).save_pretrained("qwen")
+    sizes = {"patch_size": 8, "merge_size": 2, "min_pixels": 16 * 16, "max_pixels": 48 * 48}
+    Qwen2VLImageProcessorPil(**sizes).save_pretrained("qwen")
+    reward = "def reward(prompt, response):\n    return float(sum(map(ord, response)) % 2)\n"
+    Path("reward.py").write_text(reward)
+    settings = ["model.name=qwen", "sft.data=none", "reward.function=reward.py:reward"]
+    run = train(config(*settings, "iterations=3", "trainer.learning_rate=1e-3"))
+    iterations, _ = read_metrics(run / "metrics.jsonl")
+    assert 0 < np.nanmax([one.logprob_gap_mean for one in iterations]) < 1e-5
+    assert sum(one.trajectories_unfinished for one in iterations) > 0
+    before, after = (
+        load_file(at / "model.safetensors") for at in (folder / "qwen", run / "checkpoint")
+    )
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert any("visual.patch_embed" in name for name in moved)
+    assert any("deepstack" in name for name in moved)
+    lines = "".join(path.read_text() for path in (run / "trajectories").iterdir()).splitlines()
+    ids = next(one["prompt_ids"] for one in map(json.loads, lines) if one["images"])
+    # 40 x 24 pixels become 32 x 32, cut into 4 x 4 patches, of which 2 x 2 make a place.
+    assert ids[:6] == [61, *[ids[1]] * 4, 62] and ids[1] < 0
+    more = config(*settings, "name=more", f"model.name={run / 'checkpoint'}")
+    assert read_metrics(train(more) / "metrics.jsonl")[0]
 
 
 @pytest.fixture
