@@ -4,13 +4,13 @@
     python benches/compare_lm_eval.py                  # 5 minutes on a CPU
     python benches/compare_lm_eval.py --model FOLDER --limit 10
 
-Both sides answer greedily, through the model's chat template and in float32, at most 200 tokens:
+Both sides answer greedily, through the model's chat template and in float32, at most 160 tokens:
 `kimi evaluate --benchmark gsm8k` and `mmlu`, and `lm_eval` with our request as its task's text. The
-harness then extracts and compares answers in its own way, with the filters `flexible-extract` of
-its tasks `gsm8k_cot` and `gpqa_main_cot_zeroshot`.
+harness then extracts and compares answers in its own way, with the filter `flexible-extract` of its
+tasks `gsm8k_cot` and `gpqa_main_cot_zeroshot`, and `custom-extract` of `mmlu_pro`.
 
-* 60 word problems in the format of GSM8K: the 8 of the harness's `gsm8k_cot`, and 52 made here.
-* One question of each of MMLU's 57 subjects: worked examples of the harness's
+* 50 word problems in the format of GSM8K: the 8 of the harness's `gsm8k_cot`, and 42 made here.
+* A question of each of 50 of MMLU's subjects: worked examples of the harness's
   `mmlu_flan_cot_fewshot`, as `mmlu` has them.
 
 A third task is what the harness does for MMLU by default: the log-likelihoods of the letters A to
@@ -18,6 +18,7 @@ D, where nothing is generated. We have no such evaluation; it shows how far the 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -43,9 +44,10 @@ from kimi_core.run.config_file import load_config
 from kimi_core.types import Prompt
 
 VERSION = "0.4.13"
-TOKENS = 200
-ROWS = 16
-MADE = 52
+TOKENS = 160
+ROWS = 25
+ITEMS = 50
+MADE = 42
 LONGEST = 600
 """Characters of a question of MMLU, options included."""
 
@@ -187,6 +189,7 @@ def tasks_of(folder: Path) -> list[Line]:
     last["regex_pattern"] = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
     letter = {"function": "multi_choice_regex", "group_select": -1, "ignore_case": True}
     letter |= {"ignore_punctuation": True, "regex_pattern": r"(\([A-Z]\))"}
+    answer_is = {"function": "regex", "regex_pattern": r"answer is \(?([ABCDEFGHIJ])\)?"}
     generate: Line = {"output_type": "generate_until"}
     return [
         task(
@@ -194,7 +197,7 @@ def tasks_of(folder: Path) -> list[Line]:
             folder / "gsm8k-asked.jsonl",
             **generate,
             doc_to_target="{{answer}}",
-            filter_list=[{"name": "flexible", "filter": [last, {"function": "take_first"}]}],
+            filter_list=_filters({"flexible-extract": last}),
             metric_list=[
                 exact
                 | {
@@ -209,7 +212,7 @@ def tasks_of(folder: Path) -> list[Line]:
             folder / "mmlu-asked.jsonl",
             **generate,
             doc_to_target="({{letter}})",
-            filter_list=[{"name": "flexible", "filter": [letter, {"function": "take_first"}]}],
+            filter_list=_filters({"flexible-extract": letter, "custom-extract": answer_is}),
             metric_list=[exact | {"ignore_case": True, "ignore_punctuation": True}],
         ),
         task(
@@ -225,30 +228,45 @@ def tasks_of(folder: Path) -> list[Line]:
     ]
 
 
+def _filters(extractions: dict[str, Line]) -> list[Line]:
+    first = {"function": "take_first"}
+    return [{"name": name, "filter": [one, first]} for name, one in extractions.items()]
+
+
 def theirs(model: str, folder: Path) -> dict[str, list[Line]]:
-    """What the harness logs of each item, by task, in the order of the items."""
+    """What the harness logs of each item, by task, in the order of the items. It is kept."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    (folder / "tasks").mkdir(exist_ok=True)
+    found = {}
+    for one in tasks_of(folder):
+        data = Path(one["dataset_kwargs"]["data_files"]["test"]).read_bytes()
+        asked = {"model": model, "lm_eval": VERSION, "task": one}
+        asked["sha256"] = hashlib.sha256(data).hexdigest()
+        kept = folder / f"{one['task']}.json"
+        before = json.loads(kept.read_text()) if kept.exists() else {}
+        if before.get("asked") != asked:
+            before = {"asked": asked, "samples": _evaluated(model, one, folder / "tasks")}
+            kept.write_text(json.dumps(before, default=str))
+        found[one["task"]] = sorted(before["samples"], key=lambda one: one["doc_id"])
+    return found
+
+
+def _evaluated(model: str, config: Line, folder: Path) -> list[Line]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    made = folder / "tasks"
-    made.mkdir(exist_ok=True)
-    configs = tasks_of(folder)
-    for one in configs:  # JSON is YAML.
-        (made / f"{one['task']}.yaml").write_text(json.dumps(one, indent=1))
+    (folder / f"{config['task']}.yaml").write_text(json.dumps(config, indent=1))  # JSON is YAML.
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": model, "dtype": "float32"},
-        tasks=[one["task"] for one in configs],
-        task_manager=TaskManager(include_path=str(made), include_defaults=False),
+        tasks=[config["task"]],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
         batch_size=ROWS,
         device="cpu",
         apply_chat_template=True,
         bootstrap_iters=0,
     )
-    return {
-        name: sorted(some, key=lambda one: one["doc_id"]) for name, some in found["samples"].items()
-    }
+    return found["samples"][config["task"]]
 
 
 def judged(sample: Line) -> Judged:
@@ -260,7 +278,9 @@ def judged(sample: Line) -> Judged:
     )
 
 
-def report(config: Config, benchmark: str, file: Path, pairs: list[tuple[Judged, Judged]]) -> str:
+def report(
+    config: Config, benchmark: str, name: str, file: Path, pairs: list[tuple[Judged, Judged]]
+) -> str:
     """A table row, and each item that the two sides judge or answer in another way."""
     prompts = load_benchmark(benchmark, [file])
     reward = reward_of(benchmark, config.reward)
@@ -272,7 +292,7 @@ def report(config: Config, benchmark: str, file: Path, pairs: list[tuple[Judged,
         sum(other.right for _, other in pairs),
         sum(one.right == other.right for one, other in pairs),
     ]
-    lines = ["| " + " | ".join([benchmark, *map(str, counts)]) + " |", ""]
+    lines = ["| " + " | ".join([f"{benchmark}, {name}", *map(str, counts)]) + " |", ""]
     for number, (prompt, (one, other)) in enumerate(zip(prompts, pairs, strict=True)):
         same = one.text.strip() == other.text.strip()
         if one.right == other.right and same:
@@ -302,7 +322,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="smollm2-135m", help="as model.name (smollm2-135m)")
     parser.add_argument("--out", type=Path, default=Path("runs/lm-eval"), help="folder of results")
-    parser.add_argument("--limit", type=int, help="items of each kind (all)")
+    parser.add_argument("--limit", type=int, default=ITEMS, help=f"items of each kind ({ITEMS})")
     given = parser.parse_args()
     folder = given.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -324,9 +344,12 @@ def main() -> None:
     print(f"lm_eval {VERSION}, {given.model}\n")
     print("| items | number | same request | same text | right, ours | right, harness | same |")
     print("|---" * 7 + "|")
-    for name, some in mine.items():
-        pairs = list(zip(some, map(judged, found[f"{name}_same"]), strict=True))
-        print(report(config, name, files[name], pairs), end="\n\n")
+    for benchmark, answered in mine.items():
+        samples = found[f"{benchmark}_same"]
+        for name in dict.fromkeys(one["filter"] for one in samples):
+            filtered = [judged(one) for one in samples if one["filter"] == name]
+            pairs = list(zip(answered, filtered, strict=True))
+            print(report(config, benchmark, name, files[benchmark], pairs), end="\n\n")
     right = [one["acc"] == 1.0 for one in found["mmlu_loglikelihood"]]
     both = sum(a == b.right for a, b in zip(right, mine["mmlu"], strict=True))
     print(f"log-likelihoods of the letters: {sum(right)} right, {both} of {len(right)} as ours")

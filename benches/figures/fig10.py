@@ -52,11 +52,10 @@ START_SEED = 0
 
 def run(runs: Runs, figures: Path) -> str:
     """Search, train, plot and return the table."""
-    tried = {
-        (method, label): _accuracy(_make(runs, method, label, SEARCH_SEED))
-        for method, labels in METHODS.items()
-        for label in labels
-    }
+    start(runs, START_SEED)  # Before runs side by side need it.
+    settings = [(method, label) for method, labels in METHODS.items() for label in labels]
+    ends = runs.map(lambda one: _accuracy(_make(runs, *one, SEARCH_SEED)), settings)
+    tried = dict(zip(settings, ends, strict=True))
     used = {m: max(labels, key=lambda one: tried[m, one]) for m, labels in METHODS.items()}
     found = {
         method: runs.each(lambda seed, m=method: _make(runs, m, used[m], seed)) for method in used
