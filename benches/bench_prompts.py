@@ -110,7 +110,7 @@ def start(folder: Path) -> None:
     parts = build(config)
     took["build"] = time.process_time() - began
     began = time.process_time()
-    say_overlaps(parts, config, Console(stderr=True))
+    say_overlaps(parts, Console(stderr=True))
     took["overlaps"] = time.process_time() - began
     began = time.process_time()
     with tempfile.TemporaryDirectory() as run:
@@ -128,8 +128,9 @@ def start(folder: Path) -> None:
 def share(parts: Parts, folder: Path) -> float:
     """CPU seconds that an iteration spends on the prompts; the median of nine."""
     loop = parts.loop
+    ids = parts.train_prompts.facts.ids  # type: ignore[attr-defined]
     for row in range(DRAWN * ITERATIONS):
-        loop.curriculum.record(parts.train_prompts.facts.ids[row], 0.5)
+        loop.curriculum.record(ids[row], 0.5)
     seconds = []
     for iteration in range(9):
         began = time.process_time()

@@ -55,7 +55,7 @@ def cpu_s(pids: list[int]) -> float:
 
 def used(fleet: Fleet, requests: list[Request]) -> tuple[float, int]:
     """CPU seconds of both workers over one call, and its tokens."""
-    pids = [worker.pid for worker in fleet._workers]
+    pids = [worker.pid for worker in fleet._workers]  # type: ignore[attr-defined]
     before = cpu_s(pids)
     tokens = sum(len(one.token_ids) for one in fleet.generate(requests, SAMPLING))
     return cpu_s(pids) - before, tokens

@@ -254,4 +254,4 @@ def _arrays(work: Work) -> tuple[np.ndarray, ...]:
 
 def _batch(columns: list[list[np.ndarray]]) -> Batch:
     cu_seqlens = np.cumsum([0, *map(len, columns[0])], dtype=np.int32)
-    return Batch(*(np.concatenate(column) for column in columns), cu_seqlens)
+    return Batch(*(np.concatenate(column) for column in columns), cu_seqlens)  # type: ignore[call-arg]

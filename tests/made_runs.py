@@ -23,6 +23,7 @@ def make_run(
     samples: int = 3,
     tokens: int = 20,
     texts: Sequence[str] = (),
+    images: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
     """A run folder with ``iterations`` × ``groups`` × ``samples`` responses of ``tokens`` tokens.
@@ -30,6 +31,7 @@ def make_run(
     Args:
         texts: the responses' texts, one for each; default: random letters. Those that are very long
             or not valid Unicode have no tokens.
+        images: what every record names as the images of its prompt.
     """
     path.mkdir(parents=True)
     rng = random.Random(seed)
@@ -46,7 +48,7 @@ def make_run(
     ends = [(text, _token_part(tokenizer, text, rng)) for text in texts or made]
     with (path / "prompts.jsonl").open("w") as prompts:
         for n in range(1, iterations + 1):
-            _write_iteration(path, n, (groups, samples), ends, rng)
+            _write_iteration(path, n, (groups, samples), ends, list(images), rng)
             for group in range(groups):
                 prompts.write(json.dumps(_prompt_line(n, group, samples, rng)) + "\n")
     return path
@@ -57,6 +59,7 @@ def _write_iteration(
     iteration: int,
     shape: tuple[int, int],
     ends: list[tuple[str, str]],
+    images: list[str],
     rng: random.Random,
 ) -> None:
     groups, samples = shape
@@ -74,6 +77,7 @@ def _write_iteration(
                 prompt=f"What is {row // samples} + {iteration}?",
                 answer=str(row // samples + iteration),
                 response=text,
+                images=images,
                 end_reason="stop",
                 versions=[(iteration - 2, old)] * bool(old) + [(iteration - 1, len(text) - old)],
                 correctness=right,

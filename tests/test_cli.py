@@ -132,7 +132,8 @@ def test_sft_writes_a_checkpoint_that_evaluate_takes(tmp_path, monkeypatch, caps
     assert "checkpoint: runs/warm/checkpoint" in capsys.readouterr().out
     model = ["model.name=runs/warm/checkpoint", "prompts.held_out=8"]
     assert cli.main(["evaluate", *model, "--limit", "4", "seed=1"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 4
+    found = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=pytest.fail)
+    assert found["n"] == 4 and found["same_answer"] is None
 
 
 @pytest.mark.parametrize(

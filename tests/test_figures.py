@@ -2,8 +2,10 @@
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,3 +199,11 @@ def test_rest_without_a_right_answer_says_so(tmp_path, monkeypatch):
     config = load_config("tiny.toml", [f"model.name={model}"])
     with pytest.raises(SystemExit, match="none of 16 answers is right"):
         fig10_rest.right_answers(config, 1, tmp_path)
+
+
+def test_every_bench_is_collected():
+    """A bench that fails at import stops all of ``pytest benches/``."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", "-n0", "-q", "--collect-only", "benches"]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stdout[-2000:]

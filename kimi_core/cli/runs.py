@@ -5,7 +5,6 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 from kimi_core.cli.help import EVALUATE, LONG2SHORT, PUSH, REPLAY, SFT, TRAIN, WORKER
@@ -13,6 +12,7 @@ from kimi_core.cli.parser import fail
 from kimi_core.cli.settings import config_parser, may_accept_changes, parser_of, with_config
 from kimi_core.config import Config
 from kimi_core.long2short import METHODS
+from kimi_core.metrics import to_record
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -91,7 +91,8 @@ def evaluate(arguments: Sequence[str]) -> int:
         if given.task == "held-out":
             from kimi_core.run.run import evaluate_alone
 
-            print(json.dumps(asdict(evaluate_alone(config, limit=given.limit))))
+            found = to_record(evaluate_alone(config, limit=given.limit))
+            print(json.dumps(found, allow_nan=False))
             return
         from kimi_core.evaluation.humaneval import evaluate as evaluate_humaneval
         from kimi_core.reward.code.reward import code_reward

@@ -7,6 +7,7 @@ server becomes a script that hands its value over, and the modules become one sc
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -18,8 +19,8 @@ from kimi_core.dashboard.server import PAGE, as_json
 ENTRY = "app.js"
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; base-uri 'none'; "
-    "form-action 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'"
 )
 
 IMPORT = re.compile(r'^import \{(.*?)\} from "(.*?)";$', re.MULTILINE | re.DOTALL)
@@ -46,9 +47,13 @@ def write_bundle(runs: Runs, out: Path, iterations: Iterable[int] = ()) -> int:
     _write_answer(out, "runs", runs.summary())
     count = 1
     for at, run in enumerate(found):
+        shown: set[str] = set()
         for name, value in _answers(run, set(iterations)):
             _write_answer(out, f"{at}/{name}", value)
             count += 1
+            if "/groups/" in name:
+                shown.update(*(one["images"] for one in value["responses"]))
+        _copy_pictures(run, shown, out / "data" / str(at) / "images")
     return count
 
 
@@ -124,6 +129,15 @@ def _answers(run: Run, wanted: set[int]) -> Iterable[tuple[str, Any]]:
     yield "buffer", buffer
     for row in buffer["rows"]:
         yield f"buffer/{row['trajectory_id']}", run.waiting_response(row["trajectory_id"])
+
+
+def _copy_pictures(run: Run, digests: set[str], to: Path) -> None:
+    """Copy the images that the responses name, as far as the run has them."""
+    for digest in digests:
+        with suppress(Missing, ValueError):
+            content = run.picture(digest)
+            to.mkdir(exist_ok=True)
+            (to / f"{digest}.png").write_bytes(content)
 
 
 def _write_answer(out: Path, name: str, value: Any) -> None:

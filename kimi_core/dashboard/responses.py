@@ -14,6 +14,7 @@ from typing import Any
 
 from kimi_core.dashboard.follow import parse_object
 from kimi_core.dashboard.missing import Missing
+from kimi_core.dashboard.pictures import is_digest
 
 TOKENS_BEGIN = b',"prompt_ids":['
 
@@ -86,6 +87,7 @@ class IterationFile:
             raise Missing(f"Iteration {self.iteration} has no group {group_id}")
         records = [_head(self._line(one)) for one in self._groups[group_id]]
         for record in records:
+            record["images"] = _digests(record)
             text = record.get("response", "")
             record["response_characters"] = len(text)
             record["response"] = text[:TEXT_SHOWN]
@@ -107,7 +109,8 @@ class IterationFile:
             raise Missing(f"Iteration {self.iteration} has no response {trajectory_id}")
         record = parse_object(self._line(trajectory_id)) or {}
         mates = self._groups[self.places[trajectory_id].facts["group_id"]]
-        return record | {"neighbours": _neighbours(mates, trajectory_id)}
+        shown = {"images": _digests(record), "neighbours": _neighbours(mates, trajectory_id)}
+        return record | shown
 
     def _take(self, place: Place, head: dict[str, Any]) -> None:
         trajectory, group = place.facts["trajectory_id"], place.facts["group_id"]
@@ -152,6 +155,12 @@ def _head(line: bytes) -> dict[str, Any]:
     """The record without its tokens; empty for a line that is none."""
     end = line.find(TOKENS_BEGIN)
     return parse_object(line if end < 0 else line[:end] + b"}") or {}
+
+
+def _digests(record: dict[str, Any]) -> list[str]:
+    """The images of a prompt; what names none is left out."""
+    found = record.get("images", [])
+    return [one for one in found if is_digest(one)] if isinstance(found, list) else []
 
 
 def _neighbours(ids: list[int], one: int) -> list[int | None]:

@@ -13,6 +13,7 @@ from typing import Any
 from kimi_core.dashboard.follow import Follower
 from kimi_core.dashboard.locks import is_locked
 from kimi_core.dashboard.missing import Missing
+from kimi_core.dashboard.pictures import picture
 from kimi_core.dashboard.responses import IterationFile
 from kimi_core.dashboard.tokens import token_texts
 from kimi_core.dashboard.waiting import waiting, waiting_response
@@ -179,6 +180,10 @@ class Run:
         before, ids = record.get("prompt_ids", []), record.get("token_ids", [])
         texts = token_texts(self.path / "tokenizer.json", before + ids) if ids else None
         return record | {"token_texts": texts and texts[len(before) :]}
+
+    def picture(self, digest: str) -> bytes:
+        """The PNG of an image of a prompt, by its SHA-256."""
+        return picture(self.path, digest)
 
     def waiting(self) -> dict[str, Any]:
         """What is in the buffer now."""

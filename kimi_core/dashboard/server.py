@@ -11,6 +11,7 @@
     GET /data/runs/RUN/buffer                      now
     GET /data/runs/RUN/buffer/40
     GET /data/runs/RUN/prompts
+    GET /data/runs/RUN/images/DIGEST.png           an image of a prompt, by its SHA-256
 
 It binds to loopback and answers GET alone. The ``Host`` header must name loopback, so a page of
 another site that points its own name at 127.0.0.1 gets nothing. The page runs our scripts alone and
@@ -37,6 +38,8 @@ from kimi_core.dashboard.missing import Missing
 from kimi_core.dashboard.runs import Run, Runs
 
 PAGE = Path(__file__).parent / "page"
+
+JSON = "application/json"
 
 HOSTS = ["127.0.0.1", "localhost"]
 
@@ -80,12 +83,17 @@ def application(runs: Runs) -> ASGIApp:
     def answers(ask: Ask) -> Callable[[Request], Response]:
         return lambda request: _json(lambda: ask(runs.run(request.path_params["run"]), request))
 
+    def shows(request: Request) -> Response:
+        run, digest = request.path_params["run"], request.path_params["digest"]
+        return _answer(lambda: runs.run(run).picture(digest), "image/png")
+
     routes = [
         Route("/data/runs", lambda request: _json(runs.summary)),
         *(
             Route(f"/data/runs/{{run:path}}/{path}", answers(ask))
             for path, ask in QUESTIONS.items()
         ),
+        Route("/data/runs/{run:path}/images/{digest}.png", shows),
         Mount("/", StaticFiles(directory=PAGE, html=True)),
     ]
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
@@ -109,14 +117,18 @@ class WithHeaders:
 
 
 def _json(answer: Callable[[], Any]) -> Response:
-    """The answer as JSON; ``{"error": ...}`` with 404 or 500 where there is none."""
+    return _answer(lambda: as_json(answer()), JSON)
+
+
+def _answer(answer: Callable[[], bytes], kind: str) -> Response:
+    """The answer; ``{"error": ...}`` with 404 or 500 where there is none."""
     try:
-        content, status = as_json(answer()), 200
+        return Response(answer(), media_type=kind)
     except Missing as error:
         content, status = as_json({"error": str(error)}), 404
     except (OSError, ValueError, TypeError, KeyError) as error:  # A damaged file.
         content, status = as_json({"error": f"{type(error).__name__}: {error}"}), 500
-    return Response(content, status, media_type="application/json")
+    return Response(content, status, media_type=JSON)
 
 
 def as_json(value: Any) -> bytes:

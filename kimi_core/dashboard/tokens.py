@@ -7,18 +7,27 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from kimi_core.types import IMAGE_MARK
+
 
 def token_texts(tokenizer: Path, token_ids: Sequence[int]) -> list[str] | None:
     """The text that each token adds to the text before it; None without a readable tokenizer.
 
     A character that several tokens write together stands with the last of them; the others have "".
+    An image, a run of one negative id, has U+FFFC at the first and "" at the others.
     """
     try:
         core = _load(tokenizer, tokenizer.stat().st_mtime_ns)
     except (OSError, ValueError):
         return None
     stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(core, token) or "" for token in token_ids]
+    texts = []
+    for before, token in zip([0, *token_ids], token_ids, strict=False):
+        if token < 0:
+            texts.append("" if token == before else IMAGE_MARK)
+        else:
+            texts.append(stream.step(core, token) or "")
+    return texts
 
 
 @lru_cache(maxsize=4)

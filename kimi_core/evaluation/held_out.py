@@ -211,7 +211,8 @@ def _pass_at(scores: Sequence[Score | None], samples: int) -> dict[str, float]:
 def same_answer(prompts: Sequence[Prompt], responses: Sequence[str]) -> float:
     """Share of the questions asked as text and as an image that got the same final answer.
 
-    The ``question`` tag of a prompt with images is the text of its other form. NaN: there is none.
+    The ``question`` tag of a prompt with images is the text of its other form. Two responses
+    without an answer are not the same. NaN: there is no such question.
     """
     given = zip(prompts, responses, strict=True)
     as_text = {prompt.text: final(one) for prompt, one in given if not prompt.images}
@@ -221,7 +222,7 @@ def same_answer(prompts: Sequence[Prompt], responses: Sequence[str]) -> float:
         for prompt, one in given
         if prompt.images and (question := prompt.tags.get("question", "")) in as_text
     ]
-    return float(np.mean([a == b for a, b in pairs])) if pairs else math.nan
+    return float(np.mean([a == b != "" for a, b in pairs])) if pairs else math.nan
 
 
 def _by_domain(prompts: Sequence[Prompt], scores: Sequence[Score | None]) -> dict[str, float]:

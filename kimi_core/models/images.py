@@ -24,6 +24,9 @@ MOST_PIXELS = 50_000_000
 MOST_BYTES = 64_000_000
 """Limits of one image: decoded, and as it is encoded."""
 
+PREVIEW_SIDE = 512
+"""Pixels of the longer side of a preview, at most."""
+
 DATA_URI = "data:image/"
 
 
@@ -95,6 +98,19 @@ def decoded(image: Image) -> "Picture":
         ValueError: the file is gone or has other bytes than when the image was made.
     """
     return _decode(_own_bytes(image), _name(image.source))
+
+
+def preview(image: Image) -> bytes:
+    """A PNG for people to look at, small and made of pixels alone: nothing of the file is copied.
+
+    Raises: as `decoded`.
+    """
+    picture = decoded(image)
+    picture.info.clear()  # A colour profile would be copied.
+    picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def data_uri(image: Image) -> str:

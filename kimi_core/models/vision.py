@@ -8,7 +8,7 @@ token of the vocabulary stands for an image, so text can never be taken for one.
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kimi_core.models.images import decoded
+from kimi_core.models.inputs import Inputs, Span, has_deepstack, has_mrope, in_space, span_of
 from kimi_core.types import Image, Prompt
 
 KEPT_BYTES = 1 << 28
@@ -91,6 +92,7 @@ class Images:
         self._numbers: dict[str, int] = {}
         self._ids: list[list[int]] = []
         self._pixels = Bounded()
+        self._spans: dict[int, Span] = {}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -124,6 +126,11 @@ class Images:
             )
         return [-1 - number if one == PLACE else one for one in self._ids[number]]
 
+    def image(self, digest: str) -> Image | None:
+        """The image of that SHA-256; None: it was never added."""
+        number = self._numbers.get(digest)
+        return None if number is None else self._images[number]
+
     def places(self, number: int) -> int:
         """Positions that an image takes."""
         return self._ids[number].count(PLACE)
@@ -142,10 +149,10 @@ class Images:
         return digest.hexdigest()[:16]
 
     def inputs(
-        self, model: PreTrainedModel, ids: Tensor, kept: Bounded | None = None
-    ) -> dict[str, Tensor]:
-        """What ``model`` reads for ids int64 ``[r, l]``: ``input_ids``, or with images
-        ``inputs_embeds`` ``[r, l, d]``. Each distinct image is encoded once.
+        self, model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Bounded | None = None
+    ) -> Inputs:
+        """What ``model`` reads for ids and positions, int64 ``[r, l]`` each. Each distinct image is
+        encoded once.
 
         The positions of an image must be whole: in each sequence all of them or none. Gradients
         flow into the vision tower.
@@ -158,7 +165,7 @@ class Images:
         """
         is_image = ids < 0
         if not bool(is_image.any()):
-            return {"input_ids": ids}
+            return Inputs(ids, positions.expand(4, -1, -1) if has_mrope(model) else positions)
         embeds = model.get_input_embeddings()(ids.clamp(min=0))
         # In row-major order the places of image i are those of its first feature to its last, as
         # often as the image occurs.
@@ -175,8 +182,36 @@ class Images:
                     f"that has {count} places here; its processor does not belong to the model"
                 )
             placed.append(features[number].repeat(times, 1))
-        values = torch.cat(placed)[order.argsort()]
-        return {"inputs_embeds": embeds.masked_scatter(is_image[..., None], values.to(embeds))}
+        values, *deep = torch.cat(placed)[order.argsort()].to(embeds).split(embeds.shape[-1], -1)
+        if has_mrope(model):
+            positions = in_space(ids, positions, {n: self._span(model, n) for n in numbers})
+        where = is_image[..., None]
+        return Inputs(
+            ids,
+            positions,
+            embeds.masked_scatter(where, values),
+            tuple(torch.zeros_like(embeds).masked_scatter(where, one) for one in deep),
+        )
+
+    def shift(self, model: PreTrainedModel, ids: np.ndarray) -> int:
+        """What the images in a context, int32 ``[n]``, add to the M-RoPE positions behind it."""
+        if not has_mrope(model):
+            return 0
+        found, counts = np.unique(ids[ids < 0], return_counts=True)
+        times = {-1 - int(one): int(count) for one, count in zip(found, counts, strict=True)}
+        return sum(self._span(model, n).shift * (times[n] // self.places(n)) for n in times)
+
+    def _span(self, model: PreTrainedModel, number: int) -> Span:
+        if number not in self._spans:
+            try:
+                grid = self.pixels(number)["image_grid_thw"]
+                self._spans[number] = span_of(model, self.places(number), grid)
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{type(model).__name__} numbers the places of images in a way that is not "
+                    f"known ({error!r}); take another model, such as Qwen3-VL"
+                ) from error
+        return self._spans[number]
 
     def _features(
         self, model: PreTrainedModel, numbers: list[int], kept: Bounded | None
@@ -216,20 +251,36 @@ class Images:
 
 
 def inputs_of(
-    images: Images | None, model: PreTrainedModel, ids: Tensor, kept: Bounded | None
-) -> dict[str, Tensor]:
-    """As ``Images.inputs``; the ids themselves if the model reads text only."""
-    return {"input_ids": ids} if images is None else images.inputs(model, ids, kept)
+    images: Images | None,
+    model: PreTrainedModel,
+    ids: Tensor,
+    positions: Tensor,
+    kept: Bounded | None,
+) -> Inputs:
+    """As ``Images.inputs``, also for a model that reads text only."""
+    if images is None:
+        return Inputs(ids, positions)
+    return images.inputs(model, ids, positions, kept)
 
 
 def encode(model: PreTrainedModel, pixels: Pixels, count: int) -> Tensor:
-    """Features of ``count`` images of one shape, ``[count, places, d]``."""
+    """Features of ``count`` images of one shape, ``[count, places, d]``.
+
+    With deepstack d is several times the model's width: what is added behind each layer follows.
+    """
     there = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in pixels.items()
     }
     output = model.get_image_features(**there)
-    features = getattr(output, "pooler_output", output)
+    found = [getattr(output, "pooler_output", output)]
+    if has_deepstack(model):
+        found += output.deepstack_features
+    return torch.cat([_of_each(features, count) for features in found], -1)
+
+
+def _of_each(features: Tensor | Sequence[Tensor], count: int) -> Tensor:
+    """``[count, places, d]``, of a tensor of another shape or of one tensor an image."""
     if not isinstance(features, Tensor):
         features = torch.cat([one.reshape(-1, one.shape[-1]) for one in features])
     return features.reshape(count, -1, features.shape[-1])

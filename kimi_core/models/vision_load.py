@@ -76,6 +76,10 @@ class Pretrained:
                 "image token; take a model whose processor puts images into text"
             )
         self._place: int = model.config.image_token_id
+        # Chat templates of Qwen-VL write these around an image; its processor does not.
+        around = [getattr(model.config, f"vision_{end}_token_id", None) for end in ("start", "end")]
+        known = [int(one) for one in around if one is not None]
+        self._around = known if len(known) == len(around) else []
         self._name = Path(name).name
 
     def __call__(self, picture: Any) -> tuple[list[int], Pixels]:
@@ -87,7 +91,8 @@ class Pretrained:
         )
         ids = made["input_ids"][0].tolist()
         pixels = {name: value for name, value in made.items() if name not in NOT_PIXELS}
-        return [PLACE if one == self._place else one for one in ids], pixels
+        ids = [PLACE if one == self._place else one for one in ids]
+        return ([*self._around[:1], *ids, *self._around[1:]], pixels)
 
     def settings(self) -> str:
         return str(self._processor.image_processor.to_json_string())

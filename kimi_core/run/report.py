@@ -6,7 +6,7 @@ Each of the three sinks takes every record as it comes.
 import json
 import math
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -251,8 +251,14 @@ class ProgressLines:
 
 
 def evaluation_line(metrics: EvaluationMetrics) -> str:
-    """A line about an evaluation, and one about each other set."""
+    """A line about an evaluation, and one about each domain, if there are several, and each set."""
     lines = [f"evaluation after {metrics.iteration}  {_numbers(vars(metrics))}"]
+    if len(metrics.greedy_by_domain) > 1:
+        for domain, greedy in metrics.greedy_by_domain.items():
+            sampled = metrics.sampled_by_domain.get(domain, math.nan)
+            lines.append(f"  {domain}  greedy {greedy:.3f}  sampled {sampled:.3f}")
+    if math.isfinite(metrics.same_answer):
+        lines.append(f"  same answer to text and image {metrics.same_answer:.3f}")
     lines += [f"  {name}  {_numbers(numbers)}" for name, numbers in metrics.sets.items()]
     return "\n".join(lines)
 
@@ -304,11 +310,13 @@ def _before_after(
         title=f"{summary['iterations']} iterations, {clock(summary['wall_s'])}, "
         f"{summary['tokens_sampled']:,} tokens sampled",
     )
-    for name, before, after, form in (
+    rows = [
         ("accuracy, greedy", first.accuracy_greedy, last.accuracy_greedy, ".3f"),
         ("accuracy, sampled", first.accuracy_sampled, last.accuracy_sampled, ".3f"),
         ("length, tokens", first.length_mean, last.length_mean, ".1f"),
-    ):
+        *_by_domain(first, last),
+    ]
+    for name, before, after, form in rows:
         table.add_row(name, f"{before:{form}}", f"{after:{form}}", f"{after - before:+{form}}")
     table.add_row("prompts", str(first.n), str(last.n))
     for name, of in last.sets.items():
@@ -317,6 +325,19 @@ def _before_after(
             change = f"{after - before:+.3f}"
             table.add_row(f"{name}, {metric}, n {of['n']}", f"{before:.3f}", f"{after:.3f}", change)
     return table
+
+
+def _by_domain(
+    first: EvaluationMetrics, last: EvaluationMetrics
+) -> Iterator[tuple[str, float, float, str]]:
+    """Rows of the table about each domain, if there are several, and about text and image."""
+    for domain in last.greedy_by_domain if len(last.greedy_by_domain) > 1 else ():
+        for metric in ("greedy", "sampled"):
+            of = [getattr(one, f"{metric}_by_domain") for one in (first, last)]
+            before, after = (one.get(domain, math.nan) for one in of)
+            yield f"{domain}, {metric}", before, after, ".3f"
+    if math.isfinite(last.same_answer):
+        yield "same answer, text and image", first.same_answer, last.same_answer, ".3f"
 
 
 def cut_off_s(folder: Path) -> float:

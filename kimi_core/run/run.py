@@ -192,7 +192,9 @@ def _reinforce(
 ) -> None:
     loop = parts.loop
     loop.on_rollout = lambda rollout: state.note_rollout(loop, rollout, folder.buffer)
-    files = TrajectoryFiles(folder.path, config.trajectories, start_iteration=loop.iteration)
+    files = TrajectoryFiles(
+        folder.path, config.trajectories, start_iteration=loop.iteration, images=parts.images
+    )
     rates = PromptLines(folder.path, start_iteration=loop.iteration)
     watch(report, folder, config)
     folder.states.prune()  # As the process that saved the last one may not have done.

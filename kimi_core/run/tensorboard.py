@@ -1,10 +1,15 @@
 """The records of a run as TensorBoard events: numbers, samples as text, and settings."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kimi_core.metrics import EvaluationMetrics, IterationMetrics, leaves, to_record
+from kimi_core.models.images import checked, decoded
+from kimi_core.run.previews import sampled_previews
 
 ACCURACIES = ("evaluation/accuracy_greedy", "evaluation/accuracy_sampled")
 """What TensorBoard's table of settings shows of a run."""
@@ -33,7 +38,7 @@ class TensorBoard:
         # Made again from the run's files: a killed run may have lost points, or have some too many.
         for old in (run / "tensorboard").glob("events.out.tfevents.*"):
             old.unlink()
-        self._samples = run / "samples"
+        self._run, self._samples = run, run / "samples"
         self._writer = SummaryWriter(str(run / "tensorboard"))
         self._add_settings(settings)
         for kind, records in (("iteration", iterations), ("evaluation", evaluations)):
@@ -49,10 +54,18 @@ class TensorBoard:
         self._writer.flush()
 
     def samples(self, iteration: int) -> None:
-        """Show ``samples/000010.txt``: indented, so that Markdown leaves the text as it is."""
+        """Show ``samples/000010.txt``: indented, so that Markdown leaves the text as it is.
+
+        The images of the prompts go with it, as ``samples/SAMPLE-IMAGE``.
+        """
         text = (self._samples / f"{iteration:06d}.txt").read_text()
         indented = "\n".join(f"    {line}" for line in text.split("\n"))
         self._writer.add_text("samples", indented, iteration)
+        for sample, place, path in sampled_previews(text):
+            with suppress(ValueError):  # The machine may have died before all of it was written.
+                pixels = np.asarray(decoded(checked(self._run / path)))
+                name = f"samples/{sample}-{place}"
+                self._writer.add_image(name, pixels, iteration, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()

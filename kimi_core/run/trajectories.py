@@ -1,6 +1,7 @@
 """``trajectories/000012.jsonl``: every response that an iteration used up, one JSON object a line.
 
-``samples/*.txt`` shows a few of these records to a person. ``docs/metrics.md`` describes both.
+``samples/*.txt`` shows a few of these records to a person, and ``images/DIGEST.png`` the images of
+their prompts. ``docs/metrics.md`` describes all three.
 """
 
 import json
@@ -14,8 +15,10 @@ import numpy as np
 
 from kimi_core.config import TrajectoriesConfig
 from kimi_core.loop import Outcome
+from kimi_core.models.vision import Images
 from kimi_core.prompts.many import ById
 from kimi_core.run.files import write_atomically
+from kimi_core.run.previews import Previews, preview_path
 from kimi_core.types import EndReason, Prompt, Trajectory
 
 SAMPLES_SHOWN = 8
@@ -116,15 +119,24 @@ def records_of(
 
 
 class TrajectoryFiles:
-    """The folders ``trajectories/`` and ``samples/`` of a run.
+    """The folders ``trajectories/``, ``samples/`` and ``images/`` of a run.
 
     Files of iterations after ``start_iteration`` are removed: those iterations run a second time.
+
+    Args:
+        images: the run's images; None: no record has some, or they are not to be shown.
     """
 
     def __init__(
-        self, folder: Path, config: TrajectoriesConfig, *, start_iteration: int = 0
+        self,
+        folder: Path,
+        config: TrajectoriesConfig,
+        *,
+        start_iteration: int = 0,
+        images: Images | None = None,
     ) -> None:
         self._config = config
+        self._previews = Previews(folder, images)
         self._trajectories, self._samples = folder / "trajectories", folder / "samples"
         for path in [*self._trajectories.glob("*.jsonl"), *self._samples.glob("*.txt")]:
             if int(path.stem) > start_iteration:
@@ -143,6 +155,7 @@ class TrajectoryFiles:
         for record in records:
             values = {name: v for name, v in vars(record).items() if name not in left_out}
             lines.append(json.dumps(values, allow_nan=False, separators=(",", ":")) + "\n")
+        self._previews.write(digest for record in records for digest in record.images)
         self._trajectories.mkdir(exist_ok=True)
         write_atomically(self._trajectories / f"{iteration:06d}.jsonl", "".join(lines))
 
@@ -163,7 +176,9 @@ class TrajectoryFiles:
     def write_samples(self, iteration: int, records: Sequence[TrajectoryRecord]) -> None:
         """Write the first records to ``samples/000010.txt`` for a person to read."""
         self._samples.mkdir(exist_ok=True)
-        text = sample_text(iteration, records[:SAMPLES_SHOWN])
+        shown = records[:SAMPLES_SHOWN]
+        self._previews.write(digest for record in shown for digest in record.images)
+        text = sample_text(iteration, shown)
         write_atomically(self._samples / f"{iteration:06d}.txt", text)
 
 
@@ -191,10 +206,11 @@ def sample_text(iteration: int, records: Sequence[TrajectoryRecord]) -> str:
     for number, one in enumerate(records, 1):
         reward = "no verdict" if one.reward is None else f"reward {one.reward:.4g}"
         versions = ", ".join(str(version) for version, _ in one.versions)
+        images = "".join(f"image {preview_path(digest)}\n" for digest in one.images)
         blocks.append(
             f"--- {number}: {reward}, end {one.end_reason or 'open'}, "
             f"policy versions {versions or 'none'}\n"
-            f"prompt\n{behind_bars(one.prompt)}\nresponse\n{behind_bars(one.response)}\n"
+            f"prompt\n{behind_bars(one.prompt)}\n{images}response\n{behind_bars(one.response)}\n"
         )
     return "\n".join(blocks)
 

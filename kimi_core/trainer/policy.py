@@ -259,13 +259,13 @@ class Policy(nn.Module):
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states that predict the wanted tokens, ``[t, d]``."""
-        hidden_rld = self.model.base_model(
-            **inputs_of(self.images, self.model, micro.ids_rl, self._features),
+        ids, positions = micro.ids_rl, micro.positions_rl
+        hidden_rld = inputs_of(self.images, self.model, ids, positions, self._features).hidden(
+            self.model,
             attention_mask=self._mask(micro),
-            position_ids=micro.positions_rl,
             use_cache=False,
             **({} if micro.packing is None else {"packing": micro.packing}),
-        ).last_hidden_state
+        )
         return hidden_rld[micro.row_t, micro.column_t]
 
     def _kernel_head(self) -> Head:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from dashboards import dashboard
+from hostile_images import pictured_run
 from hostile_texts import HOSTILE
 from made_runs import make_run
 from rich.console import Console
@@ -29,9 +30,11 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(trained) -> Iterator[str]:
-    """The address of ``kimi dashboard`` over the runs ``tiny``, ``made`` and ``deep/hostile``."""
+    """The address of ``kimi dashboard`` over the runs ``tiny``, ``made``, ``pictured`` and
+    ``deep/hostile``."""
     runs = trained.parent
     make_run(runs / "made", iterations=3)
     make_run(runs / "deep" / "hostile", iterations=1, groups=1, samples=len(HOSTILE), texts=HOSTILE)
+    pictured_run(runs / "pictured")
     with dashboard(runs) as address:
         yield address

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import pytest
 from dashboards import dashboard
+from hostile_images import NAMES, SHOWN, pictured_run
 from hostile_texts import HOSTILE
 from made_runs import make_run
 
@@ -254,6 +255,26 @@ def test_40_hostile_texts_are_shown_and_never_run(page, served, trained, tmp_pat
         expected = visible(hostile)
         assert text == expected or (len(hostile) > 200_000 and text[:200_000] == expected[:200_000])
         assert_inert(page)
+
+
+@pytest.mark.parametrize("place", ["server", "copy"])
+def test_images_of_a_prompt_are_shown_if_a_run_may_have_written_them(page, served, tmp_path, place):
+    address = served
+    if place == "copy":
+        run = pictured_run(tmp_path / "pictured")
+        assert cli.main(["dashboard", str(run), "--bundle", str(tmp_path / "copy")]) == 0
+        address = (tmp_path / "copy" / "index.html").as_uri()
+    for where in ("group/0", "response/0"):
+        show(page, f"{address}#/run/pictured/iteration/1/{where}")
+        page.wait_for_function(
+            "n => document.querySelectorAll('.pictures .note').length === n", arg=len(NAMES)
+        )
+        page.wait_for_function(
+            "n => document.querySelectorAll('.pictures img.small').length === n", arg=len(SHOWN)
+        )
+        widths = page.eval_on_selector_all("main img", "all => all.map((one) => one.naturalWidth)")
+        assert widths == [40] * len(SHOWN)
+        assert page.evaluate("window.hacked ?? null") is None
 
 
 def test_a_megabyte_in_one_line_comes_in_parts(page, served):

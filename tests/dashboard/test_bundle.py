@@ -3,6 +3,7 @@
 import json
 import re
 
+import hostile_images
 import pytest
 from made_runs import make_run
 
@@ -51,6 +52,15 @@ def test_some_iterations_are_enough(tmp_path):
         "4",
         "4.js",
     ]
+
+
+def test_the_copy_has_the_images_that_a_run_writes_and_no_others(tmp_path):
+    run = hostile_images.pictured_run(tmp_path / "run")
+    out = tmp_path / "copy"
+    assert cli.main(["dashboard", str(run), "--bundle", str(out)]) == 0
+    copied = {path.name: path.read_bytes() for path in (out / "data/0/images").iterdir()}
+    shown = hostile_images.SHOWN.items()
+    assert copied == {f"{hostile_images.digest(name)}.png": content for name, content in shown}
 
 
 def test_a_folder_with_files_is_left_alone(tmp_path, capsys):

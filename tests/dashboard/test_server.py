@@ -5,6 +5,7 @@ import json
 import socket
 from urllib.parse import urlsplit
 
+import hostile_images
 import pytest
 
 from kimi_core import cli
@@ -28,7 +29,8 @@ def data(address: str, path: str) -> object:
 
 
 def test_every_question_has_an_answer(served, trained):
-    assert [run["name"] for run in data(served, "")["runs"]] == ["deep/hostile", "made", "tiny"]
+    names = ["deep/hostile", "made", "pictured", "tiny"]
+    assert [run["name"] for run in data(served, "")["runs"]] == names
     assert data(served, "/tiny/settings")["rollout.token_budget"] == 5
     assert data(served, "/tiny/iterations") == [1, 2, 3]
     columns = data(served, "/tiny/iterations/3")["columns"]
@@ -95,6 +97,37 @@ def test_paths_that_lead_out_find_nothing(served, path):
     status, _, body = ask(served, path)
     assert status == 404, body
     assert b"import" not in body and b"root:" not in body
+
+
+@pytest.mark.parametrize("name", hostile_images.SHOWN)
+def test_an_image_has_a_fixed_type(served, name):
+    path = f"/data/runs/pictured/images/{hostile_images.digest(name)}.png"
+    status, headers, body = ask(served, path)
+    assert (status, body) == (200, hostile_images.SHOWN[name])
+    assert headers["content-type"] == "image/png"
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert ask(served, path, "POST")[0] == 405
+
+
+@pytest.mark.parametrize("name", hostile_images.NAMES)
+def test_what_no_run_writes_is_not_given_out(served, name):
+    path = f"/data/runs/pictured/images/{hostile_images.digest(name)}.png"
+    status, headers, body = ask(served, path)
+    assert status == (500 if name in hostile_images.HOSTILE or name == "pipe" else 404)
+    assert headers["content-type"] == "application/json" and "error" in json.loads(body)
+
+
+@pytest.mark.parametrize("name", ["..%2fconfig", "x", f"{'A' * 64}", f"{'0' * 64}%0a", "%2e%2e"])
+def test_only_a_sha_256_names_an_image(served, name):
+    assert ask(served, f"/data/runs/pictured/images/{name}.png")[0] == 404
+
+
+def test_a_response_names_images_by_sha_256_alone(served):
+    expected = [hostile_images.digest(one) for one in hostile_images.ORDER]
+    response = data(served, "/pictured/iterations/1/responses/0")
+    group = data(served, "/pictured/iterations/1/groups/0")
+    assert response["images"] == group["responses"][0]["images"] == expected
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])

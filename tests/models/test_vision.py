@@ -205,7 +205,7 @@ class TestFeatures:
     def test_part_of_an_image_is_refused(self, parts):
         ids = torch.tensor([[-1] * 15 + [3]])
         with pytest.raises(ValueError, match="gives 16 features for an image that has 15 places"):
-            parts.images.inputs(parts.model, ids)
+            parts.images.inputs(parts.model, ids, torch.arange(16)[None])
 
 
 def laid(policy, batch, *, share):
@@ -229,5 +229,6 @@ def test_bounded_keeps_what_was_used_last():
 
 
 def test_text_goes_in_as_ids(parts):
-    ids = torch.tensor([[3, 4]])
-    assert parts.images.inputs(parts.model, ids)["input_ids"] is ids
+    ids, positions = torch.tensor([[3, 4]]), torch.tensor([[0, 1]])
+    inputs = parts.images.inputs(parts.model, ids, positions)
+    assert inputs.arguments() == {"input_ids": ids, "position_ids": positions}

@@ -18,7 +18,7 @@ from kimi_core.metrics import (
     summarize,
     to_record,
 )
-from kimi_core.run.report import Report, progress_line
+from kimi_core.run.report import Report, evaluation_line, progress_line
 
 
 def writer(folder: Path, output: io.StringIO | None = None, **arguments) -> Report:
@@ -165,6 +165,25 @@ def test_summary_adds_up_over_all_lines(tmp_path: Path) -> None:
     assert "before" in table
     assert "+0.400" in table
     assert table.count("accuracy, greedy") == 1
+
+
+def test_domains_and_the_same_answer_are_said_where_there_are_some(tmp_path: Path) -> None:
+    both = {"text": 0.5, "photos": 0.25}
+    known = {"greedy_by_domain": both, "sampled_by_domain": both, "same_answer": 0.125}
+    before = replace(EVALUATION, **known)
+    after = replace(before, iteration=3, sampled_by_domain={"text": 0.75, "photos": math.nan})
+    output = io.StringIO()
+    with writer(tmp_path, output) as metrics:
+        metrics.evaluation(before)
+        metrics.evaluation(after)
+    said = output.getvalue()
+    assert "\n  text  greedy 0.500  sampled 0.750\n  photos  greedy 0.250  sampled nan\n" in said
+    assert said.count("  same answer to text and image 0.125\n") == 2
+    rows = [" ".join(line.replace("│", " ").split()) for line in said.splitlines()]
+    assert "text, sampled 0.500 0.750 +0.250" in rows
+    assert "same answer, text and image 0.125 0.125 +0.000" in rows
+    alone = replace(EVALUATION, greedy_by_domain={"text": 0.5}, sampled_by_domain={"text": 0.5})
+    assert evaluation_line(alone) == evaluation_line(EVALUATION)
 
 
 def test_a_run_stopped_before_its_first_line_still_closes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import vision_testing
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import TINY
 
 from kimi_core.metrics import read_metrics
@@ -17,6 +18,7 @@ from kimi_core.models.vision_load import load_images
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
 from kimi_core.run.dry_run import describe
+from kimi_core.run.previews import sampled_previews
 from kimi_core.run.run import fine_tune_alone, train
 
 SETTINGS = [
@@ -61,7 +63,14 @@ class TestRun:
         for one in records:
             negative = {token for token in one["prompt_ids"] if token < 0}
             assert len(negative) == len(set(one["images"]))
-        assert any(one["images"] for one in records)
+        digests = {digest for one in records for digest in one["images"]}
+        assert digests and digests <= {path.stem for path in (run / "images").iterdir()}
+        samples = (run / "samples" / "000003.txt").read_text()
+        for _, _, path in sampled_previews(samples):
+            assert (run / path).is_file()
+        assert "\nimage images/" in samples
+        board = EventAccumulator(str(run / "tensorboard")).Reload()
+        assert board.Tags()["images"]
 
     def test_a_checkpoint_brings_its_processor(self, folder):
         checkpoint = fine_tune_alone(config())

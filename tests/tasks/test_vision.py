@@ -135,4 +135,5 @@ def test_same_answer_counts_pairs():
     shown = [rendered(text, seed=0), rendered(other, seed=0)]
     responses = ["7*8=56#266", "#21", "#266", "#20"]
     assert same_answer([text, other, *shown], responses) == 0.5
+    assert same_answer([text, other, *shown], ["", "#21", "", "#20"]) == 0
     assert np.isnan(same_answer([text, other], ["#1", "#2"]))

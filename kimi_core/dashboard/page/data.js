@@ -34,6 +34,12 @@ async function fromServer(path, query) {
   return answer;
 }
 
+/** Where an image of a prompt is, by its SHA-256. */
+export function imageAddress(run, digest) {
+  if (isBundle()) return `data/${globalThis.KIMI_BUNDLE.runs.indexOf(run)}/images/${digest}.png`;
+  return `data/runs/${encodeURIComponent(run).replaceAll("%2F", "/")}/images/${digest}.png`;
+}
+
 const waiting = new Map();
 
 // A page from a file may not fetch, so each answer of a bundle is a script that calls this.

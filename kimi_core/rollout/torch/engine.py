@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from kimi_core.models import packed_attention
+from kimi_core.models.inputs import Inputs, has_mrope
 from kimi_core.models.switches import length_to_check, switches
 from kimi_core.models.vision import Bounded, Images, inputs_of, is_frozen
 from kimi_core.rollout.engine import check_newer, check_request, order
@@ -208,7 +209,8 @@ class TorchEngine:
             cache.add(lengths[part], bound)
             contexts = [request.token_ids for request in entering[part]]
             logits += self._prefill(cache, contexts, PREFILL_TOKENS)
-        rows.add(entering)
+        shifts = [self._shift(request.token_ids) for request in entering]
+        rows.add(entering, shifts)
         return torch.cat(logits)
 
     def _prefill(self, cache: KVCache, contexts: list[np.ndarray], most: int) -> list[torch.Tensor]:
@@ -233,14 +235,14 @@ class TorchEngine:
             rows = slice(first_row, first_row := first_row + int(counts_b.sum()))
             last_b = self._tensor(np.array([len(context) - 1 for context, *_ in batch]))
             chunk = most if self.split and longest > most else longest
-            inputs = inputs_of(self.images, self.model, self._tensor(ids_bs), self.features)
+            ids, positions = self._tensor(ids_bs), self._tensor(np.arange(longest))
+            positions = positions.expand(len(batch), -1)
+            inputs = inputs_of(self.images, self.model, ids, positions, self.features)
             for begin in range(0, longest, chunk):
                 end = min(begin + chunk, longest)
                 cache.begin_prefill(rows, begin, end, context_m)
-                positions_bs = self._tensor(np.arange(begin, end)).expand(len(batch), -1)
-                part = {name: whole[:, begin:end] for name, whole in inputs.items()}
                 at_b = last_b.clamp(max=end - 1) - begin
-                logits_bv = self._logits(part, positions_bs, None, cache, at_b)
+                logits_bv = self._logits(inputs.part(begin, end), None, cache, at_b)
             logits.append(logits_bv[context_m] if shared else logits_bv)
         return logits
 
@@ -251,33 +253,33 @@ class TorchEngine:
         positions_n = rows.length[:n] - 1
         cache.begin_decode(positions_n)
         newest, positions = self._tensor(rows.newest[:n]), self._tensor(positions_n)
+        if has_mrope(self.model):
+            turned = self._tensor(positions_n + rows.shift[:n])
+            positions = torch.stack([positions, turned, turned, turned])
         mask = None if cache.split else _mask(cache.cohorts[0])
-        return self._logits({"input_ids": newest[:, None]}, positions[:, None], mask, cache, None)
+        return self._logits(Inputs(newest[:, None], positions[..., None]), mask, cache, None)
+
+    def _shift(self, ids: np.ndarray) -> int:
+        return 0 if self.images is None else self.images.shift(self.model, ids)
 
     def _logits(
-        self,
-        tokens: dict[str, torch.Tensor],
-        positions_bs: torch.Tensor,
-        mask: Mask,
-        cache: KVCache,
-        last_b: torch.Tensor | None,
+        self, inputs: Inputs, mask: Mask, cache: KVCache, last_b: torch.Tensor | None
     ) -> torch.Tensor:
         """Logits ``[b, V]`` at position ``last_b`` of each row; None: at the only position."""
-        inputs: dict[str, Any] = dict(
-            **tokens, position_ids=positions_bs, attention_mask=mask, use_cache=True
-        )
-        inputs[self.cache_argument] = cache
-        rows = range(len(positions_bs))
+        settings: dict[str, Any] = {"attention_mask": mask, "use_cache": True}
+        settings[self.cache_argument] = cache
+        rows = range(len(inputs.ids_rl))
         if self.plain_head:
-            hidden_bsd = self.model.base_model(**inputs).last_hidden_state
+            hidden_bsd = inputs.hidden(self.model, **settings)
             hidden_bd = hidden_bsd[:, 0] if last_b is None else hidden_bsd[rows, last_b]
             return head_logits(self.model.get_output_embeddings(), hidden_bd)
         # A head that scales or caps its logits computes them itself, at the positions that a row
         # needs.
+        settings |= inputs.arguments()
         if last_b is None:
-            return self.model(**inputs).logits[:, 0]
+            return self.model(**settings).logits[:, 0]
         keep, column_b = last_b.unique(return_inverse=True)
-        return self.model(**inputs, logits_to_keep=keep).logits[rows, column_b]
+        return self.model(**settings, logits_to_keep=keep).logits[rows, column_b]
 
     def _append(
         self, rows: Rows, cache: KVCache, first_row: int, logits_nv: torch.Tensor

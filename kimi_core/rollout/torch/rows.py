@@ -1,5 +1,7 @@
 """The state of each response that the embedded engine extends."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kimi_core import _C
@@ -24,6 +26,8 @@ class Rows:
         self.length = np.zeros(capacity, np.int64)
         """Tokens so far, including the newest one, which is not in the cache yet."""
         self.newest = np.zeros(capacity, np.int64)
+        self.shift = np.zeros(capacity, np.int64)
+        """What images in the context add to the M-RoPE position of what follows."""
         self.made = np.zeros(capacity, np.int64)
         """Tokens that this call has added."""
         self.sent = np.zeros(capacity, np.int64)
@@ -40,15 +44,20 @@ class Rows:
         self.columns = [
             *(self.detectors, self.earlier, self.trajectory_id, self.length, self.newest),
             *(self.made, self.sent, self.limit, self.closes, self.stopped, self.repeated),
-            *(self.token_ids, self.logprobs),
+            *(self.shift, self.token_ids, self.logprobs),
         ]
 
-    def add(self, requests: list[Request]) -> None:
-        """Append rows for requests whose contexts were prefilled."""
+    def add(self, requests: list[Request], shifts: Sequence[int] = ()) -> None:
+        """Append rows for requests whose contexts were prefilled.
+
+        Args:
+            shifts: ``shift`` of each; empty: 0.
+        """
         new = slice(self.count, self.count + len(requests))
         self.trajectory_id[new] = [request.trajectory_id for request in requests]
         self.length[new] = [len(request.token_ids) for request in requests]
         self.newest[new] = [request.token_ids[-1] for request in requests]
+        self.shift[new] = shifts or 0
         self.made[new] = 0
         self.sent[new] = 0
         self.limit[new] = [request.steps for request in requests]

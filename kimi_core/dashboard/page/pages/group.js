@@ -1,9 +1,11 @@
 // The k responses to one prompt next to each other, the reference on top.
 
 import { h, oneLine, textBlock } from "../dom.js";
-import { get } from "../data.js";
+import { get, imageAddress } from "../data.js";
 import { fixed, link, number, signed } from "../format.js";
 import { pager } from "./iteration.js";
+
+const SMALL = 64; // Pixels of a side up to which an image is enlarged.
 
 export async function groupPage({ run, number: iteration, one: id }) {
   const found = await get([run, "iterations", iteration, "groups", id]);
@@ -18,7 +20,7 @@ export async function groupPage({ run, number: iteration, one: id }) {
     h("div", { class: "title" }, h("h1", {}, `Group ${id}`), pager(step, before != null, after != null),
       h("span", { class: "note" }, `${responses.length} responses to prompt ${responses[0]?.prompt_id}, trained in iteration ${iteration}`)),
     h("div", { class: "reference" },
-      h("div", {}, h("h2", {}, "prompt"), textBlock(responses[0]?.prompt ?? "")),
+      h("div", {}, h("h2", {}, "prompt"), pictures(run, responses[0]?.images), textBlock(responses[0]?.prompt ?? "")),
       h("div", {}, h("h2", {}, "reference answer"), textBlock(responses[0]?.answer ?? ""))),
     h("div", { class: "cards" }, responses.map((response) => card(run, iteration, response, most))));
   return {
@@ -26,6 +28,16 @@ export async function groupPage({ run, number: iteration, one: id }) {
     crumbs: [{ text: `iteration ${iteration}`, href: link(run, "iteration", iteration) }, { text: `group ${id}` }],
     keys: { "[": () => step(-1), "]": () => step(1), u: () => (location.hash = link(run, "iteration", iteration)) },
   };
+}
+
+/** The images of a prompt, in the order of their places in it. */
+export function pictures(run, digests) {
+  if (!digests?.length) return null;
+  return h("div", { class: "pictures" }, digests.map((digest, at) => h("img", {
+    src: imageAddress(run, digest), alt: `image ${at + 1}`, title: `image ${at + 1}, SHA-256 ${digest}`,
+    load: ({ target }) => target.classList.toggle("small", target.naturalHeight <= SMALL),
+    error: ({ target }) => target.replaceWith(h("span", { class: "note" }, `image ${at + 1} was not kept`)),
+  })));
 }
 
 function card(run, iteration, response, most) {

@@ -6,7 +6,7 @@ import { strip } from "../chart.js";
 import { MODES, gaps, versionsOf } from "../colours.js";
 import { fixed, link, number, signed } from "../format.js";
 import { pager } from "./iteration.js";
-import { split, verdict } from "./group.js";
+import { pictures, split, verdict } from "./group.js";
 
 const PART = 4000; // Tokens that are drawn at once; more come when they are scrolled to.
 
@@ -26,7 +26,7 @@ export async function responsePage({ run, number: iteration, one: id, query, inB
       h("span", { class: "note" }, about(record, iteration, inBuffer))),
     h("div", { class: "reader" },
       h("div", {},
-        h("h2", {}, "prompt"), textBlock(record.prompt ?? "The run has no tokenizer.json, so the buffer's tokens have no text."),
+        h("h2", {}, "prompt"), pictures(run, record.images), textBlock(record.prompt ?? "The run has no tokenizer.json, so the buffer's tokens have no text."),
         h("h2", {}, "response"), view.controls, view.node),
       h("aside", {}, side(record, inBuffer))));
   const crumbs = inBuffer ? [{ text: "buffer", href: up }]
