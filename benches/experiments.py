@@ -5,7 +5,7 @@
     python benches/experiments.py objectives          # a table of the log, 3 seeds
 
     fig3b     token budgets: tokens and seconds of an iteration
-    fig5      accuracy and length over RL
+    fig5      accuracy and length over RL; fig5-smollm2: on a second task, with SmolLM2
     fig7      long2short by four methods
     fig9      uniform prompts, then hard ones, against uniform ones throughout
     fig10     mirror descent against ReST, which only fits right answers
@@ -27,6 +27,7 @@ from figures.runs import Runs
 FIGURES = {
     "fig3b": fig3b.run,
     "fig5": fig5.run,
+    "fig5-smollm2": fig5.run_smollm2,
     "fig7": fig7.run,
     "fig9": fig9.run,
     "fig10": fig10.run,

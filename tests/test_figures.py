@@ -58,6 +58,21 @@ def test_two_thirds_of_the_graded_prompts_are_easy_and_all_examples_are_right():
     assert terse / len(prompts) == pytest.approx(styles["terse"], abs=0.03)
 
 
+def test_chains_show_both_ways_and_are_judged_by_their_last_number():
+    prompts = tasks.chains()
+    for prompt in prompts:
+        *shown, asked = prompt.text.split("\n")
+        bare, worked = sorted(shown, key=len)
+        assert (bare.count("="), worked.count("="), asked.count("=")) == (1, 3, 1)
+        for line in (bare, worked, asked + prompt.answer):
+            assert len({eval(part) for part in line.strip("$").split(" = ")}) == 1
+    assert len({prompt.tags["problem"] for prompt in prompts}) == len(prompts) == 495
+    right = prompts[0].answer
+    assert tasks.last_number(prompts[0], f"2 + 1 + 1 = 3 + 1 = {right}") == 1
+    assert tasks.last_number(prompts[0], f" {right}") == 1
+    assert tasks.last_number(prompts[0], f"{right} = 5") == 0
+
+
 def test_the_best_response_counts_once_a_prompt():
     """Averaged over the choice of one right response, in plain arithmetic."""
     logprobs = torch.tensor([-1.0, -2.0, -3.0, -4.0], requires_grad=True)
@@ -134,6 +149,9 @@ def test_fig5_and_length_from_runs_that_are_there(tmp_path, monkeypatch, capsys)
     for name, accuracy in {"short": 0, "plain": 0.6, "length-0": 0.4, "length-1": 0.5}.items():
         finished(tmp_path / f"{name}-0", accuracy)
     assert "gain, accuracy_sampled: 0.5 [0.5, 0.5]" in figure("fig5", tmp_path, monkeypatch, capsys)
+    finished(tmp_path / "chains-0", 0.4)
+    said = figure("fig5-smollm2", tmp_path, monkeypatch, capsys)
+    assert "gain, accuracy_sampled: 0.3 [0.3, 0.3]" in said
     said = figure("length", tmp_path, monkeypatch, capsys)
     assert "with warm-up − without, accuracy_sampled: 0.1 [0.1, 0.1]" in said
 
@@ -147,9 +165,8 @@ def test_fig9_from_runs_that_are_there(tmp_path, monkeypatch, capsys):
 
 
 def test_fig10_takes_the_best_setting_of_each_method(tmp_path, monkeypatch, capsys):
+    finished(tmp_path / f"short-{fig10.START_SEED}")
     for seed in (0, fig10.SEARCH_SEED):
-        finished(tmp_path / f"short-{seed}")
-        finished(tmp_path / f"plain-{seed}", 0.1)
         for method, settings in (("omd", fig10.MIRROR_DESCENT), ("rest", fig10.REST)):
             for number in range(len(settings)):
                 finished(tmp_path / f"fig10-{method}-{number}-{seed}", 0.1 * (number + 1))

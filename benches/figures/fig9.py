@@ -21,7 +21,6 @@ UNIFORM = "curriculum.prioritized=false"
 ARMS = {
     "uniform": [UNIFORM],
     "uniform, then hard only": [UNIFORM, f"curriculum.hard_after={ITERATIONS // 2}"],
-    "by 1 − success rate": [],
 }
 LEVELS = ("hard", "easy")
 
@@ -52,7 +51,7 @@ def run(runs: Runs, figures: Path) -> str:
 
 def _train(runs: Runs, name: str, seed: int, settings: list[str]) -> Path:
     start = runs.sft(f"graded-{seed}", *TASK, *START, f"seed={seed}") / "checkpoint"
-    common = [f"iterations={ITERATIONS}", "evaluation.every=10", "evaluation.prompts=none", *CHEAP]
+    common = [f"iterations={ITERATIONS}", "evaluation.every=10", "evaluation.prompts=300", *CHEAP]
     given = [f"model.name={start}", "sft.data=none", f"seed={seed}"]
     return runs.train(name, *TASK, *common, *settings, *given)
 

@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TypeVar
 HERE = Path(__file__).resolve().parent
 TASKS = HERE / "tasks.py"
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 KIMI = ("-m", "kimi_core.cli")
@@ -49,8 +50,12 @@ class Runs:
 
     def each(self, make: Callable[[int], T]) -> list[T]:
         """What ``make`` gives for each seed, in order."""
+        return self.map(make, self.seeds)
+
+    def map(self, make: Callable[[S], T], some: Iterable[S]) -> list[T]:
+        """What ``make`` gives for each of ``some``, in order, ``jobs`` at a time."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(make, self.seeds))
+            return list(pool.map(make, some))
 
     def _kimi(self, driver: str, name: str, settings: Sequence[str]) -> Path:
         where = [f"name={name}", f"runs={self.folder}"]

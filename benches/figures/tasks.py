@@ -6,6 +6,7 @@ Plugins are imported by themselves, so this file imports nothing from this folde
 import math
 import random
 from collections.abc import Sequence
+from itertools import combinations_with_replacement
 
 from torch import Tensor
 
@@ -48,7 +49,13 @@ def graded() -> list[Prompt]:
     asked += [(f"{b}*{a}=", a, b, "easy") for a, b in easy]
     asked += [(f"{a}*{b}=", a, b, "hard") for a, b in hard]
     return [
-        Prompt(index, text, str(a * b), 0.9 if level == "hard" else 0.1, {"domain": level})
+        Prompt(
+            index,
+            text,
+            str(a * b),
+            0.9 if level == "hard" else 0.1,
+            {"domain": level, "problem": f"{min(a, b)}*{max(a, b)}"},
+        )
         for index, (text, a, b, level) in enumerate(asked)
     ]
 
@@ -62,6 +69,45 @@ def graded_examples(prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
         (text, multiply.response(form, style))
         for (text, form), style in zip(forms, styles, strict=True)
     ]
+
+
+def chains() -> list[Prompt]:
+    """495 sums of four digits, each after a bare and a worked example in random order.
+
+    A pretrained model goes on in either way::
+
+        $4 + 1 + 9 + 5 = 19$
+        $7 + 6 + 9 + 4 = 13 + 9 + 4 = 22 + 4 = 26$
+        $8 + 2 + 5 + 8 =
+    """
+    rng = random.Random(0)
+    made = []
+    for digits in combinations_with_replacement(range(1, 10), 4):
+        bare, worked = ([rng.randint(1, 9) for _ in range(4)] for _ in range(2))
+        lines = [f"{_sum(bare)}{sum(bare)}$\n", f"{_sum(worked)}{_chain(worked)}$\n"]
+        rng.shuffle(lines)
+        text = "".join(lines) + _sum(rng.sample(digits, 4))
+        made.append(Prompt(len(made), text, str(sum(digits)), tags={"problem": str(digits)}))
+    return made
+
+
+def _sum(digits: Sequence[int]) -> str:
+    return f"${' + '.join(map(str, digits))} = "
+
+
+def _chain(digits: Sequence[int]) -> str:
+    """The sum worked out from the left, ``13 + 9 + 4 = 22 + 4 = 26``."""
+    first, *rest = digits
+    steps = []
+    while rest:
+        first += rest.pop(0)
+        steps.append(" + ".join(map(str, [first, *rest])))
+    return " = ".join(steps)
+
+
+def last_number(prompt: Prompt, response: str) -> float:
+    """The reward of ``chains``: 1 if the text after the last ``=``, or all of it, is the answer."""
+    return float(response.rpartition("=")[2].strip() == prompt.answer)
 
 
 def _small_first(text: str) -> str:

@@ -222,15 +222,20 @@ CHOSEN = (
 
 
 def chosen(text: str) -> str | None:
-    """The option that a response names last: in a box, behind "answer", or alone on a line.
+    """The option that a response names last: in a box, behind "answer", or at a line's start.
+
+    Lines that begin with several options only repeat them.
 
     >>> chosen("A) is wrong, so it is B.\\nAnswer: (B)"), chosen("I do not know.")
     ('B', None)
+    >>> chosen("B) 7"), chosen("A) 5\\nB) 7")
+    ('B', None)
     """
-    for pattern in CHOSEN:
-        if found := pattern.findall(text):
+    *named, alone = (pattern.findall(text) for pattern in CHOSEN)
+    for found in named:
+        if found:
             return str(found[-1])
-    return None
+    return str(alone[0]) if len(set(alone)) == 1 else None
 
 
 def reward_of(name: str, config: RewardConfig) -> RewardFunction:
