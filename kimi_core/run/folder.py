@@ -265,8 +265,7 @@ class RunFolder:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
 
         Args:
-            model: has ``save_pretrained``, as has ``tokenizer``.
-            images: their processor is written, too.
+            model: has ``save_pretrained``, as has ``tokenizer``; ``images`` have a processor.
             name: of the folder, in place of ``checkpoint``.
             also: name → text of other files.
 
@@ -275,8 +274,7 @@ class RunFolder:
         """
         from kimi_core.models.load import no_progress_bars  # Loads torch.
 
-        final = self.path / name
-        partial = final.with_suffix(".tmp")
+        partial = (final := self.path / name).with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
         unfinished = removed_if_unfinished(partial, f"the {name}", self._newest().way_on)
         with unfinished, no_progress_bars():
