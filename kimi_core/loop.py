@@ -113,7 +113,7 @@ class Loop:
         self._count(groups, unjudged)
         self.latest = Outcome(groups, unjudged, _by_trajectory(groups, trained))
         report = self._report(version, rollout, trained, clock.seconds())
-        several = self.config.rollout.workers > 1 or self.config.cluster.listen
+        several = self.config.rollout.workers > 1 or self.config.cluster.is_open
         by_worker = {str(number): n for number, n in rollout.tokens_by_worker.items()}
         return replace(
             report,
