@@ -81,6 +81,13 @@ def test_a_worker_that_ray_placed_is_killed_and_placed_again(tmp_path, monkeypat
     assert sum(one.worker_restarts for one in iterations(tmp_path, "ray")) == 1
 
 
+def test_a_run_without_a_cluster_never_loads_ray(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    go_on("name=default", "iterations=1")
+    assert len(iterations(tmp_path, "default")) == 1 and "ray" not in sys.modules
+
+
 def test_what_cannot_work_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"hybrid = true with cluster\.address"):
         ClusterConfig(address="auto", hybrid=True)
