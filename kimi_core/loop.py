@@ -118,7 +118,7 @@ class Loop:
             told = (_by_trajectory(groups, one) for one in (trained.logprobs, trained.entropies))
             self.latest = Outcome(groups, unjudged, *told)
         report = self._report(version, rollout, trained, clock.seconds())
-        several = self.config.rollout.workers > 1 or self.config.cluster.listen
+        several = self.config.rollout.workers > 1 or self.config.cluster.is_open
         by_worker = {str(number): n for number, n in rollout.tokens_by_worker.items()}
         return replace(
             report,

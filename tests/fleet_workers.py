@@ -133,11 +133,15 @@ class Door:
 
     def __init__(self, coming: list[Local]) -> None:
         self.coming = coming
+        self.why = ""
         self._pipe = os.pipe()
         os.write(self._pipe[1], b"x")
 
     def fileno(self) -> int:
         return self._pipe[0]
+
+    def missing(self) -> str:
+        return self.why
 
     def take(self) -> list[Local]:
         came = [self.coming.pop(0)] if self.coming else []

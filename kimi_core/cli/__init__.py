@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "chat": (viewing.chat, "ask the model of a run, before and after"),
     "push": (runs.push, "upload the checkpoint of a run to the Hugging Face hub"),
     "worker": (runs.worker, "sample for a run of another host"),
+    "engine": (runs.engine, "start, wake and end an engine of this host over HTTP"),
     "sandbox": (data.sandbox, "run programs in a sandbox, serve it, or check this machine"),
     "buffer": (data.buffer, "print what a rollout buffer's file holds"),
     "completion": (

@@ -154,3 +154,12 @@ WORKER = """Sample for a run of another host.
 Gets the model and the weights from the run, so nothing but the package and the token has to be
 here. Joins again after a cut, at the weights of that time. Ends when the run is over, or when
 nobody has answered for --patience seconds. docs/fleet.md says what happens when hosts are lost."""
+
+ENGINE = """Serve the life of one engine of this host over HTTP.
+
+    kimi engine my.toml rollout.workers=2 --http 10.0.0.2:8300 --token-file token
+    curl -X POST -H "Authorization: Bearer $(cat token)" -H 'Content-Type: application/json' \\
+        -d '{"model": "runs/mine/checkpoint", "version": 0}' http://10.0.0.2:8300/start
+
+Also /serve (another checkpoint), /wake, /sleep, /generate, /stop, and GET /state. The sections
+model and rollout of the config count. docs/fleet.md says more."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from kimi_core.cli.help import EVALUATE, LONG2SHORT, PUSH, REPLAY, SFT, TRAIN, WORKER
+from kimi_core.cli.help import ENGINE, EVALUATE, LONG2SHORT, PUSH, REPLAY, SFT, TRAIN, WORKER
 from kimi_core.cli.parser import fail
 from kimi_core.cli.settings import config_parser, may_accept_changes, parser_of, with_config
 from kimi_core.config import Config
@@ -168,6 +168,23 @@ def push(arguments: Sequence[str]) -> int:
     except OSError as error:
         return fail(str(error), 1)
     return 0
+
+
+def engine(arguments: Sequence[str]) -> int:
+    parser = config_parser("engine", ENGINE)
+    parser.add_argument("--http", required=True, metavar="HOST:PORT", help="where to listen")
+    parser.add_argument("--token-file", required=True, type=Path, help="holds the bearer token")
+    given = parser.parse_intermixed_args(arguments)
+
+    def run(config: Config) -> None:
+        from kimi_core.cluster.handshake import address_of, read_token
+        from kimi_core.cluster.life import EngineLife
+        from kimi_core.cluster.service import serve
+
+        address, token = address_of(given.http), read_token(given.token_file).decode()
+        serve(EngineLife(config), *address, token)
+
+    return with_config(given.arguments, run)
 
 
 def worker(arguments: Sequence[str]) -> int:

@@ -7,19 +7,26 @@ trust.
 """
 
 import hmac
+import logging
+import os
 import secrets
 import socket
 import struct
-from contextlib import suppress
+import threading
+from collections.abc import Callable
+from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-MAGIC = b"kimi_core worker 1\n"
+MAGIC = b"kimi_core worker 2\n"
 LEAST = 16
 """Bytes of the shortest token."""
 
 GREET_S = 5.0
 """Seconds for each message of a greeting."""
+
+AT_ONCE = 16
+"""Connections that may be greeted at the same time; more are closed."""
 
 KERNEL_SHARE = 0.75
 """The kernel ends a silent connection after this share of ``silent_s``: before a publication, which
@@ -27,6 +34,9 @@ waits for all of it, is over. After a cut of 3 s, TCP needs up to 6.2 s."""
 
 KEEPALIVE_S = 2
 """Seconds without a packet after which a host is asked whether it is still there."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Refused(ConnectionError):
@@ -110,6 +120,51 @@ def greet(connection: Connection, token: bytes, *, is_master: bool) -> None:
         raise Refused("the other side has another token")
     if is_master:
         connection.send_bytes(_proof(token, own, mine, theirs))
+
+
+def admit(
+    server: socket.socket,
+    token: bytes,
+    welcome: Callable[[socket.socket, Connection], None],
+    *,
+    silent_s: float,
+) -> None:
+    """Greet all who connect, in threads, until the server's socket is shut down. Returns at once.
+
+    Args:
+        welcome: called in a thread with each connection that knows the token, and with a
+            ``Connection`` over it; both are closed afterwards. Reads and writes are limited to
+            ``GREET_S``.
+        silent_s: as for ``limit``.
+    """
+    places = threading.BoundedSemaphore(AT_ONCE)
+
+    def let_in(connection: socket.socket, host: str) -> None:
+        try:
+            with connection, closing(Connection(os.dup(connection.fileno()))) as channel:
+                limit(connection, silent_s)
+                waits(connection, GREET_S)
+                greet(channel, token, is_master=True)
+                welcome(connection, channel)
+        except (Refused, ValueError) as error:
+            log.warning("A connection from %s was refused: %s", host, error)
+        except (OSError, EOFError) as error:
+            log.warning("A connection from %s ended before it was greeted: %r", host, error)
+        finally:
+            places.release()
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, (host, *_) = server.accept()
+            except OSError:
+                return
+            if not places.acquire(blocking=False):
+                connection.close()
+                continue
+            threading.Thread(target=let_in, args=(connection, host), daemon=True).start()
+
+    threading.Thread(target=accept, name="cluster-admit", daemon=True).start()
 
 
 def _proof(token: bytes, role: bytes, own: bytes, other: bytes) -> bytes:

@@ -10,7 +10,6 @@ A worker that comes again under a name has the number that it had before.
 
 import json
 import logging
-import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -20,15 +19,13 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from kimi_core.cluster.handshake import GREET_S, Refused, greet, limit, waits
+from kimi_core.cluster.handshake import admit
+from kimi_core.models.vision import Images
 from kimi_core.rollout import orders, wire
 from kimi_core.rollout.connected import ConnectedWorker
 
 NAME_BYTES = 256
 """Longest name of a worker."""
-
-AT_ONCE = 16
-"""Connections that may be greeted at the same time; more are closed."""
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +39,8 @@ class RemoteStart:
     architecture: str
     """The class of the model."""
     dtype: str
+    text: dict[str, Any] | None
+    """How tokens become text (``models/token_text.py``), if the run has stop strings."""
     layout: str
     """SHA-256 of the arena's layout, in hexadecimal."""
     weights: tuple[str, int]
@@ -61,7 +60,7 @@ class RemoteWorker(ConnectedWorker):
         host: the name that it gave.
         connection: to the worker, which has been greeted and told everything.
         forget: called with its name when it is lost.
-        timeout_s, silent_s: as for ``ConnectedWorker``.
+        timeout_s, silent_s, images: as for ``ConnectedWorker``.
     """
 
     joins = True
@@ -75,8 +74,9 @@ class RemoteWorker(ConnectedWorker):
         forget: Callable[[str], None],
         timeout_s: float,
         silent_s: float,
+        images: Images | None = None,
     ) -> None:
-        super().__init__(number, timeout_s=timeout_s, silent_s=silent_s)
+        super().__init__(number, timeout_s=timeout_s, silent_s=silent_s, images=images)
         self._host = host
         self._forget = forget
         self._wanted = -1
@@ -122,7 +122,7 @@ class Listener:
         start: what each is told.
         first: number of the first worker.
         forget: called with the name of a worker that is lost.
-        timeout_s: as for ``ConnectedWorker``.
+        timeout_s, images: as for ``ConnectedWorker``.
 
     Raises:
         ValueError: the address is not one of this host, or is in use.
@@ -137,8 +137,10 @@ class Listener:
         first: int,
         forget: Callable[[str], None],
         timeout_s: float,
+        images: Images | None = None,
     ) -> None:
-        self._token, self._start, self._timeout_s = token, start, timeout_s
+        self._start, self._timeout_s = start, timeout_s
+        self._images = images
         self._forget = forget
         try:
             self._server = socket.create_server(address)
@@ -147,14 +149,15 @@ class Listener:
                 f"Cannot listen on cluster.listen = {address[0]}:{address[1]}: {error}; give an "
                 "address of this host at which the others reach it, and a free port"
             ) from error
-        self.port = self._server.getsockname()[1]
+        self.address = (address[0], self._server.getsockname()[1])
+        self.missing: Callable[[], str] = lambda: ""
+        """Tells why nobody will come."""
         self._numbers: dict[str, int] = {}
         self._first = first
         self._came: SimpleQueue[RemoteWorker] = SimpleQueue()
         self._news, self._ring = socket.socketpair()
-        self._places = threading.BoundedSemaphore(AT_ONCE)
         self._numbering = threading.Lock()
-        threading.Thread(target=self._accept, name="cluster-listen", daemon=True).start()
+        admit(self._server, token, self._welcome, silent_s=start.silent_s)
 
     def fileno(self) -> int:
         """What becomes readable when a worker has come."""
@@ -173,39 +176,9 @@ class Listener:
         while not self._came.empty():
             self._came.get().close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, (host, *_) = self._server.accept()
-            except OSError:
-                return
-            if not self._places.acquire(blocking=False):
-                connection.close()
-                continue
-            let_in: Callable[..., None] = self._let_in
-            threading.Thread(target=let_in, args=(connection, host), daemon=True).start()
-
-    def _let_in(self, connection: socket.socket, host: str) -> None:
-        try:
-            with connection:
-                self._greet(connection)
-        except (Refused, ValueError) as error:
-            log.warning("A connection from %s was refused: %s", host, error)
-        except (OSError, EOFError) as error:
-            log.warning("A connection from %s ended before it was greeted: %r", host, error)
-        finally:
-            self._places.release()
-
-    def _greet(self, connection: socket.socket) -> None:
-        limit(connection, self._start.silent_s)
-        waits(connection, GREET_S)
-        channel = Connection(os.dup(connection.fileno()))
-        try:
-            greet(channel, self._token, is_master=True)
-            name = channel.recv_bytes(NAME_BYTES).decode()
-            channel.send_bytes(json.dumps(asdict(self._start)).encode())
-        finally:
-            channel.close()
+    def _welcome(self, connection: socket.socket, channel: Connection) -> None:
+        name = channel.recv_bytes(NAME_BYTES).decode()
+        channel.send_bytes(json.dumps(asdict(self._start)).encode())
         with self._numbering:
             number = self._numbers.setdefault(name, self._first + len(self._numbers))
         worker = RemoteWorker(
@@ -215,6 +188,7 @@ class Listener:
             forget=self._forget,
             timeout_s=self._timeout_s,
             silent_s=self._start.silent_s,
+            images=self._images,
         )
         self._came.put(worker)
         self._ring.send(b"x")

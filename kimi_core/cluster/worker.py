@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from kimi_core.cluster.handshake import GREET_S, Refused, greet, limit, waits
 from kimi_core.cluster.listener import RemoteStart
+from kimi_core.models import token_text
 from kimi_core.models.load import auto_class
 from kimi_core.rollout import orders
 from kimi_core.rollout.torch.worker import BEAT_S, Served, Start
 from kimi_core.weights.arena import WeightArena
-from kimi_core.weights.broadcast.mailbox import PeerGone
 from kimi_core.weights.broadcast.receiver import JoinRefused, WeightReceiver, follow
 from kimi_core.weights.broadcast.transport import TransferError
 from kimi_core.weights.layout import Layout
@@ -128,17 +129,24 @@ def session(place: Place) -> int:
         if layout.hash.hex() != start.layout:
             raise Refused("it lays out the weights in another way: install one version everywhere")
         model = _model(config, start)
+        text = token_text.from_json(start.text) if start.text else None
     except (Refused, ValueError, TypeError) as error:
         _complain(f"{place} and this worker do not fit: {error}")
         return REFUSED
     limit(raw, start.silent_s)
     waits(raw, start.silent_s)
     threading.Thread(target=_watch, args=(raw, os.getppid()), daemon=True).start()
-    return _work(place, connection, start, model, layout)
+    decode = partial(orders.unpacked, text=text)
+    return _work(place, connection, start, model, layout, decode)
 
 
 def _work(
-    place: Place, connection: Connection, start: RemoteStart, model: PreTrainedModel, layout: Layout
+    place: Place,
+    connection: Connection,
+    start: RemoteStart,
+    model: PreTrainedModel,
+    layout: Layout,
+    decode: Callable[[bytes], tuple[Any, ...]],
 ) -> int:
     with tempfile.TemporaryDirectory(
         dir=folder_with_room(SLOTS * layout.payload_bytes), prefix="kimi_core-"
@@ -148,7 +156,7 @@ def _work(
         kept = f"/proc/self/fd/{os.open(path, os.O_RDWR)}"
     there = threading.Event()
     threading.Thread(
-        target=_follow, args=(tuple(start.weights), arena, place.name, there), daemon=True
+        target=_follow, args=(tuple(start.weights), arena, place, there), daemon=True
     ).start()
     if not there.wait(FIRST_S):
         _complain(f"{place} published no weights in {FIRST_S:g} s")
@@ -161,22 +169,22 @@ def _work(
         threads=place.threads,
         linger_s=start.linger_s,
     )
-    Served(connection, own, orders.unpacked, lost=LOST).run()
+    Served(connection, own, decode, lost=LOST).run()
     return LOST
 
 
 def _follow(
-    address: tuple[str, int], arena: WeightArena, name: str, there: threading.Event
+    address: tuple[str, int], arena: WeightArena, place: Place, there: threading.Event
 ) -> None:
     """Keep the arena at the master's version. Without that there is no worker."""
     status = LOST
     try:
-        receiver = WeightReceiver(address, arena, name=name)
+        receiver = WeightReceiver(address, arena, name=place.name, token=place.token)
         follow(receiver, switch=lambda version: there.set(), idle_s=IDLE_S)
     except JoinRefused as error:
         _complain(str(error))
         status = REFUSED
-    except (PeerGone, TimeoutError, TransferError, ValueError) as error:
+    except (OSError, TransferError, ValueError) as error:
         _complain(f"No weights: {error}")
     os._exit(status)
 

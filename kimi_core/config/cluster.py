@@ -17,9 +17,20 @@ class ClusterConfig(Section):
     transfer_s: float = Field(120.0, gt=0)
     """Longest time for sending one version of the weights to all other hosts, in seconds."""
 
+    address: str = ""
+    """Address of a Ray cluster; `auto`: the one that this host belongs to. Ray starts all of
+    `rollout.workers` on its hosts, and starts them again when they end. Empty: no Ray."""
+    worker_cpus: int = Field(1, ge=1)
+    """CPUs that Ray keeps free for each rollout worker, which uses as many threads."""
+
     hybrid: bool = False
     """Trainer and engine share the devices of this host and take turns: the processes of rollout
     workers or of vLLM end after each rollout, and start again before the next."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether rollout workers come over the network."""
+        return bool(self.listen or self.address)
 
     @model_validator(mode="after")
     def _has_a_token(self) -> "ClusterConfig":
@@ -27,5 +38,10 @@ class ClusterConfig(Section):
             raise ValueError(
                 f"cluster.listen = {self.listen!r} without cluster.token_file: anybody could join; "
                 "make a token with `openssl rand -hex 32`, and name its file"
+            )
+        if self.address and self.hybrid:
+            raise ValueError(
+                f"cluster.hybrid = true with cluster.address = {self.address!r}: workers that Ray "
+                "places do not take turns with the trainer; leave one of them out"
             )
         return self

@@ -6,11 +6,12 @@ writes responses behind other tokens, and takes these away afterwards.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kimi_core.models import chat
+from kimi_core.models import chat, token_text
 from kimi_core.models.token_bound import token_bound
 from kimi_core.models.vision import Images
 from kimi_core.rollout.stop import BROKEN, cut
@@ -49,8 +50,9 @@ class Codec:
             raise ValueError(f"rollout.stop = {strings}: each string needs at least one character")
         self._tokenizer = tokenizer
         self._images = images
+        self._decode = token_text.decoder(tokenizer)
         self._lead = self._find_lead()
-        self._lead_text = self._decode([self._lead]) if self._lead is not None else ""
+        self._text = token_text.TokenText(self._decode, self._lead)
         self._prefix = self._find_prefix()
         self._gap = self._find_gap()
         self._turn_end = chat.turn_end(tokenizer)
@@ -175,6 +177,13 @@ class Codec:
             text = cut(self.stop_strings, text)
         return text.removeprefix(self._gap)
 
+    def text_as_json(self) -> dict[str, Any]:
+        """How tokens become text, for stop strings on other hosts (`token_text.from_json`).
+
+        Raises: as `token_text.to_json`.
+        """
+        return token_text.to_json(self._tokenizer, self._text)
+
     def _encode_prompt(
         self, prompt: str | Sequence[Message], what: str, images: Sequence[Image] = ()
     ) -> np.ndarray:
@@ -269,18 +278,6 @@ class Codec:
             ] == head:
                 yield both[len(head) :]
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode(
-            list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return str(text)
-
-    def _text(self, ids: Sequence[int]) -> str:
-        """The text of tokens that stand behind others."""
-        if self._lead is None or not ids:
-            return self._decode(ids)
-        return self._decode([self._lead, *ids]).removeprefix(self._lead_text)
-
     def _find_lead(self) -> int | None:
         """A token whose own text stays the same whatever follows; None: there is none."""
         for text in LEADS:
@@ -292,7 +289,7 @@ class Codec:
 
     def _find_prefix(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text."""
-        for text in (self._lead_text, *LEADS):
+        for text in (self._text.lead_text, *LEADS):
             plain = self._try(text) if text else []
             if plain:
                 full = self._tokenizer.encode(text)
@@ -308,8 +305,9 @@ class Codec:
         """
         if self._lead is None:
             return ""
-        bare = self._tokenizer.convert_ids_to_tokens(self._lead) == self._lead_text
-        spaced = self._text([self._lead]) == f" {self._lead_text}"
+        lead = self._text.lead_text
+        bare = self._tokenizer.convert_ids_to_tokens(self._lead) == lead
+        spaced = self._text([self._lead]) == f" {lead}"
         return " " if bare and spaced else ""
 
     def _single_tokens(self, strings: Sequence[str]) -> list[int]:

@@ -250,6 +250,43 @@ class Images:
         return self._processor(decoded(image))
 
 
+PLACES = "places"
+"""Stands with the pixels of an image that is sent: the number of its positions."""
+
+
+class SentImages(Images):
+    """Images that another process has sent by number: an engine can read them."""
+
+    def __init__(self) -> None:
+        super().__init__(_no_processor)
+        self._sent: dict[int, Pixels] = {}
+
+    def take(self, sent: Mapping[int, Pixels]) -> None:
+        """Keep what ``to_send`` gave, by number."""
+        self._sent.update(sent)
+
+    def forget(self) -> None:
+        """Keep none any more."""
+        self._sent.clear()
+
+    def pixels(self, number: int) -> Pixels:
+        """What was sent for the image."""
+        return {name: one for name, one in self._sent[number].items() if name != PLACES}
+
+    def places(self, number: int) -> int:
+        """Positions that it takes."""
+        return int(self._sent[number][PLACES])
+
+
+def to_send(images: Images, number: int) -> dict[str, Tensor]:
+    """All that ``SentImages`` needs of an image."""
+    return {**images.pixels(number), PLACES: torch.tensor(images.places(number))}
+
+
+def _no_processor() -> Processor:
+    raise RuntimeError("Only pixels were sent, and no image can be processed here")
+
+
 def inputs_of(
     images: Images | None,
     model: PreTrainedModel,

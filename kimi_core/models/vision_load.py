@@ -34,12 +34,11 @@ def load_images(
     """
     if not has_vision(model):
         return None
-    engine, workers, ranks = config.rollout.engine, config.rollout.workers, config.trainer.ranks
-    if engine != "torch" or workers > 1 or ranks > 1:
+    engine, ranks = config.rollout.engine, config.trainer.ranks
+    if engine != "torch" or ranks > 1:
         raise ValueError(
             f"{type(model).__name__} reads images, which rollout.engine = {engine!r} with "
-            f"rollout.workers = {workers} and trainer.ranks = {ranks} cannot; set them to 'torch', "
-            "1 and 1"
+            f"trainer.ranks = {ranks} cannot; set them to 'torch' and 1"
         )
     images = Images(lambda: _processor(config.model.name, model))
     images.add(prompts)

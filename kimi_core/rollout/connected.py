@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
+from kimi_core.models.vision import Images, to_send
 from kimi_core.rollout import wire
 from kimi_core.rollout.work import WorkerGone
 from kimi_core.types import Request, Sampling
@@ -23,12 +26,18 @@ class ConnectedWorker(ABC):
         number: of this worker in its fleet.
         timeout_s: longest time without a decode step while there is work, in seconds.
         silent_s: seconds after which a worker counts as lost that has work and says nothing.
+        images: the run's images, whose pixels it is sent; None: the model reads text only.
     """
 
     joins: bool
 
-    def __init__(self, number: int, *, timeout_s: float, silent_s: float) -> None:
+    def __init__(
+        self, number: int, *, timeout_s: float, silent_s: float, images: Images | None = None
+    ) -> None:
         self.number = number
+        self._images = images
+        self._shown: set[int] = set()
+        """Numbers of the images that it was sent in this call."""
         self.ready = False
         self.policy_version = -1
         self.steps = 0
@@ -65,10 +74,17 @@ class ConnectedWorker(ABC):
 
     def begin(self, call: int, sampling: Sampling, most_steps: int) -> None:
         """Announce a call: what is fed from now on belongs to it."""
+        self._shown.clear()
         self.ask(("begin", call, sampling, most_steps))
 
     def feed(self, requests: Sequence[Request]) -> None:
-        """Give the worker more to do."""
+        """Give the worker more to do, and first the images in it that it lacks."""
+        if self._images is not None:
+            ids = np.unique(np.concatenate([one.token_ids for one in requests]))
+            new = sorted({-1 - int(one) for one in ids[ids < 0]} - self._shown)
+            if new:
+                self.ask(("images", {one: to_send(self._images, one) for one in new}))
+                self._shown.update(new)
         self.ask(("feed", list(requests)))
 
     def stop(self) -> None:

@@ -22,9 +22,11 @@ is lost.
 
 import logging
 import math
+import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Protocol
 
@@ -35,6 +37,9 @@ from kimi_core.types import Request, Sampling, SegmentColumns
 
 LOOK_S = 0.2
 """Seconds between two looks at the clock while nothing comes."""
+
+COME_S = 300.0
+"""Seconds for which a call waits while there is no worker at all."""
 
 RESTARTS = 5
 """Restarts of one worker in one call; the next loss ends the call."""
@@ -106,6 +111,10 @@ class Arrivals(Protocol):
         """Those that have come since the last call. One that was here before has its old number."""
         ...
 
+    def missing(self) -> str:
+        """Why nobody will come; empty: nothing is known."""
+        ...
+
 
 def linger_s(workers: int) -> float:
     """Seconds for which a worker's segments wait for others, so that the master gets at most about
@@ -122,6 +131,7 @@ class Fleet:
         vocabulary, context: of the model, as for ``check_request``.
         exact: whether the bits of log-probs are to come out the same every time.
         arrivals: workers of other hosts; None: there are none.
+        images: the images that the ids from -1 down name.
         hybrid: whether the workers of this host end while the fleet sleeps. It sleeps at first.
         on_close: called when all workers have ended.
     """
@@ -135,6 +145,7 @@ class Fleet:
         context: int | None,
         exact: bool,
         arrivals: Arrivals | None = None,
+        images: Sized = (),
         hybrid: bool = False,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
@@ -145,12 +156,14 @@ class Fleet:
         self._started = False
         self._hybrid = self._asleep = hybrid
         self._most = math.inf if exact else batch_rows * AHEAD
-        self._vocabulary, self._context = vocabulary, context
+        self._images = images
+        self._check_request = partial(check_request, vocabulary=vocabulary, context=context)
         self._wanted = 0
         """The version that workers are to serve."""
         self._call = 0
         self._busy = False
         self._steps_before = 0
+        self._alone_since = 0.0
         self._losses: Counter[int] = Counter()
         self._on_close = on_close
 
@@ -171,7 +184,7 @@ class Fleet:
         if self._asleep:
             raise RuntimeError("The rollout workers are asleep: wake the engine before it samples")
         for request in requests:
-            check_request(request, vocabulary=self._vocabulary, context=self._context)
+            self._check_request(request, images=len(self._images))
         return self._generate(list(requests), sampling)
 
     def serve(self, version: int) -> None:
@@ -243,6 +256,7 @@ class Fleet:
         self._call += 1
         work = Work(requests, len(self._workers))
         most_steps = max(request.steps for request in requests)
+        self._alone_since = time.monotonic()
         try:
             self._wait_until_ready(self.policy_version)  # One may have ended since the last call.
             while work.open:
@@ -254,6 +268,7 @@ class Fleet:
                 for worker in list(self._workers):
                     if work.held[worker.number] or not worker.ready:
                         self._check(worker, work)
+                self._check_not_alone()
         finally:
             self._busy = False
             if work.open:
@@ -335,6 +350,17 @@ class Fleet:
         self._losses[worker.number] += 1
         if self._losses[worker.number] > RESTARTS:
             raise EngineFailed(f"{gone}; it was started {RESTARTS} times in a row before") from gone
+
+    def _check_not_alone(self) -> None:
+        """Raises EngineFailed if there is no worker, and none is on its way."""
+        if self._workers:
+            self._alone_since = time.monotonic()
+            return
+        why = self._arrivals.missing() if self._arrivals else "none was asked for"
+        if not why and time.monotonic() - self._alone_since > COME_S:
+            why = f"none has joined for {COME_S:g} s"
+        if why:
+            raise EngineFailed(f"There is no rollout worker: {why}")
 
     def _wait_until_ready(self, version: int) -> None:
         """Wait until all workers serve ``version``, except those that have only just joined.

@@ -2,13 +2,18 @@
 
 import json
 import os
+import secrets
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from kimi_core.cluster.handshake import address_of, read_token
 from kimi_core.cluster.listener import Listener, RemoteStart
+from kimi_core.cluster.placement import RayWorkers
 from kimi_core.config import ClusterConfig, RolloutConfig
+from kimi_core.models.codec import Codec
 from kimi_core.models.vision import Images
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.fleet import Fleet, linger_s
@@ -30,6 +35,7 @@ def load_engine(
     exact: bool = True,
     images: Images | None = None,
     cluster: ClusterConfig | None = None,
+    codec: Codec | None = None,
 ) -> tuple[Engine, Publisher]:
     """The engine that ``rollout`` describes. It samples once a version was published.
 
@@ -37,34 +43,36 @@ def load_engine(
         longest: tokens of the longest sequence that the engine will see; None: not known.
         publisher: takes weights to the engine; None: one for a trainer in this process.
         exact: as for ``Fleet``.
-        images: the images of prompts, if the model reads some; then there is one worker.
+        images: the images of prompts, if the model reads some.
         cluster: workers of other hosts may join; None: there are none.
+        codec: the run's, from which such workers learn how tokens become text; needed with both
+            ``cluster.listen`` and ``rollout.stop``.
 
     Raises:
-        ValueError: the engine cannot run the model, or workers are asked for on a GPU.
+        ValueError: the engine cannot run the model, workers are asked for on a GPU, or the
+            tokenizer cannot be sent to other hosts.
     """
     cluster = cluster or ClusterConfig()
     if publisher is None and reads_trainer(rollout, cluster):
         publisher = InPlace()
     elif publisher is None:
         publisher = ArenaPublisher(model.config, model.dtype, tp_size=tensor_parallel(rollout))
-    if cluster.listen and (rollout.engine != "torch" or rollout.stop or images):
+    if cluster.is_open and rollout.engine != "torch":
         raise ValueError(
-            f"cluster.listen = {cluster.listen!r} with rollout.engine = {rollout.engine!r}, "
-            f"rollout.stop = {rollout.stop} and {'' if images else 'no '}images: workers of other "
-            "hosts run the engine 'torch', know no stop strings and read no images yet"
+            f"cluster.listen = {cluster.listen!r} and cluster.address = {cluster.address!r} with "
+            f"rollout.engine = {rollout.engine!r}: workers of other hosts run the engine 'torch'"
         )
-    if cluster.hybrid and reads_trainer(rollout, cluster):
-        raise ValueError(
-            "cluster.hybrid = true with one worker of the engine 'torch', which samples with the "
-            "trainer's own parameters: nothing can sleep; leave it out, or set rollout.workers = 2"
-        )
-    return _engine(model, rollout, longest, publisher, exact, images, cluster), publisher
+    text = None
+    if cluster.is_open and rollout.stop:
+        assert codec is not None, "stop strings on other hosts need the codec"
+        text = codec.text_as_json()
+    return _engine(model, rollout, longest, publisher, exact, images, cluster, text), publisher
 
 
 def reads_trainer(rollout: RolloutConfig, cluster: ClusterConfig) -> bool:
     """Whether the engine can read the parameters of a trainer that is one process."""
-    return rollout.engine == "torch" and rollout.workers == 1 and not cluster.listen
+    one = rollout.engine == "torch" and rollout.workers == 1
+    return one and not (cluster.is_open or cluster.hybrid)
 
 
 def tensor_parallel(rollout: RolloutConfig) -> int:
@@ -80,12 +88,13 @@ def _engine(
     exact: bool,
     images: Images | None,
     cluster: ClusterConfig,
+    text: dict[str, Any] | None,
 ) -> Engine:
     if rollout.engine == "torch":
         read, rows = module_to_read(model), rollout.batch_rows
-        if rollout.workers > 1 or cluster.listen:
+        if rollout.workers > 1 or cluster.is_open or cluster.hybrid:
             assert isinstance(publisher, ArenaPublisher)
-            return _fleet(read, rollout, longest, publisher, exact, cluster)
+            return _fleet(read, rollout, longest, publisher, exact, images, cluster, text)
         if isinstance(publisher, ArenaPublisher):
             arenas = publisher.arenas
             return ArenaEngine(
@@ -111,7 +120,9 @@ def _fleet(
     longest: int | None,
     publisher: ArenaPublisher,
     exact: bool,
+    images: Images | None,
     cluster: ClusterConfig,
+    text: dict[str, Any] | None,
 ) -> Fleet:
     if model.device.type != "cpu":
         raise ValueError(
@@ -137,52 +148,82 @@ def _fleet(
 
     timeout_s = rollout.worker_timeout_s
     nursery = Nursery()
-    listener = _listener(model, rollout, longest, publisher, cluster) if cluster.listen else None
+    listener, closes = _arrivals(model, rollout, longest, publisher, images, cluster, text)
+    here = 0 if cluster.address else rollout.workers
 
     def close() -> None:
-        nursery.close()
-        if listener:
-            listener.close()
+        for end in (nursery.close, *closes):
+            end()
 
     return Fleet(
-        [ProcessWorker(i, nursery, start, timeout_s=timeout_s) for i in range(rollout.workers)],
+        [
+            ProcessWorker(number, nursery, start, timeout_s=timeout_s, images=images)
+            for number in range(here)
+        ],
         batch_rows=rollout.batch_rows,
         vocabulary=engine.embedding.num_embeddings,
         context=engine.max_positions,
         exact=exact and not listener,  # Who is there when is not known beforehand.
         arrivals=listener,
+        images=() if images is None else images,
         hybrid=cluster.hybrid,
         on_close=close,
     )
 
 
-def _listener(
+def _arrivals(
     model: PreTrainedModel,
     rollout: RolloutConfig,
     longest: int | None,
     publisher: ArenaPublisher,
+    images: Images | None,
     cluster: ClusterConfig,
-) -> Listener:
-    """Lets workers of other hosts in, from now on."""
-    host, port = address_of(cluster.listen)
-    token = read_token(cluster.token_file)
+    text: dict[str, Any] | None,
+) -> tuple[Listener | None, list[Callable[[], None]]]:
+    """What lets workers of other hosts in, from now on, and what is to be called at the end."""
+    if not cluster.is_open:
+        return None, []
+    placed = RayWorkers(cluster.address, cpus=cluster.worker_cpus) if cluster.address else None
+    host = placed.host if placed else ""
+    where = address_of(cluster.listen) if cluster.listen else (host, 0)
+    token = read_token(cluster.token_file) if cluster.listen else secrets.token_bytes(32)
     settings = BroadcastSettings(answer_s=cluster.silent_s, transfer_s=cluster.transfer_s)
-    start = RemoteStart(
+    weights = publisher.listen(where[0], settings, token)
+    listener = Listener(
+        where,
+        token,
+        _remote_start(model, rollout, longest, publisher, weights, cluster, text),
+        first=0 if placed else rollout.workers,
+        forget=publisher.forget,
+        timeout_s=rollout.worker_timeout_s,
+        images=images,
+    )
+    if not placed:
+        return listener, [listener.close]
+    listener.missing = placed.missing
+    placed.start(listener.address, token, rollout.workers)
+    return listener, [placed.close, listener.close]
+
+
+def _remote_start(
+    model: PreTrainedModel,
+    rollout: RolloutConfig,
+    longest: int | None,
+    publisher: ArenaPublisher,
+    weights: tuple[str, int],
+    cluster: ClusterConfig,
+    text: dict[str, Any] | None,
+) -> RemoteStart:
+    """What workers of other hosts are told; ``weights`` is where these are sent from."""
+    return RemoteStart(
         model=json.loads(model.config.to_json_string(use_diff=False)),
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),
+        text=text,
         layout=publisher.layout.hash.hex(),
-        weights=publisher.listen(host, settings),
+        weights=weights,
         batch_rows=rollout.batch_rows,
         longest=longest,
         linger_s=linger_s(rollout.workers),
         silent_s=cluster.silent_s,
-    )
-    return Listener(
-        (host, port),
-        token,
-        start,
-        first=rollout.workers,
-        forget=publisher.forget,
-        timeout_s=rollout.worker_timeout_s,
     )

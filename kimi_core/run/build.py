@@ -33,6 +33,7 @@ from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.load import load_engine, reads_trainer, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.rollout.texts import complete
+from kimi_core.rollout.torch.engine import TorchEngine
 from kimi_core.rollout.vllm.server import check_options
 from kimi_core.run import state
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
@@ -45,7 +46,13 @@ from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Prompt, Sampling
-from kimi_core.weights.publish import ArenaPublisher, CopyInto, InPlace, Publisher
+from kimi_core.weights.publish import (
+    ArenaPublisher,
+    CopyInto,
+    InPlace,
+    Publisher,
+    module_to_read,
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     encode.keep(data.held_out)
     encoders = _encoders(data, codec, context, response)
     longest = response + max(one.longest for one in (encode, *encoders.values()))
-    trainer, engine, publisher = _trainer(model, config, longest, images)
+    trainer, engine, publisher = _trainer(model, config, longest, images, codec)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -150,7 +157,7 @@ def check_settings(config: Config) -> None:
     check_lora(config)
     if config.tracker:
         load_tracker(config.tracker)
-    if config.cluster.listen:
+    if config.cluster.listen:  # The token of workers that Ray starts is made for each run.
         address_of(config.cluster.listen)
         read_token(config.cluster.token_file)
 
@@ -221,6 +228,7 @@ def _trainer(
     config: Config,
     longest: int,
     images: Images | None,
+    codec: Codec,
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
 
@@ -243,9 +251,14 @@ def _trainer(
             exact=exact,
             images=images,
             cluster=config.cluster,
+            codec=codec,
         )
         if images:
-            check_images(model, images, policy, engine)
+            here = engine
+            if not isinstance(engine, TorchEngine):  # Nothing is published yet.
+                rows = config.rollout.batch_rows
+                here = TorchEngine(module_to_read(read), batch_rows=rows, images=images)
+            check_images(model, images, policy, here)
         return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
     except BaseException:
         ranks.close()

@@ -120,15 +120,16 @@ class ArenaPublisher:
         self._descriptors: list[int] = []
         self._sender: WeightSender | None = None
 
-    def listen(self, host: str, settings: BroadcastSettings) -> tuple[str, int]:
+    def listen(self, host: str, settings: BroadcastSettings, token: bytes) -> tuple[str, int]:
         """Send each version to other hosts, too; return where their receivers join.
 
         Args:
             host: address of this host at which the others reach it.
             settings: limits of a transfer.
+            token: what receivers have to know.
         """
         self._make_all()
-        self._sender = WeightSender(self.arenas, host=host, settings=settings)
+        self._sender = WeightSender(self.arenas, host=host, settings=settings, token=token)
         return self._sender.address
 
     def forget(self, name: str) -> None:

@@ -93,8 +93,3 @@ def test_a_run_in_turns_is_the_run_without(tmp_path, monkeypatch):
         assert one.worker_restarts == 0
     nurseries = children(os.getpid(), NURSERY)
     assert [child for one in nurseries for child in children(one, NURSERY)] == []
-
-
-def test_what_cannot_sleep_is_refused():
-    with pytest.raises(ValueError, match=r"nothing can sleep.*rollout.workers = 2"):
-        load_engine(model(), RolloutConfig(), CONTEXT, cluster=ClusterConfig(hybrid=True))

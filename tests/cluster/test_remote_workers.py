@@ -18,30 +18,50 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+import vision_testing
 from cluster.two_hosts import SLOW
-from fleet_workers import CONTEXT, SAMPLED, VOCAB, model
+from fleet_workers import CONTEXT, model
 from hypothesis import given
 from hypothesis import strategies as st
 from rewarded_runs import REWARD, children, go_on, iterations, sampled, write_files
+from transformers import PreTrainedTokenizerFast
 
 import kimi_core
 from kimi_core.cluster.handshake import MAGIC, Refused, address_of, greet, read_token
 from kimi_core.config import ClusterConfig, RolloutConfig
+from kimi_core.models.codec import Codec
+from kimi_core.models.scratch import character_tokenizer
 from kimi_core.rollout import orders
 from kimi_core.rollout.load import load_engine
 from kimi_core.rollout.torch.engine import TorchEngine
-from kimi_core.types import Request, Sampling
+from kimi_core.types import Prompt, Request, Sampling, StopStrings
 
 WAIT_S = 120
 TOKEN = "0123456789abcdef" * 2
 
 
-def requests_of(n: int) -> list[Request]:
-    rng = np.random.default_rng(0)
-    return [
-        Request(i, rng.integers(2, VOCAB, 4).astype(np.int32), 4, 80, CONTEXT - 10)
-        for i in range(n)
-    ]
+class Shown:
+    """A tiny model that reads images, and requests of which most have some."""
+
+    def __init__(self) -> None:
+        self.model, tokenizer = vision_testing.tiny()
+        self.images = vision_testing.table()
+        pictures = [vision_testing.picture(seed) for seed in range(3)]
+        prompts = [Prompt(n, "1=", "", images=tuple(pictures[:n])) for n in range(4)]
+        self.images.add(prompts)
+        self.codec = Codec(tokenizer, ["12", "=?"], self.model, self.images)
+        self.contexts = [self.codec.encode_prompt(prompt) for prompt in prompts]
+        self.twin = TorchEngine(vision_testing.tiny()[0], batch_rows=8, images=self.images)
+        self.sampling = Sampling(
+            1.0, 5, frozenset(), stream_tokens=2, stop_strings=self.codec.stop_strings
+        )
+
+    def requests(self, count: int) -> list[Request]:
+        context = [self.contexts[number % 4] for number in range(count)]
+        return [Request(i, ids, len(ids), 70, 90) for i, ids in enumerate(context)]
+
+    def expected(self, count: int) -> dict[int, list[int]]:
+        return gathered(self.twin.generate(self.requests(count), self.sampling))[0]
 
 
 def gathered(stream, at_first=lambda: None) -> tuple[dict[int, list[int]], dict[int, int]]:
@@ -88,32 +108,40 @@ def test_workers_join_work_are_lost_and_join_again(tmp_path):
     token = tmp_path / "token"
     token.write_text(TOKEN)
     port = free_port()
-    read = model()
-    twin = TorchEngine(model(), batch_rows=8)
+    one = Shown()
     cluster = ClusterConfig(listen=f"127.0.0.1:{port}", token_file=str(token))
-    sampling = replace(SAMPLED, stop_token_ids=frozenset(), stream_tokens=2)
-    engine, publisher = load_engine(read, RolloutConfig(batch_rows=4), CONTEXT, cluster=cluster)
+    engine, publisher = load_engine(
+        one.model,
+        RolloutConfig(batch_rows=4, stop=["12", "=?"]),
+        128,
+        images=one.images,
+        cluster=cluster,
+        codec=one.codec,
+    )
     other = tmp_path / "other"
     other.write_text("f" * 32)
     joined, stranger = worker(port, token, "two"), worker(port, other, "stranger")
     try:
-        publisher.publish(read.named_parameters(), 0)
+        publisher.publish(one.model.named_parameters(), 0)
         engine.serve(0)
         wait_until_there(engine, 2)
-        expected = gathered(twin.generate(requests_of(30), sampling))[0]
-        tokens, by_worker = gathered(engine.generate(requests_of(30), sampling))
+        expected = one.expected(30)
+        tokens, by_worker = gathered(engine.generate(one.requests(30), one.sampling))
         assert tokens == expected and min(by_worker.values()) > 0 and len(by_worker) == 2
+        stopped = [one.codec.response_text(ids, whole=True)[-2:] for ids in tokens.values()]
+        assert {"12", "=?"} <= set(stopped) and len({len(ids) for ids in tokens.values()}) > 5
 
         with torch.no_grad():
-            for one in (read, twin.model):
-                one.get_output_embeddings().weight.mul_(0.5)
-        publisher.publish(read.named_parameters(), 1)
+            for parameter in (*one.model.parameters(), *one.twin.model.parameters()):
+                parameter.mul_(0.9)
+        one.twin.serve(1)
+        publisher.publish(one.model.named_parameters(), 1)
         engine.serve(1)
-        assert all(one.policy_version == 1 for one in engine._workers) and len(engine._workers) == 2
-        expected = gathered(twin.generate(requests_of(60), sampling))[0]
+        assert all(w.policy_version == 1 for w in engine._workers) and len(engine._workers) == 2
+        expected = one.expected(60)
         (session,) = children(joined.pid, "kimi_core.cli")
         tokens, _ = gathered(
-            engine.generate(requests_of(60), sampling),
+            engine.generate(one.requests(60), one.sampling),
             at_first=lambda: os.kill(session, signal.SIGKILL),
         )
         assert tokens == expected and engine.restarts == 1
@@ -164,8 +192,16 @@ def test_a_run_that_is_not_there_and_a_token_that_is_none(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"without cluster.token_file"):
         ClusterConfig(listen="127.0.0.1:1")
     cluster = ClusterConfig(listen="127.0.0.1:1", token_file="t")
-    with pytest.raises(ValueError, match="know no stop strings"):
-        load_engine(model(), RolloutConfig(stop=["x"]), CONTEXT, cluster=cluster)
+    with pytest.raises(ValueError, match="run the engine 'torch'"):
+        load_engine(model(), RolloutConfig(engine="vllm"), CONTEXT, cluster=cluster)
+
+    class Own(PreTrainedTokenizerFast):
+        def _decode(self, *given, **named):
+            return super()._decode(*given, **named)
+
+    codec = Codec(Own(tokenizer_object=character_tokenizer("abx").backend_tokenizer), ["x"])
+    with pytest.raises(ValueError, match="Own turns tokens into text by code"):
+        load_engine(model(), RolloutConfig(stop=["x"]), CONTEXT, cluster=cluster, codec=codec)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +215,7 @@ def test_the_master_lets_in_who_knows_the_token(given, why):
     def other_side(connection: Connection) -> None:
         try:
             if given == "nonsense":
-                connection.send_bytes(MAGIC[:-2] + b"2\n" + bytes(32))
+                connection.send_bytes(MAGIC[:-2] + b"1\n" + bytes(32))
             elif given:
                 greet(connection, given.encode(), is_master=False)
         except (Refused, EOFError, OSError) as error:
@@ -210,6 +246,7 @@ NUMBERS = st.integers(0, 1 << 30)
         repeat_window=NUMBERS,
         repeat_count=NUMBERS,
         stream_tokens=NUMBERS,
+        stop_strings=st.none() | st.just(StopStrings(("$", "漢\n"), str)),
     ),
     call=NUMBERS,
     cut=st.integers(1, 300),
@@ -221,7 +258,10 @@ def test_orders_come_out_as_they_went_in(lengths, sampling, call, cut):
         for n in lengths
     ]
     for order in [("serve", call), ("begin", call, sampling, 7), ("stop",), ("end",)]:
-        assert orders.unpacked(orders.packed(order)) == order
+        assert orders.unpacked(orders.packed(order), str) == order
+    if sampling.stop_strings:
+        with pytest.raises(ValueError, match="without a tokenizer"):
+            orders.unpacked(orders.packed(("begin", call, sampling, 7)))
     sent = orders.packed(("feed", requests))
     kind, came = orders.unpacked(sent)
     assert kind == "feed" and len(came) == len(requests)
@@ -233,3 +273,18 @@ def test_orders_come_out_as_they_went_in(lengths, sampling, call, cut):
             orders.unpacked(sent[:cut])
     with pytest.raises(ValueError, match="unknown kind"):
         orders.unpacked(b"")
+
+
+def test_images_come_out_as_they_went_in():
+    sent = {
+        3: {"pixel_values": torch.randn(1, 3, 4, 4), "sizes": torch.tensor([[4, 4]])},
+        0: {"pixel_values": torch.zeros(2, 5, dtype=torch.bfloat16).t()},
+    }
+    message = orders.packed(("images", sent))
+    kind, came = orders.unpacked(message)
+    assert kind == "images" and came.keys() == sent.keys()
+    for number, pixels in sent.items():
+        assert came[number].keys() == pixels.keys()
+        assert all(torch.equal(came[number][name], value) for name, value in pixels.items())
+    with pytest.raises(ValueError, match="has no images"):
+        orders.unpacked(message[:20])

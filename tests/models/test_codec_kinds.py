@@ -1,5 +1,7 @@
 """Prompts, examples and responses over every kind of tokenizer, by the kinds of their faults."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from kimi_core.models import token_text
 from kimi_core.models.codec import Codec
 from kimi_core.types import Prompt
 
@@ -80,6 +83,16 @@ class TestTextInContext:
         codec = Codec(tokenizer)
         text = "x = (a . b , c 's )"
         assert codec.response_text(codec.encode_behind("", text)) == text
+
+    @pytest.mark.parametrize("kind", [*KINDS, "characters"])
+    def test_tokens_have_the_same_text_on_another_host(self, kind):
+        codec, rng = codec_of(kind), np.random.default_rng(0)
+        there = token_text.from_json(json.loads(json.dumps(codec.text_as_json())))
+        for size in range(60):
+            ids = rng.integers(len(codec._tokenizer), size=size % 7).tolist()
+            assert there(ids) == codec._text(ids)
+        with pytest.raises(ValueError, match="tokenizer cannot be read"):
+            token_text.from_json({"tokenizer": "{}", "lead": None})
 
     def test_digits_behind_a_prompt_get_no_space(self):
         codec = codec_of("SentencePiece, Llama 2")

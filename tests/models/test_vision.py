@@ -6,10 +6,12 @@ import torch
 from vision_testing import picture, table, tiny
 
 from kimi_core.models.codec import Codec
-from kimi_core.models.vision import Bounded, is_frozen
+from kimi_core.models.vision import Bounded, SentImages, is_frozen, to_send
 from kimi_core.models.vision_check import own_logprobs
+from kimi_core.rollout.engine import order
 from kimi_core.rollout.texts import complete
 from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.rollout.torch.rows import Rows
 from kimi_core.trainer.packing import micro_batches
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.sft import pack_examples
@@ -53,6 +55,23 @@ def counted(model):
     tower = model.base_model.vision_tower
     handle = tower.register_forward_pre_hook(lambda _, args: passes.append(len(args[0])))
     return passes, handle
+
+
+def test_images_that_were_sent_are_the_same_images(parts):
+    sent = SentImages()
+    sent.take({number: to_send(parts.images, number) for number in range(len(parts.images))})
+    for number in range(len(parts.images)):
+        assert sent.places(number) == parts.images.places(number) == 16
+        for name, value in parts.images.pixels(number).items():
+            assert torch.equal(sent.pixels(number)[name], value)
+    engine = TorchEngine(parts.model, batch_rows=16, images=sent)
+    requests = [Request(i, ids, len(ids), 4, 4) for i, ids in enumerate(parts.contexts)]
+    tokens = []
+    for one in (engine, parts.engine):
+        waiting = sorted(requests, key=order)
+        steps = one.steps(waiting, Rows(16, 4, SAMPLING))
+        tokens.append([segment.token_ids.tolist() for step in steps for segment in step])
+    assert tokens[0] == tokens[1] != []
 
 
 class TestTokens:

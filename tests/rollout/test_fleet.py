@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_core.config import RolloutConfig
+from kimi_core.rollout import fleet as fleet_module
 from kimi_core.rollout import wire
 from kimi_core.rollout.engine import EngineFailed
 from kimi_core.rollout.fleet import RESTARTS
@@ -41,6 +42,19 @@ def answers(parts: Iterable[Iterable[Segment]]) -> dict[int, tuple[list[int], st
             tokens[one.trajectory_id] += one.token_ids.tolist()
             reasons[one.trajectory_id] = one.end_reason
     return {key: (tokens[key], reasons[key]) for key in sorted(tokens)}
+
+
+def test_a_fleet_without_workers_says_why_none_comes(engines, monkeypatch):
+    door = Door([])
+    door.take = lambda: []
+    fleet = fleet_of(exact=False, door=door)
+    door.why = "no host has room"
+    with pytest.raises(EngineFailed, match="There is no rollout worker: no host has room"):
+        list(fleet.generate(requests_of(3), SAMPLED))
+    door.why = ""
+    monkeypatch.setattr(fleet_module, "COME_S", 0.01)
+    with pytest.raises(EngineFailed, match=r"none has joined for 0\.01 s"):
+        list(fleet.generate(requests_of(3), SAMPLED))
 
 
 @settings(deadline=None, max_examples=25)

@@ -93,9 +93,7 @@ class TestRun:
         with pytest.raises(ValueError, match="has images, and the model reads text only"):
             build(load_config("tiny.toml", ["prompts.source=pictures.jsonl", "model.name=text"]))
 
-    @pytest.mark.parametrize(
-        "setting", ["rollout.engine=vllm", "rollout.workers=2", "trainer.ranks=2"]
-    )
+    @pytest.mark.parametrize("setting", ["rollout.engine=vllm", "trainer.ranks=2"])
     def test_what_cannot_handle_images_yet_is_refused(self, folder, setting):
         model, _ = vision_testing.tiny()
         with pytest.raises(ValueError, match=r"reads images, which rollout\.engine"):

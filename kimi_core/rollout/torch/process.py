@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kimi_core.models.vision import Images
 from kimi_core.rollout import wire
 from kimi_core.rollout.connected import ConnectedWorker
 from kimi_core.rollout.torch.worker import RUNS, Start
+
+RECORDERS = "transformers.utils.output_capturing"
 
 MODULE = "kimi_core.rollout.torch.worker"
 
@@ -89,15 +92,21 @@ class ProcessWorker(ConnectedWorker):
         number: of this worker in its fleet.
         nursery: forks the process.
         start: gives what the process has to know, once a version was published.
-        timeout_s: longest time without a decode step while there is work, in seconds.
+        timeout_s, images: as for ``ConnectedWorker``.
     """
 
     joins = False
 
     def __init__(
-        self, number: int, nursery: Nursery, start: Callable[[], Start], *, timeout_s: float
+        self,
+        number: int,
+        nursery: Nursery,
+        start: Callable[[], Start],
+        *,
+        timeout_s: float,
+        images: Images | None = None,
     ) -> None:
-        super().__init__(number, timeout_s=timeout_s, silent_s=SILENT_S)
+        super().__init__(number, timeout_s=timeout_s, silent_s=SILENT_S, images=images)
         self.pid = 0
         """0: it has not started."""
         self._nursery = nursery
@@ -159,4 +168,11 @@ def without_weights(model: PreTrainedModel) -> PreTrainedModel:
         )
         for parameter in model.parameters()
     }
-    return copy.deepcopy(model, placeholders).eval()
+    made = copy.deepcopy(model, placeholders).eval()
+    for part in made.modules():
+        # What records the outputs of a vision tower cannot be pickled; it is put there again.
+        part.__dict__.pop("_output_capturing_hooks_installed", None)
+        hooks = part._forward_hooks
+        for key in [key for key, one in hooks.items() if one.__module__ == RECORDERS]:
+            del hooks[key]
+    return made

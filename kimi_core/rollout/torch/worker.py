@@ -11,7 +11,8 @@ All sockets are ends of pairs, so nobody else can connect to them. What a worker
 1. a ``Start``, once the worker has said ``HELLO``. It answers ``READY``, or ``FAULT`` and ends;
 2. ``("serve", version)``: switch to the version that the arena has now; ``READY`` or ``FAULT``;
 3. ``("begin", call, sampling, most_steps)``, then ``("feed", requests)`` any number of times;
-4. ``("stop",)``: give up what was fed.
+4. ``("images", pixels by number)``: for the requests after it, until the next ``begin``;
+5. ``("stop",)``: give up what was fed.
 
 What goes out is in ``rollout/wire.py``. While there is something to do, a message goes out at least
 every ``BEAT_S``. A worker ends when the other end of its connection closes, or when the nursery has
@@ -37,6 +38,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kimi_core.models.load import auto_class
+from kimi_core.models.vision import SentImages, has_vision
 from kimi_core.rollout import wire
 from kimi_core.rollout.engine import order
 from kimi_core.rollout.torch.engine import TorchEngine
@@ -98,12 +101,14 @@ class Served:
         self._connection = connection
         self._decode, self._lost = decode, lost
         self._start = start
+        self._images = SentImages()
         self._binding = bind(start.model, WeightArena.open(start.arena).acquire())
         self._engine = TorchEngine(
             start.model,
             batch_rows=start.batch_rows,
             policy_version=self._binding.version,
             longest=start.longest,
+            images=self._images,
         )
         self._inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
         self._sending = threading.Lock()
@@ -128,6 +133,9 @@ class Served:
                     self._serve(version)
                 case ("begin", int(call), given, int(most)):
                     self._call, sampling = call, given
+                    self._images.forget()
+                case ("images", images):
+                    self._images.take(images)
                 case ("feed", requests):
                     self._wait_for_rows(requests)
                     self._generate(sampling, most)
@@ -162,6 +170,7 @@ class Served:
         except ValueError as error:
             self._send(wire.FAULT, text=f"version {version} was refused: {error}")
             return
+        self._engine.features.clear()
         self._send(wire.READY)
 
     def _wait_for_rows(self, requests: Sequence[Request]) -> None:
@@ -181,6 +190,8 @@ class Served:
                     match message := self._inbox.get():
                         case ("feed", requests):
                             self._wait_for_rows(requests)
+                        case ("images", images):
+                            self._images.take(images)
                         case _:  # The call is over: given up, or all of it was sent.
                             self._next = message
                             self._outbox.clear()
@@ -210,7 +221,12 @@ def work(connection: Connection) -> None:
     """Be a worker until the connection ends."""
     connection.send_bytes(wire.packed(wire.HELLO, steps=os.getpid()))
     try:
-        served = Served(connection, pickle.loads(connection.recv_bytes()))
+        start: Start = pickle.loads(connection.recv_bytes())
+        if has_vision(start.model):
+            # transformers learns from a constructor what a tower records; unpickling calls none.
+            with torch.device("meta"):
+                auto_class(start.model.config).from_config(start.model.config)
+        served = Served(connection, start)
     except (OSError, ValueError, RuntimeError) as error:
         connection.send_bytes(wire.packed(wire.FAULT, text=f"{type(error).__name__}: {error}"))
         return

@@ -1,7 +1,8 @@
 """Messages between the sender and its receivers: small JSON values by key, in a ``TCPStore`` that
 the sender serves. Every wait has a deadline, and its error names what was waited for.
 
-The store has no password. Use it on a private network, like the other ports of torch.
+The store has no password by itself; with a token nobody reaches it without (``gate.py``). gloo's
+ports, over which the weights go, are open while a version is sent and ask for none.
 """
 
 import json
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from kimi_core.cluster.handshake import Refused
+from kimi_core.weights.broadcast.gate import LOOPBACK, Gate, tunnel
 from kimi_core.weights.broadcast.transport import Deadline
 
 Message = dict[str, Any]
@@ -24,45 +27,64 @@ class PeerGone(ConnectionError):
 class Mailbox:
     """Messages by key; each is posted once. Not thread-safe."""
 
-    def __init__(self, store: dist.TCPStore) -> None:
+    def __init__(
+        self, store: dist.TCPStore, host: str, port: int, gate: Gate | None = None
+    ) -> None:
         self.store = store
+        self.host, self.port = host, port
+        """Where it is reached from other hosts."""
+        self._gate = gate
 
     @classmethod
-    def serve(cls, host: str) -> "Mailbox":
-        """Serve messages on a free port of ``host``, and on no other address."""
-        listener = socket.create_server((host, 0))
+    def serve(cls, host: str, token: bytes | None = None) -> "Mailbox":
+        """Serve messages on a free port of ``host``, and on no other address.
+
+        Args:
+            token: who connects has to know it; None: nobody is asked.
+        """
+        inner = host if token is None else LOOPBACK
+        listener = socket.create_server((inner, 0))
         port = listener.getsockname()[1]
         store = dist.TCPStore(
-            host,
+            inner,
             port,
             is_master=True,
             wait_for_workers=False,
             timeout=Deadline.after(CONNECT_S).left(),
             master_listen_fd=listener.detach(),
         )
-        return cls(store)
+        gate = None if token is None else Gate(host, port, token)
+        return cls(store, host, gate.port if gate else port, gate)
 
     @classmethod
-    def connect(cls, host: str, port: int, *, seconds: float = CONNECT_S) -> "Mailbox":
+    def connect(
+        cls, host: str, port: int, token: bytes | None = None, *, seconds: float = CONNECT_S
+    ) -> "Mailbox":
         """Connect to the messages that another process serves.
 
         Raises:
+            Refused: it has another token.
             PeerGone: nobody answers within ``seconds``.
         """
         limit = Deadline.after(seconds).left()
+        inner = (host, port)
         try:
-            return cls(
-                dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
-            )
-        except dist.DistError as error:
+            if token is not None:
+                inner = (LOOPBACK, tunnel((host, port), token, seconds=seconds))
+            store = dist.TCPStore(*inner, is_master=False, wait_for_workers=False, timeout=limit)
+            return cls(store, host, port)
+        except Refused:
+            raise
+        except (dist.DistError, OSError, EOFError) as error:
             raise PeerGone(
                 f"No sender of weights answered at {host}:{port} within {seconds:g} s; check that "
                 "it runs and that the address is right"
             ) from error
 
-    @property
-    def port(self) -> int:
-        return self.store.port
+    def close(self) -> None:
+        """Let nobody connect any more. The store itself ends with the last reference to it."""
+        if self._gate is not None:
+            self._gate.close()
 
     def post(self, key: str, message: Message) -> None:
         """Store a message under ``key``.
@@ -115,4 +137,4 @@ class Mailbox:
             return None
 
     def _gone(self, doing: str) -> PeerGone:
-        return PeerGone(f"The sender at {self.store.host}:{self.port} is gone: {doing}")
+        return PeerGone(f"The sender at {self.host}:{self.port} is gone: {doing}")

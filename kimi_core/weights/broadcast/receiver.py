@@ -57,17 +57,24 @@ class WeightReceiver:
         name: used in errors. If two receivers have the same name, the later one replaces the
             earlier.
         tp_rank: the tensor-parallel rank whose part of the weights the arena holds.
+        token: the sender's.
     """
 
     def __init__(
-        self, address: tuple[str, int], arena: WeightArena, *, name: str, tp_rank: int = 0
+        self,
+        address: tuple[str, int],
+        arena: WeightArena,
+        *,
+        name: str,
+        tp_rank: int = 0,
+        token: bytes | None = None,
     ) -> None:
-        """Connect to the sender; raises PeerGone if none answers."""
+        """Connect to the sender; raises PeerGone if none answers, Refused for another token."""
         self.name = name
         self.address = f"{address[0]}:{address[1]}"
         self._arena = arena
         self._tp_rank = tp_rank
-        self._box = Mailbox.connect(*address)
+        self._box = Mailbox.connect(*address, token)
         self._host = local_address(*address)
         self._id = ""
         self._settings = BroadcastSettings()

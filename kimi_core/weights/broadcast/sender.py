@@ -68,10 +68,16 @@ class WeightSender:
             version.
         host: address of this host that receivers can reach; the sender listens on no other.
         settings: None for the defaults.
+        token: receivers have to know it, in order to join; None: nobody is asked.
     """
 
     def __init__(
-        self, arenas: Sequence[WeightArena], *, host: str, settings: BroadcastSettings | None = None
+        self,
+        arenas: Sequence[WeightArena],
+        *,
+        host: str,
+        settings: BroadcastSettings | None = None,
+        token: bytes | None = None,
     ) -> None:
         versions = {arena.active_version for arena in arenas}
         if len(versions) != 1:
@@ -81,7 +87,7 @@ class WeightSender:
             )
         self.settings = settings or BroadcastSettings()
         self._arenas = list(arenas)
-        self._box = Mailbox.serve(host)
+        self._box = Mailbox.serve(host, token)
         self.address = (host, self._box.port)
         self._members: dict[str, Member] = {}
         self._round = 0
@@ -137,6 +143,7 @@ class WeightSender:
         """Stop listening; members then find the sender gone."""
         self._closing.set()
         self._joining.join()
+        self._box.close()
         del self._box
 
     def __enter__(self) -> Self:
@@ -373,7 +380,7 @@ def _meet(
 ) -> Group:
     store, backend = box.store, settings.backend
     return Group(
-        store, prefix, rank=0, size=size, deadline=deadline, host=store.host, backend=backend
+        store, prefix, rank=0, size=size, deadline=deadline, host=box.host, backend=backend
     )
 
 

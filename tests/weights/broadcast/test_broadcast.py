@@ -2,13 +2,16 @@
 processes that die is in ``tests/dist``."""
 
 import re
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 from weights.broadcast.broadcast_fixtures import QUICK, digest, expected, make_arena, weights
 
+from kimi_core.cluster.handshake import Refused
 from kimi_core.weights.broadcast.mailbox import Mailbox, PeerGone
 from kimi_core.weights.broadcast.receiver import JoinRefused, WeightReceiver
 from kimi_core.weights.broadcast.rounds import BroadcastError, BroadcastSettings, Fenced
@@ -261,6 +264,33 @@ def test_a_sender_that_is_gone_is_named(tmp_path):
         receiver.take(timeout_s=SOON)
     with pytest.raises(PeerGone, match=f"No sender of weights answered at {receiver.address}"):
         Mailbox.connect(*sender.address, seconds=0.2)
+
+
+def test_who_does_not_know_the_token_cannot_join(tmp_path, pool):
+    token = b"0123456789abcdef"
+    with WeightSender(
+        [make_arena(tmp_path / "s")], host="127.0.0.1", settings=QUICK, token=token
+    ) as sender:
+        with pytest.raises(Refused, match="does not accept this token"):
+            WeightReceiver(sender.address, make_arena(tmp_path / "a"), name="a", token=b"f" * 16)
+        with socket.create_connection(sender.address) as stranger:
+            stranger.sendall(bytes([120]) * 100)  # No greeting.
+            with suppress(ConnectionResetError):
+                while stranger.recv(4096):
+                    pass
+        arena = make_arena(tmp_path / "r")
+        receiver = WeightReceiver(sender.address, arena, name="r", token=token)
+        receiver.join(timeout_s=SOON)
+        for version in (1, 2):
+            taken = pool.submit(receiver.take, timeout_s=SOON)
+            assert sender.publish(weights(version), version=version).served == ("r",)
+            assert taken.result().version == version
+            assert digest(arena) == expected(tmp_path, version)
+        assert sender.members == ["r"]
+    with pytest.raises(PeerGone, match=re.escape(receiver.address)):
+        receiver.take(timeout_s=SOON)
+    with pytest.raises(PeerGone, match="No sender of weights answered"):
+        Mailbox.connect(*sender.address, token, seconds=0.2)
 
 
 def test_what_is_no_request_is_dropped(sender, tmp_path, caplog):
