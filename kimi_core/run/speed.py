@@ -93,7 +93,7 @@ def _measured(
 def _engine_s(
     model: PreTrainedModel, config: Config, lengths: Lengths, most: float
 ) -> tuple[float, float, float]:
-    """Seconds of a decode step, of a sampled token and of one in a prompt; ``most`` tokens a call."""
+    """Seconds of a decode step, a sampled token and a token of a prompt; ``most`` tokens a call."""
     rollout = config.rollout
     engine = TorchEngine(model, batch_rows=rollout.batch_rows)
     sampling = Sampling(rollout.temperature, seed=0, stop_token_ids=frozenset())
