@@ -24,6 +24,18 @@ _ANSWER = re.compile(
     r"(?i:answer)[*_]*(?:\s*(?:is\s*:?|are\s*:?|:|=)[*_]*|\s*(?=\$|\\[(\[]))\s*(?=\S)"
 )
 _FINAL = re.compile(r"(?i)final answer is")
+_AMOUNTS = re.compile(r"(?<!\\)\$(?=\d)([^$]*\s)\$(?=\d)")
+"""Two amounts of money, as in ``10 books * $5 = $50``: no formula ends behind a space and before a
+digit."""
+_TOTAL = re.compile(
+    r"(?<![\\\w])[^\W\d_]{2}[^=]*+=(?:[^=]*+=)? ?((?:\\?\$|€|£)\d[\d,]*+(?:\.\d+)?) ?\.?$"
+)
+"""What such a sum with a word in it ends with."""
+_DOLLAR = re.compile(r"(?<!\\)\$")
+_INSIDE = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (r"\\\((.*?)\\\)", r"\\\[(.*?)\\\]", r"(?<!\\)\$([^$]*)(?<!\\)\$")
+)
 _FORMULA = {r"\[": r"\]", "$$": "$$", r"\(": r"\)"}
 _SAYS = re.compile(r"\w\s+(?:is|are)\s|\w['’]s\s")
 _PROSE = re.compile(r"[^\W\d_]{2,}[^\w{\\]+[^\W\d_]{2,}|\b(?:is|are)\s|['’]s\s|\w\s?:\s")
@@ -145,12 +157,22 @@ def _last_line(text: str) -> str | None:
 
 
 def _from_passage(passage: str) -> str:
-    """The answer at the start of a passage: a formula over several lines, or a sentence."""
+    """The answer at the start of a passage: a formula over several lines, or a sentence.
+
+    Several formulas there are one answer, as in ``_last_formula``.
+    """
     for left, right in _FORMULA.items():
         if passage.startswith(left):
-            inside, closed, _ = passage[len(left) : LONGEST].partition(right)
-            if closed and inside.strip():
-                return inside
+            found, rest = [], passage[:LONGEST]
+            while right in rest[len(left) :]:
+                inside, _, rest = rest[len(left) :].partition(right)
+                found.append(inside.strip())
+                between, _, _ = rest.partition(left)
+                if not _joins(between):
+                    break
+                rest = rest[len(between) :]
+            if any(found):
+                return ", ".join(filter(None, found))
     line = passage.partition("\n")[0][: LONGEST + 1]
     return _from_sentence(_SENTENCE_END.split(line)[0])
 
@@ -159,7 +181,10 @@ def _from_sentence(sentence: str) -> str:
     """The formula or the number that a sentence ends with; the whole of it if that is not clear."""
     if len(sentence) > LONGEST:
         return sentence
+    sentence = _AMOUNTS.sub(r"\\$\1\\$", sentence)
     sentence = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", sentence).strip()
+    if (total := _TOTAL.search(sentence)) and not _DOUBT.search(sentence):
+        return total[1]
     if not _PROSE.search(_without_formulas(sentence)):
         formula = _last_formula(sentence)
         return sentence if formula is None else formula
@@ -188,12 +213,14 @@ def _without_formulas(sentence: str) -> str:
 
 
 def _last_formula(text: str) -> str | None:
-    """What stands between the last pair of dollars, ``\\(`` and ``\\)``, or ``\\[`` and ``\\]``."""
-    for left, right in ((r"\(", r"\)"), (r"\[", r"\]")):
-        _, opened, rest = text.rpartition(left)
-        inside, closed, _ = rest.partition(right)
-        if opened and closed and inside.strip():
-            return inside
-    parts = re.split(r"(?<!\\)\$", text)
-    inside_parts = [part for part in parts[1::2] if part.strip()]
-    return inside_parts[-1] if inside_parts and len(parts) % 2 else None
+    """What stands in the last formula, with those that "and", "or" or a comma joins to it."""
+    for pattern in _INSIDE:
+        found = [one for one in pattern.finditer(text) if one[1].strip()]
+        if pattern is _INSIDE[-1] and len(_DOLLAR.findall(text)) % 2:
+            return None
+        if found:
+            first = len(found) - 1
+            while first and _joins(text[found[first - 1].end() : found[first].start()]):
+                first -= 1
+            return ", ".join(dict.fromkeys(one[1].strip() for one in found[first:]))
+    return None

@@ -297,6 +297,37 @@ WHOLE = [
     ("34", "The answer is 34<end_of_turn> The answer is 35", 1),
     ("34", "So it is $33$ or rather $34$.", 0),
 ]
+AMOUNTS_OF_MONEY = [
+    ("50", "10 books * $5 = $50", 1),
+    ("5", "10 books * $5 = $50", 0),
+    ("50", r"10 books * \$5 = \$50", 1),
+    ("50", "Total: $5 * 10 = $50", 1),
+    ("15", "The answer is $5 + $10 = $15.", 1),
+    ("10", "The answer is $5 + $10 = $15.", 0),
+    ("5", "$2 + $3 = $6", 0),
+    ("6", "3 cups at €2 = €6", 1),
+    ("10", "Anna pays 4 x $2.50 = $10.00.", 1),
+    ("1234.5", "Profit = $1,234.50", 1),
+    ("30", "4 hours * $5 = $20 = $30", 1),
+    ("20", "4 hours * $5 = $20 = $30", 0),
+    ("60", "10 books * $5 = $50 or 12 = $60", 0),
+    ("3", "She pays $5 and gets $3 back", 0),
+    ("5", "The answer is $x = 5$", 1),
+    ("7", "The answer is $5$ or $7$", 0),
+]
+SEVERAL_FORMULAS = [
+    ("7", "The answer is $5$ and $7$", 0),
+    ("5, 7", "The answer is $5$ and $7$", 1),
+    ("5, 7", "The solutions are $5$ and $7$", 1),
+    ("7", "The solutions are $5$ and $7$", 0),
+    ("7", "$5$, $7$", 0),
+    ("x=5 or x=7", "The answer is $x=5$ or $x=7$.", 1),
+    ("5", r"The answer is \(5\) or \(7\)", 0),
+    ("5, 7", r"The answer is \(5\) and \(7\).", 1),
+    ("5", "The answer is $$5$$ and $$7$$", 0),
+    ("5", r"The answer is \(5\), because \(x\) is 3.", 1),
+    ("7", "Hence $a=3$, $b=4$, and the sum is $7$.", 1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +345,7 @@ def test_answers(reward, kind, pair):
     assert reward(Prompt(0, "", reference), f"Therefore \\boxed{{{answer}}}.") == right
 
 
-@pytest.mark.parametrize("pair", WHOLE)
+@pytest.mark.parametrize("pair", WHOLE + AMOUNTS_OF_MONEY + SEVERAL_FORMULAS)
 def test_whole_responses(reward, pair):
     reference, response, right = pair
     assert reward(Prompt(0, "", reference), response) == right
