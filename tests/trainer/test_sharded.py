@@ -46,7 +46,7 @@ def found(folder, request) -> dict[str, list]:
     processes = [Warm([script, rank, folder, *names], env=environment) for rank in range(4)]
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=400)
+            _, errors = process.communicate(timeout=900)
             assert process.returncode == 0, errors
     finally:
         for process in processes:

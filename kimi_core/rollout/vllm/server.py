@@ -186,10 +186,14 @@ class VLLMServer:
         self._hand_over(done, f"the workers to flip to version {version}")
 
     def _hand_over(self, work: Awaitable[Any], what: str) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         try:
             self.wait(work, what)
         except ServerDown:
             raise
+        except EngineDeadError as error:  # Noticed by the call before the processes are looked at.
+            raise ServerDown(f"vLLM's processes ended during the wait for {what}") from error
         except Exception as error:  # A worker's error arrives as a plain Exception.
             raise WeightsRefused(str(error)) from error
 
