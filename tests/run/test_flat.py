@@ -50,6 +50,7 @@ def test_200_iterations(tmp_path, monkeypatch):
         f"({slope_bytes:+.1f} an iteration)"
     )
     # The report keeps each record; a state has the rates of all prompts that were ever drawn.
-    assert slope_kb < 20
+    # A kept state or copy of the weights would be hundreds of kB; the allocator moves by 3 MB.
+    assert slope_kb < 50
     assert descriptors.max() <= descriptors.min() + 1  # A state may be on its way to the disk.
     assert abs(slope_bytes) < 100
