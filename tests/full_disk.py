@@ -122,8 +122,9 @@ def scenario(folder: Path, fault: str, write: str, wanted: dict[str, Any]) -> di
         return {
             "status": status,
             "said": errors[-1] if errors else said[-2000:],
-            # TensorBoard writes in a thread, which may print its own.
-            "traceback": said.count("Traceback") > said.count("Exception in thread"),
+            # TensorBoard writes in a thread, which may print its own, and that of a cause with it.
+            "traceback": said.count("Traceback")
+            > said.count("Exception in thread") + said.lower().count("the above exception"),
             "after": status_after,
             "differ": differ,
             "said after": (folder / "said.txt").read_text()[-2000:] if differ else "",
