@@ -30,6 +30,15 @@ max_response_tokens = 8
 prompts = 2
 """
 
+SCRATCH = [
+    "model.scratch.layers=2",
+    "model.scratch.width=32",
+    "model.scratch.heads=2",
+    "model.scratch.context=96",
+    "model.device=cpu",
+]
+"""Settings of a model from random weights, of two layers."""
+
 
 def make_folder(path: Path, width: int = 16, seed: int = 0) -> Path:
     """A model folder; `tiny.toml` with `TINY` lies in the working folder."""

@@ -123,6 +123,7 @@ class Listener:
         first: number of the first worker.
         forget: called with the name of a worker that is lost.
         timeout_s, images: as for ``ConnectedWorker``.
+        missing: as ``Arrivals.missing``.
 
     Raises:
         ValueError: the address is not one of this host, or is in use.
@@ -138,6 +139,7 @@ class Listener:
         forget: Callable[[str], None],
         timeout_s: float,
         images: Images | None = None,
+        missing: Callable[[], str] = lambda: "",
     ) -> None:
         self._start, self._timeout_s = start, timeout_s
         self._images = images
@@ -150,8 +152,7 @@ class Listener:
                 "address of this host at which the others reach it, and a free port"
             ) from error
         self.address = (address[0], self._server.getsockname()[1])
-        self.missing: Callable[[], str] = lambda: ""
-        """Tells why nobody will come."""
+        self.missing = missing
         self._numbers: dict[str, int] = {}
         self._first = first
         self._came: SimpleQueue[RemoteWorker] = SimpleQueue()

@@ -72,10 +72,7 @@ class InPatches:
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         from transformers import AutoImageProcessor  # Loads Pillow.
 
-        try:
-            self._processor: Any = AutoImageProcessor.from_pretrained(name)
-        except (OSError, ValueError, ImportError) as error:
-            raise _unloadable(name, error) from error
+        self._processor = _loaded(AutoImageProcessor, name)
         config: Any = model.config
         self._merged: int = config.vision_config.spatial_merge_size**2
         found: list[Any] = [[getattr(config, one, None) for one in pair] for pair in AROUND]
@@ -93,11 +90,15 @@ class InPatches:
         self._processor.save_pretrained(folder)
 
 
-def _unloadable(name: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"Cannot load the image processor of {name}: {error}\nA vision-language model's "
-        "folder holds preprocessor_config.json or processor_config.json"
-    )
+def _loaded(kind: Any, name: str) -> Any:
+    """The processor of that kind of the model's folder or hub page."""
+    try:
+        return kind.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"Cannot load the image processor of {name}: {error}\nA vision-language model's "
+            "folder holds preprocessor_config.json or processor_config.json"
+        ) from error
 
 
 class Pretrained:
@@ -110,10 +111,7 @@ class Pretrained:
     def __init__(self, name: str, model: PreTrainedModel) -> None:
         from transformers import AutoProcessor  # Loads Pillow.
 
-        try:
-            self._processor: Any = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, ImportError) as error:
-            raise _unloadable(name, error) from error
+        self._processor = _loaded(AutoProcessor, name)
         if not hasattr(self._processor, "image_token"):
             raise ValueError(
                 f"The processor of {name} is {type(self._processor).__name__}, which names no "

@@ -92,7 +92,7 @@ def _engine(
 ) -> Engine:
     if rollout.engine == "torch":
         read, rows = module_to_read(model), rollout.batch_rows
-        if rollout.workers > 1 or cluster.is_open or cluster.hybrid:
+        if not reads_trainer(rollout, cluster):
             assert isinstance(publisher, ArenaPublisher)
             return _fleet(read, rollout, longest, publisher, exact, images, cluster, text)
         if isinstance(publisher, ArenaPublisher):
@@ -197,10 +197,10 @@ def _arrivals(
         forget=publisher.forget,
         timeout_s=rollout.worker_timeout_s,
         images=images,
+        missing=placed.missing if placed else lambda: "",
     )
     if not placed:
         return listener, [listener.close]
-    listener.missing = placed.missing
     placed.start(listener.address, token, rollout.workers)
     return listener, [placed.close, listener.close]
 

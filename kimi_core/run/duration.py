@@ -11,6 +11,7 @@ from kimi_core.config import Config
 from kimi_core.models.codec import Codec
 from kimi_core.prompts.jsonl import TextExample
 from kimi_core.prompts.messages import example_in_chat
+from kimi_core.rollout.load import reads_trainer
 from kimi_core.run.report import clock
 from kimi_core.run.speed import measure
 from kimi_core.run.work import Lengths, Work, whole
@@ -114,7 +115,7 @@ def expected(
         architecture: of its model, which ``run/speed.py`` makes thin and measures.
         parameters: of its model.
     """
-    if config.rollout.engine != "torch" or config.trainer.ranks > 1 or config.cluster.listen:
+    if config.trainer.ranks > 1 or not reads_trainer(config.rollout, config.cluster):
         return "not known: only one process with the engine torch is measured"
     try:
         found = sizes()

@@ -77,6 +77,13 @@ def settle(final: Path) -> None:
     discard(final.with_suffix(".old"))
 
 
+def put_in_place(partial: Path, final: Path) -> None:
+    """Force the folder ``partial`` to the disk, and replace ``final`` by it; then it is there."""
+    sync_tree(partial)
+    swap(partial, final)
+    settle(final)
+
+
 def finish_swap(final: Path) -> None:
     """Undo a swap that a crash interrupted between its two renames, or drop what it replaced."""
     old = final.with_suffix(".old")

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 from kimi_core.config import Config, Section
 from kimi_core.run.checksums import checksum
 from kimi_core.run.config_file import dump_toml, load_config, parse_config
-from kimi_core.run.files import clean, finish_swap, settle, swap, sync_tree, write_atomically
+from kimi_core.run.files import clean, finish_swap, put_in_place, write_atomically
 from kimi_core.run.lock import take_lock
 from kimi_core.run.states import SavedState, States, removed_if_unfinished
 
@@ -265,7 +265,8 @@ class RunFolder:
         """Write policy and tokenizer in Hugging Face format to ``checkpoint/``, in one swap.
 
         Args:
-            model: has ``save_pretrained``, as has ``tokenizer``; ``images`` have a processor.
+            model: has ``save_pretrained``, as has ``tokenizer``.
+            images: their processor is written, too.
             name: of the folder, in place of ``checkpoint``.
             also: name → text of other files.
 
@@ -274,7 +275,8 @@ class RunFolder:
         """
         from kimi_core.models.load import no_progress_bars  # Loads torch.
 
-        partial = (final := self.path / name).with_suffix(".tmp")
+        final = self.path / name
+        partial = final.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
         unfinished = removed_if_unfinished(partial, f"the {name}", self._newest().way_on)
         with unfinished, no_progress_bars():
@@ -285,9 +287,7 @@ class RunFolder:
                 images.save(partial)
             for file, text in also.items():
                 (partial / file).write_text(text)
-            sync_tree(partial)
-            swap(partial, final)
-            settle(final)
+            put_in_place(partial, final)
         return final
 
     def close(self) -> None:

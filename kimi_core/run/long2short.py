@@ -38,7 +38,7 @@ from kimi_core.models.codec import Codec
 from kimi_core.prompts.load import load_prompts, split
 from kimi_core.run.build import model_to_train
 from kimi_core.run.config_file import dump_toml, load_config
-from kimi_core.run.files import discard, settle, swap, sync_tree, write_atomically
+from kimi_core.run.files import discard, put_in_place, write_atomically
 from kimi_core.run.folder import flatten, holds_state
 from kimi_core.run.launch import start_ranks
 from kimi_core.run.lock import take_lock
@@ -369,9 +369,7 @@ def _replacing(final: Path) -> Iterator[Path]:
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
-    sync_tree(partial)
-    swap(partial, final)
-    settle(final)
+    put_in_place(partial, final)
 
 
 def _cpu_s() -> float:

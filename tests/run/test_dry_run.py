@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_runs import SCRATCH
 
 from kimi_core.buffer import RolloutBuffer
 from kimi_core.config import Config
@@ -18,11 +19,7 @@ from kimi_core.tasks import multiply
 from kimi_core.trainer.master_weights import MasterWeights
 
 SMALL = [
-    "model.scratch.layers=2",
-    "model.scratch.width=32",
-    "model.scratch.heads=2",
-    "model.scratch.context=96",
-    "model.device=cpu",
+    *SCRATCH,
     "rollout.prompts_per_iteration=2",
     "rollout.samples_per_prompt=3",
     "rollout.max_response_tokens=70",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
+from tiny_runs import SCRATCH
 
 from kimi_core.config import Config
 from kimi_core.run import duration, speed
@@ -17,11 +18,7 @@ from kimi_core.run.speed import measure
 from kimi_core.run.work import Lengths, Work, evaluation, iteration, whole
 
 SMALL = [
-    "model.scratch.layers=2",
-    "model.scratch.width=32",
-    "model.scratch.heads=2",
-    "model.scratch.context=96",
-    "model.device=cpu",
+    *SCRATCH,
     "rollout.prompts_per_iteration=3",
     "rollout.samples_per_prompt=2",
     "rollout.max_response_tokens=20",

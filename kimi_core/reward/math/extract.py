@@ -32,10 +32,11 @@ _TOTAL = re.compile(
 )
 """What such a sum with a word in it ends with."""
 _DOLLAR = re.compile(r"(?<!\\)\$")
-_INSIDE = tuple(
-    re.compile(pattern, re.DOTALL)
-    for pattern in (r"\\\((.*?)\\\)", r"\\\[(.*?)\\\]", r"(?<!\\)\$([^$]*)(?<!\\)\$")
+_BRACKETS = (
+    re.compile(r"\\\((.*?)\\\)", re.DOTALL),
+    re.compile(r"\\\[(.*?)\\\]", re.DOTALL),
 )
+_DOLLARS = re.compile(r"(?<!\\)\$([^$]*)(?<!\\)\$")
 _FORMULA = {r"\[": r"\]", "$$": "$$", r"\(": r"\)"}
 _SAYS = re.compile(r"\w\s+(?:is|are)\s|\w['’]s\s")
 _PROSE = re.compile(r"[^\W\d_]{2,}[^\w{\\]+[^\W\d_]{2,}|\b(?:is|are)\s|['’]s\s|\w\s?:\s")
@@ -214,10 +215,9 @@ def _without_formulas(sentence: str) -> str:
 
 def _last_formula(text: str) -> str | None:
     """What stands in the last formula, with those that "and", "or" or a comma joins to it."""
-    for pattern in _INSIDE:
+    is_paired = len(_DOLLAR.findall(text)) % 2 == 0
+    for pattern in (*_BRACKETS, _DOLLARS) if is_paired else _BRACKETS:
         found = [one for one in pattern.finditer(text) if one[1].strip()]
-        if pattern is _INSIDE[-1] and len(_DOLLAR.findall(text)) % 2:
-            return None
         if found:
             first = len(found) - 1
             while first and _joins(text[found[first - 1].end() : found[first].start()]):
