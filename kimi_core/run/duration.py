@@ -25,9 +25,6 @@ LOOKED_AT = 50
 FEW_STEPS, LITTLE_FLOP = 1_000, 2e10
 """Work that any machine does in less than a minute. It is not measured for."""
 
-WITHIN = 2
-"""Factor that the time is good to, on a machine that does nothing else (docs/log.md)."""
-
 FAULTS = (
     ArithmeticError,
     AssertionError,
@@ -128,10 +125,9 @@ def expected(
     short_s, long_s = (float(np.dot(work, speed)) for work in works)
     kind = "SFT examples" if found.example else "answers"
     return (
-        f"about {clock(short_s)} if responses are as long as the {kind} "
+        f"roughly {clock(short_s)} if responses are as long as the {kind} "
         f"({found.short.response:.0f} tokens), {clock(long_s)} if all are as long as allowed "
-        f"({found.longest.response:.0f}); to a factor of {WITHIN} on an idle machine, "
-        "without rewards"
+        f"({found.longest.response:.0f}); on an idle machine, without rewards"
     )
 
 

@@ -28,20 +28,18 @@ from kimi_core.weights.publish import InPlace
 
 DEEP = 4
 
-FLOP = {"cpu": 2e10, "cuda": 1e13}
-"""Of the largest call that is timed: fewer rows and tokens are taken if a model is large."""
+SMALLEST, ENOUGH_S = 64, 0.05
+"""A call begins with so many tokens, or with two rows, and doubles until it takes this time. So the
+measuring takes a second or two, however slow the machine and however long the contexts."""
 
 DECODED = 4
 """Decode steps of a timed call."""
-
-LONG_ENOUGH_S, CALLS = 0.1, 4
-"""A call is timed again until this time is spent, at most that often. The fastest counts."""
 
 
 def measure(architecture: PretrainedConfig, config: Config, lengths: Lengths) -> Work:
     """Seconds of one decode step, sampled token, read token, update and trained token.
 
-    Attention is measured at the given lengths, as far as ``FLOP`` allows them.
+    Attention is measured at the given lengths, as far as ``ENOUGH_S`` allows them.
 
     Raises:
         ValueError, RuntimeError and others: engine or trainer cannot run such a model.
@@ -84,16 +82,13 @@ def _measured(
     architecture: PretrainedConfig, config: Config, lengths: Lengths, layers: int
 ) -> Work:
     model = thin_model(architecture, config, layers)
-    flop = FLOP[model.device.type] / sum(p.numel() for p in model.parameters())
-    step_s, sampled_s, read_s = _engine_s(model, config, lengths, flop / 2)
-    update_s, trained_s = _trainer_s(model, config, lengths, layers, flop / 6)
-    return Work(step_s, sampled_s, read_s, update_s, trained_s)
+    return Work(*_engine_s(model, config, lengths), *_trainer_s(model, config, lengths, layers))
 
 
 def _engine_s(
-    model: PreTrainedModel, config: Config, lengths: Lengths, most: float
+    model: PreTrainedModel, config: Config, lengths: Lengths
 ) -> tuple[float, float, float]:
-    """Seconds of a decode step, a sampled token and a token of a prompt; ``most`` tokens a call."""
+    """Seconds of a decode step, a sampled token and a token of a prompt."""
     rollout = config.rollout
     engine = TorchEngine(model, batch_rows=rollout.batch_rows)
     sampling = Sampling(rollout.temperature, seed=0, stop_token_ids=frozenset())
@@ -102,27 +97,29 @@ def _engine_s(
         requests = [Request(i, ids, len(ids), tokens, tokens) for i, ids in enumerate(contexts)]
         return _seconds(lambda: list(engine.generate(requests, sampling)))
 
-    rows = min(rollout.prompts_per_iteration * rollout.samples_per_prompt, rollout.batch_rows)
-    rows = max(2, min(rows, int(most / DECODED)))
-    end = lengths.prompt + lengths.response
-    middle = _tokens(min(end - lengths.response / 2, end - 1 - DECODED, most), 0)
+    def read_s(size: int) -> float:
+        width = max(1, min(int(lengths.prompt), size))
+        return generate_s([_tokens(width, number) for number in range(max(1, size // width))], 1)
 
-    def step_s(count: int) -> float:
-        first, all_s = (generate_s([middle] * count, n) for n in (1, 1 + DECODED))
+    prompts = min(rollout.prompts_per_iteration, rollout.batch_rows)
+    size, all_s = _grown(read_s, SMALLEST, int(prompts * lengths.prompt))
+    end = lengths.prompt + lengths.response
+    middle = _tokens(min(end - lengths.response / 2, end - 1 - DECODED, size), 0)
+
+    def step_s(rows: int) -> float:
+        first, all_s = (generate_s([middle] * rows, n) for n in (1, 1 + DECODED))
         return max(0.0, all_s - first) / DECODED
 
-    one, several = step_s(1), step_s(rows)
+    most = min(rollout.prompts_per_iteration * rollout.samples_per_prompt, rollout.batch_rows)
+    one, (rows, several) = step_s(1), _grown(step_s, 2, max(2, most))
     sampled = max(0.0, several - one) / (rows - 1)
-    width = max(1, int(min(lengths.prompt, most)))
-    count = max(1, min(rollout.prompts_per_iteration, rollout.batch_rows, int(most / width)))
-    prompts = [_tokens(width, number) for number in range(count)]
-    return max(0.0, one - sampled), sampled, generate_s(prompts, 1) / (count * width)
+    return max(0.0, one - sampled), sampled, all_s / size
 
 
 def _trainer_s(
-    model: PreTrainedModel, config: Config, lengths: Lengths, layers: int, most: float
+    model: PreTrainedModel, config: Config, lengths: Lengths, layers: int
 ) -> tuple[float, float]:
-    """Seconds of an update and of a token in its passes; ``most`` tokens a call."""
+    """Seconds of an update and of a token in its passes."""
     one_rank = {"ranks": 1, "tensor_parallel": 1, "context_parallel": 1, "replicas": 1}
     partly = config.trainer.trainable_layers and layers
     changes = {"objective": "omd", "updates_per_iteration": 1, "logprob_gap_limit": float("inf")}
@@ -130,21 +127,37 @@ def _trainer_s(
     choose_trained(model, settings, seed=0)
     policy = Policy(model, temperature=config.rollout.temperature, head_chunk=settings.head_chunk)
     trainer = Trainer(policy, settings, InPlace())
-    prompt = max(1, int(min(lengths.prompt, most / 2)))
-    response = max(1, int(min(lengths.response, most / 2)))
-    samples = max(2, min(config.rollout.samples_per_prompt, int((most - prompt) / response)))
-    groups = min(config.rollout.prompts_per_iteration, int(most / (prompt + samples * response)))
+    rollout = config.rollout
 
-    def train_s(batch: TrainingBatch) -> float:
+    def train_s(groups: int, samples: int, prompt: int, response: int) -> float:
+        batch = _batch(groups, samples, prompt, response)
         return _seconds(lambda: trainer.train(batch, policy_version=0, seed=(0,)))
 
-    least = _batch(1, 1, 1, 1)
-    train_s(least)  # The first call measures what a pass keeps.
-    few_s = train_s(least)
-    groups = max(1, groups)
-    many_s = train_s(_batch(groups, samples, prompt, response))
-    each = max(0.0, many_s - few_s) / (groups * (prompt + samples * response) - 2)
-    return max(0.0, few_s - 2 * each), each
+    def sizes(tokens: int) -> tuple[int, int, int, int]:
+        prompt, response = (
+            max(1, int(min(length, tokens / 2))) for length in (lengths.prompt, lengths.response)
+        )
+        samples = max(1, min(rollout.samples_per_prompt, (tokens - prompt) // response))
+        groups = min(rollout.prompts_per_iteration, tokens // (prompt + samples * response))
+        return max(1, groups), samples, prompt, response
+
+    train_s(1, 1, 1, 1)  # The first call measures what a pass keeps.
+    few_s = train_s(1, 1, 1, 1)
+    each = lengths.prompt + rollout.samples_per_prompt * lengths.response
+    tokens, many_s = _grown(
+        lambda tokens: train_s(*sizes(tokens)), SMALLEST, int(rollout.prompts_per_iteration * each)
+    )
+    groups, samples, prompt, response = sizes(tokens)
+    trained_s = max(0.0, many_s - few_s) / (groups * (prompt + samples * response) - 2)
+    return max(0.0, few_s - 2 * trained_s), trained_s
+
+
+def _grown(seconds: Callable[[int], float], size: int, most: int) -> tuple[int, float]:
+    """The size from which on a call takes ``ENOUGH_S``, at most ``most``; and its seconds."""
+    size = min(size, most)
+    while (taken := seconds(size)) < ENOUGH_S and size < most:
+        size = min(2 * size, most)
+    return size, taken
 
 
 def _batch(groups: int, samples: int, prompt: int, response: int) -> TrainingBatch:
@@ -173,9 +186,9 @@ def _tokens(length: float, number: int) -> np.ndarray:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Of the fastest of a few calls."""
+    """Of the faster of two calls, or of one that takes long."""
     times: list[float] = []
-    while len(times) < CALLS and sum(times) < LONG_ENOUGH_S:
+    while len(times) < 2 and sum(times) < ENOUGH_S:
         started = perf_counter()
         call()
         times.append(perf_counter() - started)
