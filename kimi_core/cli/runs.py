@@ -109,15 +109,22 @@ def evaluate(arguments: Sequence[str]) -> int:
 def long2short(arguments: Sequence[str]) -> int:
     parser = parser_of("long2short", LONG2SHORT)
     parser.add_argument("run", type=Path, help="the folder of a run that has ended")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to override")
+    parser.add_argument(
+        "settings", nargs="*", default=[], metavar="key=value", help="settings to override"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--short", nargs="+", metavar="FOLDER", help="models to merge with")
     parser.add_argument("--weights", nargs="+", type=float, help="of the merge, the long one first")
     parser.add_argument("--seeds", type=int, nargs="+", default=(), help="(the run's seed)")
     parser.add_argument("--out", type=Path, help="folder to write to (RUN/long2short)")
     given = parser.parse_intermixed_args(arguments)
-    if not (saved := given.run / "config.toml").is_file():
-        return fail(f"{given.run} is not the folder of a run: it has no config.toml", 2)
+
+    from kimi_core.run.folder import check_run
+
+    try:
+        check_run(given.run)
+    except ValueError as error:
+        return fail(str(error), 2)
     merged = {"short": given.short, "weights": given.weights}
     chosen = [f"long2short.{key}={json.dumps(value)}" for key, value in merged.items() if value]
 
@@ -129,7 +136,7 @@ def long2short(arguments: Sequence[str]) -> int:
         )
         print(f"summary: {out / 'summary.json'}\nplot: {out / 'figure7.png'}")
 
-    return with_config([str(saved), *given.settings, *chosen], run)
+    return with_config([str(given.run / "config.toml"), *given.settings, *chosen], run)
 
 
 def replay(arguments: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from kimi_core.reward.judging import verdicts_on
 from kimi_core.rollout.texts import complete
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
-from kimi_core.run.folder import TOKENIZER, RunFolder
+from kimi_core.run.folder import TOKENIZER, RunFolder, check_run
 from kimi_core.run.states import SavedState
 from kimi_core.run.trajectories import behind_bars
 from kimi_core.types import Prompt, Segment
@@ -43,8 +43,7 @@ class Chat:
     """
 
     def __init__(self, run: Path, *, at: int | None = None, before: bool = False) -> None:
-        if not (run / "config.toml").is_file():
-            raise ValueError(f"{run} is not the folder of a run: it has no config.toml")
+        check_run(run)
         config = _to_ask(load_config(run / "config.toml"))
         self._weights = _weights(run, config, at=at, before=before)
         self._parts = build(config, tokenizer_file=run / TOKENIZER)

@@ -8,7 +8,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from kimi_core import __version__
 from kimi_core.metrics import read_metrics
-from kimi_core.run.folder import BEST, CHECKPOINT
+from kimi_core.run.folder import BEST, CHECKPOINT, check_run
 
 
 def push(run: Path, repo: str, *, best: bool = False, public: bool = False) -> str:
@@ -21,12 +21,13 @@ def push(run: Path, repo: str, *, best: bool = False, public: bool = False) -> s
         public: whom a new repository is for; otherwise the owner alone sees it.
 
     Raises:
-        ValueError: the run has no such checkpoint, or the name cannot be one.
+        ValueError: there is no such run or checkpoint, or the name cannot be one.
         OSError: the hub could not be reached, or refused it.
     """
     validate_repo_id(repo)
     folder = run / (BEST if best else CHECKPOINT)
     if not (folder / "config.json").is_file():
+        check_run(run)
         way = "set evaluation.best" if best else "it is written when the run ends"
         raise ValueError(f"{folder} has no model in Hugging Face format: {way}")
     api = HfApi()

@@ -22,7 +22,7 @@ from kimi_core.metrics import PROCESSES, TIMES, IterationMetrics, read_lines, to
 from kimi_core.run import identity, state
 from kimi_core.run.build import Parts, build
 from kimi_core.run.config_file import load_config
-from kimi_core.run.folder import TOKENIZER, RunFolder, changes
+from kimi_core.run.folder import TOKENIZER, RunFolder, changes, check_run
 from kimi_core.run.states import SavedState
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
 from kimi_core.trainer.trainer import PARAMETERS
@@ -41,6 +41,8 @@ def replay(run: Path, iteration: int) -> Iterator[tuple[bool, str]]:
     states, _ = RunFolder.states_in(run)
     before, after = states.numbered(iteration - 1), states.numbered(iteration)
     if before is None:
+        if not states.numbers():
+            check_run(run)
         kept = ", ".join(str(number + 1) for number in states.numbers()) or "none"
         raise ValueError(
             f"{run} has no state to do iteration {iteration} from; it has those for {kept}. Raise "

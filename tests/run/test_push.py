@@ -12,6 +12,7 @@ from kimi_core.config import Config
 from kimi_core.metrics import to_record
 from kimi_core.run.config_file import dump_toml
 from kimi_core.run.push import card, push
+from kimi_core.run.replay import replay
 from kimi_core.run.report import JsonLines
 
 
@@ -54,3 +55,10 @@ def test_without_a_network_it_says_how_to_log_in(run):
     assert done.returncode == 1
     assert "Cannot push to me/think" in done.stderr and "hf auth login" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none is not the folder of a run"):
+        push(tmp_path / "none", "me/think", best=False, public=False)
+    with pytest.raises(ValueError, match="none is not the folder of a run"):
+        list(replay(tmp_path / "none", 3))
