@@ -58,6 +58,8 @@ class Sizes:
     held_out: int
     sets: tuple[tuple[int, int], ...]
     """Prompts and samples of each other evaluation set."""
+    images: bool
+    """Prompts have images. What turns them into features is not measured."""
 
     @classmethod
     def of(
@@ -97,6 +99,7 @@ class Sizes:
                 (len(one.prompts), config.evaluation.sets[name].samples)
                 for name, one in sets.items()
             ),
+            images=any(one.images for one in asked),
         )
 
     def work(self, config: Config, lengths: Lengths) -> Work:
@@ -124,10 +127,11 @@ def expected(
         return f"not known: the model cannot be measured ({type(error).__name__}: {error})"
     short_s, long_s = (float(np.dot(work, speed)) for work in works)
     kind = "SFT examples" if found.example else "answers"
+    without = "rewards and the reading of images" if found.images else "rewards"
     return (
         f"roughly {clock(short_s)} if responses are as long as the {kind} "
         f"({found.short.response:.0f} tokens), {clock(long_s)} if all are as long as allowed "
-        f"({found.longest.response:.0f}); on an idle machine, without rewards"
+        f"({found.longest.response:.0f}); on an idle machine, without {without}"
     )
 
 

@@ -80,6 +80,10 @@ class TestRun:
         again = config(f"model.name={checkpoint}", "name=again", "sft.steps=0")
         assert read_metrics(train(again) / "metrics.jsonl")[0]
 
+    def test_the_time_is_said_to_be_without_images(self, folder):
+        [line] = [one for one in describe(config("iterations=9000")).splitlines() if "Time" in one]
+        assert line.endswith("without rewards and the reading of images.")
+
     def test_an_image_that_changed_between_two_calls_is_not_resumed(self, folder):
         train(config())
         (folder / "0.png").write_bytes((folder / "1.png").read_bytes())
