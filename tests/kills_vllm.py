@@ -19,6 +19,7 @@ as it should be.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -34,8 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import vllm.entrypoints.openai.api_server
-import vllm.v1.engine.async_llm  # noqa: F401
+import vllm.v1.engine.async_llm
+import vllm.v1.engine.utils
+import vllm.v1.executor.multiproc_executor
+import vllm.v1.worker.cpu_worker
 from kills import NUMBERS, STAGES, Marks, kill, kill_at
 
 from kimi_core.buffer import RolloutBuffer
@@ -103,6 +106,7 @@ def start(folder: Path, marks: Marks) -> int:
     status = 1
     try:
         os.setsid()
+        fork_vllm()
         said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1)
         os.dup2(said, 2)
@@ -118,6 +122,13 @@ def start(folder: Path, marks: Marks) -> int:
     finally:
         sys.stdout.flush()
         os._exit(status)
+
+
+def fork_vllm() -> None:
+    """Have vLLM fork its processes, as it does on a GPU: new interpreters load it for a minute."""
+    forks = multiprocessing.get_context("fork")
+    for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
+        module.get_mp_context = lambda: forks  # type: ignore[attr-defined]
 
 
 def note_what_is_acknowledged(path: Path, marks: Marks) -> None:
@@ -137,6 +148,16 @@ def note_what_is_acknowledged(path: Path, marks: Marks) -> None:
         marks.values[APPENDS] += 1
 
     phase._append = noted
+
+
+def wait_for_vllm(pid: int) -> None:
+    """Wait until vLLM's processes have followed the run: forks hold the lock of its folder."""
+    deadline = time.monotonic() + 120
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(pid, 0)
+            time.sleep(0.01)
+        raise TimeoutError("vLLM's processes have not ended 120 s after the run")
 
 
 def faults(folder: Path) -> list[str]:
@@ -227,7 +248,7 @@ def kill_runs(kills: int, chance: random.Random, work: Path, counts: dict[str, A
         folder.mkdir()
         pid = 0
         try:
-            for _ in range(chance.randint(4, 10)):
+            for _ in range(min(kills, chance.randint(4, 10))):
                 marks.clear()
                 pid = start(folder, marks)
                 # Two thirds of the kills are where tokens can be lost.
@@ -237,6 +258,7 @@ def kill_runs(kills: int, chance: random.Random, work: Path, counts: dict[str, A
                     stage = chance.choice(stages)
                     where = kill_at(pid, stage, marks, seconds[stage], chance)
                 counts["kills"].update([where] * bool(where))
+                wait_for_vllm(pid)
             pid = start(folder, marks)
             ended = os.waitpid(pid, 0)[1]
         except KeyboardInterrupt:

@@ -119,7 +119,7 @@ def long2short(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder to write to (RUN/long2short)")
     given = parser.parse_intermixed_args(arguments)
 
-    from kimi_core.run.folder import check_run
+    from kimi_core.run.files import check_run
 
     try:
         check_run(given.run)

@@ -15,7 +15,8 @@ from kimi_core.reward.judging import verdicts_on
 from kimi_core.rollout.texts import complete
 from kimi_core.run.build import build
 from kimi_core.run.config_file import load_config
-from kimi_core.run.folder import TOKENIZER, RunFolder, check_run
+from kimi_core.run.files import check_run
+from kimi_core.run.folder import TOKENIZER, RunFolder
 from kimi_core.run.states import SavedState
 from kimi_core.run.trajectories import behind_bars
 from kimi_core.types import Prompt, Segment

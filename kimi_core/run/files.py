@@ -123,3 +123,13 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_run(path: Path) -> None:
+    """Refuse what is not the folder of a run.
+
+    Raises:
+        ValueError: it has no config.toml.
+    """
+    if not (path / "config.toml").is_file():
+        raise ValueError(f"{path} is not the folder of a run: it has no config.toml")

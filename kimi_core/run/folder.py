@@ -398,13 +398,3 @@ def flatten(section: Section, prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Section)
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
-
-
-def check_run(path: Path) -> None:
-    """Refuse what is not the folder of a run.
-
-    Raises:
-        ValueError: it has no config.toml.
-    """
-    if not (path / "config.toml").is_file():
-        raise ValueError(f"{path} is not the folder of a run: it has no config.toml")

@@ -8,7 +8,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from kimi_core import __version__
 from kimi_core.metrics import read_metrics
-from kimi_core.run.folder import BEST, CHECKPOINT, check_run
+from kimi_core.run.files import check_run
+from kimi_core.run.folder import BEST, CHECKPOINT
 
 
 def push(run: Path, repo: str, *, best: bool = False, public: bool = False) -> str:

@@ -22,7 +22,8 @@ from kimi_core.metrics import PROCESSES, TIMES, IterationMetrics, read_lines, to
 from kimi_core.run import identity, state
 from kimi_core.run.build import Parts, build
 from kimi_core.run.config_file import load_config
-from kimi_core.run.folder import TOKENIZER, RunFolder, changes, check_run
+from kimi_core.run.files import check_run
+from kimi_core.run.folder import TOKENIZER, RunFolder, changes
 from kimi_core.run.states import SavedState
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
 from kimi_core.trainer.trainer import PARAMETERS

@@ -34,6 +34,10 @@ _UPRIGHT = re.compile(
 """Constants and functions in upright type, which are not units."""
 _BARE_FRACTION = re.compile(r"\\frac ?(\d|\{\d+\}) ?(\d|\{\d+\})")
 _SEGMENT = re.compile(r"\\overline ?\{ ?([A-Z]{2,}) ?\}|\\triangle ?\{? ?([A-Z]{3})\}?(?![A-Za-z])")
+_ANGLES = re.compile(
+    r"(?:\\left ?)?\\langle(?![a-zA-Z])([^|]{1,200}?)(?:\\right ?)?\\rangle(?![a-zA-Z])"
+)
+"""A vector in angle brackets."""
 _PER = re.compile(
     r"\\frac\s*\{\s*(\\(?:text|mathrm)\s*\{[^{}]*)\}\s*\}\s*\{\s*\\\w+\s*\{([^{}]*\})\s*\}"
 )
@@ -57,6 +61,7 @@ def clean(answer: str) -> str:
         text = text.replace(symbol, latex)
     text = text.replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac").replace("{,}", ",")
     text = text.replace(r"\varnothing", r"\emptyset")
+    text = _ANGLES.sub(r"(\1)", text)
     text = _BARE_FRACTION.sub(_braced, text)
     text = _SEGMENT.sub(lambda match: match[1] or match[2], text)
     text = _GROUP.sub(",", text)
@@ -65,7 +70,7 @@ def clean(answer: str) -> str:
     if whole := _ALL_TEXT.fullmatch(text):
         text = whole[1].strip()
     text = _SPACING.sub(lambda match: _SPACE.get(match[0], ""), text)
-    return re.sub(r"\s+", " ", text).strip().removesuffix(".").strip()
+    return re.sub(r"\s+", " ", text).strip().removesuffix(".").rstrip(" ,;\\")
 
 
 def _braced(match: re.Match[str]) -> str:
@@ -158,6 +163,13 @@ _CHANGES = re.compile(
 )
 """Words behind a number that change it, or say something else about it."""
 _LETTERS = re.compile(r"[^\W\d_]+(?:[ /.'’()^·-]+(?:[^\W\d_]+|[23]\b))*[ .)]*")
+_DEGREES = re.compile(r"(?:\^ ?\{? ?\\circ ?\}?|deg(?:ree)?s?) ?(c(?:elsius)?|f(?:ahrenheit)?)?")
+_SCALES_OF_DEGREES = {"c": "celsius", "f": "fahrenheit"}
+_COUNTS = [
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve"),
+]
+_COUNT = re.compile(rf"^({'|'.join(_COUNTS)})(?![a-zA-Z-])", re.IGNORECASE)
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound"}
 _SAME_UNIT = {
     alias: names.split()[0]
@@ -166,7 +178,7 @@ _SAME_UNIT = {
         "mm millimeter millimetre", "inch in inche", "foot ft feet", "mile mi", "g gram",
         "kg kilogram", "second s sec", "minute min", "hour h hr", "degree deg", "dollar usd",
         "cent ¢", "liter litre l", "milliliter ml millilitre",
-        "km/h kph km/hour", "mile/hour mi/h mph",
+        "celsius", "fahrenheit", "km/h kph km/hour", "mile/hour mi/h mph",
     )
     for alias in names.split()
 }  # fmt: skip
@@ -175,6 +187,7 @@ _SAME_UNIT = {
 def _quantity(text: str) -> Quantity | None:
     # A decimal comma is only told from a list, or from a group of digits, by a currency.
     text = re.sub(r"^(-?\d+),(\d\d) ?(?=(?:\\?\$|€|£)$)", r"\1.\2 ", text)
+    text = _COUNT.sub(lambda word: str(_COUNTS.index(word[1].lower())), text, count=1)
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
@@ -220,8 +233,8 @@ def unit_name(text: str) -> str | None:
         return "%" if text else ""
     if (currency := text.removeprefix("\\")) in _CURRENCIES:
         return _CURRENCIES[currency]
-    if text.replace(" ", "") in (r"^\circ", r"^{\circ}"):
-        return "degree"
+    if degrees := _DEGREES.fullmatch(text):
+        return _SCALES_OF_DEGREES[degrees[1][0]] if degrees[1] else "degree"
     if not _UNIT_NAME.fullmatch(text):
         return None
     name, power = re.fullmatch(r"(.*?)(?:\^?\{?([23])\}?)?", text).groups()  # type: ignore[union-attr]
@@ -254,7 +267,9 @@ def may_be_unit(words: str) -> bool:
 
 
 def _same_quantity(one: Quantity, other: Quantity) -> bool:
-    if one.unit and other.unit and one.unit != other.unit:
+    units = {one.unit, other.unit} - {""}
+    # Which degrees a temperature has is often clear without a letter.
+    if len(units) > 1 and ("degree" not in units or not units & {*_SCALES_OF_DEGREES.values()}):
         return False
     close = one.is_decimal or other.is_decimal
     if one.percent != other.percent and _close(one.value, other.value, close):
@@ -354,7 +369,7 @@ def _date(text: str) -> str | None:
 
 def _time(text: str) -> tuple[str, str, str] | None:
     """Hour, minute and half of a time of the day."""
-    plain = _UNIT_TEXT.sub(r"\1", text).lower()
+    plain = " ".join(_UNIT_TEXT.sub(r"\1", text).lower().split())
     match = re.fullmatch(r"0?(\d{1,2})(?::(\d\d))? ?([ap])\.? ?m\.?", plain)
     return (match[1], match[2] or "00", match[3]) if match else None
 

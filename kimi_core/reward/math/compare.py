@@ -49,6 +49,7 @@ _OPERATION = re.compile(
     r"[-+*/^]|\\(?:cdot|times|div|pm|mp|frac|sqrt|le|ge|ne|lt|gt|in)(?![a-zA-Z])|[<>]"
 )
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt|leq|geq|neq|equiv|approx)(?![a-zA-Z])")
+_ORDER = re.compile(r"([<>]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![a-zA-Z]))")
 _CONSTANT_WORDS = re.compile(r"\\(?:pi|cdot|times|frac|sqrt|left|right|infty|pm|circ)|[ei]")
 
 
@@ -67,6 +68,8 @@ def _plain_names(text: str) -> str:
 
 def _same_texts(reference: str, answer: str) -> bool:
     """Compare the texts, and the mathematics between them."""
+    if r"\cup" in reference + answer:
+        reference, answer = (_union(text) or text for text in (reference, answer))
     if _RELATION.search(reference) and not _same_conjunctions(reference, answer):
         return False
     ours, theirs = (_pieces(_joined(text)) for text in (reference, answer))
@@ -79,6 +82,34 @@ def _same_texts(reference: str, answer: str) -> bool:
     if one is None or other is None or (len(ours) > 1 and len(theirs) > 1):
         return False
     return _same_items(one, other)
+
+
+def _union(text: str) -> str | None:
+    r"""Relations of one variable, joined by "or" or a comma, as a union of intervals.
+
+    >>> _union(r"x<1 \text{ or } 2 \le x < 3"), _union("x<1 and x>2")
+    ('(-\\infty,1)\\cup[2,3)', None)
+    """
+    intervals, variables = [], set()
+    for item in re.split(r"\\(?:text|mbox) ?\{ ?or ?\}|\sor\s|\\lor(?![a-zA-Z])|,", text):
+        first, *rest = (part.strip() for part in _ORDER.split(item))
+        sides, signs = [first, *rest[1::2]], rest[::2]
+        is_up = all(sign[0] == "<" or sign[:2] == r"\l" for sign in signs)
+        if is_up == all(sign[0] == ">" or sign[:2] == r"\g" for sign in signs):
+            return None  # Neither, or no relation at all.
+        if not is_up:
+            sides, signs = sides[::-1], signs[::-1]
+        if len(sides) == 2:
+            end = not re.fullmatch("[a-zA-Z]", sides[0])
+            sides = [*sides, r"\infty"] if end else [r"-\infty", *sides]
+            signs = [*signs, "<"] if end else ["<", *signs]
+        low, variable, high = sides if len(sides) == 3 else ("", "", "")
+        if not (low and high and re.fullmatch("[a-zA-Z]", variable)):
+            return None
+        variables.add(variable)
+        left, right = ("[" if "e" in signs[0] else "(", "]" if "e" in signs[1] else ")")
+        intervals.append(f"{left}{low},{high}{right}")
+    return r"\cup".join(intervals) if len(variables) == 1 else None
 
 
 def _joined(text: str) -> str:
@@ -133,7 +164,7 @@ def _same_items(reference: str, answer: str) -> bool:
     named, other_named = set(our_names) - {""}, set(their_names) - {""}
     if named and other_named:
         if named != other_named:
-            return False
+            return _is_swapped(ours, theirs)
         return all(_same(_values(ours, name), _values(theirs, name)) for name in sorted(named))
     if len(named | other_named) > 1:  # Values of several names have an order.
         pairs = zip_longest((v for _, v in _listed(ours)), (v for _, v in _listed(theirs)))
@@ -141,6 +172,12 @@ def _same_items(reference: str, answer: str) -> bool:
             one is not None and other is not None and _same(one, other) for one, other in pairs
         )
     return _same(_values(ours), _values(theirs))
+
+
+def _is_swapped(ours: Sequence[tuple[str, str]], theirs: Sequence[tuple[str, str]]) -> bool:
+    """Whether one is ``x = y`` and the other ``y = x``."""
+    sides = [[re.sub(r"\s", "", side) for side in one[0]] for one in (ours, theirs)]
+    return len(ours) == len(theirs) == 1 and sides[0] == sides[1][::-1]
 
 
 def _values(assignments: Sequence[tuple[str, str]], name: str | None = None) -> str:
@@ -196,7 +233,7 @@ def _in_brackets(text: str) -> list[str]:
 def _is_name(side: str) -> bool:
     """Whether a side of an equation names a quantity: ``x_1``, ``f(2)``, ``(p, q)``, ``|AB|``."""
     outside = re.sub(r"(?<=[\w}])\([^()]*\)|_\{[^{}]*\}|_\w", "", side)
-    outside = re.sub(r"\\frac ?\{[A-Z]+\} ?\{[A-Z]+\}", "AB", outside)
+    outside = re.sub(r"\\frac ?\{(?:[A-Z]+|d ?\w?)\} ?\{(?:[A-Z]+|d ?\w)\}", "AB", outside)
     return bool(re.search(r"[A-Za-z]", outside)) and not _OPERATION.search(outside)
 
 
