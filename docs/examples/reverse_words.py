@@ -15,8 +15,10 @@ import sys
 
 from kimi_core import Config, Prompt, train
 
+SEED = int([*sys.argv, "0"][1])
 RUN = {
-    "name": "reverse-words",
+    "name": f"reverse-words-{SEED}",
+    "seed": SEED,
     "iterations": 25,
     "model": {"scratch": {"layers": 2, "width": 64, "context": 32}},
     "prompts": {"held_out": 200},
@@ -43,5 +45,4 @@ def examples(prompts: list[Prompt]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    config = Config.model_validate(RUN | {"seed": int([*sys.argv, "0"][1])})
-    print(train(config, prompts=prompts, reward=reward, examples=examples))
+    print(train(Config.model_validate(RUN), prompts=prompts, reward=reward, examples=examples))
