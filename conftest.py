@@ -55,8 +55,12 @@ CPU_S = 10.0
 """CPU-seconds of one test, above which it is made cheaper or marked slow."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests that share something to one worker, and skip those of a GPU without one."""
+    """Give the tests that share something to one worker, and skip those of a GPU without one.
+
+    First, because xdist reads the groups in the same hook.
+    """
     import torch  # Not before OMP_NUM_THREADS is set.
 
     has_gpu = torch.cuda.is_available()

@@ -49,4 +49,4 @@ def test_a_state_that_is_gone_is_named(run, capsys):
     status, said = replay(run, 2, capsys)  # The last evaluation is good.
     assert status == 2 and "has those for 3, 4. Raise keep_states" in said
     status, said = replay(run / "nothing", 1, capsys)
-    assert status == 2 and "none" in said
+    assert status == 2 and "is not the folder of a run" in said
