@@ -15,10 +15,8 @@ import sys
 
 from kimi_core import Config, Prompt, train
 
-SEED = int([*sys.argv, "0"][1])
 RUN = {
-    "name": f"parity-{SEED}",
-    "seed": SEED,
+    "name": "parity",
     "iterations": 40,
     "model": {"scratch": {"layers": 2, "width": 64, "context": 64}},
     "prompts": {"held_out": 200},
@@ -53,4 +51,6 @@ def worked(prompt: Prompt) -> str:
 
 
 if __name__ == "__main__":
-    print(train(Config.model_validate(RUN), prompts=prompts, reward=reward, examples=examples))
+    seed = int([*sys.argv, "0"][1])
+    config = Config.model_validate(RUN | {"seed": seed, "name": f"{RUN['name']}-{seed}"})
+    print(train(config, prompts=prompts, reward=reward, examples=examples))

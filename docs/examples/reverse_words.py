@@ -15,10 +15,8 @@ import sys
 
 from kimi_core import Config, Prompt, train
 
-SEED = int([*sys.argv, "0"][1])
 RUN = {
-    "name": f"reverse-words-{SEED}",
-    "seed": SEED,
+    "name": "reverse-words",
     "iterations": 25,
     "model": {"scratch": {"layers": 2, "width": 64, "context": 32}},
     "prompts": {"held_out": 200},
@@ -45,4 +43,6 @@ def examples(prompts: list[Prompt]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    print(train(Config.model_validate(RUN), prompts=prompts, reward=reward, examples=examples))
+    seed = int([*sys.argv, "0"][1])
+    config = Config.model_validate(RUN | {"seed": seed, "name": f"{RUN['name']}-{seed}"})
+    print(train(config, prompts=prompts, reward=reward, examples=examples))
