@@ -125,7 +125,7 @@ def start(folder: Path, marks: Marks) -> int:
 
 
 def fork_vllm() -> None:
-    """Have vLLM fork its processes, as it does on a GPU: new interpreters load it for a minute."""
+    """Have vLLM fork its processes, its default but on a CPU: new interpreters load it for long."""
     forks = multiprocessing.get_context("fork")
     for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
         module.get_mp_context = lambda: forks  # type: ignore[attr-defined]

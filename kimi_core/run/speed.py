@@ -1,4 +1,4 @@
-"""How fast this machine is with a model, measured in a second or two on a thin one.
+"""How fast this machine is with a model, measured in some seconds on a thin one.
 
 The thin model has the widths, vocabulary and dtype of the real one, but few layers, and zeros as
 weights. It is measured with one layer and with ``DEEP``: the difference is what a layer takes.
@@ -6,6 +6,7 @@ Engine and trainer are those of a run.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from itertools import chain
 from time import perf_counter
@@ -30,7 +31,7 @@ DEEP = 4
 
 SMALLEST, ENOUGH_S = 64, 0.05
 """A call begins with so many tokens, or with two rows, and doubles until it takes this time. So the
-measuring takes a second or two, however slow the machine and however long the contexts."""
+measuring takes some seconds, however slow the machine and however long the contexts."""
 
 DECODED = 4
 """Decode steps of a timed call."""
@@ -97,9 +98,13 @@ def _engine_s(
         requests = [Request(i, ids, len(ids), tokens, tokens) for i, ids in enumerate(contexts)]
         return _seconds(lambda: list(engine.generate(requests, sampling)))
 
-    def read_s(size: int) -> float:
+    def shape(size: int) -> tuple[int, int]:
         width = max(1, min(int(lengths.prompt), size))
-        return generate_s([_tokens(width, number) for number in range(max(1, size // width))], 1)
+        return max(1, size // width), width
+
+    def read_s(size: int) -> float:
+        count, width = shape(size)
+        return generate_s([_tokens(width, number) for number in range(count)], 1)
 
     prompts = min(rollout.prompts_per_iteration, rollout.batch_rows)
     size, all_s = _grown(read_s, SMALLEST, int(prompts * lengths.prompt))
@@ -113,7 +118,7 @@ def _engine_s(
     most = min(rollout.prompts_per_iteration * rollout.samples_per_prompt, rollout.batch_rows)
     one, (rows, several) = step_s(1), _grown(step_s, 2, max(2, most))
     sampled = max(0.0, several - one) / (rows - 1)
-    return max(0.0, one - sampled), sampled, all_s / size
+    return max(0.0, one - sampled), sampled, all_s / math.prod(shape(size))
 
 
 def _trainer_s(
@@ -137,7 +142,7 @@ def _trainer_s(
         prompt, response = (
             max(1, int(min(length, tokens / 2))) for length in (lengths.prompt, lengths.response)
         )
-        samples = max(1, min(rollout.samples_per_prompt, (tokens - prompt) // response))
+        samples = max(2, min(rollout.samples_per_prompt, (tokens - prompt) // response))
         groups = min(rollout.prompts_per_iteration, tokens // (prompt + samples * response))
         return max(1, groups), samples, prompt, response
 
