@@ -72,8 +72,11 @@ class Progress:
                 record = unsealed(line)
                 if record is None or (size == 0 and record != json.loads(json.dumps(about))):
                     break
+                try:
+                    self._take(record)
+                except (KeyError, OverflowError, TypeError, ValueError):
+                    break  # The checksum of something else happened to match.
                 size += len(line)
-                self._take(record)
         return size
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -92,7 +95,7 @@ def sealed_line(record: Mapping[str, Any]) -> str:
 
 
 def unsealed(line: bytes) -> dict[str, Any] | None:
-    """The record of a line that ``sealed_line`` wrote; None: it is damaged or torn.
+    """The record of a line that ``sealed_line`` wrote; None: it is damaged, torn, or another's.
 
     >>> line = sealed_line({"a": 1}).encode()
     >>> unsealed(line)
@@ -103,5 +106,7 @@ def unsealed(line: bytes) -> dict[str, Any] | None:
     crc, _, text = line.partition(b" ")
     if not text.endswith(b"\n") or crc != f"{_C.crc32c(text[:-1]):08x}".encode():
         return None
-    record: dict[str, Any] = json.loads(text)
-    return record
+    with suppress(ValueError, RecursionError):
+        record = json.loads(text)
+        return record if isinstance(record, dict) else None
+    return None

@@ -94,7 +94,10 @@ def _weight_files(folder: Path) -> list[str]:
         return ["model.safetensors"]
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save it again")
-    names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} is damaged ({error!r}): copy it again") from None
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder / INDEX} names {missing[0]}, which is not there: copy it again")

@@ -17,7 +17,7 @@ from kimi_core import metrics
 from kimi_core.config import EvaluationConfig
 from kimi_core.metrics import EvaluationMetrics
 from kimi_core.run.build import Parts
-from kimi_core.run.files import discard
+from kimi_core.run.files import discard, read_object
 from kimi_core.run.folder import BEST, RunFolder
 
 RECORD = "best.json"
@@ -38,9 +38,20 @@ class Best:
 
 
 def read_best(path: Path) -> Best | None:
-    """The best checkpoint of the run at ``path``; None: it has none."""
+    """The best checkpoint of the run at ``path``; None: it has none.
+
+    Raises:
+        ValueError: what says which evaluation it is of is damaged.
+    """
     record = path / BEST / RECORD
-    return Best(**json.loads(record.read_text())) if record.is_file() else None
+    if not record.is_file():
+        return None
+    way_out = f"remove the folder {path / BEST}; the best is then looked for again"
+    found = read_object(record, way_out)
+    try:
+        return Best(int(found["iteration"]), str(found["metric"]), float(found["value"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{record} is damaged ({error!r}): {way_out}") from None
 
 
 def keep_best(

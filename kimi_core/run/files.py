@@ -1,12 +1,14 @@
 """Files and folders that are whole at every instant, also after a crash or a power cut."""
 
 import errno
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -24,6 +26,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_object(path: Path, way_out: str) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        ValueError: the file is damaged; the message ends with ``way_out``.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {way_out}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged (it holds no object): {way_out}")
+    return found
 
 
 def append_line(path: Path, line: str) -> None:

@@ -38,7 +38,7 @@ from kimi_core.models.codec import Codec
 from kimi_core.prompts.load import load_prompts, split
 from kimi_core.run.build import model_to_train
 from kimi_core.run.config_file import dump_toml, load_config
-from kimi_core.run.files import discard, put_in_place, write_atomically
+from kimi_core.run.files import discard, put_in_place, read_object, write_atomically
 from kimi_core.run.folder import flatten, holds_state
 from kimi_core.run.launch import start_ranks
 from kimi_core.run.lock import take_lock
@@ -329,7 +329,7 @@ def _points_in(out: Path, config: Config) -> list[Point]:
     """The points made before; the settings are written down if there are none yet.
 
     Raises:
-        ValueError: ``out`` was begun with other settings.
+        ValueError: ``out`` was begun with other settings, or its summary is damaged.
     """
     path = out / "config.toml"
     if not path.exists():
@@ -343,8 +343,14 @@ def _points_in(out: Path, config: Config) -> list[Point]:
             + ". Put them back, or name another folder with --out"
         )
     summary = out / "summary.json"
-    found = json.loads(summary.read_text())["points"] if summary.exists() else []
-    return [Point(**one) for one in found]
+    if not summary.exists():
+        return []
+    way_out = f"remove {summary.name}; its points are measured again"
+    found = read_object(summary, way_out)
+    try:
+        return [Point(**one) for one in found["points"]]
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{summary} is damaged ({error!r}): {way_out}") from None
 
 
 def _encoded(codec: Codec, prompt: Prompt, answer: Answer) -> tuple[np.ndarray, np.ndarray]:

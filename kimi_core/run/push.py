@@ -1,6 +1,5 @@
 """``kimi push``: a run's checkpoint goes to the Hugging Face hub, with a page about the run."""
 
-import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -8,6 +7,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from kimi_core import __version__
 from kimi_core.metrics import read_metrics
+from kimi_core.run.best import read_best
 from kimi_core.run.files import check_run
 from kimi_core.run.folder import BEST, CHECKPOINT
 
@@ -22,7 +22,8 @@ def push(run: Path, repo: str, *, best: bool = False, public: bool = False) -> s
         public: whom a new repository is for; otherwise the owner alone sees it.
 
     Raises:
-        ValueError: there is no such run or checkpoint, or the name cannot be one.
+        ValueError: there is no such run or checkpoint, the name cannot be one, or a file that the
+            page is made of is damaged.
         OSError: the hub could not be reached, or refused it.
     """
     validate_repo_id(repo)
@@ -31,10 +32,10 @@ def push(run: Path, repo: str, *, best: bool = False, public: bool = False) -> s
         check_run(run)
         way = "set evaluation.best" if best else "it is written when the run ends"
         raise ValueError(f"{folder} has no model in Hugging Face format: {way}")
-    api = HfApi()
+    page, api = card(run).encode(), HfApi()
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_file(path_or_fileobj=card(run).encode(), path_in_repo="README.md", repo_id=repo)
+        api.upload_file(path_or_fileobj=page, path_in_repo="README.md", repo_id=repo)
         api.upload_folder(folder_path=folder, repo_id=repo, commit_message=f"{run.name}: {folder}")
     except Exception as error:  # The library's HTTP client is its own choice.
         raise OSError(
@@ -52,8 +53,8 @@ def card(run: Path) -> str:
         for one in (evaluations[:1] + evaluations[1:][-1:])
     ]
     table = ["| after iteration | greedy | sampled | prompts |", "|---|---|---|---|", *rows]
-    record = run / BEST / "best.json"
-    best = f"\nBest evaluation: {json.loads(record.read_text())}\n" if record.is_file() else ""
+    found = read_best(run)
+    best = f"\nBest evaluation: {found}.\n" if found else ""
     settings = (run / "config.toml").read_text()
     return (
         f"---\ntags: [kimi_core, reinforcement-learning]\n---\n\n# {run.name}\n\n"

@@ -102,7 +102,12 @@ def _compare(
 
 
 def _lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_bytes().splitlines()]
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, and all else is compared"
+        ) from None
 
 
 def _equal(what: str, recorded: Any, again: Any) -> tuple[bool, str]:

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from tiny_runs import TINY
 
+from kimi_core import _C
 from kimi_core.evaluation.held_out import Evaluator
-from kimi_core.evaluation.progress import Progress
+from kimi_core.evaluation.progress import Progress, sealed_line
 from kimi_core.metrics import EvaluationMetrics, read_metrics
 from kimi_core.run import run as module
 from kimi_core.run.build import Parts, build
@@ -43,6 +44,34 @@ def test_a_file_gives_back_what_was_put_in_up_to_the_first_damage(tmp_path):
     path.write_bytes(whole)
     with closing(Progress(path, {"iteration": 1})) as other:
         assert not other.responses and not other.verdicts
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"iteration":3}\n{"response":["greedy",0],"token_ids":[1]}',
+        "[1]",
+        "{",
+        "[" * 100_000,
+        '{"response":3,"token_ids":[1]}',
+        '{"response":["greedy",0]}',
+        '{"response":["greedy",0],"token_ids":["a"]}',
+        '{"response":["greedy",0],"token_ids":[99999999999]}',
+        '{"response":[[],0],"token_ids":[1]}',
+        '{"verdict":["greedy",0],"values":1}',
+    ],
+)
+def test_a_line_of_something_else_counts_as_damage_although_its_checksum_is_right(tmp_path, text):
+    path = tmp_path / "evaluation.jsonl"
+    with closing(Progress(path, ABOUT)) as progress:
+        progress.ended(("greedy", 0), np.array([5, 7], np.int32))
+    whole = path.read_bytes()
+    with path.open("a") as file:
+        file.write(f"{_C.crc32c(text.encode()):08x} {text}\n")
+        file.write(sealed_line({"response": ["greedy", 1], "token_ids": [8]}))
+    with closing(Progress(path, ABOUT)) as again:
+        assert list(again.responses) == [("greedy", 0)] and not again.verdicts
+    assert path.read_bytes() == whole
 
 
 @pytest.fixture(scope="module")

@@ -159,6 +159,11 @@ def test_a_lost_shard_and_lost_folders_are_named(tmp_path):
     lost.unlink()
     with pytest.raises(ValueError, match=f"{lost.name}, which is not there"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    index = tmp_path / "b" / "model.safetensors.index.json"
+    for damaged in ("{", "[]", '{"weight_map": 3}', "{}"):
+        index.write_text(damaged)
+        with pytest.raises(ValueError, match=f"{index.name} is damaged .*copy it again"):
+            merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     with pytest.raises(ValueError, match="No model folder"):
         merge([tmp_path / "a", tmp_path / "c"], tmp_path / "out")
 

@@ -167,6 +167,14 @@ def test_a_best_one_of_lost_iterations_is_forgotten(unbroken: Path, tmp_path):
     assert read_best(tmp_path) is None
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"iteration": null}', "\\u0000"])
+def test_a_damaged_one_is_named(tmp_path, content):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best/best.json").write_text(content)
+    with pytest.raises(ValueError, match=r"best\.json is damaged .*remove the folder .*best"):
+        read_best(tmp_path)
+
+
 def test_patience_counts_from_the_first_of_the_best():
     settings = EvaluationConfig(best="held_out/greedy", patience=2)
     some = [

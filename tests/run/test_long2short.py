@@ -115,6 +115,13 @@ def test_other_settings_need_another_folder(folder, capsys):
     said = capsys.readouterr().err
     assert "long2short.samples was 4 and is 3" in said and "--out" in said
     assert (OUT / "summary.json").read_bytes() == before
+    for damaged in (before[:-9], b'{"points": [{"method": "dpo"}]}', b"[]"):
+        (OUT / "summary.json").write_bytes(damaged)
+        assert long2short("--methods", "shortest", "--seeds", 1) == 2
+        said = capsys.readouterr().err
+        assert "summary.json is damaged" in said and "remove summary.json" in said
+        assert (OUT / "summary.json").read_bytes() == damaged
+    (OUT / "summary.json").write_bytes(before)
 
 
 def test_models_of_unlike_shapes_keep_what_there_is(folder, capsys):

@@ -43,6 +43,14 @@ def test_what_cannot_work_is_refused_before_the_hub_is_asked(run, repo, options,
         push(run, repo, **options)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "best/best.json"])
+def test_a_damaged_file_is_named_and_nobody_is_told_to_log_in(run, name):
+    (run / "best").mkdir()
+    (run / name).write_text('{"kind": \n')
+    with pytest.raises(ValueError, match=name):
+        push(run, "me/think")
+
+
 def test_without_a_network_it_says_how_to_log_in(run):
     """In a process, because the hub's library reads its environment when it is imported."""
     done = subprocess.run(

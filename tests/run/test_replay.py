@@ -44,6 +44,11 @@ def test_it_is_equal_and_a_changed_record_is_not(run, capsys):
     path.write_bytes(before[path])
     assert status == 1 and "responses, 0, token_ids, 1: " in said and "not equal" in said
 
+    path.write_text("\n".join([lines[0][:-9], *lines[1:]]) + "\n")
+    status, said = replay(run, 3, capsys)
+    path.write_bytes(before[path])
+    assert status == 2 and f"{path} is damaged" in said and "remove it" in said
+
 
 def test_a_state_that_is_gone_is_named(run, capsys):
     status, said = replay(run, 2, capsys)  # The last evaluation is good.
