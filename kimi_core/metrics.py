@@ -7,9 +7,12 @@ here and ``null`` in the files.
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from kimi_core.config.evaluation import HELD_OUT, METRICS
 
@@ -318,27 +321,44 @@ def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """Every whole line and its record.
 
     Raises:
-        ValueError: a line is not JSON, has an unknown kind, or lacks a key.
+        ValueError: a line is not JSON, has an unknown kind, lacks a key, or has a value of another
+            type.
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[
-        :-1
-    ]  # The part after the last line feed is torn or empty.
+    # The part after the last line feed is torn or empty.
+    lines = path.read_bytes().split(b"\n")[:-1]
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if not isinstance(record, dict) or record.get("kind") not in KINDS:
+        if not isinstance(record, dict) or record.get("kind") not in [*KINDS]:
             raise ValueError(f"{path}, line {number}: its kind must be {' or '.join(KINDS)}")
-        required = {
-            f.name
-            for f in fields(KINDS[record["kind"]])
-            if f.default is MISSING and f.default_factory is MISSING
-        }
-        if missing := sorted(required - record.keys()):
-            raise ValueError(f"{path}, line {number} lacks {', '.join(missing)}")
+        if wrong := _wrong_in(record):
+            raise ValueError(f"{path}, line {number} {wrong}")
         records.append((line, record))
     return records
+
+
+@cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _wrong_in(record: Mapping[str, Any]) -> str:
+    """What is missing in a record, or the first value of another type, in words."""
+    kind = KINDS[record["kind"]]
+    may_be_none = {field.name for field in fields(kind) if field.default is None}
+    values = {name: v for name, v in record.items() if not (v is None and name in may_be_none)}
+    try:
+        # As JSON, because there a mapping may stand for a dataclass while its values must be exact.
+        _adapter(kind).validate_json(json.dumps(_with_nan(_known(kind, values))), strict=True)
+    except ValidationError as error:
+        faults = error.errors()
+        if missing := sorted(str(one["loc"][0]) for one in faults if one["type"] == "missing"):
+            return f"lacks {', '.join(missing)}"
+        name = "/".join(map(str, faults[0]["loc"]))
+        return f"has {name} = {faults[0]['input']!r:.50}: {faults[0]['msg']}"
+    return ""

@@ -198,7 +198,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield number, json.loads(line)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path} is not {path.suffix[1:].upper()}: {error}") from None
 
 

@@ -144,7 +144,7 @@ class Record:
                 else:
                     [Answer(**one) for one in found["answers"]]
                     self._places[found["draw"]][found["prompt"]] = place
-            except (ValueError, LookupError, TypeError) as error:
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise ValueError(
                     f"{self.path}, line {number} is damaged ({type(error).__name__}: {error}): "
                     "delete the line, and its prompt is answered again"

@@ -133,7 +133,7 @@ def plain_records(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     separator = f',"{between}",'
     try:
         found = json.loads(f"[{separator.encode().join(lines).decode()}]")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     records, separators = found[::2], found[1::2]
     if len(records) != len(lines) or separators.count(between) != len(lines) - 1:
@@ -201,7 +201,7 @@ def _object(line: bytes, keys: tuple[str, ...], where: Place) -> dict[str, Any]:
         raise ValueError(f"{where.path} is not UTF-8 text: line {where.number}: {error}") from None
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error} in {text[:80]!r}; expected {_example(keys)}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where}: found {text[:80]!r}; expected an object, {_example(keys)}")

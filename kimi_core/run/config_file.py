@@ -5,6 +5,7 @@ config = load_config("configs/think.toml", ["trainer.learning_rate=3e-4", "seed=
 
 import json
 import re
+import reprlib
 import tomllib
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +62,7 @@ def parse_config(
     """The config that ``text`` describes; ``source`` names it in messages. As ``load_config``."""
     try:
         raw: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{source} is not valid TOML: {error}") from None
     for override in overrides or []:
         _apply_override(raw, override)
@@ -112,7 +113,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if text == "none" and _can_be_unset(dotted):
         value = None
     else:
-        with suppress(tomllib.TOMLDecodeError):
+        with suppress(tomllib.TOMLDecodeError, RecursionError):
             value = tomllib.loads(f"value = {text}")["value"]
     *sections, key = dotted.split(".")
     for section in sections:
@@ -132,13 +133,18 @@ def _can_be_unset(dotted: str) -> bool:
     return field is not None and type(None) in get_args(field.annotation)
 
 
+SHORT = reprlib.Repr()
+"""Shows values in messages: long ones are cut, and deeply nested ones end in ``...``."""
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 200
+
+
 def _explain(error: ValidationError) -> str:
     return "\n".join(map(_said_of, error.errors()))
 
 
 def _said_of(fault: Any) -> str:
     where, value = ".".join(str(part) for part in fault["loc"]), fault["input"]
-    shown = f"{where} = {value!r}"
+    shown = f"{where:.100} = {SHORT.repr(value)}"
     known = settings()
     if where in MOVED:
         return f"{shown}: this key is now {MOVED[where]}"

@@ -99,7 +99,7 @@ def problem_of(prompt: Prompt) -> Problem:
         )
     try:
         listed = json.loads(prompt.tags["tests"])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{where}: "tests" is not JSON: {error}') from None
     if not isinstance(listed, list) or not listed:
         raise ValueError(f'{where}: "tests" is {listed!r:.80}; allowed is a non-empty list')

@@ -222,7 +222,7 @@ def read_sources(path: Path) -> Iterator[tuple[ProblemSource, dict[str, Any]]]:
             record = json.loads(line)
             name, generator = record.pop("name"), record.pop("generator")
             submissions, language = record.pop("submissions"), record.get("language", "python")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f'{where}: {error!r}; expected {{"name", "generator", "submissions"}}'
             ) from None

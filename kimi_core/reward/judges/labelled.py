@@ -72,7 +72,7 @@ def load_labelled(path: str | Path) -> list[Labelled]:
     for number, line in enumerate(lines, 1):
         try:
             example = Labelled(**json.loads(line))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         texts = (example.question, example.reference, example.response, example.reasoning)
         if not isinstance(example.correct, bool) or not all(isinstance(t, str) for t in texts):

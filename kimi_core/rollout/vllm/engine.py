@@ -241,7 +241,18 @@ class VLLMEngine:
             self.starts -= 1  # The next start is no restart.
 
     def wake(self) -> None:
-        """Do nothing: vLLM starts with the first request."""
+        """Start vLLM with the current version, if it ends in every sleep.
+
+        Otherwise it starts with the first request.
+
+        Raises:
+            EngineFailed: vLLM did not start.
+        """
+        if self.hybrid:
+            try:
+                self._started()
+            except ServerDown:
+                self._stop()  # The first request starts it again.
 
     def close(self) -> None:
         """End vLLM's processes. Safe to call twice."""
