@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_site_builds_without_warnings_and_has_every_page(tmp_path):
     pytest.importorskip("sphinx", reason="Sphinx is not installed: kimi-core[docs]")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", str(ROOT / "docs"), str(tmp_path)]

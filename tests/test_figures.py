@@ -201,6 +201,7 @@ def test_rest_without_a_right_answer_says_so(tmp_path, monkeypatch):
         fig10_rest.right_answers(config, 1, tmp_path)
 
 
+@pytest.mark.nightly
 def test_every_bench_is_collected():
     """A bench that fails at import stops all of ``pytest benches/``."""
     root = Path(__file__).parents[1]

@@ -6,6 +6,7 @@ writes responses behind other tokens, and takes these away afterwards.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from kimi_core.types import IMAGE_MARK, Image, Message, Prompt, StopStrings
 LEADS = ("a", "0", "=", ".", "\n", " ", "A", "(", '"')
 """Texts to put before a response. One must not merge with the response's first character, so they
 differ in kind."""
+
+BATCH = 1024
+"""Examples that are tokenized at once."""
 
 IMAGE_TOKENS = ("image_token_id", "video_token_id")
 """Tokens of a config that stand for images; sampled, they end a response."""
@@ -50,6 +54,8 @@ class Codec:
             raise ValueError(f"rollout.stop = {strings}: each string needs at least one character")
         self._tokenizer = tokenizer
         self._images = images
+        self._encoded: dict[str, list[int]] = {}
+        """Token ids of texts that were tokenized together, while they are needed."""
         self._decode = token_text.decoder(tokenizer)
         self._lead = self._find_lead()
         self._text = token_text.TokenText(self._decode, self._lead)
@@ -143,6 +149,25 @@ class Codec:
         response_ids = self.encode_behind(before, response, "An SFT response")
         return prompt_ids, np.append(response_ids, np.int32(end))
 
+    def encode_examples(
+        self, examples: Sequence[tuple[str | Sequence[Message] | Prompt, str]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `encode_example` for each, in a fraction of the time if the prompts are text."""
+        found = []
+        for at in range(0, len(examples), BATCH):
+            some = examples[at : at + BATCH]
+            texts = {
+                text
+                for prompt, response in some
+                if isinstance(prompt, str)
+                for text in (prompt, response, prompt + response)
+            }
+            with suppress(Exception):  # As in _encode, which names the text at fault below.
+                self._encoded = dict(zip(texts, self._encode_batch([*texts]), strict=True))
+            found += [self.encode_example(*example) for example in some]
+            self._encoded = {}
+        return found
+
     def encode_behind(self, before: str, text: str, what: str = "The text") -> np.ndarray:
         """Token ids of ``text``, int32 ``[n]``, as it stands behind the text ``before``.
 
@@ -232,7 +257,7 @@ class Codec:
     def _encode(self, text: str, what: str) -> list[int]:
         """Token ids without the special tokens that the tokenizer adds."""
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=False)
+            ids = self._encoded.get(text) or self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # tokenizers raises a bare Exception for an unknown character.
             raise ValueError(
                 f"{what} ({text!r:.80}) cannot be tokenized: {self._unknown(text) or error}"

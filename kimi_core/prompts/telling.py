@@ -46,6 +46,8 @@ class TellingAnswers:
         """Note the answers in an example, except those to its ``own`` held-out prompts."""
         example, own = self._examples_seen, set(own)
         self._examples_seen += 1
+        if not self._by_rarest:
+            return
         words = words_of(text)
         places: dict[str, list[int]] = defaultdict(list)
         for at, word in enumerate(words):

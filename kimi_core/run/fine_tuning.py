@@ -49,10 +49,9 @@ def fine_tune(
         if first and parts.images:
             loop = parts.loop
             check_images(parts.model, parts.images, loop.trainer.policy, loop.engine)
-    examples = [
-        parts.codec.encode_example(example_in_chat(prompt, config.prompts), response)
-        for prompt, response in parts.examples
-    ]
+    examples = parts.codec.encode_examples(
+        [(example_in_chat(prompt, config.prompts), answer) for prompt, answer in parts.examples]
+    )
     parts.examples.clear()  # As text they are not needed any more.
     fingerprint = parts.loop.trainer.fingerprint()
     resume = None

@@ -82,6 +82,7 @@ def test_memory_is_gone_while_workers_sleep_and_tokens_are_the_same(request):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_in_turns_is_the_run_without(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path)

@@ -104,6 +104,7 @@ def wait_until_there(engine, count: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_workers_join_work_are_lost_and_join_again(tmp_path):
     token = tmp_path / "token"
     token.write_text(TOKEN)

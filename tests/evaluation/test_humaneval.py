@@ -37,6 +37,7 @@ def pool():
     ("solutions", "passed", "verdicts"),
     [("canonical", 164, {"OK": 164}), ("empty", 0, {"WRONG": 164})],
 )
+@pytest.mark.nightly
 def test_canonical_and_empty_solutions(pool, solutions, passed, verdicts):
     found = evaluate(load_config(CONFIG), CodeReward(pool.run), solutions=solutions)
     assert (found["n"], found["passed"], found["unscored"]) == (164, passed, 0)
@@ -57,6 +58,7 @@ def test_prompts():
     assert all(prompt.text == prompt.tags["prefix"] and prompt.answer for prompt in prompts)
 
 
+@pytest.mark.nightly
 def test_a_model_from_the_shell(tmp_path):
     """A tiny random one, so nothing passes; but every problem gets a verdict."""
     alphabet = "".join(chr(code) for code in range(32, 127)) + "\n"

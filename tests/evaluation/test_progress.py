@@ -146,6 +146,7 @@ def test_verdicts_are_not_asked_for_a_second_time(parts: Parts, tmp_path, monkey
     assert len(asked) == 22 + 2 + 2  # Verdicts of the blocks of 4 that were cut off.
 
 
+@pytest.mark.nightly
 def test_a_run_whose_every_process_dies_in_its_evaluation_gets_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)

@@ -35,6 +35,7 @@ def test_majority():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.nightly
 def test_intervals_cover_as_often_as_they_say(rate):
     """95 % of 300 intervals, of 60 problems each; 4 standard errors are 5 points."""
     rng = np.random.default_rng(0)

@@ -24,6 +24,7 @@ def compile_kernels():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_interpreted_kernels_agree_with_plain_torch():
     pytest.importorskip("triton", reason="no Triton for this platform")
     file = Path(__file__).with_name("triton_interpreted.py")
@@ -44,6 +45,7 @@ OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("sm_80", "s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", *OTHERS])
+@pytest.mark.nightly
 def test_what_ships_compiles_without_spills(compile_kernels, target, tmp_path, monkeypatch):
     """Registers and shared memory are those kept in benches/baselines; after a change to a kernel
     or to Triton: `python benches/compile_kernels.py --write`."""

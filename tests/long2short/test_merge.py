@@ -113,6 +113,7 @@ print(most - before)
 """
 
 
+@pytest.mark.nightly
 def test_no_whole_model_is_in_memory(tmp_path):
     """Pages of a mapped file belong to the system, which takes them back when it needs them."""
     save(tmp_path / "small", 0)

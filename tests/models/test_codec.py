@@ -27,6 +27,13 @@ def test_text_goes_there_and_back(prompt, response):
     assert CODEC.response_text(response_ids[:-1]) == response
 
 
+def test_of_many_examples_the_one_at_fault_is_named():
+    examples = [("a", "b"), ("ab", "axb"), ("b", "a")]
+    with pytest.raises(ValueError, match=r"An SFT response \('axb'\) cannot be tokenized.*'x'"):
+        CODEC.encode_examples(examples)
+    assert len(CODEC.encode_examples(examples[:1])) == 1
+
+
 def test_an_empty_response_has_no_text():
     assert CODEC.response_text(np.array([], np.int32)) == ""
     assert CODEC.response_text(np.array([EOS], np.int32)) == ""

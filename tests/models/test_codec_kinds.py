@@ -51,6 +51,8 @@ class TestTextInContext:
         """Nothing is added or lost at the border, by our decoding and by the tokenizer's own."""
         codec = codec_of(kind)
         prompt_ids, response_ids = codec.encode_example(prompt, response)
+        for again in codec.encode_examples([(prompt, response)] * 2):
+            assert list(map(list, again)) == [prompt_ids.tolist(), response_ids.tolist()]
         assert prompt_ids.dtype == response_ids.dtype == np.int32
         assert prompt_ids.tolist() == ids_of(codec, prompt)
         assert codec.response_text(response_ids) == response

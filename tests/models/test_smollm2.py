@@ -18,6 +18,7 @@ ALPHABET = string.digits + "+-*=#;? \n\té漢"
 SMALL = ModelConfig(scratch={"layers": 3, "width": 16, "heads": 2, "context": 32}, device="cpu")
 
 
+@pytest.mark.nightly
 class TestSmolLM2:
     def test_it_is_the_model(self, smollm2):
         model, tokenizer = load_pretrained("smollm2-135m", device="cpu")

@@ -118,6 +118,7 @@ def test_the_usual_tokenizers_have_a_useful_bound(name, factor):
 
 
 @pytest.mark.parametrize("form", EXPANSION)
+@pytest.mark.nightly
 def test_a_form_lengthens_no_character_more_than_the_table_says(form):
     chars = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
     normalizer = getattr(normalizers, form)()

@@ -291,6 +291,7 @@ def test_the_loop_accounts_for_every_response(given_config, tmp_path, release):
     parts.close()
 
 
+@pytest.mark.nightly
 def test_a_run_counts_them_closes_the_judge_and_resumes_to_the_same_weights(given_config, tmp_path):
     straight = run(given_config("name=straight"))
     assert (tmp_path / "closed").exists()
@@ -308,6 +309,7 @@ def test_a_run_counts_them_closes_the_judge_and_resumes_to_the_same_weights(give
         assert torch.equal(tensor, other), name
 
 
+@pytest.mark.nightly
 def test_threads_change_nothing(given_config):
     one = run(given_config("name=one", "iterations=2"))
     four = run(given_config("name=four", "iterations=2", "reward.workers=4"))
@@ -316,6 +318,7 @@ def test_threads_change_nothing(given_config):
         assert torch.equal(tensor, other), name
 
 
+@pytest.mark.nightly
 def test_an_outage_stops_the_run_and_a_resumed_one_judges_the_same_responses(
     given_config, tmp_path
 ):

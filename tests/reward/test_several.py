@@ -199,6 +199,7 @@ async def Style(prompt, text):
 """
 
 
+@pytest.mark.nightly
 def test_parts_and_notes_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "several.toml").write_text(CONFIG)

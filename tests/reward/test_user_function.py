@@ -244,6 +244,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.nightly
 def test_a_killed_run_leaves_no_process_that_hangs(tmp_path):
     (tmp_path / "mine.py").write_text(HEAD + "def f(prompt, text):\n    " + NEVER + "\n")
     code = """if True:

@@ -86,6 +86,7 @@ def test_the_tokens_of_one_engine_whoever_dies(engines, workers, n, exact, seed,
 
 @settings(deadline=None, max_examples=10)
 @given(n=st.integers(1, 20), seed=st.integers(0, 1 << 30), danger=st.sampled_from([0.0, 0.05, 0.3]))
+@pytest.mark.nightly
 def test_workers_that_join_in_the_middle_and_are_lost_for_good(engines, n, seed, danger):
     chance = np.random.default_rng(seed)
     requests = requests_of(n)

@@ -96,6 +96,7 @@ def early_end(values: list[float]) -> int:
 
 
 @pytest.mark.parametrize(("after", "patience"), [(False, "none"), (True, "none"), (True, "1")])
+@pytest.mark.nightly
 def test_a_kill_changes_no_bit_of_it(unbroken: Path, monkeypatch, after, patience):
     """Every ninth call of what writes something dies, before it or after it."""
     monkeypatch.chdir(unbroken.parents[1])

@@ -35,6 +35,7 @@ def carry_out(tmp_path, *overrides):
     return iterations, evaluations
 
 
+@pytest.mark.nightly
 def test_verdicts_that_fail_now_and_then_are_counted_and_left_out(tmp_path, monkeypatch):
     failed: set[bytes] = set()
 

@@ -164,6 +164,7 @@ def try_all(run: Run, regions: int, bits: int) -> Counter[tuple[str, str]]:
     return counts
 
 
+@pytest.mark.nightly
 def test_every_region_of_every_file(run):
     counts = try_all(run, regions=12, bits=1)
     assert counts["flipped", "the state before"] >= 60 and counts["flipped", "refused"] > 10
@@ -204,6 +205,7 @@ def test_every_file_of_a_state_of_sft(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_command_itself_goes_on_to_the_same_bits(tmp_path):
     """One damage to each file of the last state of an ended run, and the run ends again."""
     marks, chance = kills.Marks(), random.Random(3)

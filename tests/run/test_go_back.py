@@ -78,6 +78,7 @@ def test_the_same_settings_give_the_same_bits_and_what_came_after_is_kept(given)
     assert (resumed[0]["iteration"], resumed[0]["back_from"]) == (2, 4) and resumed[0]["lost_s"] > 0
 
 
+@pytest.mark.nightly
 def test_a_lower_rate_holds_from_there_on_and_the_same_command_gets_on(given):
     before = weights()
     lower = "trainer.learning_rate=1e-5"

@@ -96,6 +96,7 @@ def test_one_command_gives_every_point_and_does_not_repeat_itself(folder, capsys
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_dpo_on_two_ranks(folder):
     assert long2short("--methods", "dpo") == 0
     assert long2short("trainer.ranks=2", "--methods", "dpo", "--out", "two") == 0

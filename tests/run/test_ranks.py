@@ -30,6 +30,7 @@ def followers(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_ranks_one_dies_the_run_dies_and_goes_on(run):
     run("name=one")
     expected = iterations("one")

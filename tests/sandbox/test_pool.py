@@ -199,6 +199,7 @@ def test_kill_9_of_the_supervisor_leaves_nothing_alive(weak: bool) -> None:
         assert weak or len(own_cgroups()) < len(left)
 
 
+@pytest.mark.nightly
 def test_kill_9_while_sandboxes_start_leaves_nothing_alive(weak: bool) -> None:
     """At random moments, those included in which bwrap has forked and not yet tied init to itself;
     such an init waits for ever, and is killed by the next pool through its cgroup."""

@@ -77,6 +77,7 @@ def test_examples_show_nothing_that_is_held_out(sides):
             assert not held_rows & rows_of(prompt.tags["problem"])
 
 
+@pytest.mark.nightly
 def test_examples_begin_with_reading_and_answers_come_in_gradually(sides):
     examples = vision.examples(sides[0], 3000, split_seed=0, seed=0)
     reading = [prompt.text.endswith("read") for prompt, _ in examples]

@@ -147,6 +147,7 @@ def test_a_run_trains_adapters_and_its_engine_agrees(work):
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+@pytest.mark.nightly
 def test_a_killed_run_ends_with_the_same_bits(work, monkeypatch):
     whole = carry_out("name=whole")
     plain, saves = state.save, []

@@ -68,6 +68,7 @@ def carry_out(*overrides: str, **options) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_resumed_run_has_the_rates_and_the_bits_of_an_unbroken_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(TINY)

@@ -262,6 +262,7 @@ class TestChecks:
         with pytest.raises(ValueError, match=rf"Prompt 4: .*broken: .*({complaint})"):
             judge(check(source, setup=setup), "def f(x): return 6")
 
+    @pytest.mark.nightly
     def test_a_check_that_follows_the_answers_for_ever(self, judge):
         source = "x = 0\nwhile True:\n    x = f(x) + 0"
         with pytest.raises(InfrastructureError, match=f"after {ROUNDS} rounds"):

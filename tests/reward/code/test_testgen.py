@@ -132,6 +132,7 @@ class TestGeneration:
             assert int(count) == number == len(values.split())
             assert int(test["stdout"]) == sum(map(int, values.split()))
 
+    @pytest.mark.nightly
     def test_the_seed_decides(self, runner, monkeypatch):
         few(monkeypatch, 1)
         source = ProblemSource("tree", TREES, (LEAVES,) * 10)
@@ -161,6 +162,7 @@ class TestGeneration:
         }
 
     @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+    @pytest.mark.nightly
     def test_cpp_submissions(self, runner, monkeypatch):
         few(monkeypatch, 2)
         adder = "#include <iostream>\nint main() { int n, x, s = 0; std::cin >> n;"

@@ -35,6 +35,7 @@ def gathered(stream, at_first=lambda: None) -> dict[int, list[int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_workers_follow_the_arena_and_one_that_hangs_is_replaced():
     read = model()
     twin = TorchEngine(model(), batch_rows=8)

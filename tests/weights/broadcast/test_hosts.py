@@ -106,6 +106,7 @@ def served_by(path: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.nightly
 def test_one_of_three_fails_midway(hosts, tmp_path, fault):
     """a and b serve version 1. In the middle of version 2, b is killed or freezes: a serves 1 until
     it serves 2, b 1 until it comes back and pulls 2, and nobody ever anything else."""
@@ -149,6 +150,7 @@ def test_one_of_three_fails_midway(hosts, tmp_path, fault):
             reader.check()
 
 
+@pytest.mark.nightly
 def test_a_shard_that_fails_holds_back_the_others(hosts, tmp_path):
     """Rank 1's only receiver is killed midway: rank 0's does not serve what rank 1's has not got,
     until rank 1's is fenced."""
