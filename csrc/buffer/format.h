@@ -108,6 +108,18 @@ static_assert(offsetof(Slot, token_pages) == 248 && offsetof(Slot, record_pages)
 
 // ---- Offsets and sizes
 
+constexpr uint64_t kPageMultiple = 8;  // So that the columns of a page are aligned.
+constexpr uint64_t kMostPageTokens = 65536;
+constexpr uint64_t kMostCount = uint64_t{1} << 31;  // Pages and slots are below it.
+
+// Whether a buffer can have been created with these sizes.
+inline bool HasPossibleSizes(const Header& header) {
+  const auto counts = [](uint64_t number) { return 0 < number && number < kMostCount; };
+  const uint64_t page = header.page_tokens;
+  return 0 < page && page <= kMostPageTokens && page % kPageMultiple == 0 && counts(header.pages) &&
+         counts(header.max_trajectories);
+}
+
 struct Layout {
   uint64_t page_tokens, pages, max_trajectories, reserved_words;
 

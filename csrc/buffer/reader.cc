@@ -31,6 +31,9 @@ const Header& CheckedHeader(const MappedFile& file) {
   if (header.crc != HeaderCrc(header)) {
     Refuse(path, "has a damaged header (its checksum is wrong): restore a snapshot");
   }
+  if (!HasPossibleSizes(header)) {
+    Refuse(path, "has a damaged header (no buffer has its sizes): restore a snapshot");
+  }
   if (file.size() < least) {
     Refuse(path, "is cut off: it has " + std::to_string(file.size()) + " of " +
                      std::to_string(least) + " bytes; restore a snapshot");

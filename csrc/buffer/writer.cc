@@ -58,20 +58,21 @@ class BufferWriter::WriteGuard {
 };
 
 Header BufferWriter::HeaderOf(const BufferSizes& sizes) {
-  constexpr uint64_t kMost = uint64_t{1} << 31;  // The header counts pages and slots in 32 bits.
   if (sizes.capacity_tokens < 1 || sizes.max_trajectories < 1) {
     Refuse("A buffer of " + Number(sizes.capacity_tokens) + " tokens and " +
            Number(sizes.max_trajectories) +
            " trajectories is empty; both sizes must be at least 1");
   }
-  if (sizes.page_tokens < 8 || sizes.page_tokens % 8 != 0 || sizes.page_tokens > 65536) {
-    Refuse("page_tokens = " + Number(sizes.page_tokens) +
-           ": it must be a multiple of 8, from 8 to 65536");
+  if (sizes.page_tokens < kPageMultiple || sizes.page_tokens % kPageMultiple != 0 ||
+      sizes.page_tokens > kMostPageTokens) {
+    Refuse("page_tokens = " + Number(sizes.page_tokens) + ": it must be a multiple of " +
+           Number(kPageMultiple) + ", from " + Number(kPageMultiple) + " to " +
+           Number(kMostPageTokens));
   }
   const uint64_t pages = (sizes.capacity_tokens - 1) / sizes.page_tokens + 1;
-  if (pages >= kMost || sizes.max_trajectories >= kMost) {
+  if (pages >= kMostCount || sizes.max_trajectories >= kMostCount) {
     Refuse("A buffer of " + Number(pages) + " pages and " + Number(sizes.max_trajectories) +
-           " trajectories is too large: each must be below " + Number(kMost));
+           " trajectories is too large: each must be below " + Number(kMostCount));
   }
   Header header{};
   std::copy(std::begin(kMagic), std::end(kMagic), header.magic);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "buffer/checksum.h"
 #include "buffer/writer.h"
 #include "buffer_testing.h"
 #include "check.h"
@@ -19,6 +20,33 @@ using test::IsSound;
 
 BufferSizes Sizes(uint64_t tokens, uint64_t trajectories, uint64_t page_tokens = 8) {
   return {.capacity_tokens = tokens, .max_trajectories = trajectories, .page_tokens = page_tokens};
+}
+
+// A header whose checksum is right can still be of another program. No size may divide by zero.
+void TestSizesOfNoBufferAreRefused() {
+  const test::TemporaryFolder folder;
+  const std::string path = folder / "b";
+  BufferWriter::Create(path, Sizes(80, 3));
+  const std::string sound = test::Contents(path);
+  const auto refuses = [&](uint32_t Header::* field, uint32_t value) {
+    std::string changed = sound;
+    auto& header = *reinterpret_cast<Header*>(changed.data());
+    header.*field = value;
+    header.crc = HeaderCrc(header);
+    test::SetContents(path, changed);
+    try {
+      const BufferWriter writer(path);
+    } catch (const std::invalid_argument& error) {
+      return std::string(error.what())
+          .ends_with("has a damaged header (no buffer has its sizes): restore a snapshot");
+    }
+    return false;
+  };
+  for (const uint32_t value : {0u, 4u, 12u, 65544u}) CHECK(refuses(&Header::page_tokens, value));
+  for (const uint32_t value : {0u, 1u << 31, ~0u}) {
+    CHECK(refuses(&Header::pages, value));
+    CHECK(refuses(&Header::max_trajectories, value));
+  }
 }
 
 // If any bit flips, opening the file reports it, or none of its contents has changed.
@@ -145,6 +173,7 @@ void TestLostPagesLeaveSoundPrefixes() {
 
 int main() {
   kimi::TestAFlippedBitIsNeverSilent();
+  kimi::TestSizesOfNoBufferAreRefused();
   kimi::TestLostPagesLeaveSoundPrefixes();
   return kimi::test::Failures();
 }
