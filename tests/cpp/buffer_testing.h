@@ -14,7 +14,7 @@ namespace kimi::test {
 struct Tokens {
   Tokens(int64_t id, uint64_t start, uint64_t n) {
     for (uint64_t i = start; i < start + n; ++i) {
-      ids.push_back(static_cast<int32_t>(id * 100003 + static_cast<int64_t>(i)));
+      ids.push_back(static_cast<int32_t>(static_cast<uint64_t>(id) * 100003 + i));
       logprobs.push_back(-static_cast<float>(i % 97) - static_cast<float>(id % 89) / 128);
       mask.push_back(static_cast<uint8_t>((static_cast<uint64_t>(id) + i) % 5 != 0));
     }
