@@ -118,13 +118,15 @@ class Loop:
             told = (_by_trajectory(groups, one) for one in (trained.logprobs, trained.entropies))
             self.latest = Outcome(groups, unjudged, *told)
         report = self._report(version, rollout, trained, clock.seconds())
-        several = self.config.rollout.workers > 1 or self.config.cluster.is_open
+        config = self.config.rollout
+        several = config.workers > 1 and config.engine == "torch"
+        told_apart = several or self.config.cluster.is_open
         by_worker = {str(number): n for number, n in rollout.tokens_by_worker.items()}
         return replace(
             report,
             learning_rate=rate,
             worker_restarts=self.engine.restarts - restarts,
-            worker_tokens=by_worker if several else {},
+            worker_tokens=by_worker if told_apart else {},
             turn_s=self.turns.seconds(),
         )
 

@@ -193,19 +193,11 @@ class RolloutConfig(Section):
     cache."""
     workers: int = Field(1, ge=1)
     """Processes of this host that sample together, each with an engine of `torch` on the CPU and
-    the weights in shared memory. 1: the run's process samples, and no process is started."""
+    the weights in shared memory. 1: the run's process samples, and no process is started. With
+    `vllm`: its instances, each of as many GPUs as `tensor_parallel_size` says."""
     worker_timeout_s: float = Field(300.0, gt=0)
     """Longest time without a decode step of a worker that has work, in seconds. The worker is
     replaced after that, and others take its work over."""
-
-    @model_validator(mode="after")
-    def _workers_are_of_torch(self) -> "RolloutConfig":
-        if self.workers > 1 and self.engine != "torch":
-            raise ValueError(
-                f"rollout.workers = {self.workers} with rollout.engine = {self.engine!r}: workers "
-                "run the engine 'torch'; give 1, and rollout.vllm.args for more of vLLM's processes"
-            )
-        return self
 
 
 class SandboxConfig(Section):

@@ -108,6 +108,7 @@ def _engine(
         model.dtype,
         lambda: publisher.paths,
         batch_rows=rollout.batch_rows,
+        instances=rollout.workers,
         options=rollout.vllm.args,
         timeout_s=rollout.vllm.timeout_s,
         hybrid=cluster.hybrid,

@@ -178,7 +178,8 @@ def _memory(config: Config, model: PreTrainedModel, longest_prompt: int) -> Memo
     shares = reads_trainer(config.rollout, config.cluster) and config.trainer.ranks == 1
     arena = 0 if shares else 3 * weights
     if config.rollout.engine == "vllm":
-        kv_cache = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
+        each = config.rollout.vllm.args.get("kv_cache_memory_bytes", CPU_CACHE_BYTES * on_cpu)
+        kv_cache = config.rollout.workers * each
     else:
         kv_cache = _rows(config) * -(-longest // ROUND_TO) * ROUND_TO * _kv_bytes(model)
     return Memory(

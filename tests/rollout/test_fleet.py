@@ -9,7 +9,6 @@ from fleet_workers import ROWS, SAMPLED, VOCAB, Door, Local, fleet_of, model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_core.config import RolloutConfig
 from kimi_core.rollout import fleet as fleet_module
 from kimi_core.rollout import wire
 from kimi_core.rollout.engine import EngineFailed
@@ -174,11 +173,6 @@ def test_what_cannot_go_on_is_an_error_that_says_why(engines):
     deadly.dies = lambda: True
     with pytest.raises(EngineFailed, match=f"on purpose; it was started {RESTARTS} times"):
         list(fleet.generate(requests_of(2), SAMPLED))
-
-
-def test_workers_of_vllm_are_refused():
-    with pytest.raises(ValueError, match=r"rollout.workers = 2 .* run the engine 'torch'"):
-        RolloutConfig(workers=2, engine="vllm")
 
 
 @given(

@@ -51,7 +51,9 @@ class VLLMEngine:
         dtype: what vLLM computes in.
         arenas: gives the paths of the arenas to bind to, one for each tensor-parallel rank, when
             vLLM starts.
-        batch_rows: sequences decoded together at most.
+        batch_rows: sequences that an instance decodes together at most.
+        instances: of vLLM on this host, over which it spreads the responses. They start and end
+            together.
         options: further arguments of vLLM's ``AsyncEngineArgs``.
         timeout_s: longest wait for the next tokens or for new weights, seconds.
         policy_version: the version written on segments until the first ``serve``.
@@ -68,6 +70,7 @@ class VLLMEngine:
         arenas: Callable[[], Sequence[str]],
         *,
         batch_rows: int,
+        instances: int = 1,
         options: Mapping[str, Any] | None = None,
         timeout_s: float = 300.0,
         policy_version: int = 0,
@@ -75,6 +78,8 @@ class VLLMEngine:
     ):
         self.options = {"max_num_seqs": batch_rows} | dict(options or {})
         check_options(self.options)
+        if instances > 1:
+            self.options["data_parallel_size"] = instances
         self.config = config
         self.dtype = dtype
         self.timeout_s = timeout_s
@@ -154,7 +159,7 @@ class VLLMEngine:
         }
         for task in tasks.values():
             task.add_done_callback(queue.put_nowait)
-        running = set(open_)
+        running, aborted = set(open_), False
         try:
             while running:
                 segments: list[Segment] = []
@@ -165,7 +170,7 @@ class VLLMEngine:
                         continue
                     response, output = item
                     if response in running:  # Otherwise a repeat has ended it already.
-                        self._add(response, output)
+                        aborted |= self._add(response, output)
                         segments += response.ready(self.policy_version)
                         if response.ended:
                             running.remove(response)
@@ -174,6 +179,8 @@ class VLLMEngine:
                     yield segments
                 for task in done:  # Only now, because tokens that came with an error count.
                     _raise_its_error(task)
+                if aborted:
+                    raise ServerDown("One of vLLM's instances ended in the middle of a response")
         finally:
             for task in tasks.values():
                 task.cancel()
@@ -196,12 +203,14 @@ class VLLMEngine:
         async for output in server.llm.generate(prompt, params, str(self._requests)):
             queue.put_nowait((response, output))
 
-    def _add(self, response: Response, output: Any) -> None:
+    def _add(self, response: Response, output: Any) -> bool:
+        """Add what came to a response. True: vLLM gave it up, because an instance has ended."""
         (completion,) = output.outputs
         if completion.token_ids:
             response.add(completion.token_ids, completion.logprobs.logprobs)
         who = f"trajectory {response.request.trajectory_id}"
-        if completion.finish_reason is not None and not response.ended:
+        aborted: bool = completion.finish_reason == "abort"
+        if completion.finish_reason is not None and not response.ended and not aborted:
             raise EngineFailed(
                 f"vLLM ended {who} ({completion.finish_reason}) with {response.left} tokens to go"
             )
@@ -211,6 +220,7 @@ class VLLMEngine:
                 f"vLLM sampled {who} with versions {sorted(versions)} of the weights, and not with "
                 f"{self.policy_version} alone: does anything else update it?"
             )
+        return aborted
 
     def serve(self, version: int) -> None:
         """Make the workers verify the published weights and sample from them from now on.

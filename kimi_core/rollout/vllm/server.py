@@ -38,6 +38,7 @@ END_S = 15.0
 """Seconds that vLLM may take to end before it is killed."""
 
 OURS = (
+    "data_parallel_size",
     "model",
     "dtype",
     "load_format",
@@ -256,6 +257,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     if refused:
         raise ValueError(
             f"rollout.vllm.args: {', '.join(refused)} cannot be set, because the run sets them"
+            + " (rollout.workers = 2 for two instances)" * ("data_parallel_size" in refused)
         )
 
 

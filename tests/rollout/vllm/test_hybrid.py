@@ -85,6 +85,7 @@ def test_memory_is_gone_while_vllm_sleeps_and_tokens_are_the_same():
     engine.close()
 
 
+@pytest.mark.nightly
 def test_a_death_while_it_wakes_is_a_restart():
     engine = PublishedEngine(tiny_model(), batch_rows=8, options=SMALL_CACHE, hybrid=True)
     connect = engine._started
