@@ -96,11 +96,12 @@ class TrainerConfig(Section):
     trainer recomputes the reference; three iterations in a row stop the run."""
 
     @model_validator(mode="after")
-    def _adapters_have_one_rank(self) -> "TrainerConfig":
-        if self.lora.rank and self.ranks > 1:
+    def _adapters_are_not_divided(self) -> "TrainerConfig":
+        if self.lora.rank and self.tensor_parallel > 1:
             raise ValueError(
-                f"trainer.lora.rank = {self.lora.rank} with trainer.ranks = {self.ranks}: adapters "
-                "are trained by one process so far; set trainer.ranks=1"
+                f"trainer.lora.rank = {self.lora.rank} with trainer.tensor_parallel = "
+                f"{self.tensor_parallel}: there is no plan for dividing adapters by heads and "
+                "widths; set trainer.tensor_parallel=1, and the ranks shard them"
             )
         return self
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -146,6 +147,8 @@ def _plain(model: nn.Module, named: Iterable[tuple[str, Tensor]]) -> Iterator[tu
 
 
 def _merged(weight: Tensor, layer: Any) -> Tensor:
-    """W + (alpha / rank) · B A, rounded once."""
+    """W + (alpha / rank) · B A, rounded once; of a sharded weight this rank's part of it."""
     product = layer.get_delta_weight(ADAPTER)
+    if isinstance(weight, DTensor):
+        product = product.redistribute(weight.device_mesh, weight.placements)
     return product.add_(weight.to(product.dtype)).to(weight.dtype)

@@ -38,7 +38,7 @@ def follow(address: str, generation: str, rank: int) -> None:
     config = _on_own_gpu(Config.model_validate_json(store.get("config")), rank)
     blueprint: Blueprint = pickle.loads(bytes.fromhex(store.get("policy").decode()))
     settings = config.trainer
-    policy = blueprint.build(settings.trainable_layers)
+    policy = blueprint.build(settings)
     model = policy.model
     limit_threads(model, settings.ranks)
     ranks = Ranks.meet(

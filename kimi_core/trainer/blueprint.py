@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from kimi_core.models.placement import freeze_below
+from kimi_core.config import TrainerConfig
+from kimi_core.models.lora import choose_trained
 from kimi_core.trainer.packing import Layout
 from kimi_core.trainer.policy import Policy
 
@@ -45,17 +46,17 @@ class Blueprint:
             policy.head_chunk,
         )
 
-    def build(self, trainable_layers: int | None) -> Policy:
+    def build(self, trainer: TrainerConfig) -> Policy:
         """A policy on torch's meta device: its tensors have shapes and take no memory.
 
         Args:
-            trainable_layers: as for ``freeze_below``.
+            trainer: what is trained, and the adapters, as for ``choose_trained``.
         """
         with torch.device("meta"):
-            model = self.model._from_config(self.config)
+            model = self.model._from_config(self.config).eval()
+            choose_trained(model, trainer, seed=0)
         for name, tensor in tensors_of(model):
             tensor.data = tensor.data.to(self.dtypes[name])
-        freeze_below(model.eval(), trainable_layers)
         return Policy(
             model,
             temperature=self.temperature,

@@ -202,7 +202,7 @@ def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
             model.generation_config.save_pretrained(folder)
     stored = dict(model.named_parameters(remove_duplicate=False)).keys()
     tied = stored - dict(model.named_parameters()).keys()
-    tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
+    tensors = {name: value for name, value in plain_state(model).items() if name not in tied}
     save_rows(tensors, folder / "model.safetensors", ranks)
 
 

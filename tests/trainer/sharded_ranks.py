@@ -28,8 +28,8 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from kimi_core.config import DpoConfig, SftConfig, TrainerConfig
-from kimi_core.models.placement import freeze_below
+from kimi_core.config import DpoConfig, LoraConfig, SftConfig, TrainerConfig
+from kimi_core.models.lora import choose_trained, plain_parameters
 from kimi_core.trainer.blueprint import Blueprint
 from kimi_core.trainer.dpo import DpoPhase
 from kimi_core.trainer.fitting import Save
@@ -61,6 +61,8 @@ class Case:
     kv_heads: int = 2
     objective: str = "omd"
     trainable_layers: int | None = None
+    lora: int = 0
+    """Rank of adapters; 0: there are none."""
     responses: int = len(LENGTHS)
     tokens_per_micro_batch: int = 1000
     memory_gb: float | None = None
@@ -81,6 +83,8 @@ CASES = {
     "FSDP, a rank with nothing": Case(responses=1),
     "FSDP, the engine is far off": Case(age=0, tokens_per_micro_batch=30),
     "FSDP, bfloat16": Case(dtype="bfloat16"),
+    "FSDP, adapters": Case(lora=3, tied=True, tokens_per_micro_batch=14, responses=7),
+    "FSDP, adapters in one layer, bfloat16": Case(lora=4, trainable_layers=1, dtype="bfloat16"),
     "TP, tied": replace(TP, tied=True),
     "TP, untied, uneven vocabulary": replace(TP, vocabulary=41),
     "TP, frozen layers, many passes": replace(TP, trainable_layers=1, tokens_per_micro_batch=40),
@@ -105,6 +109,7 @@ CASES = {
         FOUR, tensor_parallel=2, replicas=2, vocabulary=41, trainable_layers=1
     ),
     "CP × replicas": replace(FOUR, context_parallel=2, replicas=2, tied=True),
+    "CP × replicas, adapters": replace(FOUR, context_parallel=2, replicas=2, lora=3),
 }
 
 
@@ -113,6 +118,8 @@ ARENAS = {
     "arena, bfloat16": (CASES["FSDP"], "bfloat16", 1),
     "arena, engine of two ranks": (CASES["FSDP"], "bfloat16", 2),
     "arena, tied": (CASES["FSDP, tied"], "bfloat16", 1),
+    "arena, adapters": (CASES["FSDP, adapters"], "float32", 1),
+    "arena, CP × replicas, adapters": (CASES["CP × replicas, adapters"], "bfloat16", 2),
     "arena, TP × replicas": (CASES["TP × replicas"], "float32", 1),
     "arena, TP × FSDP, engine of two ranks": (CASES["TP × FSDP, unequal passes"], "bfloat16", 2),
 }
@@ -144,8 +151,16 @@ def tiny_llama(case: Case = CASES["FSDP"]) -> hf.PreTrainedModel:
     model = getattr(hf, f"{case.family}ForCausalLM")(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
-    freeze_below(model, case.trainable_layers)
-    return model.to(getattr(torch, case.dtype)).eval()
+    model.to(getattr(torch, case.dtype)).eval()
+    choose_trained(model, what_trains(case), seed=0)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:  # 0 would leave A without a gradient.
+            torch.nn.init.normal_(parameter, std=0.25)
+    return model
+
+
+def what_trains(case: Case) -> TrainerConfig:
+    return TrainerConfig(trainable_layers=case.trainable_layers, lora=LoraConfig(rank=case.lora))
 
 
 def batch_of(responses: int, age: int = 1) -> TrainingBatch:
@@ -198,7 +213,7 @@ def trainer_of(
     )
     policy = Policy(tiny_llama(case), temperature=0.8, head_chunk=16)
     if ranks and ranks.rank > 0:
-        policy = Blueprint.of(policy).build(case.trainable_layers)  # Rank 0 sends the weights.
+        policy = Blueprint.of(policy).build(what_trains(case))  # Rank 0 sends the weights.
     return Trainer(policy, settings, publisher or InPlace(), ranks)
 
 
@@ -350,7 +365,7 @@ def publish(case: Case, name: str, tp_size: int, ranks: Ranks) -> dict:
     same = []
     if ranks.rank == 0:
         alone = ArenaPublisher(config, dtype, tp_size=tp_size)
-        alone.publish(tiny_llama(case).named_parameters(), 3)
+        alone.publish(plain_parameters(tiny_llama(case)), 3)
         for own, other in zip(publisher.arenas, alone.arenas, strict=True):
             with own.acquire() as found, other.acquire() as expected:
                 found.verify()
@@ -368,7 +383,7 @@ def states(case: Case, path: Path, ranks: Ranks) -> dict:
     trainer.train(batch_of(5), policy_version=VERSION, seed=(0,))
     trainer.save(path)
     trainer.save_pretrained(path / "checkpoint")
-    expected = {name: whole(p) for name, p in trainer.policy.model.named_parameters()}
+    expected = {name: whole(p) for name, p in plain_parameters(trainer.policy.model)}
     alone, all_ = trainer_of(case, None), trainer_of(case, ranks)
     alone.load(path)
     all_.load(path)
@@ -386,14 +401,15 @@ def states(case: Case, path: Path, ranks: Ranks) -> dict:
         return all(torch.equal(found[name], expected[name]) for name in expected)
 
     return {
-        "one rank": equal(alone.policy.model.named_parameters()),
-        "all ranks": equal(all_.policy.model.named_parameters()),
+        "one rank": equal(plain_parameters(alone.policy.model)),
+        "all ranks": equal(plain_parameters(all_.policy.model)),
         "exported": equal(exported.named_parameters()),
         "settings": all(
             (path / "checkpoint" / name).read_text() == (path / "alone" / name).read_text()
             for name in ("config.json", "generation_config.json")
         ),
-        "saved": saved.keys() == expected.keys() and equal(saved.items()),
+        "saved": saved.keys() == trainer.policy.trainable().keys()
+        and (case.lora > 0 or equal(saved.items())),
     }
 
 
@@ -411,6 +427,8 @@ def work_of(folder: Path) -> dict[str, tuple[Case, Callable[..., Any]]]:
     for name, (case, dtype, tp_size) in ARENAS.items():
         work[name] = case, partial(publish, case, dtype, tp_size)
     work["states"] = tied, partial(states, tied, folder / "two")
+    adapted = CASES["FSDP, adapters"]
+    work["states of adapters"] = adapted, partial(states, adapted, folder / "adapters")
     work["states of four"] = four, partial(states, four, folder / "four")
     both = CASES["CP × replicas"]
     work["dpo on four"] = both, partial(dpo_losses, case=both)

@@ -148,6 +148,21 @@ def test_a_run_trains_adapters_and_its_engine_agrees(work):
 
 
 @pytest.mark.nightly
+def test_two_ranks_shard_adapters_and_one_goes_on(work):
+    one, two = carry_out("name=one"), carry_out("name=two", "iterations=2", "trainer.ranks=2")
+    carry_out("name=two", resume=True)
+    (expected, _), (found, _) = (read_metrics(run / "metrics.jsonl") for run in (one, two))
+    for theirs, ours in zip(expected, found, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
+        assert ours.tokens_sampled == theirs.tokens_sampled
+        assert ours.logprob_gap_max < 1e-4
+    for name in ("states/000003/tensors.safetensors", "checkpoint/model.safetensors"):
+        ours, theirs = load_file(two / name), load_file(one / name)
+        assert ours.keys() == theirs.keys()
+        assert all((ours[key] - theirs[key]).abs().max() < 1e-3 for key in ours)
+
+
+@pytest.mark.nightly
 def test_a_killed_run_ends_with_the_same_bits(work, monkeypatch):
     whole = carry_out("name=whole")
     plain, saves = state.save, []
@@ -187,7 +202,10 @@ def test_an_engine_on_an_arena_reads_the_merged_weights(work):
     ("overrides", "said"),
     [
         (["model.name=scratch", "trainer.lora.rank=2"], "model.name = 'scratch'"),
-        (["trainer.lora.rank=2", "trainer.ranks=2"], "trained by one process so far"),
+        (
+            ["trainer.lora.rank=2", "trainer.ranks=2", "trainer.tensor_parallel=2"],
+            "no plan for dividing adapters",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_a_model_is_loaded(work, overrides, said):

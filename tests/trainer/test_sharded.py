@@ -129,7 +129,7 @@ def test_arenas_have_the_bytes_of_the_whole_publication(found, name):
     assert len(same) == 2 * ARENAS[name][2] and all(same)
 
 
-@pytest.mark.parametrize("name", ["states", "states of four"])
+@pytest.mark.parametrize("name", ["states", "states of adapters", "states of four"])
 def test_states_and_checkpoints_are_whole_for_any_number_of_ranks(found, name):
     for rank in found[name]:
         assert all(rank.values()) and len(rank) == 5, rank
