@@ -50,6 +50,12 @@ _OPERATION = re.compile(
 )
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt|leq|geq|neq|equiv|approx)(?![a-zA-Z])")
 _ORDER = re.compile(r"([<>]|\\(?:le|ge|lt|gt|leq|geq|leqslant|geqslant)(?![a-zA-Z]))")
+_BARS = re.compile(
+    r"(?:\||\\l?vert) ?([a-zA-Z]) ?(?:\||\\r?vert) ?"
+    r"([<>]|\\(?:leq?|geq?|[lg]t|[lg]eqslant)(?![a-zA-Z])) ?"
+    r"(\d+(?:\.\d+)?|\\frac ?\{\d+\} ?\{\d+\}|\\sqrt ?\{?\d+\}?)"
+)
+"""An absolute value that is less or more than a positive number."""
 _CONSTANT_WORDS = re.compile(r"\\(?:pi|cdot|times|frac|sqrt|left|right|infty|pm|circ)|[ei]")
 
 
@@ -59,20 +65,29 @@ def equal(reference: str, answer: str) -> bool:
 
 
 def _plain_names(text: str) -> str:
-    """LaTeX for what some write as in a program: ``sqrt(2)``, ``2*pi``, ``exp(16)``."""
+    """LaTeX for what some write as in a program: ``sqrt(2)``, ``2*pi``, ``exp(16)``, ``x<=2``."""
     text = _ROOT.sub(r"\\sqrt{\1}", text)
     text = _EXP.sub(r"e^{\1}", text)
     text = _FUNCTION.sub(lambda match: "\\" + match[1].removesuffix("inity"), text)
+    text = text.replace("<=", r"\le ").replace(">=", r"\ge ")
     return re.sub(r"\\inf(?![a-zA-Z])", r"\\infty", text).replace("*", r"\cdot ")
 
 
 def _same_texts(reference: str, answer: str) -> bool:
     """Compare the texts, and the mathematics between them."""
+    reference, answer = _without_bars(reference), _without_bars(answer)
+    ours, theirs = _union(reference), _union(answer)
+    if ours and theirs and _letters(reference) == _letters(answer):
+        return _same(ours, theirs)
     if r"\cup" in reference + answer:
-        reference, answer = (_union(text) or text for text in (reference, answer))
+        reference, answer = ours or reference, theirs or answer
     if _RELATION.search(reference) and not _same_conjunctions(reference, answer):
         return False
-    ours, theirs = (_pieces(_joined(text)) for text in (reference, answer))
+    return _same_pieces(*(_pieces(_joined(text)) for text in (reference, answer)))
+
+
+def _same_pieces(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Compare mathematics and texts in turn."""
     if ours[1::2] == theirs[1::2]:
         if len(ours) == 1 or (len(ours) == 3 and not (ours[2] + theirs[2]).strip(" .")):
             return _same_items(ours[0], theirs[0])
@@ -82,6 +97,27 @@ def _same_texts(reference: str, answer: str) -> bool:
     if one is None or other is None or (len(ours) > 1 and len(theirs) > 1):
         return False
     return _same_items(one, other)
+
+
+def _letters(text: str) -> set[str]:
+    """The variables of one letter."""
+    return set(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])", text))
+
+
+def _without_bars(text: str) -> str:
+    r"""``|x| < c`` without the bars; any other text as it is.
+
+    >>> _without_bars(r"|x| \le 3"), _without_bars(r"\lvert t\rvert > \frac{1}{2}")
+    ('-3 \\le x \\le 3', 't < -\\frac{1}{2} \\text{ or } t > \\frac{1}{2}')
+    """
+    found = _BARS.fullmatch(text.strip())
+    if not found:
+        return text
+    name, sign, end = found.groups()
+    if sign[0] == "<" or sign[:2] == r"\l":
+        return f"-{end} {sign} {name} {sign} {end}"
+    back = sign.replace(">", "<").replace(r"\g", r"\l")
+    return rf"{name} {back} -{end} \text{{ or }} {name} {sign} {end}"
 
 
 def _union(text: str) -> str | None:
@@ -135,7 +171,7 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text[at:]]
 
 
-def _without_unit(pieces: list[str]) -> str | None:
+def _without_unit(pieces: Sequence[str]) -> str | None:
     """The mathematics, if the only text is a unit at its end; otherwise None."""
     if len(pieces) == 1:
         return pieces[0]

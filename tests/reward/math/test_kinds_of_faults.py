@@ -298,6 +298,33 @@ UNIONS = [
     (r"(-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } y>2", 0),
     (r"(-\infty,1)\cup(2,\infty)", "x<1", 0),
 ]
+BARS = [
+    ("-1<x<1", "|x|<1", 1),
+    ("(-1,1)", "|x|<1", 1),
+    ("|x|<1", "-1 < x < 1", 1),
+    ("|x|<1", "1 > x > -1", 1),
+    ("[-2,2]", r"|x| \le 2", 1),
+    (r"|x| \le 2", r"\lvert x \rvert \leq 2", 1),
+    (r"(-\infty,-1)\cup(1,\infty)", "|x|>1", 1),
+    ("x<-1 or x>1", r"\left|x\right|>1", 1),
+    (r"|x|\ge \sqrt{2}", r"x \le -\sqrt{2} \text{ or } x \ge \sqrt{2}", 1),
+    ("-1<x<1", "|x|<2", 0),
+    ("-1<x<1", r"|x|\le 1", 0),
+    ("-1<x<1", "|x|>1", 0),
+    ("-1<x<1", "|y|<1", 0),
+    ("|x|>1", "x>1", 0),
+    ("|x|>1", "-1<x<1", 0),
+    ("-1<x<1", "|x-1|<1", 0),
+    ("-1<x<1", "1>x>-1", 1),
+    ("x>2", "2<x", 1),
+    (r"x \le 2", "x<=2", 1),
+    (r"|x| \le 2", "-2<=x<=2", 1),
+    ("x>2", "x>=2", 0),
+    (r"x \ge 2", "2<x", 0),
+    ("a<x<b", "b>x>a", 1),
+    ("x>2", "y>2", 0),
+    ("1<x<2", "2<x<1", 0),
+]
 FORMS = [
     ("y=x", "x=y", 1),
     ("AB=CD", "CD = AB", 1),
@@ -335,6 +362,7 @@ KINDS = {
     "temperatures": TEMPERATURES,
     "numbers_as_words": NUMBERS_AS_WORDS,
     "unions": UNIONS,
+    "bars": BARS,
     "forms": FORMS,
 }
 WHOLE = [
