@@ -6,6 +6,7 @@ Plugins are imported by themselves, so this file imports nothing from this folde
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations_with_replacement
 
 from torch import Tensor
@@ -89,6 +90,20 @@ def chains() -> list[Prompt]:
         text = "".join(lines) + _sum(rng.sample(digits, 4))
         made.append(Prompt(len(made), text, str(sum(digits)), tags={"problem": str(digits)}))
     return made
+
+
+def sums() -> list[Prompt]:
+    """The sums of ``chains`` alone, for a model that was shown both ways in SFT."""
+    asked = ((one, one.text.splitlines()[-1]) for one in chains())
+    return [replace(one, text=text) for one, text in asked]
+
+
+def sum_examples(prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
+    """A bare answer to two thirds of the sums, and a worked one to the others."""
+    rng = random.Random(0)
+    digits = [[int(word) for word in one.text if word.isdigit()] for one in prompts]
+    answers = [rng.choice([str(sum(some)), str(sum(some)), _chain(some)]) for some in digits]
+    return [(one.text, f"{text}$") for one, text in zip(prompts, answers, strict=True)]
 
 
 def _sum(digits: Sequence[int]) -> str:
