@@ -58,14 +58,15 @@ def test_two_thirds_of_the_graded_prompts_are_easy_and_all_examples_are_right():
     assert terse / len(prompts) == pytest.approx(styles["terse"], abs=0.03)
 
 
-def test_chains_show_both_ways_and_are_judged_by_their_last_number():
-    prompts = tasks.chains()
-    for prompt in prompts:
-        *shown, asked = prompt.text.split("\n")
-        bare, worked = sorted(shown, key=len)
-        assert (bare.count("="), worked.count("="), asked.count("=")) == (1, 3, 1)
-        for line in (bare, worked, asked + prompt.answer):
-            assert len({eval(part) for part in line.strip("$").split(" = ")}) == 1
+def test_sums_are_shown_both_ways_and_judged_by_their_last_number():
+    prompts = tasks.sums()
+    examples = tasks.sum_examples(prompts)
+    for prompt, (text, response) in zip(prompts, examples, strict=True):
+        assert text == prompt.text and response.count("=") in (0, 2)
+        line = (text + response).strip("$")
+        assert {eval(part) for part in line.split(" = ")} == {int(prompt.answer)}
+    bare = sum("=" not in response for _, response in examples)
+    assert bare / len(prompts) == pytest.approx(2 / 3, abs=0.06)
     assert len({prompt.tags["problem"] for prompt in prompts}) == len(prompts) == 495
     right = prompts[0].answer
     assert tasks.last_number(prompts[0], f"2 + 1 + 1 = 3 + 1 = {right}") == 1
@@ -149,7 +150,8 @@ def test_fig5_and_length_from_runs_that_are_there(tmp_path, monkeypatch, capsys)
     for name, accuracy in {"short": 0, "plain": 0.6, "length-0": 0.4, "length-1": 0.5}.items():
         finished(tmp_path / f"{name}-0", accuracy)
     assert "gain, accuracy_sampled: 0.5 [0.5, 0.5]" in figure("fig5", tmp_path, monkeypatch, capsys)
-    finished(tmp_path / "chains-0", 0.4)
+    finished(tmp_path / "sums", 0)
+    finished(tmp_path / "sums-0", 0.4)
     said = figure("fig5-smollm2", tmp_path, monkeypatch, capsys)
     assert "gain, accuracy_sampled: 0.3 [0.3, 0.3]" in said
     said = figure("length", tmp_path, monkeypatch, capsys)

@@ -7,18 +7,29 @@ from figures.runs import TASKS, Runs
 from figures.seeds import difference, table
 from figures.start import CHEAP, evaluations, over_seeds, plain
 
-CHAINS = [
+SUMS = [
     "smollm2",
-    f"prompts.source={TASKS}:chains",
+    f"prompts.source={TASKS}:sums",
     f"reward.function={TASKS}:last_number",
     "prompts.held_out=195",
-    "iterations=20",
+]
+START = [
+    f"sft.data={TASKS}:sum_examples",
+    "sft.steps=100",
+    "sft.batch_size=16",
+    "sft.learning_rate=3e-4",
+]
+TRAINED = [
+    "sft.data=none",
+    "iterations=15",
     "rollout.prompts_per_iteration=12",
     "rollout.max_response_tokens=28",
+    "trainer.learning_rate=5e-5",
     "evaluation.every=5",
     "evaluation.prompts=60",
+    *CHEAP,
 ]
-"""SmolLM2-135M-Instruct, its top 8 layers, without SFT: 96 samples an iteration."""
+"""SmolLM2-135M-Instruct, its top 8 layers: 96 samples an iteration."""
 
 
 def run(runs: Runs, figures: Path) -> str:
@@ -27,8 +38,11 @@ def run(runs: Runs, figures: Path) -> str:
 
 
 def run_smollm2(runs: Runs, figures: Path) -> str:
-    """SmolLM2 on sums of four digits: train, plot and return the table."""
-    folders = runs.each(lambda seed: runs.train(f"chains-{seed}", *CHAINS, *CHEAP, f"seed={seed}"))
+    """SmolLM2 on sums of four digits: train, plot and return the table. All seeds have one start,
+    that of the SFT with seed 0."""
+    start = runs.sft("sums", *SUMS, *START, "seed=0") / "checkpoint"
+    given = [*SUMS, *TRAINED, f"model.name={start}"]
+    folders = runs.each(lambda seed: runs.train(f"sums-{seed}", *given, f"seed={seed}"))
     return _compared(runs, folders, figures / "fig5-smollm2.png")
 
 

@@ -6,7 +6,6 @@ Plugins are imported by themselves, so this file imports nothing from this folde
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import combinations_with_replacement
 
 from torch import Tensor
@@ -72,30 +71,14 @@ def graded_examples(prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
     ]
 
 
-def chains() -> list[Prompt]:
-    """495 sums of four digits, each after a bare and a worked example in random order.
-
-    A pretrained model goes on in either way::
-
-        $4 + 1 + 9 + 5 = 19$
-        $7 + 6 + 9 + 4 = 13 + 9 + 4 = 22 + 4 = 26$
-        $8 + 2 + 5 + 8 =
-    """
-    rng = random.Random(0)
-    made = []
-    for digits in combinations_with_replacement(range(1, 10), 4):
-        bare, worked = ([rng.randint(1, 9) for _ in range(4)] for _ in range(2))
-        lines = [f"{_sum(bare)}{sum(bare)}$\n", f"{_sum(worked)}{_chain(worked)}$\n"]
-        rng.shuffle(lines)
-        text = "".join(lines) + _sum(rng.sample(digits, 4))
-        made.append(Prompt(len(made), text, str(sum(digits)), tags={"problem": str(digits)}))
-    return made
-
-
 def sums() -> list[Prompt]:
-    """The sums of ``chains`` alone, for a model that was shown both ways in SFT."""
-    asked = ((one, one.text.splitlines()[-1]) for one in chains())
-    return [replace(one, text=text) for one, text in asked]
+    """495 sums of four digits, ``$8 + 2 + 5 + 8 = ``."""
+    rng = random.Random(0)
+    asked = combinations_with_replacement(range(1, 10), 4)
+    return [
+        Prompt(at, _sum(rng.sample(one, 4)), str(sum(one)), tags={"problem": str(one)})
+        for at, one in enumerate(asked)
+    ]
 
 
 def sum_examples(prompts: Sequence[Prompt]) -> list[tuple[str, str]]:
@@ -121,7 +104,7 @@ def _chain(digits: Sequence[int]) -> str:
 
 
 def last_number(prompt: Prompt, response: str) -> float:
-    """The reward of ``chains``: 1 if the text after the last ``=``, or all of it, is the answer."""
+    """The reward of ``sums``: 1 if the text after the last ``=``, or all of it, is the answer."""
     return float(response.rpartition("=")[2].strip() == prompt.answer)
 
 
