@@ -196,7 +196,8 @@ def test_kill_9_of_the_supervisor_leaves_nothing_alive(weak: bool) -> None:
         wait_until(lambda: not alive(below), "the end of all")  # noqa: B023
     left = own_cgroups()
     with Pool(1, allow_weak=weak):
-        assert weak or len(own_cgroups()) < len(left)
+        if not weak:  # Other tests may have pools meanwhile, whose cgroups come and go.
+            wait_until(lambda: len(own_cgroups()) < len(left), "the cgroups of dead pools to go")
 
 
 @pytest.mark.nightly
