@@ -21,7 +21,7 @@ from vllm_testing import (
 
 from kimi_core.cluster.turns import Turns
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.nightly]
 
 GONE_S = 20
 """Longest wait for the memory of a process that has ended."""
@@ -85,7 +85,6 @@ def test_memory_is_gone_while_vllm_sleeps_and_tokens_are_the_same():
     engine.close()
 
 
-@pytest.mark.nightly
 def test_a_death_while_it_wakes_is_a_restart():
     engine = PublishedEngine(tiny_model(), batch_rows=8, options=SMALL_CACHE, hybrid=True)
     connect = engine._started
