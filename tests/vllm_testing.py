@@ -131,6 +131,24 @@ def assert_logprobs_are_those_of(
         np.testing.assert_allclose(logprobs, chosen.numpy(), atol=1e-4)
 
 
+def tokens_of(engine: PublishedEngine) -> dict[int, list[int]]:
+    parts = gathered(engine.generate(requests_of(12), SAMPLED))
+    assert {part.policy_version for some in parts.values() for part in some} == {
+        engine.policy_version
+    }
+    return {key: joined(some)[0] for key, some in parts.items()}
+
+
+def tokens_of_two_versions() -> list[dict[int, list[int]]]:
+    """Of one vLLM that stays awake, before and after an update."""
+    engine = PublishedEngine(tiny_model(), batch_rows=8, options=SMALL_CACHE)
+    expected = [tokens_of(engine)]
+    next_version(engine)
+    expected.append(tokens_of(engine))
+    engine.close()
+    return expected
+
+
 def after(request: Request, parts: Sequence[Segment]) -> Request:
     """The request that takes up a response again."""
     tokens, _ = joined(parts)

@@ -77,8 +77,9 @@ def _same_texts(reference: str, answer: str) -> bool:
     """Compare the texts, and the mathematics between them."""
     reference, answer = _without_bars(reference), _without_bars(answer)
     ours, theirs = _union(reference), _union(answer)
-    if ours and theirs and _letters(reference) == _letters(answer):
-        return _same(ours, theirs)
+    # A comma may also stand for "and", so it is not taken for "or" without need.
+    if ours and theirs and "," not in reference + answer:
+        return _letters(reference) == _letters(answer) and _same(ours, theirs)
     if r"\cup" in reference + answer:
         reference, answer = ours or reference, theirs or answer
     if _RELATION.search(reference) and not _same_conjunctions(reference, answer):

@@ -10,11 +10,12 @@ from vllm_testing import (
     SAMPLED,
     SMALL_CACHE,
     PublishedEngine,
-    gathered,
     joined,
     next_version,
     requests_of,
     tiny_model,
+    tokens_of,
+    tokens_of_two_versions,
 )
 
 from kimi_core.rollout.vllm.engine import VLLMEngine
@@ -22,21 +23,8 @@ from kimi_core.rollout.vllm.engine import VLLMEngine
 pytestmark = [*MARKS, pytest.mark.nightly]
 
 
-def tokens_of(engine: PublishedEngine) -> dict[int, list[int]]:
-    parts = gathered(engine.generate(requests_of(12), SAMPLED))
-    assert {part.policy_version for some in parts.values() for part in some} == {
-        engine.policy_version
-    }
-    return {key: joined(some)[0] for key, some in parts.items()}
-
-
 def test_two_give_the_tokens_of_one_also_after_an_update_and_a_kill():
-    one = PublishedEngine(tiny_model(), batch_rows=8, options=SMALL_CACHE)
-    expected = [tokens_of(one)]
-    next_version(one)
-    expected.append(tokens_of(one))
-    one.close()
-
+    expected = tokens_of_two_versions()
     two = PublishedEngine(tiny_model(), batch_rows=8, instances=2, options=SMALL_CACHE)
     assert tokens_of(two) == expected[0]
     pids = two.server.pids
