@@ -17,6 +17,7 @@ import torch.distributed as dist
 from kimi_core.config import Config
 from kimi_core.models.placement import device_of, limit_threads
 from kimi_core.run.build import publisher_of
+from kimi_core.run.launch import use_interface_to
 from kimi_core.trainer.blueprint import Blueprint
 from kimi_core.trainer.dpo import DpoPhase
 from kimi_core.trainer.ranks import Ranks, is_lost
@@ -33,6 +34,7 @@ def follow(address: str, generation: str, rank: int) -> None:
     Raises: what a method raises on this rank alone; rank 0 then sees that this process ends.
     """
     host, port = address.rsplit(":", 1)
+    use_interface_to(host)
     server = dist.TCPStore(host, int(port), timeout=timedelta(seconds=MEET_S))
     store = dist.PrefixStore(generation, server)
     config = _on_own_gpu(Config.model_validate_json(store.get("config")), rank)
@@ -68,8 +70,9 @@ def follow(address: str, generation: str, rank: int) -> None:
 def _on_own_gpu(config: Config, rank: int) -> Config:
     if device_of(config.model.device).type == "cpu":
         return config
-    torch.cuda.set_device(rank)
-    model = config.model.model_copy(update={"device": f"cuda:{rank}"})
+    number = rank % torch.cuda.device_count()  # Ray shows a process no GPU but its own.
+    torch.cuda.set_device(number)
+    model = config.model.model_copy(update={"device": f"cuda:{number}"})
     return config.model_copy(update={"model": model})
 
 

@@ -218,7 +218,7 @@ class Fitting:
     def _load(self, optimizer: torch.optim.Optimizer, folder: Path) -> None:
         masters = self._weights.masters
         moments = {f"{name}/{key}": one for name, one in masters.items() for key in MOMENTS}
-        saved = load_rows(folder / TENSORS, masters | moments)
+        saved = load_rows(folder / TENSORS, masters | moments, self.ranks)
         self._weights.load(saved)
         for name, master in masters.items():
             if f"{name}/step" not in saved:  # It has not had a gradient.

@@ -14,11 +14,15 @@ Rank 0 is the process of the run. It holds loop, buffer, engine and rewards. The
 ``Ranks()`` is one process. Its methods return what they are given, and no process group exists.
 """
 
+import os
+import secrets
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
@@ -71,6 +75,7 @@ class Ranks:
         store: where the orders are; None with one process.
         followers: on rank 0, the processes of the other ranks. None: nobody follows, and each rank
             calls the same methods by itself.
+        far: the ranks that cannot open files of rank 0, because they are on other hosts.
     """
 
     def __init__(
@@ -81,10 +86,12 @@ class Ranks:
         copies: int = 1,
         store: dist.Store | None = None,
         followers: Followers | None = None,
+        far: Iterable[int] = (),
     ) -> None:
         self.rank = rank
         self.size = size
         self.copies = copies
+        self.far = sorted(far)
         self.data_parallel = size // copies
         """Groups of ``copies`` ranks; each group gets other sequences."""
         self._store = store
@@ -113,20 +120,29 @@ class Ranks:
         Raises:
             RankFailed: not all ranks came in time, or one has ended.
         """
-        store.set(f"here/{rank}", "")
-        ends = time.monotonic() + timeout_s
-        # A rank that ends while it loads its model should be noticed before the time limit.
-        for other in range(size):
-            while not store.check([f"here/{other}"]):
-                if followers and (said := followers.ended()):
-                    raise RankFailed(said)
-                if time.monotonic() > ends:
-                    raise RankFailed(f"Rank {other} of the trainer did not come in {timeout_s:g} s")
-                time.sleep(0.02)
+        with _opens_files_of_rank_0(store, rank) as is_near:
+            store.set(f"here/{rank}", "near" if is_near else "far")
+            ends = time.monotonic() + timeout_s
+            # A rank that ends while it loads its model should be noticed before the time limit.
+            for other in range(size):
+                while not store.check([f"here/{other}"]):
+                    if followers and (said := followers.ended()):
+                        raise RankFailed(said)
+                    if time.monotonic() > ends:
+                        raise RankFailed(
+                            f"Rank {other} of the trainer did not come in {timeout_s:g} s"
+                        )
+                    time.sleep(0.02)
+        far = [other for other in range(size) if store.get(f"here/{other}") == b"far"]
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         limit = timedelta(seconds=timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
-        return cls(rank, size, copies=copies, store=store, followers=followers)
+        return cls(rank, size, copies=copies, store=store, followers=followers, far=far)
+
+    @property
+    def near(self) -> list[int]:
+        """The ranks on rank 0's host; rank 0 is the first."""
+        return [rank for rank in range(self.size) if rank not in self.far]
 
     def sum(self, values: Any) -> np.ndarray:
         """Sum of each rank's numbers, element by element; the same bits on every rank."""
@@ -305,6 +321,25 @@ def on_all_ranks(method: Callable[P, R]) -> Callable[P, R]:
             return method(*own, **named)
 
     return call
+
+
+@contextmanager
+def _opens_files_of_rank_0(store: dist.Store, rank: int) -> Iterator[bool]:
+    """Whether this rank can: rank 0 has a file without a name while the block lasts."""
+    if rank > 0:
+        path, _, word = store.get("probe").decode().partition(" ")
+        try:
+            found = Path(path).read_text(encoding="ascii")
+        except (OSError, ValueError):
+            found = ""
+        yield found == word
+        return
+    with tempfile.TemporaryFile("w+", encoding="ascii") as file:
+        word = secrets.token_hex(16)
+        file.write(word)
+        file.flush()
+        store.set("probe", f"/proc/{os.getpid()}/fd/{file.fileno()} {word}")
+        yield True
 
 
 def _part(

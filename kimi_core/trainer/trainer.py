@@ -238,7 +238,7 @@ class Trainer:
             ValueError: the parameters there are not those that this trainer trains.
         """
         weights = self._master_weights()
-        saved = load_rows(folder / PARAMETERS, weights.masters)
+        saved = load_rows(folder / PARAMETERS, weights.masters, self.ranks)
         if odd := saved.keys() ^ weights.masters.keys():
             raise ValueError(
                 f"{folder} holds {len(saved)} trained parameters and the model has "

@@ -1,7 +1,8 @@
 """Tensors that are sharded over ranks: into an arena's slot, and into safetensors files.
 
 Every rank writes the block that it holds to where it belongs, in place. Slot and file are the whole
-model, once a host; no rank holds the whole model in its own memory. ``docs/ranks.md`` has figures.
+model, once; no rank holds the whole model in its own memory. ``docs/ranks.md`` has figures. A rank
+on another host than rank 0 sends its blocks there (``far.py``).
 
 FSDP2 shards a tensor by rows, and tensor parallelism by rows or by columns: a rank holds a range of
 both. Replicas hold the same block, and one of them writes it.
@@ -11,7 +12,7 @@ import copy
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +31,7 @@ from transformers import PreTrainedModel
 from kimi_core import _C
 from kimi_core.models.lora import plain_state
 from kimi_core.trainer.ranks import Ranks, deal
+from kimi_core.weights import far
 from kimi_core.weights.arena import WeightArena, WritableSlot
 from kimi_core.weights.layout import Layout
 
@@ -111,13 +114,22 @@ def publish_rows(
         if said := ranks.fault(str(fault or "")):
             raise fault or ValueError(said)
         path, slots, number = ranks.everywhere(where)
-        payload = torch.from_numpy(slot.payload if slot else _map(path, slots, number, layout))
-        write_rows(payload, layout, named, ranks.rank)
-        ranks.largest(0)  # Nobody sums before all have written.
         sums = np.zeros(len(layout.entries), np.int64)
-        for index in deal([entry.nbytes for entry in layout.entries], ranks.size)[ranks.rank]:
-            entry = layout.entries[index]
-            sums[index] = _C.crc32c(_buffer(payload[entry.offset : entry.offset + entry.nbytes]))
+        if ranks.rank in ranks.far:
+            dtypes = {one: getattr(torch, part[0].dtype) for one, part in layout.by_hf_name.items()}
+            own = _own(named, ranks.rank)
+            # Cast before the network, which then has no more bytes than needed.
+            far.send((((name, one.first), one.held.to(dtypes[name])) for name, one in own), 0)
+            ranks.largest(0)
+        else:
+            payload = torch.from_numpy(slot.payload if slot else _map(path, slots, number, layout))
+            write_rows(payload, layout, _written_here(named, ranks))
+            ranks.largest(0)  # Nobody sums before all have written.
+            hands = deal([entry.nbytes for entry in layout.entries], len(ranks.near))
+            for index in hands[ranks.near.index(ranks.rank)]:
+                entry = layout.entries[index]
+                held = payload[entry.offset : entry.offset + entry.nbytes]
+                sums[index] = _C.crc32c(_buffer(held))
         crcs = ranks.sum(sums).tolist()
         if slot:
             slot.verify(crcs, found=crcs)
@@ -127,21 +139,33 @@ def publish_rows(
                 slot.commit()
 
 
-def write_rows(
-    slot: Tensor, layout: Layout, named: Iterable[tuple[str, Tensor]], rank: int = 0
-) -> None:
-    """Cast this rank's blocks of Hugging Face tensors into a slot, where the layout has them.
+def _own(named: Iterable[tuple[str, Tensor]], rank: int) -> Iterator[tuple[str, Block]]:
+    """The blocks that this rank writes, or sends to rank 0."""
+    for name, tensor in named:
+        block = Block.of(tensor, rank)
+        if block.writes and block.held.numel():
+            yield name, block
+
+
+def _written_here(named: Iterable[tuple[str, Tensor]], ranks: Ranks) -> Iterator[tuple[str, Block]]:
+    """The blocks that this rank writes: its own, and on rank 0 those of ranks on other hosts."""
+    yield from _own(named, ranks.rank)
+    for rank in ranks.far if ranks.rank == 0 else ():
+        for (name, first), held in far.receive(rank):
+            yield name, Block(held, first, writes=True)
+
+
+def write_rows(slot: Tensor, layout: Layout, blocks: Iterable[tuple[str, Block]]) -> None:
+    """Cast blocks of Hugging Face tensors into a slot, where the layout has them.
 
     Args:
         slot: the payload, uint8 ``[layout.payload_bytes]``.
-        named: names and tensors, sharded or whole.
-        rank: of this process; rank 0 writes the whole ones.
+        blocks: names and what is there of each.
     """
-    for name, tensor in named:
+    for name, block in blocks:
         entry, part = layout.by_hf_name[name]
         place = slot[entry.offset : entry.offset + entry.nbytes]
         there = place.view(getattr(torch, entry.dtype)).view(entry.shape)
-        block = Block.of(tensor, rank)
         source, target = [], []
         for dim, whole in enumerate(block.ranges):
             low, high = whole.start, whole.stop
@@ -151,7 +175,7 @@ def write_rows(
                 shift -= part.start
             source.append(slice(low - whole.start, max(low, high) - whole.start))
             target.append(slice(low + shift, max(low, high) + shift))
-        if block.writes and all(one.start < one.stop for one in source):
+        if all(one.start < one.stop for one in source):
             there[tuple(target)].copy_(block.held[tuple(source)])
 
 
@@ -175,15 +199,28 @@ def save_rows(tensors: Mapping[str, Tensor], path: Path, ranks: Ranks) -> None:
     except OSError as error:
         fault = error
     _agree(fault, ranks)
+    if ranks.rank in ranks.far:
+        own = _own(tensors.items(), ranks.rank)
+        far.send((((name, block.first), block.held) for name, block in own), 0)
+    else:
+        fault = _write_all(path, places, tensors, ranks)
+    _agree(fault, ranks)
+
+
+def _write_all(
+    path: Path, places: Mapping[str, int], tensors: Mapping[str, Tensor], ranks: Ranks
+) -> OSError | None:
+    """Write this rank's blocks into the file; what went wrong."""
+    blocks = _written_here(tensors.items(), ranks)
     try:
         with path.open("r+b") as file:
-            for name, tensor in tensors.items():
-                block = Block.of(tensor, ranks.rank)
-                if block.held.numel() and block.writes:
-                    _write(file, places[name], block, tensor.shape)
+            for name, block in blocks:
+                _write(file, places[name], block, tensors[name].shape)
     except OSError as error:
-        fault = error
-    _agree(fault, ranks)
+        for _ in blocks:  # The other hosts are still sending.
+            pass
+        return error
+    return None
 
 
 def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
@@ -206,21 +243,39 @@ def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
     save_rows(tensors, folder / "model.safetensors", ranks)
 
 
-def load_rows(path: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's rows of every tensor in a safetensors file, whoever wrote it.
+def load_rows(path: Path, like: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """This rank's rows of each tensor in a safetensors file, whoever wrote it. All ranks call this.
 
     Args:
+        path: of the file, on rank 0's host.
         like: tensors of the same names and shapes, sharded or whole. A tensor that is not among
             them is read whole.
     """
-    found = {}
+    wanted = {
+        name: Block.of(tensor, 0).ranges
+        for name, tensor in like.items()
+        if isinstance(tensor, DTensor)
+    }
+    everyone: list[Any] = [None] * ranks.size
+    if ranks.far:
+        dist.all_gather_object(everyone, wanted)
+    if ranks.rank in ranks.far:
+        return dict(far.receive(0))
+    found = dict(_read(path, wanted))
+    if ranks.rank == 0:
+        for rank in ranks.far:
+            far.send(_read(path, everyone[rank]), rank)
+    return found
+
+
+def _read(path: Path, wanted: Mapping[str, tuple[slice, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a safetensors file: what is ``wanted`` of it, or all of it."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118
-            if isinstance(like.get(name), DTensor):
-                found[name] = file.get_slice(name)[Block.of(like[name], 0).ranges]
+            if name in wanted:
+                yield name, file.get_slice(name)[wanted[name]]
             else:
-                found[name] = file.get_tensor(name)
-    return found
+                yield name, file.get_tensor(name)
 
 
 def _write(file: BinaryIO, begin: int, block: Block, shape: torch.Size) -> None:
