@@ -77,6 +77,7 @@ class ProcessActor:
         self._process = subprocess.Popen(
             [sys.executable, *words],
             cwd=folder if os.path.isdir(folder) else None,
+            env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"},  # What it says is shown to users.
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

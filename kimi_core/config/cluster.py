@@ -19,9 +19,11 @@ class ClusterConfig(Section):
 
     address: str = ""
     """Address of a Ray cluster; `auto`: the one that this host belongs to. Ray starts all of
-    `rollout.workers` on its hosts, and starts them again when they end. Empty: no Ray."""
+    `rollout.workers` on its hosts, and starts them again when they end; and it starts the ranks of
+    the trainer above 0. Empty: no Ray."""
     worker_cpus: int = Field(1, ge=1)
-    """CPUs that Ray keeps free for each rollout worker, which uses as many threads."""
+    """CPUs that Ray keeps free for each rollout worker and each rank that it starts, which uses as
+    many threads."""
 
     hybrid: bool = False
     """Trainer and engine share the devices of this host and take turns: the processes of rollout

@@ -21,14 +21,15 @@ needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install '.[ray]'"
 )
 ACTOR = b"ray::RolloutActor"
+RANK = b"kimi_core.run.follower"
 
 
-def actors(run: int) -> list[int]:
-    """Pids of the rollout workers that were started below the process ``run``."""
+def actors(run: int, name: bytes = ACTOR) -> list[int]:
+    """Pids of the processes below ``run`` that have ``name`` on their command line."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (folder / "cmdline").read_bytes().startswith(ACTOR):
+            if name in (folder / "cmdline").read_bytes():
                 parents = [int(folder.name)]
                 while parents[-1] > 1 and run not in parents:
                     stat = Path(f"/proc/{parents[-1]}/stat").read_text()
@@ -79,6 +80,31 @@ def test_a_worker_that_ray_placed_is_killed_and_placed_again(tmp_path, monkeypat
     go_on("name=plain", "iterations=60", "trainer.learning_rate=1e-4")
     assert sampled("ray") == sampled("plain") != []
     assert sum(one.worker_restarts for one in iterations(tmp_path, "ray")) == 1
+
+
+@needs_ray
+@pytest.mark.nightly
+def test_a_rank_that_ray_placed_is_killed_and_the_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    Path("reward.py").write_text(REWARD + SLOW)
+    ours = ["ray", "iterations=30", "cluster.address=local", "trainer.ranks=2", "rollout.workers=1"]
+    run = train(*ours)
+    try:
+        wait_for(lambda: len(iterations(tmp_path, "ray")) > 2, "the run trains")
+        (killed,) = actors(run.pid, RANK)
+        os.kill(killed, signal.SIGKILL)
+        said, _ = run.communicate(timeout=100)
+        assert run.returncode == 1
+        assert f"Rank 1 of the trainer on {os.uname().nodename} ended by SIGKILL" in said
+        run = train(*ours, "--resume")
+        said, _ = run.communicate(timeout=400)
+        assert run.returncode == 0, said
+    finally:
+        run.kill()
+    go_on("name=plain", "iterations=30", "trainer.learning_rate=1e-4")
+    assert sampled("ray") == sampled("plain") != []
+    wait_for(lambda: not actors(os.getpid(), RANK), "no follower is left")
 
 
 def test_a_run_without_a_cluster_never_loads_ray(tmp_path, monkeypatch):
