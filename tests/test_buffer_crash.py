@@ -100,6 +100,7 @@ def write_for_ever(path: Path, log: Acknowledgements, seed: int) -> None:
                 log.write(APPENDED, key, end)
 
 
+@pytest.mark.nightly
 def test_kill_9_loses_and_tears_nothing(tmp_path):
     path, rng = tmp_path / "buffer.bin", random.Random(os.getpid())
     RolloutBuffer.create(path, **SIZES).close()

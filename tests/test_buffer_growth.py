@@ -77,6 +77,7 @@ def grow_for_ever(path: Path, log: int, seed: int) -> None:
         os.write(log, key.to_bytes(8, "little") + end.to_bytes(8, "little"))
 
 
+@pytest.mark.nightly
 def test_kill_9_while_the_file_grows_loses_nothing(tmp_path):
     """A reader from before the first page sees every acknowledged token after each kill."""
     path, rng = tmp_path / "buffer.bin", random.Random(os.getpid())

@@ -114,6 +114,7 @@ def test_an_experiment_of_ones_own_runs(tmp_path: Path, overrides: list[str]):
     assert [one.iteration for one in evaluations] == [0, 1]
 
 
+@pytest.mark.nightly
 def test_the_script_of_the_readme_runs(tmp_path: Path):
     """With a tiny model and few steps."""
     tiny = "model={'device': 'cpu', 'scratch': {'layers': 1, 'width': 16, 'heads': 2}}"

@@ -49,6 +49,7 @@ def resident(pids: list[int]) -> int:
     return sum(int(one.read_text().split()[1]) for one in pages if one.exists()) * 4096
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_memory_is_gone_while_workers_sleep_and_tokens_are_the_same(request):
     from rollout.torch.test_process import gathered, requests_of

@@ -72,9 +72,19 @@ def judged(function, n: int = 4, workers: int = 2, timeout_s: float = 1.0):
     return verdicts_on(function, responses(n), workers, timeout_s)
 
 
-@pytest.mark.parametrize("work", HANGS.values(), ids=HANGS)
-@pytest.mark.parametrize("text", [ONE, ASYNC, BATCH], ids=["one", "async", "batch"])
-def test_a_call_that_hangs_is_given_up_and_its_process_ended(load, monkeypatch, text, work):
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        *((ONE, kind) for kind in HANGS),
+        (ASYNC, "a loop that swallows exceptions"),
+        (BATCH, "a regular expression that keeps the GIL"),
+        *(pytest.param(ASYNC, kind, marks=pytest.mark.nightly) for kind in list(HANGS)[:-1]),
+        *(pytest.param(BATCH, kind, marks=pytest.mark.nightly) for kind in list(HANGS)[1:]),
+    ],
+    ids=lambda one: {ONE: "one", ASYNC: "async", BATCH: "batch"}.get(one, one),
+)
+def test_a_call_that_hangs_is_given_up_and_its_process_ended(load, monkeypatch, text, kind):
+    work = HANGS[kind]
     monkeypatch.setattr(user_function, "GRACE_S", 0.5)
     function = load(text.replace("WORK", work))
     found = judged(function)

@@ -56,6 +56,7 @@ def test_a_fleet_without_workers_says_why_none_comes(engines, monkeypatch):
         list(fleet.generate(requests_of(3), SAMPLED))
 
 
+@pytest.mark.nightly
 @settings(deadline=None, max_examples=25)
 @given(
     workers=st.integers(1, 3),

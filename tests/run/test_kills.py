@@ -22,6 +22,7 @@ def kill(*arguments: str) -> dict:
     return json.loads(output)
 
 
+@pytest.mark.nightly
 def test_killed_runs_end_with_the_same_bits():
     assert kill("--kills", "3")["kills"] >= 3
 

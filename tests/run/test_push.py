@@ -51,6 +51,7 @@ def test_a_damaged_file_is_named_and_nobody_is_told_to_log_in(run, name):
         push(run, "me/think")
 
 
+@pytest.mark.nightly
 def test_without_a_network_it_says_how_to_log_in(run):
     """In a process, because the hub's library reads its environment when it is imported."""
     done = subprocess.run(

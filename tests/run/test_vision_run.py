@@ -169,6 +169,7 @@ class TestBadLines:
         assert not Path("runs").exists()
 
 
+@pytest.mark.nightly
 def test_a_run_on_text_loads_no_vision_model():
     source = (
         "import sys\n"

@@ -123,13 +123,13 @@ ARENAS = {
     "arena, TP × replicas": (CASES["TP × replicas"], "float32", 1),
     "arena, TP × FSDP, engine of two ranks": (CASES["TP × FSDP, unequal passes"], "bfloat16", 2),
 }
-NANS = [
-    ("NaN on rank 0", CASES["FSDP"], 0),
-    ("NaN on rank 1", CASES["FSDP"], 1),
-    ("NaN in a TP group", TP, 1),
-    ("NaN in a CP group", CP, 1),
-    ("NaN on rank 2 of TP × FSDP", CASES["TP × FSDP, unequal passes"], 2),
-]
+NANS = {
+    "NaN on rank 0": (CASES["FSDP"], 0),
+    "NaN on rank 1": (CASES["FSDP"], 1),
+    "NaN in a TP group": (TP, 1),
+    "NaN in a CP group": (CP, 1),
+    "NaN on rank 2 of TP × FSDP": (CASES["TP × FSDP, unequal passes"], 2),
+}
 OTHERS = {"sft", "sft on four", "sft stops", "whole parameters", "dpo", "dpo on four"}
 """Work that a test without a parameter looks at."""
 
@@ -422,7 +422,7 @@ def work_of(folder: Path) -> dict[str, tuple[Case, Callable[..., Any]]]:
     work["whole parameters"] = fsdp, partial(whole_parameters, fsdp)
     work["sft stops"] = fsdp, sft_that_stops
     work["dpo"] = fsdp, dpo_losses
-    for name, case, broken in NANS:
+    for name, (case, broken) in NANS.items():
         work[name] = case, partial(nan_on, broken, case=case)
     for name, (case, dtype, tp_size) in ARENAS.items():
         work[name] = case, partial(publish, case, dtype, tp_size)

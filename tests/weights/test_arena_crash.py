@@ -99,6 +99,7 @@ def wait_for(log: Path, count: int, *pids: int) -> None:
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), f"{log.name} ended by itself"
 
 
+@pytest.mark.nightly
 def test_kill_9_of_the_publisher_tears_nothing(arena_path, large, tmp_path):
     rng = random.Random(os.getpid())
     WeightArena.create(arena_path, large).close()

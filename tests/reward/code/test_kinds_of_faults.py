@@ -350,6 +350,7 @@ class TestSandbox:
         test = {"stdin": "9" * 5000, "stdout": "1" + "0" * 5000}
         assert CodeReward(pool.run).judge(problem(test), "print(int(input()) + 1)").passed
 
+    @pytest.mark.nightly
     def test_waiting_for_a_core_is_not_held_against_a_program(self, pool):
         """Eight programs of 1 CPU-second on two cores take 4 s, with a wall-clock limit of 1.5."""
         program = "import time\nwhile time.process_time() < 1: pass"

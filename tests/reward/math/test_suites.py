@@ -64,6 +64,7 @@ def test_no_form_of_response_lacks_a_verdict(reward):
         assert reward(Prompt(0, "", reference), form % answer) in (0.0, 1.0)
 
 
+@pytest.mark.nightly
 def test_no_answer_is_right_for_many_references(reward):
     rng = random.Random(1)
     answers = UNIVERSAL + ["".join(rng.choices(PIECES, k=6)) for _ in range(20)]
