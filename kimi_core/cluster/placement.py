@@ -9,9 +9,9 @@ A **rollout worker** is started again when it ends:
    again, on any host that has room, and the worker joins at the version of that time.
 4. When the run ends, Ray ends its actors.
 
-A **rank of the trainer** above 0 is an actor with a process of its own, a follower. When one ends,
-so does the training phase (``trainer/ranks.py``); Ray does not start it again, because a rank
-cannot join in the middle of a phase. The next start of the run starts new ones.
+A **rank of the trainer** above 0 is an actor that starts a process, a follower. When one ends, so
+does the training phase (``trainer/ranks.py``). Ray does not start it again, because a rank cannot
+join in the middle of a phase. The next start of the run starts new ones.
 
 Only this module imports ray, and only once a run has ``cluster.address``.
 """

@@ -45,8 +45,7 @@ def far(monkeypatch):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    "settings",
-    [["trainer.ranks=2"], ["trainer.ranks=3"], ["trainer.ranks=2", "trainer.tensor_parallel=2"]],
+    "settings", [["trainer.ranks=3"], ["trainer.ranks=2", "trainer.tensor_parallel=2"]]
 )
 def test_a_run_whose_ranks_are_on_other_hosts(apart, far, monkeypatch, settings):
     ranks = int(settings[0][-1])
