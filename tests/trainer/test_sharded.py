@@ -26,6 +26,7 @@ from kimi_core.trainer.ranks import Ranks, deal
 OFTEN = {
     *("FSDP, tied", "FSDP", "FSDP, a rank with nothing", "TP, tied", "CP, tied"),
     *("TP, untied, uneven vocabulary", "TP × FSDP, unequal passes"),
+    *("TP, norms of heads", "CP, one head of keys"),  # The check with the oldest transformers.
     *("NaN on rank 1", "late, FSDP", "arena, float32", "arena, engine of two ranks", "states"),
 }
 """The work that is not left to the night."""
