@@ -36,10 +36,12 @@ def write_files(folder: Path) -> None:
     (folder / "reward.py").write_text(REWARD)
 
 
-def go_on(*overrides: str) -> None:
-    """Carry out a run of the working folder, or go on with it."""
+def go_on(*overrides: str) -> str:
+    """Carry out a run of the working folder, or go on with it; what it said."""
     config = load_config("tiny.toml", [*SETTINGS, *overrides])
-    train(config, resume=True, console=Console(file=StringIO()))
+    said = StringIO()
+    train(config, resume=True, console=Console(file=said))
+    return said.getvalue()
 
 
 def command(*overrides: str) -> Warm:

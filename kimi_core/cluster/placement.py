@@ -175,10 +175,7 @@ class RayFollowers:
                 how = ray.get(end)
             except ray.exceptions.RayError as error:
                 how = f"has no process any more: {error}"
-            return (
-                f"Rank {rank} of the trainer {how}\nThe last saved state is intact: continue with "
-                "--resume"
-            )
+            return f"Rank {rank} of the trainer {how}"
         return ""
 
     def close(self) -> None:

@@ -63,10 +63,7 @@ class LocalFollowers:
                 how = (
                     f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
                 )
-                return (
-                    f"Rank {rank} of the trainer (pid {process.pid}) ended {how}. The last saved "
-                    "state is intact: continue with --resume"
-                )
+                return f"Rank {rank} of the trainer (pid {process.pid}) ended {how}."
         return ""
 
     def close(self) -> None:

@@ -4,8 +4,9 @@
 2. The state of iteration 0 is saved and evaluated.
 3. Each iteration is recorded and reported, and then its state is saved.
 
-Ctrl-C and SIGTERM let the running iteration finish and save it. ``resume`` continues from the last
-saved state; ``run/state.py`` says what becomes of the tokens that were sampled since.
+A rank of the trainer that is lost ends the phase, which is done again from the last state with new
+ranks. Ctrl-C and SIGTERM let the running iteration finish and save it. ``resume`` continues from
+the last saved state; ``run/state.py`` says what becomes of the tokens that were sampled since.
 """
 
 from contextlib import closing
@@ -33,12 +34,16 @@ from kimi_core.run.prompt_lines import PromptLines
 from kimi_core.run.report import Report, clock, cut_off_s
 from kimi_core.run.stop import Stop, stop_on_signals
 from kimi_core.run.trajectories import TrajectoryFiles, records_of
+from kimi_core.trainer.ranks import RankFailed
 
 EVALUATION = "evaluation.jsonl"
 """What an evaluation has so far."""
 
 EVALUATION_SEED = 1_000_003
 """Added to the run's seed for the sampled half of an evaluation."""
+
+ATTEMPTS = 3
+"""Times that ranks may be lost with no new state in between, until the run ends."""
 
 SAY_FROM_S = 10.0
 """An evaluation is announced if it takes longer, or if nothing is known of its time."""
@@ -63,57 +68,82 @@ def train(
 
     Raises:
         ValueError: the config or a file that it names cannot work. Raised before training.
-        RewardError, RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, RankFailed,
-            OSError: training had to stop. The last saved state is intact, and ``resume`` continues
-            from it.
+        RewardError, RewardOutage, TrainingDiverged, LogprobMismatch, EngineFailed, OSError:
+            training had to stop. The last saved state is intact, and ``resume`` continues from it.
+        RankFailed: a rank of the trainer could not start, or ranks were lost ``ATTEMPTS`` times
+            with no new state in between. When one is lost, all start again.
         Stopped: Ctrl-C or SIGTERM ended the run; its state was saved.
     """
     console = console or Console()
-    resume = _goes_on(config, resume, console)
-    with (
-        disk_faults_named(Path(config.runs) / config.name),
-        closing(_built(config, resume, given)) as parts,
-        _open(config, resume, accept=accept_changes) as folder,
-        stop_on_signals(config.grace_s) as stop,
-    ):
-        identity.write_down(folder, config, parts)
-        for line in header(config, parts, folder.path):
-            say(console, line)
-        if back_to is not None:
-            say(console, go_back(folder, back_to))
-        cut_off = cut_off_s(folder.path)  # Before the buffer changes.
-        if folder.states.latest():
-            sft_s, remark = state.restore(parts.loop, folder)
-            say(console, remark)
-            say_overlaps(parts, console)
-            parts.examples.clear()
-        else:
-            parts.loop.buffer = state.start(folder.buffer, parts.new_buffer)
-            sft_s = fine_tune(parts, config, console, folder, stop)
-            parts.loop.start()
-            state.save(parts.loop, folder, sft_s)
-        folder.sft_states.remove()
-        _say_changes(folder, console)
-        if said := forget_later(folder.path, parts.loop.iteration):
-            say(console, said)
-        with Report(
-            folder.path,
-            total_iterations=config.iterations,
-            start_iteration=parts.loop.iteration,
-            sft_s=sft_s,
-            cut_off_s=cut_off,
-            settings=plain_settings(config),
-            tracker=config.tracker,
-            changed=folder.changed,
-            console=console,
-        ) as report:
-            _reinforce(parts, config, folder, report, sft_s, stop)
-        folder.save_checkpoint(parts.loop.trainer, parts.tokenizer, parts.images)
-        if not _is_over(parts.loop, config, report):
-            stop.leave(f"{parts.loop.iteration} of {config.iterations}")
+    saved, failures = None, 0
+    while True:
+        resume = _goes_on(config, resume, console)
+        with (
+            disk_faults_named(Path(config.runs) / config.name),
+            closing(_built(config, resume, given)) as parts,
+            _open(config, resume, accept=accept_changes) as folder,
+            stop_on_signals(config.grace_s) as stop,
+        ):
+            try:
+                _carry_out(parts, config, folder, stop, console, back_to)
+                break
+            except RankFailed as error:
+                latest = folder.sft_states.latest(), folder.states.latest()
+                failures = failures + 1 if latest == saved else 1
+                if stop.is_set() or failures == ATTEMPTS:
+                    raise
+                saved = latest
+                say(console, f"{error.what} All ranks start again, from the last saved state")
+        resume, back_to = True, None
     for line in next_steps(config, folder.path):
         say(console, line)
     return folder.path
+
+
+def _carry_out(
+    parts: Parts,
+    config: Config,
+    folder: RunFolder,
+    stop: Stop,
+    console: Console,
+    back_to: int | None,
+) -> None:
+    """The run from its last state to its checkpoint. Args and raises: as ``train``."""
+    identity.write_down(folder, config, parts)
+    for line in header(config, parts, folder.path):
+        say(console, line)
+    if back_to is not None:
+        say(console, go_back(folder, back_to))
+    cut_off = cut_off_s(folder.path)  # Before the buffer changes.
+    if folder.states.latest():
+        sft_s, remark = state.restore(parts.loop, folder)
+        say(console, remark)
+        say_overlaps(parts, console)
+        parts.examples.clear()
+    else:
+        parts.loop.buffer = state.start(folder.buffer, parts.new_buffer)
+        sft_s = fine_tune(parts, config, console, folder, stop)
+        parts.loop.start()
+        state.save(parts.loop, folder, sft_s)
+    folder.sft_states.remove()
+    _say_changes(folder, console)
+    if said := forget_later(folder.path, parts.loop.iteration):
+        say(console, said)
+    with Report(
+        folder.path,
+        total_iterations=config.iterations,
+        start_iteration=parts.loop.iteration,
+        sft_s=sft_s,
+        cut_off_s=cut_off,
+        settings=plain_settings(config),
+        tracker=config.tracker,
+        changed=folder.changed,
+        console=console,
+    ) as report:
+        _reinforce(parts, config, folder, report, sft_s, stop)
+    folder.save_checkpoint(parts.loop.trainer, parts.tokenizer, parts.images)
+    if not _is_over(parts.loop, config, report):
+        stop.leave(f"{parts.loop.iteration} of {config.iterations}")
 
 
 def _goes_on(config: Config, resume: bool, console: Console) -> bool:

@@ -42,10 +42,14 @@ END = "end"
 
 
 class RankFailed(RuntimeError):
-    """A rank of the trainer ended or did not answer in time; the message names it if it ended.
+    """A rank of the trainer ended or did not answer in time; ``what`` names it if it ended.
 
-    The last saved state is intact, and ``--resume`` continues from it.
+    The last saved state is intact, and ``--resume`` continues from it, which the message says.
     """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}\nThe last saved state is intact: continue with --resume")
+        self.what = what
 
 
 class PerRank(list[Any]):

@@ -4,8 +4,8 @@
 
 There are three kinds of victims: a rollout worker, a rank of the trainer above 0, and the run's
 process. Each kind has one run, of which processes are killed with ``kill -9`` until ``--kills``
-have died. When the run's process has ended for it, the same command goes on. Between two kills of
-a run there is at least one whole iteration. In the end, all that was trained must be what the run
+have died. When the run's process has died, the same command goes on. Between two kills of a run
+there is at least one whole iteration. In the end, all that was trained must be what the run
 that nothing stopped has trained: tokens, versions and rewards, and losses within rounding.
 
 Prints a line of counts as JSON; its exit status is 1 if a run was not as it should be.
@@ -70,7 +70,7 @@ def disturbed(kind: str, kills: int, settings: list[str], chance: random.Random)
                     os.kill(chance.choice(there), signal.SIGKILL)
                     killed += 1
                     print(f"{kind}: {killed} killed after iteration {before}", file=sys.stderr)
-                    if kind != "worker":
+                    if kind == "master":
                         process.wait(WAIT_S)
             ends_well = process.wait(WAIT_S) == 0
         finally:

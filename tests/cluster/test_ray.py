@@ -94,12 +94,9 @@ def test_a_rank_that_ray_placed_is_killed_and_the_run_goes_on(tmp_path, monkeypa
         wait_for(lambda: len(iterations(tmp_path, "ray")) > 2, "the run trains")
         (killed,) = actors(run.pid, RANK)
         os.kill(killed, signal.SIGKILL)
-        said, _ = run.communicate(timeout=100)
-        assert run.returncode == 1
-        assert f"Rank 1 of the trainer on {os.uname().nodename} ended by SIGKILL" in said
-        run = train(*ours, "--resume")
         said, _ = run.communicate(timeout=400)
         assert run.returncode == 0, said
+        assert f"Rank 1 of the trainer on {os.uname().nodename} ended by SIGKILL" in said
     finally:
         run.kill()
     go_on("name=plain", "iterations=30", "trainer.learning_rate=1e-4")
