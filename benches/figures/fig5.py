@@ -15,18 +15,19 @@ SUMS = [
 ]
 START = [
     f"sft.data={TASKS}:sum_examples",
-    "sft.steps=100",
+    "sft.steps=250",
     "sft.batch_size=16",
     "sft.learning_rate=3e-4",
 ]
 TRAINED = [
     "sft.data=none",
-    "iterations=15",
+    "iterations=30",
     "rollout.prompts_per_iteration=12",
     "rollout.max_response_tokens=28",
     "trainer.learning_rate=5e-5",
-    "evaluation.every=5",
-    "evaluation.prompts=60",
+    "evaluation.every=10",
+    "evaluation.prompts=195",
+    "evaluation.samples=4",
     *CHEAP,
 ]
 """SmolLM2-135M-Instruct, its top 8 layers: 96 samples an iteration."""

@@ -18,19 +18,24 @@ Only this module imports ray, and only once a run has ``cluster.address``.
 
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from threading import current_thread, main_thread
 from typing import Any
 
 from kimi_core.cluster.worker import AGAIN_S, REFUSED, UNREACHABLE, Place, session
+from kimi_core.weights.broadcast.gate import Gate
 from kimi_core.weights.broadcast.transport import TransferError
 
 END_S = 10.0
 """Seconds that a follower has to end by itself, once it is told to."""
+
+TOKEN = "KIMI_CORE_RANKS_TOKEN"
+"""Variable of a follower's environment: the token of rank 0's store, in hexadecimal digits."""
 
 TOLD = 2000
 """Last characters of what a follower has printed that rank 0 gets to see."""
@@ -68,16 +73,18 @@ class ProcessActor:
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def run(self, words: Sequence[str], folder: str) -> str:
+    def run(self, words: Sequence[str], folder: str, token: str) -> str:
         """Run Python with these arguments, and return how it ended.
 
         Args:
             folder: where it runs, if this host has such a folder.
+            token: for its environment, as ``TOKEN``.
         """
         self._process = subprocess.Popen(
             [sys.executable, *words],
             cwd=folder if os.path.isdir(folder) else None,
-            env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"},  # What it says is shown to users.
+            # What it says is shown to users.
+            env=os.environ | {TOKEN: token, "TORCH_CPP_LOG_LEVEL": "ERROR"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -145,7 +152,9 @@ class RayFollowers:
 
     Args:
         cluster: which ``close`` leaves, too.
-        words: for each rank, the arguments of Python.
+        port: of rank 0's store on the loopback interface. The others come through a gate.
+        ranks: which to start.
+        words: the arguments of Python, given the address of the gate and the rank.
         cpus: that Ray keeps free for each; a follower uses as many threads.
         gpus: the same.
 
@@ -154,16 +163,26 @@ class RayFollowers:
     """
 
     def __init__(
-        self, cluster: RayCluster, words: Mapping[int, Sequence[str]], *, cpus: int, gpus: int
+        self,
+        cluster: RayCluster,
+        port: int,
+        ranks: Sequence[int],
+        words: Callable[[str, int], list[str]],
+        *,
+        cpus: int,
+        gpus: int,
     ) -> None:
         self._cluster = cluster
+        token = secrets.token_bytes(32)
+        self._gate = Gate(cluster.host, port, token)
+        address = f"{cluster.host}:{self._gate.port}"
         actor = cluster.ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_concurrency=2, scheduling_strategy="SPREAD"
         )(ProcessActor)
-        self._actors = {rank: actor.remote() for rank in words}
+        self._actors = {rank: actor.remote() for rank in ranks}
         self._ends = {
-            rank: self._actors[rank].run.remote(list(one), os.getcwd())
-            for rank, one in words.items()
+            rank: one.run.remote(words(address, rank), os.getcwd(), token.hex())
+            for rank, one in self._actors.items()
         }
 
     def ended(self) -> str:
@@ -192,6 +211,7 @@ class RayFollowers:
         for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
         self._actors, self._ends = {}, {}
+        self._gate.close()
         self._cluster.close()
 
 

@@ -7,6 +7,7 @@ rank 0 ends the run or is gone. ``trainer/ranks.py`` has the protocol.
 """
 
 import logging
+import os
 import pickle
 import sys
 from datetime import timedelta
@@ -14,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from kimi_core.cluster.placement import TOKEN
 from kimi_core.config import Config
 from kimi_core.models.placement import device_of, limit_threads
 from kimi_core.run.build import publisher_of
@@ -23,6 +25,7 @@ from kimi_core.trainer.dpo import DpoPhase
 from kimi_core.trainer.ranks import Ranks, is_lost
 from kimi_core.trainer.sft import SftPhase
 from kimi_core.trainer.trainer import LogprobMismatch, Trainer, TrainingDiverged
+from kimi_core.weights.broadcast.gate import LOOPBACK, tunnel
 
 MEET_S = 60.0
 """Seconds to connect to rank 0's store."""
@@ -35,7 +38,11 @@ def follow(address: str, generation: str, rank: int) -> None:
     """
     host, port = address.rsplit(":", 1)
     use_interface_to(host)
-    server = dist.TCPStore(host, int(port), timeout=timedelta(seconds=MEET_S))
+    reached = (host, int(port))
+    if token := os.environ.pop(TOKEN, ""):  # Rank 0 is on another host, behind a gate.
+        through = tunnel(reached, bytes.fromhex(token), seconds=MEET_S, again=True)
+        reached = (LOOPBACK, through)
+    server = dist.TCPStore(*reached, timeout=timedelta(seconds=MEET_S))
     store = dist.PrefixStore(generation, server)
     config = _on_own_gpu(Config.model_validate_json(store.get("config")), rank)
     blueprint: Blueprint = pickle.loads(bytes.fromhex(store.get("policy").decode()))

@@ -80,11 +80,11 @@ class LocalFollowers:
             process.wait()
 
 
-def store_at(host: str, timeout_s: float) -> dist.TCPStore:
-    """A store that listens at one address of this host; by itself torch listens at all."""
-    listener = socket.create_server((host, 0))
+def local_store(timeout_s: float) -> dist.TCPStore:
+    """A store that only processes of this host can reach; by itself torch listens everywhere."""
+    listener = socket.create_server((HOST, 0))
     return dist.TCPStore(
-        host,
+        HOST,
         listener.getsockname()[1],
         is_master=True,
         wait_for_workers=False,
@@ -137,23 +137,24 @@ def start_ranks(config: Config, policy: Policy) -> Ranks:
     if settings.ranks == 1:
         return Ranks()
     cluster = RayCluster(config.cluster.address) if config.cluster.address else None
-    host = cluster.host if cluster else HOST
-    use_interface_to(host)
-    server = store_at(host, settings.ranks_timeout_s)
+    use_interface_to(cluster.host if cluster else HOST)
+    server = local_store(settings.ranks_timeout_s)
     generation = secrets.token_hex(4)
     store = dist.PrefixStore(generation, server)
     store.set("config", config.model_dump_json())
     store.set("policy", pickle.dumps(Blueprint.of(policy)).hex())
-    address, others = f"{host}:{server.port}", range(1, settings.ranks)
+    others = range(1, settings.ranks)
     followers = (
         RayFollowers(
             cluster,
-            {rank: words(address, generation, rank) for rank in others},
+            server.port,
+            others,
+            lambda address, rank: words(address, generation, rank),
             cpus=config.cluster.worker_cpus,
             gpus=int(device_of(config.model.device).type == "cuda"),
         )
         if cluster
-        else LocalFollowers(address, generation, others)
+        else LocalFollowers(f"{HOST}:{server.port}", generation, others)
     )
     try:
         return Ranks.meet(

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from kimi_core.run.launch import HOST, store_at
+from kimi_core.run.launch import HOST, local_store
 
 
 def test_only_this_host_reaches_the_store():
-    store = store_at(HOST, 5)
+    store = local_store(5)
     listening = [
         line.split()[1]
         for table in ("tcp", "tcp6")

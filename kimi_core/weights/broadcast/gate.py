@@ -5,6 +5,8 @@
 2. The gate then joins the connection to the store. Bytes pass as they are.
 3. On the receiver's host a port of the loopback interface is joined to the connection to the gate.
    The receiver's store connects there. The port takes one connection, and is closed.
+
+The ranks of a trainer on several hosts meet behind such a gate, too.
 """
 
 import os
@@ -49,13 +51,44 @@ class Gate:
         join(connection.dup(), socket.create_connection((LOOPBACK, self._inner)))
 
 
-def tunnel(address: tuple[str, int], token: bytes, *, seconds: float) -> int:
+def tunnel(address: tuple[str, int], token: bytes, *, seconds: float, again: bool = False) -> int:
     """A port of the loopback interface that leads through the gate at ``address``, once.
+
+    Args:
+        again: the port stays open, for a store that connects more than once.
 
     Raises:
         Refused: the gate has another token.
         OSError: it did not answer within ``seconds``.
     """
+    outer = _pass(address, token, seconds)
+    server = socket.create_server((LOOPBACK, 0))
+    server.settimeout(seconds)
+
+    def take() -> None:
+        with server:
+            try:
+                inner, _ = server.accept()
+            except OSError:  # Nobody came.
+                outer.close()
+                return
+            inner.settimeout(None)
+            join(inner, outer)
+            server.settimeout(None)
+            while again:
+                inner, _ = server.accept()
+                try:
+                    join(inner, _pass(address, token, seconds))
+                except OSError:  # The gate is closed.
+                    inner.close()
+
+    threading.Thread(target=take, name="weights-tunnel", daemon=True).start()
+    port: int = server.getsockname()[1]
+    return port
+
+
+def _pass(address: tuple[str, int], token: bytes, seconds: float) -> socket.socket:
+    """A connection through the gate. Raises: as ``tunnel``."""
     outer = socket.create_connection(address, timeout=seconds)
     limit(outer, SILENT_S)
     waits(outer, GREET_S)
@@ -68,22 +101,7 @@ def tunnel(address: tuple[str, int], token: bytes, *, seconds: float) -> int:
     finally:
         channel.close()
     waits(outer, 0)
-    server = socket.create_server((LOOPBACK, 0))
-    server.settimeout(seconds)
-
-    def take_one() -> None:
-        with server:
-            try:
-                inner, _ = server.accept()
-            except OSError:  # Nobody came.
-                outer.close()
-                return
-        inner.settimeout(None)
-        join(inner, outer)
-
-    threading.Thread(target=take_one, name="weights-tunnel", daemon=True).start()
-    port: int = server.getsockname()[1]
-    return port
+    return outer
 
 
 def join(one: socket.socket, other: socket.socket) -> None:
