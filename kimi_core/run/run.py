@@ -93,7 +93,7 @@ def train(
                 if stop.is_set() or failures == ATTEMPTS:
                     raise
                 saved = latest
-                say(console, f"{error.what} All ranks start again, from the last saved state")
+                say(console, f"{error.what}\nAll ranks start again, from the last saved state")
         resume, back_to = True, None
     for line in next_steps(config, folder.path):
         say(console, line)

@@ -72,13 +72,15 @@ class Footprint:
         """Peak of a forward and backward pass of ``tokens`` tokens.
 
         That is what is kept, one recomputed layer whole, and the gradients inside its MLP, which
-        are about a third of what the layer saves. ``benches/bench_memory.py`` measures it.
+        are about a third of what the layer saves. With chunks the gradient of the layer's output is
+        what counts. ``benches/bench_memory.py`` measures it.
         """
         kept = self.rest + (self.layers - plan.layers) * self.layer + plan.layers * self.stream
         recomputed = self.layer if plan.layers else 0.0
         if not plan.chunked:
             return int(tokens * (kept + recomputed + self.layer / 3))
-        return int(tokens * (kept + recomputed - self.mlp) + 2 * min(tokens, CHUNK) * self.mlp)
+        whole = kept + recomputed - self.mlp + self.stream
+        return int(tokens * whole + 2 * min(tokens, CHUNK) * self.mlp)
 
     def plan(self, tokens: int, budget: int) -> Plan | None:
         """The plan that recomputes least and fits ``budget`` bytes; None: none does."""

@@ -54,7 +54,7 @@ def test_two_ranks_one_dies_and_the_run_goes_on(run):
     killer.start()
     said = run("name=two", "iterations=40", "trainer.ranks=2", "trainer.context_parallel=2")
     killer.join()
-    assert re.search(r"Rank 1 of the trainer .* ended by SIGKILL. All ranks start again", said)
+    assert re.search(r"Rank 1 of the trainer .* ended by SIGKILL\.\nAll ranks start again", said)
     assert len(iterations("two")) == 40
 
     # Two go on as a tensor-parallel group; the run's process is killed, and its follower ends, too.
@@ -102,7 +102,7 @@ def test_ranks_may_be_lost_again_and_again_if_the_run_gets_further(run, losing):
     run("name=plain", "iterations=4")
     losing(1, 2, 5, 6)
     said = run("name=lost", "iterations=4", "save_every=1")
-    assert said.count("Rank 1 is lost. All ranks start again, from the last saved state") == 4
+    assert said.count("Rank 1 is lost.\nAll ranks start again, from the last saved state") == 4
     assert sampled("lost") == sampled("plain") != []
 
 
