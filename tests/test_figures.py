@@ -61,12 +61,14 @@ def test_two_thirds_of_the_graded_prompts_are_easy_and_all_examples_are_right():
 def test_sums_are_shown_both_ways_and_judged_by_their_last_number():
     prompts = tasks.sums()
     examples = tasks.sum_examples(prompts)
-    for prompt, (text, response) in zip(prompts, examples, strict=True):
-        assert text == prompt.text and response.count("=") in (0, 2)
+    assert len(examples) == 12 * len(prompts[::2])
+    for number, (text, response) in enumerate(examples):
+        prompt = prompts[::2][number // 12]
+        assert sorted(text) == sorted(prompt.text) and response.count("=") in (0, 2)
         line = (text + response).strip("$")
         assert {eval(part) for part in line.split(" = ")} == {int(prompt.answer)}
     bare = sum("=" not in response for _, response in examples)
-    assert bare / len(prompts) == pytest.approx(2 / 3, abs=0.06)
+    assert bare / len(examples) == pytest.approx(2 / 3, abs=0.06)
     assert len({prompt.tags["problem"] for prompt in prompts}) == len(prompts) == 495
     right = prompts[0].answer
     assert tasks.last_number(prompts[0], f"2 + 1 + 1 = 3 + 1 = {right}") == 1
