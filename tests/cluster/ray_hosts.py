@@ -9,6 +9,7 @@ its last state, with new ranks.
 
 import json
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -35,6 +36,8 @@ from rewarded_runs import REWARD, SETTINGS, write_files
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
 TRAIN = [sys.executable, "-P", "-m", "kimi_core.cli", "train", "tiny.toml", *SETTINGS]
 RUN = ["reward.function=reward.py:slow", "iterations=60", "trainer.learning_rate=1e-4"]
+TOKEN = secrets.token_hex(32)
+"""For Ray, which asks for one."""
 OWN_PROCESSES = "unshare --pid --fork --kill-child --mount-proc"
 WORKER, RANK = b"ray::RolloutActor", b"kimi_core.run.follower"
 
@@ -51,7 +54,7 @@ def begin(host: str, folder: Path, name: str, *commands: str) -> subprocess.Pope
             cwd=folder,
             env=os.environ
             | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-            | {"RAY_USAGE_STATS_ENABLED": "0"},
+            | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
