@@ -11,7 +11,7 @@ A **rollout worker** is started again when it ends:
 
 A **rank of the trainer** above 0 is an actor that starts a process, a follower. When one ends, so
 does the training phase (``trainer/ranks.py``). Ray does not start it again, because a rank cannot
-join in the middle of a phase. The next start of the run starts new ones.
+join in the middle of a phase. The run has it start new ones.
 
 Only this module imports ray, and only once a run has ``cluster.address``.
 """
@@ -67,6 +67,11 @@ class RolloutActor:
         raise RuntimeError(f"{place} cannot be reached from {os.uname().nodename}")
 
 
+def how_ended(status: int) -> str:
+    """The exit status of a process, negative for a signal, in words."""
+    return f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+
+
 class ProcessActor:
     """What Ray starts for a rank of the trainer: a process, of whose end it tells."""
 
@@ -92,8 +97,7 @@ class ProcessActor:
             errors="replace",
         )
         said, _ = self._process.communicate()
-        status = self._process.returncode
-        how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
+        how = how_ended(self._process.returncode)
         return f"on {os.uname().nodename} ended {how}. {said[-TOLD:]}".strip()
 
     def kill(self) -> None:

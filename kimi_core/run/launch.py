@@ -9,7 +9,6 @@ import fcntl
 import os
 import pickle
 import secrets
-import signal
 import socket
 import struct
 import subprocess
@@ -19,7 +18,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from kimi_core.cluster.placement import RayCluster, RayFollowers
+from kimi_core.cluster.placement import END_S, RayCluster, RayFollowers, how_ended
 from kimi_core.config import Config
 from kimi_core.models.placement import device_of
 from kimi_core.trainer.blueprint import Blueprint
@@ -31,9 +30,6 @@ FOLLOWER = "kimi_core.run.follower"
 HOST = "127.0.0.1"
 SIOCGIFADDR = 0x8915
 """Linux: the address of an interface."""
-
-END_S = 10.0
-"""Seconds that a follower has to end by itself, once it is told to."""
 
 
 def words(address: str, generation: str, rank: int) -> list[str]:
@@ -60,9 +56,7 @@ class LocalFollowers:
         for rank, process in self._processes.items():
             status = process.poll()
             if status is not None:
-                how = (
-                    f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-                )
+                how = how_ended(status)
                 return f"Rank {rank} of the trainer (pid {process.pid}) ended {how}."
         return ""
 
