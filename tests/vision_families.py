@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from kimi_core.models.vision import PLACE, Images
+from kimi_core.models.processors import PLACE
+from kimi_core.models.vision import Images
 
 WIDTH, VOCABULARY, IMAGE = 32, 64, 63
 TEXT = dict(

@@ -11,7 +11,8 @@ from kimi_core.config import ModelConfig, ScratchConfig
 from kimi_core.models import scratch
 from kimi_core.models.images import image_of_pixels
 from kimi_core.models.load import load_model
-from kimi_core.models.vision import Images, Standardised
+from kimi_core.models.processors import Standardised
+from kimi_core.models.vision import Images
 from kimi_core.types import Image
 
 ALPHABET = "0123456789=#?"
@@ -23,9 +24,9 @@ def standardised() -> Standardised:
     return Standardised(scratch.IMAGE_SIZE, scratch.PLACES)
 
 
-def tiny(seed: int = 0):
+def tiny(seed: int = 0, **sizes: int):
     """Model and tokenizer; weights so large that an image shows in the log-probs."""
-    config = ModelConfig(scratch=SIZES, device="cpu")
+    config = ModelConfig(scratch=SIZES.model_copy(update=sizes), device="cpu")
     model, tokenizer = load_model(config, alphabet=ALPHABET, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -6,11 +6,10 @@ token of the vocabulary stands for an image, so text can never be taken for one.
 """
 
 import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,35 +18,11 @@ from transformers import PreTrainedModel
 
 from kimi_core.models.images import decoded
 from kimi_core.models.inputs import Inputs, Span, has_deepstack, has_mrope, in_space, span_of
+from kimi_core.models.processors import PLACE, Pixels, Processor
 from kimi_core.types import Image, Prompt
 
 KEPT_BYTES = 1 << 28
 """Memory of the pixels that are kept, and of an engine's features."""
-
-PLACE = -1
-"""Stands for a position of the image in what a processor returns."""
-
-STANDARDISED = "standardised_images.json"
-"""File of a checkpoint whose images are processed by `Standardised`: its arguments."""
-
-Pixels = Mapping[str, Tensor]
-"""What ``get_image_features`` takes for one image, by name."""
-
-
-class Processor(Protocol):
-    """Makes a model's input of a picture."""
-
-    def __call__(self, picture: Any) -> tuple[list[int], Pixels]:
-        """Token ids that stand for the picture, ``PLACE`` in its positions; and its pixels."""
-        ...
-
-    def settings(self) -> str:
-        """What decides the result."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write what `vision_load.load_images` makes the same processor of."""
-        ...
 
 
 class Bounded:
@@ -124,7 +99,15 @@ class Images:
                 f"The image with SHA-256 {image.digest[:16]} is not in the run's table: its file "
                 "has changed since this run began; put it back, or start another run"
             )
+        return self.ids_of(number)
+
+    def ids_of(self, number: int) -> list[int]:
+        """As ``ids``, of the image with that number."""
         return [-1 - number if one == PLACE else one for one in self._ids[number]]
+
+    def by_number(self, number: int) -> Image:
+        """The image with that number."""
+        return self._images[number]
 
     def image(self, digest: str) -> Image | None:
         """The image of that SHA-256; None: it was never added."""
@@ -135,11 +118,28 @@ class Images:
         """Positions that an image takes."""
         return self._ids[number].count(PLACE)
 
+    def another(self) -> "Images":
+        """An empty table for images that are processed in the same way."""
+        return Images(self._load_processor)
+
+    def any_number(self) -> int | None:
+        """The number of an image whose pixels are there; None: there is no image."""
+        return 0 if self._images else None
+
     def save(self, folder: Path) -> None:
         """Write the processor into the folder of a checkpoint."""
+        self.processor.save(folder)
+
+    @property
+    def processor(self) -> Processor:
+        """What makes the model's input of a picture; loaded when it is first needed.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
         if self._processor is None:
             self._processor = self._load_processor()
-        self._processor.save(folder)
+        return self._processor
 
     def fingerprint(self) -> str:
         """Names the images, their numbers, and how they are processed."""
@@ -149,7 +149,13 @@ class Images:
         return digest.hexdigest()[:16]
 
     def inputs(
-        self, model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Bounded | None = None
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,
+        positions: Tensor,
+        kept: Bounded | None = None,
+        *,
+        reach_tower: bool = False,
     ) -> Inputs:
         """What ``model`` reads for ids and positions, int64 ``[r, l]`` each. Each distinct image is
         encoded once.
@@ -159,13 +165,20 @@ class Images:
 
         Args:
             kept: features of images by number, for as long as the weights stay the same.
+            reach_tower: without an image in ``ids``, give the tower a gradient of 0. Ranks that
+                sum the gradients of the same parameters need this.
 
         Raises:
             ValueError: the tower gives another number of features than the image has places.
         """
         is_image = ids < 0
         if not bool(is_image.any()):
-            return Inputs(ids, positions.expand(4, -1, -1) if has_mrope(model) else positions)
+            positions = positions.expand(4, -1, -1) if has_mrope(model) else positions
+            some = self.any_number() if reach_tower else None
+            if some is None:
+                return Inputs(ids, positions)
+            nothing = self._features(model, [some], kept)[some].sum() * 0.0
+            return Inputs(ids, positions, model.get_input_embeddings()(ids) + nothing)
         embeds = model.get_input_embeddings()(ids.clamp(min=0))
         # In row-major order the places of image i are those of its first feature to its last, as
         # often as the image occurs.
@@ -245,9 +258,7 @@ class Images:
         return pixels
 
     def _process(self, image: Image) -> tuple[list[int], Pixels]:
-        if self._processor is None:
-            self._processor = self._load_processor()
-        return self._processor(decoded(image))
+        return self.processor(decoded(image))
 
 
 PLACES = "places"
@@ -255,7 +266,7 @@ PLACES = "places"
 
 
 class SentImages(Images):
-    """Images that another process has sent by number: an engine can read them."""
+    """Images that another process has sent by number, for an engine or a rank of a trainer."""
 
     def __init__(self) -> None:
         super().__init__(_no_processor)
@@ -277,10 +288,23 @@ class SentImages(Images):
         """Positions that it takes."""
         return int(self._sent[number][PLACES])
 
+    def any_number(self) -> int | None:
+        return next(iter(self._sent), None)
+
 
 def to_send(images: Images, number: int) -> dict[str, Tensor]:
     """All that ``SentImages`` needs of an image."""
     return {**images.pixels(number), PLACES: torch.tensor(images.places(number))}
+
+
+def to_send_with(images: Images | None, token_ids: np.ndarray) -> dict[int, Pixels]:
+    """``to_send`` of each image in token ids; of any image if these have none."""
+    if images is None:
+        return {}
+    numbers = (-1 - np.unique(token_ids[token_ids < 0])).tolist()
+    if not numbers and (some := images.any_number()) is not None:
+        numbers = [some]
+    return {number: to_send(images, number) for number in numbers}
 
 
 def _no_processor() -> Processor:
@@ -293,11 +317,13 @@ def inputs_of(
     ids: Tensor,
     positions: Tensor,
     kept: Bounded | None,
+    *,
+    reach_tower: bool = False,
 ) -> Inputs:
     """As ``Images.inputs``, also for a model that reads text only."""
     if images is None:
         return Inputs(ids, positions)
-    return images.inputs(model, ids, positions, kept)
+    return images.inputs(model, ids, positions, kept, reach_tower=reach_tower)
 
 
 def encode(model: PreTrainedModel, pixels: Pixels, count: int) -> Tensor:
@@ -333,29 +359,6 @@ def is_frozen(model: PreTrainedModel) -> bool:
     text = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
     others = {id(parameter) for part in text for parameter in part.parameters()}
     return not any(p.requires_grad for p in model.parameters() if id(p) not in others)
-
-
-class Standardised:
-    """The processor of a scratch model: one size, each image with mean 0 and deviation 1.
-
-    A tower with random weights learns nothing from pixels of another scale (docs/vision.md).
-    """
-
-    def __init__(self, size: int, places: int) -> None:
-        self._size, self._places = size, places
-
-    def __call__(self, picture: Any) -> tuple[list[int], Pixels]:
-        if picture.size != (self._size, self._size):
-            picture = picture.resize((self._size, self._size))
-        values = torch.from_numpy(np.array(picture, np.float32)).permute(2, 0, 1)[None]
-        values = (values - values.mean()) / values.std().clamp(min=1.0)
-        return [PLACE] * self._places, {"pixel_values": values}
-
-    def settings(self) -> str:
-        return json.dumps({"size": self._size, "places": self._places})
-
-    def save(self, folder: Path) -> None:
-        (folder / STANDARDISED).write_text(self.settings() + "\n")
 
 
 def _bytes_of(value: Tensor | Pixels) -> int:

@@ -81,13 +81,18 @@ def check(model: PreTrainedModel, images: Images, given: Given, who: str) -> Non
 
 
 @torch.no_grad()
-def own_logprobs(model: PreTrainedModel, images: Images, ids: np.ndarray) -> np.ndarray:
+def own_logprobs(
+    model: PreTrainedModel, images: Images, ids: np.ndarray, *, temperature: float = 1.0
+) -> np.ndarray:
     """Log-prob of each token but the first by the model's own forward pass with pixels.
 
     At the places of images it is that of token 0: what the model computes there counts, too.
     """
     place: int = model.config.image_token_id
-    numbers = list(dict.fromkeys((-1 - ids[ids < 0]).tolist()))
+    numbers, left = [], -1 - ids[ids < 0]
+    while len(left):  # An image may occur several times.
+        numbers.append(int(left[0]))
+        left = left[images.places(numbers[-1]) :]
     inputs = torch.from_numpy(np.where(ids < 0, place, ids)[:-1].astype(np.int64)).to(model.device)
     targets = torch.from_numpy(ids[1:].clip(min=0).astype(np.int64)).to(model.device)
     pixels: dict[str, Tensor] = {}
@@ -105,7 +110,7 @@ def own_logprobs(model: PreTrainedModel, images: Images, ids: np.ndarray) -> np.
         logits = model(input_ids=inputs[None], **pixels, **kinds, use_cache=False).logits[0]
     finally:
         model.train(was_training)
-    table = torch.log_softmax(logits.float(), -1)
+    table = torch.log_softmax(logits.float() / temperature, -1)
     return table.gather(1, targets[:, None])[:, 0].cpu().numpy()
 
 

@@ -112,6 +112,7 @@ def _engine(
         options=rollout.vllm.args,
         timeout_s=rollout.vllm.timeout_s,
         hybrid=cluster.hybrid,
+        images=images,
     )
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from kimi_core.models.vision import Pixels
+from kimi_core.models.processors import Pixels
 from kimi_core.types import Request, Sampling, StopStrings
 
 SERVE, BEGIN, FEED, STOP, END, IMAGES = range(6)

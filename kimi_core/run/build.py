@@ -116,7 +116,7 @@ def build(config: Config, given: Given = NOTHING, *, tokenizer_file: Path | None
     encode.keep(data.held_out)
     encoders = _encoders(data, codec, context, response)
     longest = response + max(one.longest for one in (encode, *encoders.values()))
-    trainer, engine, publisher = _trainer(model, config, longest, images, codec)
+    trainer, engine, publisher = _trainer(model, config, longest, images, codec, data.examples)
     new_buffer = _buffer_maker(encode.longest, config.rollout)
     loop = Loop(
         config=config,
@@ -203,6 +203,9 @@ def _evaluators(
 def check_images(model: PreTrainedModel, images: Images, policy: Policy, engine: Engine) -> None:
     """Compare trainer and engine with the model's own forward pass, on two made-up images.
 
+    Args:
+        images: the table that the engine reads, to which the two are added.
+
     Raises:
         ValueError: one of them reads images in another way.
     """
@@ -214,7 +217,8 @@ def check_images(model: PreTrainedModel, images: Images, policy: Policy, engine:
             unknown = np.full(len(ids) - 1, np.nan)
             yield np.append(ids, one.token_ids), np.append(unknown, one.logprobs)
 
-    check(model, images, policy.on_sequences, "The trainer")
+    with policy.reading(images):
+        check(model, images, policy.on_sequences, "The trainer")
     check(model, images, sampled, "The embedded engine")
 
 
@@ -229,10 +233,14 @@ def _trainer(
     longest: int,
     images: Images | None,
     codec: Codec,
+    examples: Sequence[TextExample],
 ) -> tuple[Trainer, Engine, Publisher]:
     """The trainer with all its ranks, the engine, and what takes the weights to it.
 
     The engine is made before the trainer shards the model, because it checks what it reads.
+
+    Args:
+        examples: of SFT; their images are not in the table yet.
     """
     policy = policy_of(model, config, longest, images)
     ranks = start_ranks(config, policy)
@@ -253,12 +261,13 @@ def _trainer(
             cluster=config.cluster,
             codec=codec,
         )
-        if images:
-            here = engine
-            if not isinstance(engine, TorchEngine):  # Nothing is published yet.
-                rows = config.rollout.batch_rows
-                here = TorchEngine(module_to_read(read), batch_rows=rows, images=images)
-            check_images(model, images, policy, here)
+        begins_later = any(isinstance(one, Prompt) and one.images for one, _ in examples)
+        if images is not None and (images or begins_later):
+            # Made-up images in the run's table would come before those of the examples.
+            table = images or images.another()
+            # The run's own engine may be in another process, and nothing is published yet.
+            here = TorchEngine(module_to_read(read), batch_rows=4, images=table)
+            check_images(model, table, policy, here)
         return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
     except BaseException:
         ranks.close()

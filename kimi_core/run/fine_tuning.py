@@ -7,7 +7,7 @@ from rich.console import Console
 from kimi_core.config import Config
 from kimi_core.prompts.messages import example_in_chat
 from kimi_core.prompts.overlap import overlaps
-from kimi_core.run.build import Parts, check_images
+from kimi_core.run.build import Parts
 from kimi_core.run.folder import RunFolder
 from kimi_core.run.report import clock
 from kimi_core.run.stop import Stop
@@ -43,12 +43,8 @@ def fine_tune(
     if not parts.examples:
         return perf_counter() - started
     if parts.images is not None:
-        first = not parts.images
         asked = (prompt for prompt, _ in parts.examples)
         parts.images.add(one for one in asked if isinstance(one, Prompt))
-        if first and parts.images:
-            loop = parts.loop
-            check_images(parts.model, parts.images, loop.trainer.policy, loop.engine)
     examples = parts.codec.encode_examples(
         [(example_in_chat(prompt, config.prompts), answer) for prompt, answer in parts.examples]
     )

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kimi_core.config import TrainerConfig
 from kimi_core.models.lora import choose_trained
+from kimi_core.models.vision import SentImages
 from kimi_core.trainer.packing import Layout
 from kimi_core.trainer.policy import Policy
 
@@ -32,6 +33,7 @@ class Blueprint:
     masks_up_to: int
     temperature: float
     head_chunk: int
+    reads_images: bool
 
     @classmethod
     def of(cls, policy: Policy) -> Self:
@@ -44,6 +46,7 @@ class Blueprint:
             policy.masks_up_to,
             policy.temperature,
             policy.head_chunk,
+            policy.images is not None,
         )
 
     def build(self, trainer: TrainerConfig) -> Policy:
@@ -61,5 +64,6 @@ class Blueprint:
             model,
             temperature=self.temperature,
             head_chunk=self.head_chunk,
+            images=SentImages() if self.reads_images else None,
             checked=(self.layout, self.masks_up_to),
         )

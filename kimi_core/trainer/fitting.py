@@ -19,6 +19,8 @@ from kimi_core.config import (
     ShortestConfig,
     TrainerConfig,
 )
+from kimi_core.models.processors import Pixels
+from kimi_core.models.vision import to_send_with
 from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.master_weights import MasterWeights, local
 from kimi_core.trainer.packing import MicroBatch, micro_batches
@@ -107,6 +109,12 @@ class Fitting:
         """Deal ``items`` by their sizes, one list for each data-parallel group of ranks."""
         hands = deal([size(item) for item in items], self.ranks.data_parallel)
         return [[items[index] for index in hand] for hand in hands]
+
+    def images_in(self, batch: Batch) -> dict[int, Pixels]:
+        """Pixels of the images in a batch that another rank is to get; none with one rank."""
+        if self.ranks.size == 1:
+            return {}
+        return to_send_with(self.policy.images, batch.token_ids)
 
     def logprobs(self, micro: MicroBatch | None) -> Tensor:
         """Log-probs of a pass's wanted tokens, float32 ``[t]``; 0 for an empty pass.

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from kimi_core.kernels import Head, OmdLoss, linear_logprob, omd_loss
 from kimi_core.models.packed_attention import use_packed_attention
+from kimi_core.models.processors import Pixels
 from kimi_core.models.switches import length_to_check
-from kimi_core.models.vision import Bounded, Images, inputs_of, is_frozen
+from kimi_core.models.vision import Bounded, Images, SentImages, inputs_of, is_frozen
 from kimi_core.trainer.context import ContextParallel
+from kimi_core.trainer.layouts import layouts_of
 from kimi_core.trainer.objectives import Responses
 from kimi_core.trainer.packing import Layout, MicroBatch, micro_batches
 from kimi_core.types import Batch, Normalize
@@ -108,7 +110,9 @@ class Policy(nn.Module):
         self._check_head()
         # One mask serves all layers only without windows.
         short = model.device.type == "cpu" and getattr(text, "sliding_window", None) is None
-        self.layout, *others = self._layouts_of(length_to_check(model, longest), masks_too=short)
+        self.layout, *others = layouts_of(
+            model, self.logprobs, length_to_check(model, longest), masks_too=short
+        )
         # On a CPU short sequences are laid into rows all the same, unless that pads much.
         self.masks_up_to = CHEAP_MASKS if "rows" in others else 0
         if self.layout == "rows":
@@ -227,6 +231,17 @@ class Policy(nn.Module):
         finally:
             self.temperature = before
 
+    @contextmanager
+    def reading(self, images: Images) -> Iterator[None]:
+        """Another table of images until the block ends."""
+        before, self.images = self.images, images
+        try:
+            yield
+        finally:
+            self.images = before
+            if self._features is not None:  # Of images with the same numbers.
+                self._features.clear()
+
     def forget_gathered(self) -> None:
         """Show this rank's shards again after a forward pass without a backward pass.
 
@@ -249,6 +264,12 @@ class Policy(nn.Module):
         )
         return micro
 
+    def take_images(self, sent: Mapping[int, Pixels]) -> None:
+        """On a rank above 0: know the images that rank 0 has sent, and no others any more."""
+        if isinstance(self.images, SentImages):
+            self.images.forget()
+            self.images.take(sent)
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that require a gradient by their names in the model, in the model's order."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -259,8 +280,15 @@ class Policy(nn.Module):
 
     def _hidden(self, micro: MicroBatch) -> Tensor:
         """Hidden states that predict the wanted tokens, ``[t, d]``."""
-        ids, positions = micro.ids_rl, micro.positions_rl
-        hidden_rld = inputs_of(self.images, self.model, ids, positions, self._features).hidden(
+        sharded = self.averaged_over > 1
+        hidden_rld = inputs_of(
+            self.images,
+            self.model,
+            micro.ids_rl,
+            micro.positions_rl,
+            self._features,
+            reach_tower=sharded and self._features is None,
+        ).hidden(
             self.model,
             attention_mask=self._mask(micro),
             use_cache=False,
@@ -297,81 +325,6 @@ class Policy(nn.Module):
         mask_rll = torch.zeros_like(micro.visible_rll, dtype=dtype)
         mask_rll.masked_fill_(~micro.visible_rll, torch.finfo(dtype).min)
         return mask_rll[:, None]
-
-    @torch.no_grad()
-    def _layouts_of(self, length: int, *, masks_too: bool) -> list[Layout]:
-        """The best layout in which sequences have the log-probs that each has alone.
-
-        Args:
-            masks_too: if that is ``end_to_end``, try ``rows`` as well, and return both if it is
-                right.
-
-        Raises:
-            ValueError: they differ even if each sequence has a row.
-        """
-        # The longest fills a row. The next crosses as much, and shares its row with the others.
-        text = self.model.config.get_text_config()
-        longest = min(length + 8, getattr(text, "max_position_embeddings", None) or length + 8)
-        lengths = [longest, longest - 8, 5, 3]
-        vocabulary = self._head.weight.shape[0]
-        rng = np.random.default_rng(0)
-        tokens = rng.integers(min(3, vocabulary - 1), vocabulary, sum(lengths)).astype(np.int32)
-        edges = np.cumsum([0, *lengths]).astype(np.int32)
-        blank = np.zeros(len(tokens), np.float32)
-        batch = Batch(tokens, blank, blank.astype(np.uint8), blank.astype(np.int32), edges)
-        wanted = np.ones(len(tokens), bool)
-        wanted[edges[:-1]] = False
-        was_training = self.model.training
-        self.model.eval()
-        # All in one micro-batch: a rope may follow the longest sequence of a batch.
-        together = len(lengths) * longest
-        right: list[Layout] = []
-        try:
-            alone = self._logprobs_in(batch, wanted, max_tokens=1, layout="alone")
-            for layout in self._layouts():
-                if right and not (masks_too and layout == "rows"):
-                    break
-                try:
-                    found = self._logprobs_in(batch, wanted, max_tokens=together, layout=layout)
-                except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-                    if layout != "end_to_end" and not right:
-                        raise
-                    log.debug("%s, layout %s: %s", type(self.model).__name__, layout, error)
-                    continue
-                gap = np.abs(found - alone)
-                if self._head.weight.dtype in (torch.float32, torch.float64):
-                    same = gap.max() <= 3e-5 * (1 + np.abs(alone).max())
-                else:
-                    # Means of sequences: in bfloat16 SmolLM2 has 0.05 of 14.5 nats by rounding.
-                    gap_n = np.add.reduceat(gap, edges[:-1]) / (np.array(lengths) - 1)
-                    same = gap_n.max() <= 0.02 * (1 + np.abs(alone[wanted]).mean())
-                if same:
-                    right.append(layout)
-        finally:
-            self.model.train(was_training)
-        if right:
-            return right
-        raise ValueError(
-            f"Cannot train {type(self.model).__name__}: its log-probs of a sequence change by up "
-            f"to {gap.max():.3g} nats with what else is in the batch; take a causal model (Llama, "
-            "Qwen, Mistral, GPT-2, Gemma and the like)"
-        )
-
-    def _layouts(self) -> list[Layout]:
-        told: list[Layout] = ["end_to_end"] if use_packed_attention(self.model) else []
-        return [*told, "rows", "alone"]
-
-    def _logprobs_in(
-        self, batch: Batch, wanted: np.ndarray, *, max_tokens: int, layout: Layout
-    ) -> np.ndarray:
-        """Log-probs of the wanted tokens, float64 ``[T]``, computed in micro-batches."""
-        found = np.zeros(len(wanted))
-        device = self._head.weight.device
-        for micro in micro_batches(
-            batch, wanted, range(len(batch)), max_tokens=max_tokens, layout=layout, device=device
-        ):
-            found[micro.source_t.cpu().numpy()] = self.logprobs(micro).double().cpu().numpy()
-        return found
 
     @torch.no_grad()
     def _check_head(self) -> None:

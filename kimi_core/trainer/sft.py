@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from kimi_core.config import SftConfig, ShortestConfig, TrainerConfig
+from kimi_core.models.processors import Pixels
 from kimi_core.trainer.fitting import Fitting, Save
 from kimi_core.trainer.ranks import Ranks, on_all_ranks
 from kimi_core.trainer.trainer import Trainer
@@ -121,11 +122,12 @@ class SftPhase:
 def _accumulator(fitting: Fitting, examples: Sequence[Example]) -> Callable[[list[int]], float]:
     """The ``accumulate`` of ``Fitting.descend``; ``examples`` are looked at on rank 0 only."""
 
-    def dealt(chosen: list[int]) -> list[tuple[Batch, int]]:
+    def dealt(chosen: list[int]) -> list[tuple[Batch, int, dict[int, Pixels]]]:
         some = [examples[index] for index in chosen]
         counted = sum(len(response) for _, response in some)
         hands = fitting.deal(some, lambda one: len(one[0]) + len(one[1]))
-        return [(pack_examples(hand), counted) for hand in hands]
+        packed = [pack_examples(hand) for hand in hands]
+        return [(batch, counted, fitting.images_in(batch)) for batch in packed]
 
     def accumulate(chosen: list[int]) -> float:
         """Add the gradient of the mean negative log-prob of the responses' tokens; return the mean.
@@ -133,7 +135,8 @@ def _accumulator(fitting: Fitting, examples: Sequence[Example]) -> Callable[[lis
         Raises: as ``Fitting.logprobs``; the gradient is then not whole.
         """
         ranks, total = fitting.ranks, 0.0
-        batch, counted = ranks.own(ranks.each(dealt(chosen)) if ranks.rank == 0 else None)
+        batch, counted, sent = ranks.own(ranks.each(dealt(chosen)) if ranks.rank == 0 else None)
+        fitting.policy.take_images(sent)
         for micro in fitting.micro_batches(batch):
             found = fitting.logprobs(micro)
             loss = found if micro is None else -found.sum() / counted

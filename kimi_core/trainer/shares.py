@@ -1,9 +1,11 @@
 """Which responses each update of an iteration trains on, and on which ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from kimi_core.models.processors import Pixels
+from kimi_core.models.vision import Images, to_send_with
 from kimi_core.trainer.gap import Gap
 from kimi_core.trainer.ranks import deal as deal_by_size
 from kimi_core.types import Batch, TrainingBatch
@@ -21,6 +23,8 @@ class Share:
     """Responses of each update on all ranks together."""
     tokens: np.ndarray
     """Where each token of ``batch`` is in the batch of all ranks, int64 ``[T]``."""
+    images: dict[int, Pixels] = field(default_factory=dict)
+    """Pixels of the images in ``batch``, for a rank that cannot read them itself."""
 
 
 def shares_of(batch: TrainingBatch, updates: list[np.ndarray], parts: int) -> list[Share]:
@@ -40,6 +44,14 @@ def shares_of(batch: TrainingBatch, updates: list[np.ndarray], parts: int) -> li
         some = select(batch, chosen)
         shares.append(Share(some, places, sizes, tokens_of(batch.tokens, chosen)))
     return shares
+
+
+def with_images(shares: list[Share], images: Images | None) -> list[Share]:
+    """The shares with the pixels that other ranks need for them."""
+    return [
+        replace(share, images=to_send_with(images, share.batch.tokens.token_ids))
+        for share in shares
+    ]
 
 
 def select(batch: TrainingBatch, sequences: np.ndarray) -> TrainingBatch:

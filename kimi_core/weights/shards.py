@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from kimi_core import _C
 from kimi_core.models.lora import plain_state
+from kimi_core.models.names import names_in_files
 from kimi_core.trainer.ranks import Ranks, deal
 from kimi_core.weights import far
 from kimi_core.weights.arena import WeightArena, WritableSlot
@@ -226,7 +227,9 @@ def _write_all(
 def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
     """Write a model in Hugging Face format; every rank writes its rows. All ranks call this.
 
-    Raises: OSError as ``save_rows``.
+    Raises:
+        ValueError: transformers would compute other tensors for its files from those of the model.
+        OSError: as ``save_rows``.
     """
     if ranks.size == 1:
         model.save_pretrained(folder, state_dict=plain_state(model))
@@ -239,7 +242,14 @@ def save_model(model: PreTrainedModel, folder: Path, ranks: Ranks) -> None:
             model.generation_config.save_pretrained(folder)
     stored = dict(model.named_parameters(remove_duplicate=False)).keys()
     tied = stored - dict(model.named_parameters()).keys()
-    tensors = {name: value for name, value in plain_state(model).items() if name not in tied}
+    plain = {name: value for name, value in plain_state(model).items() if name not in tied}
+    written = names_in_files(model, plain)
+    if lost := [name for name, other in written.items() if not other]:
+        raise ValueError(
+            f"{lost[0]} of {type(model).__name__} does not stand in a checkpoint as it is, so "
+            "several ranks cannot write one: set trainer.ranks = 1"
+        )
+    tensors = {written[name]: value for name, value in plain.items()}
     save_rows(tensors, folder / "model.safetensors", ranks)
 
 

@@ -97,11 +97,35 @@ class TestRun:
         with pytest.raises(ValueError, match="has images, and the model reads text only"):
             build(load_config("tiny.toml", ["prompts.source=pictures.jsonl", "model.name=text"]))
 
-    @pytest.mark.parametrize("setting", ["rollout.engine=vllm", "trainer.ranks=2"])
-    def test_what_cannot_handle_images_yet_is_refused(self, folder, setting):
+    @pytest.mark.parametrize("axis", ["tensor_parallel", "context_parallel"])
+    def test_ranks_that_divide_a_row_or_a_layer_are_refused(self, folder, axis):
         model, _ = vision_testing.tiny()
-        with pytest.raises(ValueError, match=r"reads images, which rollout\.engine"):
-            load_images(model, config(setting))
+        with pytest.raises(ValueError, match=rf"reads images, which .*trainer\.{axis} = 2"):
+            load_images(model, config("trainer.ranks=2", f"trainer.{axis}=2"))
+
+    def test_two_ranks_train_what_one_trains(self, folder):
+        """Only rank 0 reads images; the other is sent pixels, in SFT and in RL."""
+        settings = ["iterations=2", "trainer.learning_rate=1e-3", "trainer.weight_decay=0.1"]
+        one = train(config(*settings))
+        two = train(config(*settings, "name=two", "trainer.ranks=2"))
+        expected, found = (read_metrics(run / "metrics.jsonl")[0] for run in (one, two))
+        for mine, theirs in zip(expected, found, strict=True):
+            assert theirs.loss == pytest.approx(mine.loss, rel=1e-4, abs=1e-6)
+            assert theirs.grad_norm == pytest.approx(mine.grad_norm, rel=1e-4, abs=1e-6)
+            assert theirs.logprob_gap_mean < 1e-5
+        files = [load_file(run / "checkpoint" / "model.safetensors") for run in (one, two)]
+        assert files[0].keys() == files[1].keys()
+        for name, value in files[0].items():
+            if "vision_tower" in name and "k_proj.bias" in name:
+                continue  # It shifts all scores alike, so its gradient is rounding.
+            np.testing.assert_allclose(files[1][name], value, atol=1e-4, err_msg=name)
+
+    def test_images_of_examples_alone_are_checked_before_ranks_divide_the_model(self, folder):
+        Path("words.jsonl").write_text(
+            "".join(json.dumps({"prompt": f"{n}=", "answer": "1"}) + "\n" for n in range(24))
+        )
+        checkpoint = fine_tune_alone(config("prompts.source=words.jsonl", "trainer.ranks=2"))
+        assert (checkpoint / "standardised_images.json").is_file()
 
 
 def test_a_model_with_m_rope_and_deepstack_trains_and_its_checkpoint_goes_on(folder):

@@ -25,19 +25,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
+import vision_testing
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from kimi_core.config import DpoConfig, LoraConfig, SftConfig, TrainerConfig
+from kimi_core.models import scratch
 from kimi_core.models.lora import choose_trained, plain_parameters
+from kimi_core.models.vision import Images
 from kimi_core.trainer.blueprint import Blueprint
 from kimi_core.trainer.dpo import DpoPhase
 from kimi_core.trainer.fitting import Save
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks, is_lost
 from kimi_core.trainer.sft import SftPhase
-from kimi_core.trainer.trainer import Trainer, TrainingDiverged
-from kimi_core.types import Batch, TrainingBatch
+from kimi_core.trainer.trainer import Trainer, TrainingDiverged, TrainingMetrics
+from kimi_core.types import Batch, Prompt, TrainingBatch
 from kimi_core.weights.publish import ArenaPublisher, InPlace, Publisher
 
 VERSION = 3
@@ -69,6 +72,8 @@ class Case:
     dtype: str = "float32"
     age: int = 1
     """Versions that the tokens' weights lie back; 0: the engine's log-probs are compared."""
+    images: bool = False
+    """Two of three prompts begin with one of two images, which rank 0 alone can read."""
 
 
 TP, CP = Case(tensor_parallel=2), Case(context_parallel=2)
@@ -95,6 +100,12 @@ CASES = {
     "CP, frozen layers, many passes": replace(CP, trainable_layers=1, tokens_per_micro_batch=14),
     "CP, one head of keys": replace(CP, kv_heads=1, objective="grpo"),
     "CP, the engine is far off": replace(CP, age=0, responses=3),
+    "FSDP, images": Case(images=True),
+    "FSDP, images, many passes": Case(images=True, tokens_per_micro_batch=30, responses=7),
+    "FSDP, images, a rank without": Case(images=True, responses=2),
+    "FSDP, images, a frozen tower": Case(images=True, trainable_layers=1),
+    "FSDP, images, bfloat16": Case(images=True, dtype="bfloat16"),
+    "HSDP, images": replace(FOUR, replicas=2, images=True, tokens_per_micro_batch=30),
     "HSDP": replace(FOUR, replicas=2, tied=True, tokens_per_micro_batch=14),
     "TP × FSDP, unequal passes": replace(
         FOUR, tensor_parallel=2, tokens_per_micro_batch=23, responses=5
@@ -121,6 +132,7 @@ ARENAS = {
     "arena, adapters": (CASES["FSDP, adapters"], "float32", 1),
     "arena, CP × replicas, adapters": (CASES["CP × replicas, adapters"], "bfloat16", 2),
     "arena, TP × replicas": (CASES["TP × replicas"], "float32", 1),
+    "arena, images": (CASES["FSDP, images"], "float32", 1),
     "arena, TP × FSDP, engine of two ranks": (CASES["TP × FSDP, unequal passes"], "bfloat16", 2),
 }
 NANS = {
@@ -130,7 +142,10 @@ NANS = {
     "NaN in a CP group": (CP, 1),
     "NaN on rank 2 of TP × FSDP": (CASES["TP × FSDP, unequal passes"], 2),
 }
-OTHERS = {"sft", "sft on four", "sft stops", "whole parameters", "dpo", "dpo on four"}
+OTHERS = {
+    *("sft", "sft on four", "sft with images", "sft stops"),
+    *("whole parameters", "dpo", "dpo on four"),
+}
 """Work that a test without a parameter looks at."""
 
 
@@ -146,9 +161,13 @@ def tiny_llama(case: Case = CASES["FSDP"]) -> hf.PreTrainedModel:
         tie_word_embeddings=case.tied,
         bos_token_id=None,
         eos_token_id=None,
+        pad_token_id=0,
     )
     torch.manual_seed(0)
-    model = getattr(hf, f"{case.family}ForCausalLM")(config)
+    if case.images:
+        model = scratch._causal_lm(config, vision_layers=1)
+    else:
+        model = getattr(hf, f"{case.family}ForCausalLM")(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
     model.to(getattr(torch, case.dtype)).eval()
@@ -163,12 +182,24 @@ def what_trains(case: Case) -> TrainerConfig:
     return TrainerConfig(trainable_layers=case.trainable_layers, lora=LoraConfig(rank=case.lora))
 
 
-def batch_of(responses: int, age: int = 1) -> TrainingBatch:
+def images_of(case: Case) -> Images | None:
+    if not case.images:
+        return None
+    images = vision_testing.table()
+    pictures = tuple(map(vision_testing.picture, range(2)))
+    images.add([Prompt(0, "", "", images=pictures)])
+    return images
+
+
+def batch_of(responses: int, age: int = 1, *, images: bool = False) -> TrainingBatch:
     """The first responses of ``LENGTHS``."""
     ids, logprobs, masks = [], [], []
     for index, (prompt, response) in enumerate(LENGTHS[:responses]):
         rng = np.random.default_rng(index)
         ids.append(rng.integers(40, size=prompt + response))
+        if images and index % 3 != 1:
+            ids[-1] = np.append([-1 - index % 2] * scratch.PLACES, ids[-1])
+            prompt += scratch.PLACES
         logprobs.append(np.repeat([0.0, -3.0], [prompt, response]))
         masks.append(np.repeat([0, 1], [prompt, response]))
     mask = np.concatenate(masks).astype(np.uint8)
@@ -211,7 +242,7 @@ def trainer_of(
         ranks_timeout_s=ranks_timeout_s,
         **(axes_of(case) if ranks else {}),
     )
-    policy = Policy(tiny_llama(case), temperature=0.8, head_chunk=16)
+    policy = Policy(tiny_llama(case), temperature=0.8, head_chunk=16, images=images_of(case))
     if ranks and ranks.rank > 0:
         policy = Blueprint.of(policy).build(what_trains(case))  # Rank 0 sends the weights.
     return Trainer(policy, settings, publisher or InPlace(), ranks)
@@ -220,6 +251,12 @@ def trainer_of(
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     full = tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
     return full.detach().float().clone()
+
+
+def train(trainer: Trainer, case: Case, batch: TrainingBatch) -> TrainingMetrics:
+    # Nobody follows here: each rank deals the batch by itself, and so needs the images.
+    trainer.policy.images = images_of(case)
+    return trainer.train(batch, policy_version=VERSION, seed=(0,))
 
 
 def gradients(case: Case, ranks: Ranks | None = None) -> dict:
@@ -231,11 +268,11 @@ def gradients(case: Case, ranks: Ranks | None = None) -> dict:
 
     def keep(optimizer, *_):
         held = optimizer.param_groups[0]["params"]
-        found.update({n: whole(p.grad) for n, p in zip(names, held, strict=True)})
+        grads = zip(names, [p.grad for p in held], strict=True)
+        found.update({name: whole(grad) for name, grad in grads if grad is not None})
 
     hook = register_optimizer_step_pre_hook(keep)
-    batch = batch_of(case.responses, case.age)
-    metrics = trainer.train(batch, policy_version=VERSION, seed=(0,))
+    metrics = train(trainer, case, batch_of(case.responses, case.age, images=case.images))
     hook.remove()
     after = {name: whole(p) for name, p in trainer._master_weights().masters.items()}
     return {
@@ -265,6 +302,9 @@ def sft_losses(
         (np.array([2, n], np.int32), np.array([n, n, 1][: 1 + n % 3], np.int32))
         for n in range(3, 40)
     ]
+    if case.images:
+        place = np.full(scratch.PLACES, -1, np.int32)
+        examples = [(np.append(place - n % 2, a), b) for n, (a, b) in enumerate(examples)]
     config = SftConfig(steps=4, batch_size=5, learning_rate=1e-2)
 
     def report(_: int, loss: float) -> None:
@@ -380,7 +420,7 @@ def states(case: Case, path: Path, ranks: Ranks) -> dict:
     """Save on the ranks, load on one and on all; and a checkpoint for ``from_pretrained``."""
     trainer = trainer_of(case, ranks)
     path.mkdir(exist_ok=True)
-    trainer.train(batch_of(5), policy_version=VERSION, seed=(0,))
+    train(trainer, case, batch_of(5, images=case.images))
     trainer.save(path)
     trainer.save_pretrained(path / "checkpoint")
     expected = {name: whole(p) for name, p in plain_parameters(trainer.policy.model)}
@@ -393,8 +433,9 @@ def states(case: Case, path: Path, ranks: Ranks) -> dict:
         alone.save_pretrained(path / "alone")
     ranks.largest(0)
     all_.load(path / "again")
-    exported = hf.LlamaForCausalLM.from_pretrained(path / "checkpoint")
+    exported = type(alone.policy.model).from_pretrained(path / "checkpoint")
     saved = load_file(path / "tensors.safetensors")
+    keys = [load_file(path / at / "model.safetensors").keys() for at in ("checkpoint", "alone")]
 
     def equal(given) -> bool:
         found = {name: whole(p) for name, p in given}
@@ -404,6 +445,7 @@ def states(case: Case, path: Path, ranks: Ranks) -> dict:
         "one rank": equal(plain_parameters(alone.policy.model)),
         "all ranks": equal(plain_parameters(all_.policy.model)),
         "exported": equal(exported.named_parameters()),
+        "names": keys[0] == keys[1],
         "settings": all(
             (path / "checkpoint" / name).read_text() == (path / "alone" / name).read_text()
             for name in ("config.json", "generation_config.json")
@@ -427,6 +469,9 @@ def work_of(folder: Path) -> dict[str, tuple[Case, Callable[..., Any]]]:
     for name, (case, dtype, tp_size) in ARENAS.items():
         work[name] = case, partial(publish, case, dtype, tp_size)
     work["states"] = tied, partial(states, tied, folder / "two")
+    with_images = CASES["FSDP, images"]
+    work["states of images"] = with_images, partial(states, with_images, folder / "images")
+    work["sft with images"] = with_images, partial(sft_losses, case=with_images)
     adapted = CASES["FSDP, adapters"]
     work["states of adapters"] = adapted, partial(states, adapted, folder / "adapters")
     work["states of four"] = four, partial(states, four, folder / "four")

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from vllm.config import CompilationMode, set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
@@ -35,6 +36,8 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.parameter import ModelWeightParameter
 
+from kimi_core.models.load import auto_class
+from kimi_core.models.names import names_in_files
 from kimi_core.weights.arena import Lease, WeightArena
 from kimi_core.weights.layout import Layout
 
@@ -79,6 +82,8 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module):
         super().__init__(config, vllm_config, device, model)
         self.plan: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.names: dict[str, str] = {}
+        """Name of a tensor in the arena → its name in files that vLLM loads, where they differ."""
         if device.type == "cpu":
             keep_plain(model)  # Before anything is compiled or run with the packed weights.
         if owner := vllm_config.additional_config.get(OWNER):
@@ -91,14 +96,18 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
             ValueError: the arena is damaged, or has another model, dtype or rank.
         """
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        whole = self.model_config.hf_config
+        reads_images = getattr(whole, "vision_config", None) is not None
         # vLLM has patched classes of transformers so that they need its config.
         with set_current_vllm_config(self.vllm_config):
             layout = Layout.from_config(
-                self.model_config.hf_text_config,
+                whole if reads_images else self.model_config.hf_text_config,
                 dtype=self.model_config.dtype,
                 tp_rank=rank,
                 tp_size=size,
             )
+            if reads_images:
+                self.names = published_names(whole, layout)
         self.arena = WeightArena.open(init_info.paths[rank], layout=layout)
         compiled = self.vllm_config.compilation_config.mode != CompilationMode.NONE
         self.copies = init_info.copy or self.device.type != "cpu" or compiled or bool(layout.note)
@@ -166,7 +175,8 @@ class ArenaTransferEngine(WeightTransferEngine[ArenaInit, ArenaUpdate]):
     @torch.no_grad()
     def _copy(self, lease: Lease) -> None:
         if lease.layout.note:  # Hugging Face names, which vLLM's loader fuses and shards.
-            self.model.load_weights(lease.hf_tensors.items())
+            named = lease.hf_tensors.items()
+            self.model.load_weights((self.names.get(name, name), one) for name, one in named)
             return
         for parameter, view in self.plan:
             parameter[: len(view)].copy_(view, non_blocking=True)
@@ -197,6 +207,14 @@ class ArenaWorker:
             "address": next(engine.model.parameters()).data_ptr(),
             "pid": os.getpid(),
         }
+
+
+def published_names(config: PretrainedConfig, layout: Layout) -> dict[str, str]:
+    """Name of a tensor in the arena → its name in the files of published models of that family."""
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    names = names_in_files(model, layout.by_hf_name, published=True)
+    return {name: other for name, other in names.items() if other}
 
 
 def keep_plain(model: nn.Module) -> None:

@@ -15,11 +15,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig
 
+from kimi_core.models.vision import Images
 from kimi_core.rollout.engine import EngineFailed, check_newer, check_request
 from kimi_core.rollout.sampling import derived_seed
+from kimi_core.rollout.vllm.images import expanded, prompt_with_images
 from kimi_core.rollout.vllm.response import Response
 from kimi_core.rollout.vllm.server import (
     END_S,
@@ -58,6 +61,7 @@ class VLLMEngine:
         timeout_s: longest wait for the next tokens or for new weights, seconds.
         policy_version: the version written on segments until the first ``serve``.
         hybrid: whether vLLM's processes end while the engine sleeps.
+        images: the run's images, if prompts have some.
 
     Raises:
         ValueError: vLLM is not installed here, or the engine sets one of the options itself.
@@ -75,6 +79,7 @@ class VLLMEngine:
         timeout_s: float = 300.0,
         policy_version: int = 0,
         hybrid: bool = False,
+        images: Images | None = None,
     ):
         self.options = {"max_num_seqs": batch_rows} | dict(options or {})
         check_options(self.options)
@@ -84,6 +89,7 @@ class VLLMEngine:
         self.dtype = dtype
         self.timeout_s = timeout_s
         self.policy_version = policy_version
+        self.images = images
         self.server: VLLMServer | None = None
         self.hybrid = hybrid
         self.starts = 0
@@ -114,8 +120,11 @@ class VLLMEngine:
                 generated.
             EngineFailed: vLLM did not start, or went down twice with no token in between.
         """
+        images = 0 if self.images is None else len(self.images)
         for request in requests:
-            check_request(request, vocabulary=self._vocabulary, context=self._context)
+            check_request(
+                request, vocabulary=self._vocabulary, context=self._context, images=images
+            )
         if 0 < sampling.temperature < COLDEST:
             raise ValueError(
                 f"temperature = {sampling.temperature}: vLLM samples at {COLDEST} instead; give at "
@@ -192,16 +201,30 @@ class VLLMEngine:
         self, server: VLLMServer, response: Response, sampling: Sampling, queue: asyncio.Queue[Any]
     ) -> None:
         """Put each output of vLLM for one response into the queue, as (response, output)."""
-        from vllm import TokensPrompt
-
         context = response.context
-        prompt = TokensPrompt(
-            prompt_token_ids=context.tolist(), cache_salt=str(self.policy_version)
-        )
+        prompt, computed = self._prompt(context)
         params = _sampling_params(response, sampling, position=len(context))
         self._requests += 1
         async for output in server.llm.generate(prompt, params, str(self._requests)):
+            if output.prompt_token_ids not in (None, computed):
+                raise EngineFailed(
+                    f"vLLM took the prompt of trajectory {response.request.trajectory_id} for "
+                    f"{len(output.prompt_token_ids)} other tokens than the trainer's "
+                    f"{len(computed)}: its processor does not expand an image as the model's own "
+                    "does; use rollout.engine = 'torch'"
+                )
             queue.put_nowait((response, output))
+
+    def _prompt(self, context: np.ndarray) -> tuple[Any, list[int]]:
+        """A context as vLLM takes it, and the token ids that it computes."""
+        version = self.policy_version
+        if self.images is not None and (context < 0).any():
+            ids = expanded(self.config, context)
+            return prompt_with_images(self.images, self.config, context, version), ids
+        from vllm import TokensPrompt
+
+        ids = context.tolist()
+        return TokensPrompt(prompt_token_ids=ids, cache_salt=str(version)), ids
 
     def _add(self, response: Response, output: Any) -> bool:
         """Add what came to a response. True: vLLM gave it up, because an instance has ended."""
@@ -286,6 +309,7 @@ class VLLMEngine:
                 self.dtype,
                 self.options,
                 timeout_s=self.timeout_s,
+                images=self.images,
             )
             self.starts += 1
             try:

@@ -15,12 +15,17 @@ import tempfile
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
+from kimi_core.models.vision import Images
 from kimi_core.rollout.engine import EngineFailed
 
 INSTALL = "python/install_vllm.sh"
@@ -30,6 +35,9 @@ START_S = 600
 
 CPU_CACHE_BYTES = 1 << 30
 """Bytes for keys and values on a CPU, unless ``kv_cache_memory_bytes`` is set."""
+
+IMAGE_CACHE_GB = 0.25
+"""Of processed images, unless ``mm_processor_cache_gb`` is set."""
 
 LOOK_S = 0.1
 """Seconds between two checks that vLLM's processes are alive."""
@@ -68,9 +76,10 @@ class VLLMServer:
         dtype: of vLLM's weights and arithmetic.
         options: further arguments of vLLM's ``AsyncEngineArgs``.
         timeout_s: longest wait for an answer, in seconds.
+        images: the images of prompts; None: the model reads text only.
 
     Raises:
-        ValueError: vLLM does not know one of the options.
+        ValueError: vLLM does not know one of the options, or there is no processor of images.
         EngineFailed: vLLM did not start.
     """
 
@@ -81,6 +90,7 @@ class VLLMServer:
         options: Mapping[str, Any],
         *,
         timeout_s: float,
+        images: Images | None = None,
     ):
         _set_environment()
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -93,7 +103,7 @@ class VLLMServer:
         self.loop = asyncio.new_event_loop()
         # The folder has only the config, because the weights come from the arena.
         with tempfile.TemporaryDirectory(prefix="kimi_core-vllm-") as folder:
-            arguments = _arguments(config, dtype, folder, options)
+            arguments = _arguments(config, dtype, folder, options, images)
 
             async def start() -> Any:  # In the loop, so that AsyncLLM watches for errors.
                 return AsyncLLM.from_engine_args(arguments, stat_loggers=[self._counter()])
@@ -262,7 +272,11 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def _arguments(
-    config: PretrainedConfig, dtype: torch.dtype, folder: str, options: Mapping[str, Any]
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    folder: str,
+    options: Mapping[str, Any],
+    images: Images | None,
 ) -> Any:
     from vllm.config import WeightTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -272,19 +286,25 @@ def _arguments(
 
     written = type(config).from_dict(config.to_dict())
     # The config of a model that was not loaded from a folder has no list of architectures.
-    written.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    classes: Mapping[str, Any] = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if images is not None:
+        classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        images.processor.save_for_vllm(Path(folder))
+    written.architectures = [classes[config.model_type]]
     written.save_pretrained(folder)
     arguments: dict[str, Any] = {
         "model": folder,
         "dtype": str(dtype).removeprefix("torch."),
         "load_format": "dummy",
-        "skip_tokenizer_init": True,
+        "skip_tokenizer_init": images is None,  # A processor of images needs a tokenizer.
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",  # Of the sampled distribution.
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": EXTENSION,
         "additional_config": {OWNER: os.getpid()},
     }
+    if images is not None:
+        arguments["mm_processor_cache_gb"] = IMAGE_CACHE_GB
     if current_platform.is_cpu():
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
         # Only full blocks are reused, and few prompts fill a block of 128, vLLM's default here.

@@ -1,0 +1,230 @@
+"""Images in vLLM: what it computes is what the trainer computes, before and after an update."""
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+import vision_testing
+from transformers import (
+    CLIPImageProcessorPil,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    LlavaProcessor,
+)
+from vllm_testing import MARKS, SMALL_CACHE, STOP, PublishedEngine, gathered, joined
+
+from kimi_core.config import Config, TrainerConfig
+from kimi_core.models import scratch
+from kimi_core.models.vision_check import own_logprobs
+from kimi_core.models.vision_load import load_images
+from kimi_core.rollout.engine import EngineFailed
+from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.trainer.policy import Policy
+from kimi_core.trainer.trainer import Trainer
+from kimi_core.types import Batch, Prompt, Request, Sampling, TrainingBatch
+from kimi_core.weights.publish import InPlace
+
+pytestmark = MARKS
+
+IMAGE_TOKENS = {0, 15}
+"""Of LLaVA and of Idefics3; they end a response (``models/codec.py``)."""
+ENDS = frozenset({STOP, *IMAGE_TOKENS})
+GREEDY, SAMPLED = Sampling(0, 0, ENDS), Sampling(0.8, 5, ENDS)
+
+
+WITH_TORCHVISION = pytest.mark.skipif(
+    find_spec("torchvision") is None,
+    reason="vLLM's LLaVA needs torchvision, whose CPU build is not in every index",
+)
+
+
+def llava_processor() -> LlavaProcessor:
+    """One of transformers, which resizes and crops, as pretrained models have."""
+    return LlavaProcessor(
+        CLIPImageProcessorPil(
+            size={"shortest_edge": scratch.IMAGE_SIZE},
+            crop_size={"height": scratch.IMAGE_SIZE, "width": scratch.IMAGE_SIZE},
+        ),
+        scratch.character_tokenizer(vision_testing.ALPHABET),
+        patch_size=scratch.PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        image_token=scratch.PAD,
+        num_additional_image_tokens=1,
+    )
+
+
+def idefics3() -> tuple[Idefics3ForConditionalGeneration, Idefics3Processor]:
+    """Its processor puts tokens around an image."""
+    tokenizer = scratch.character_tokenizer(vision_testing.ALPHABET)
+    around = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", *around]})
+    pictures = Idefics3ImageProcessorPil(
+        size={"longest_edge": 32},
+        max_image_size={"longest_edge": 32},
+        do_image_splitting=False,
+    )
+    layers = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = Idefics3Config(
+        vision_config=dict(image_size=32, patch_size=8, **layers),
+        text_config=dict(
+            model_type="llama",
+            vocab_size=len(tokenizer),
+            max_position_embeddings=128,
+            head_dim=32,
+            **layers,
+        ),
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = Idefics3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model, Idefics3Processor(pictures, tokenizer, image_seq_len=4)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "Idefics3",
+        pytest.param("scratch", marks=WITH_TORCHVISION),
+        pytest.param("LLaVA", marks=WITH_TORCHVISION),
+    ],
+)
+def engine(request, tmp_path_factory):
+    name = str(tmp_path_factory.mktemp("model"))
+    if request.param == "Idefics3":
+        model, processor = idefics3()
+        processor.save_pretrained(name)
+    else:
+        model, _ = vision_testing.tiny(width=64)  # On a CPU vLLM has no heads of less than 32.
+        if request.param == "scratch":
+            name = "scratch"
+        else:
+            llava_processor().save_pretrained(name)
+    images = load_images(model, Config(model={"name": name}))
+    images.add([Prompt(0, "", "", images=tuple(map(vision_testing.picture, range(4))))])
+    engine = PublishedEngine(
+        model, batch_rows=16, options=SMALL_CACHE, policy_version=3, images=images
+    )
+    yield engine
+    engine.close()
+
+
+def requests_of(engine: PublishedEngine, budget: int = 20) -> list[Request]:
+    """With one image, two, one twice, and none; two differ only in the image; each twice."""
+    first, second, third, fourth = (engine.images.ids_of(number) for number in range(4))
+    contexts = [
+        [*first, 5, 6, 7],
+        [*second, 5, 6, 7],
+        [4, *third, 8, *fourth, 9],
+        [*first, 3, *first, 4],
+        [5, 6, 7],
+    ]
+    return [
+        Request(2 * n + twin, np.array(ids, np.int32), len(ids), budget, 20)
+        for n, ids in enumerate(contexts)
+        for twin in range(2)
+    ]
+
+
+def assert_own(engine: PublishedEngine, requests, parts, temperature: float) -> None:
+    """Log-probs of the model's own forward pass with pixels, to 1e-4."""
+    for request in requests:
+        tokens, logprobs = joined(parts[request.trajectory_id])
+        ids = np.append(request.token_ids, tokens).astype(np.int32)
+        expected = own_logprobs(engine.model, engine.images, ids, temperature=temperature)
+        np.testing.assert_allclose(logprobs, expected[-len(tokens) :], atol=1e-4)
+
+
+def train(engine: PublishedEngine) -> None:
+    """One step of the trainer on responses to prompts with images."""
+    requests = requests_of(engine)
+    parts = gathered(engine.generate(requests, SAMPLED))
+    ids, mask, logprobs = [], [], []
+    for request in requests:
+        tokens, found = joined(parts[request.trajectory_id])
+        ids.append(np.append(request.token_ids, tokens).astype(np.int32))
+        mask.append(np.repeat([0, 1], [len(request.token_ids), len(tokens)]))
+        logprobs.append(np.append(np.zeros(len(request.token_ids)), found))
+    mask = np.concatenate(mask).astype(np.uint8)
+    n = len(requests)
+    earned = np.linspace(-1, 1, n)
+    batch = TrainingBatch(
+        tokens=Batch(
+            token_ids=np.concatenate(ids),
+            logprobs=np.concatenate(logprobs).astype(np.float32),
+            mask=mask,
+            policy_versions=np.where(mask, engine.policy_version, -1).astype(np.int32),
+            cu_seqlens=np.cumsum([0, *map(len, ids)], dtype=np.int32),
+        ),
+        group_ids=np.zeros(n, np.int64),
+        rewards=earned,
+        correctness=earned,
+        advantages=earned,
+        ended_rewards={0: earned},
+    )
+    policy = Policy(
+        engine.model, temperature=SAMPLED.temperature, head_chunk=64, images=engine.images
+    )
+    trainer = Trainer(policy, TrainerConfig(learning_rate=1e-2), InPlace())
+    metrics = trainer.train(batch, policy_version=engine.policy_version, seed=(0,))
+    assert metrics.logprob_gap_max < 1e-4
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_logprobs_are_those_of_the_model_before_and_after_a_step_of_the_tower(engine, sampling):
+    requests = requests_of(engine)
+    for _ in range(2):
+        parts = gathered(engine.generate(requests, sampling))
+        assert_own(engine, requests, parts, sampling.temperature or 1.0)
+        named = engine.model.named_parameters()
+        tower = [one for name, one in named if "vision" in name]
+        before = [one.detach().clone() for one in tower]
+        train(engine)
+        moved = [not torch.equal(a, b) for a, b in zip(before, tower, strict=True)]
+        assert any(moved)
+        engine.publish_and_serve(engine.policy_version + 1)
+    parts = gathered(engine.generate(requests, sampling))
+    assert_own(engine, requests, parts, sampling.temperature or 1.0)
+
+
+def test_greedy_tokens_are_those_of_the_embedded_engine_whole_and_cut(engine):
+    twin = TorchEngine(
+        engine.model, batch_rows=16, policy_version=engine.policy_version, images=engine.images
+    )
+    expected = gathered(twin.generate(requests_of(engine), GREEDY))
+    whole = gathered(engine.generate(requests_of(engine), GREEDY))
+    cut = gathered(engine.generate(requests_of(engine, budget=7), GREEDY))
+    logprobs = {}
+    for request in requests_of(engine):
+        tokens, _ = joined(whole[request.trajectory_id])
+        assert tokens == joined(expected[request.trajectory_id])[0]
+        logprobs[request.trajectory_id] = joined(whole[request.trajectory_id])[1]
+        parts = cut[request.trajectory_id]
+        if parts[-1].end_reason is None:
+            begun, _ = joined(parts)
+            ids = np.append(request.token_ids, begun).astype(np.int32)
+            more = replace(request, token_ids=ids, remaining=20 - len(begun))
+            parts = parts + gathered(engine.generate([more], GREEDY))[request.trajectory_id]
+        assert joined(parts)[0] == tokens
+    assert not np.allclose(logprobs[0][0], logprobs[2][0])  # Only the image is another.
+
+
+def test_an_image_that_vllm_expands_to_other_places_is_told(engine, monkeypatch):
+    if engine.images.processor.short is None:
+        pytest.skip("The places are handed over, so vLLM expands nothing.")
+    ids_of = engine.images.ids_of
+    monkeypatch.setattr(engine.images, "ids_of", lambda number: ids_of(number) + ids_of(number))
+    request = requests_of(engine)[0]
+    ids = np.append(engine.images.ids_of(0), [5, 6]).astype(np.int32)
+    with pytest.raises(EngineFailed, match="its processor does not expand an image"):
+        gathered(engine.generate([replace(request, token_ids=ids, prompt_length=len(ids))], GREEDY))
