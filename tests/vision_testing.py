@@ -24,10 +24,10 @@ def standardised() -> Standardised:
     return Standardised(scratch.IMAGE_SIZE, scratch.PLACES)
 
 
-def tiny(seed: int = 0, **sizes: int):
+def tiny(seed: int = 0, alphabet: str = ALPHABET, **sizes: int):
     """Model and tokenizer; weights so large that an image shows in the log-probs."""
     config = ModelConfig(scratch=SIZES.model_copy(update=sizes), device="cpu")
-    model, tokenizer = load_model(config, alphabet=ALPHABET, seed=seed)
+    model, tokenizer = load_model(config, alphabet=alphabet, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -45,8 +45,8 @@ def picture(seed: int) -> Image:
     return image_of_pixels(rng.integers(256, size=(32, 32, 3), dtype=np.uint8))
 
 
-def save_model(folder: Path) -> None:
-    model, tokenizer = tiny()
+def save_model(folder: Path, alphabet: str = ALPHABET) -> None:
+    model, tokenizer = tiny(alphabet=alphabet)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     standardised().save(folder)

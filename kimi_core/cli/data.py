@@ -78,7 +78,14 @@ def reward_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", default="scratch", help="a folder, a hub id, smollm2-135m, scratch"
     )
-    parser.add_argument("--data", help="JSONL of labelled responses (default: sums)")
+    parser.add_argument(
+        "--data", help="JSONL of labelled responses, or the folder of a run (default: sums)"
+    )
+    parser.add_argument(
+        "--template",
+        default="{question}{reference}?{response}>",
+        help="what the model reads (default: %(default)s)",
+    )
     parser.add_argument("--examples", type=int, default=6000, help="to train on")
     parser.add_argument("--test", type=int, default=600, help="examples to test on")
     parser.add_argument("--steps", type=int, default=1500)

@@ -256,16 +256,25 @@ class WeightedFunction(Section):
     """Under which metrics show it; empty: the function's name."""
 
 
+class ValueConfig(Section):
+    model: str = ""
+    """The folder `classic` that `kimi reward --save` writes. It reads the images of a prompt if its
+    model does."""
+
+
 class RewardConfig(Section):
     function: str = "match"
     """`match` (the answer as text after the last `#`, or the whole response), `math` (equivalence
     of final answers), `code` (1 if the program in the response passes the prompt's tests,
-    docs/code_rewards.md), `judge` (a model behind a server), or `file.py:function`, called as
-    `function(prompt, response_text)` and returning a number or a `Score`."""
+    docs/code_rewards.md), `judge` (a model behind a server), `value` (a classic reward model), or
+    `file.py:function`, called as `function(prompt, response_text)` and returning a number or a
+    `Score`."""
     functions: list[WeightedFunction] = []
     """Several functions, whose weighted sum is the reward. `function` is then not used."""
     judge: JudgeConfig = JudgeConfig()
     """Settings of `judge`."""
+    value: ValueConfig = ValueConfig()
+    """Settings of `value`."""
     math: MathConfig = MathConfig()
     """Settings of `math`."""
     sandbox: SandboxConfig = SandboxConfig()

@@ -54,10 +54,16 @@ def _load(name: str, config: RewardConfig, base_folder: str | Path) -> RewardFun
         except ImportError as error:
             raise ValueError(f"{error}: pip install 'kimi-core[judge]'") from None
         return HttpJudge(config.judge)
+    if name == "value":
+        # A run without it loads no model for its rewards.
+        from kimi_core.reward.judges.value_model import ValueReward
+
+        return ValueReward(Path(config.value.model))
     if ".py:" in name:
         return UserFunction(name, base_folder, start_s=config.timeout_s)
     raise ValueError(
-        f"reward.function = {name!r}; allowed are match, math, code, judge and file.py:function"
+        f"reward.function = {name!r}; allowed are match, math, code, judge, value and "
+        "file.py:function"
     )
 
 

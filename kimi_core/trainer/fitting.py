@@ -20,7 +20,7 @@ from kimi_core.config import (
     TrainerConfig,
 )
 from kimi_core.models.processors import Pixels
-from kimi_core.models.vision import to_send_with
+from kimi_core.models.vision import Images, to_send_with
 from kimi_core.trainer.activations import Recompute
 from kimi_core.trainer.master_weights import MasterWeights, local
 from kimi_core.trainer.packing import MicroBatch, micro_batches
@@ -70,15 +70,19 @@ class Fitting:
         self._max_tokens = recompute.most_tokens(trainer.tokens_per_micro_batch, policy.probe)
 
     @classmethod
-    def of(cls, model: PreTrainedModel, trainer: TrainerConfig) -> Self:
+    def of(
+        cls, model: PreTrainedModel, trainer: TrainerConfig, images: Images | None = None
+    ) -> Self:
         """The same for a model in this process alone.
 
         Args:
             model: any causal LM; its parameters that require a gradient are trained. It is put into
                 eval mode: a layer that is recomputed must not drop other activations.
             trainer: ``memory_gb`` and ``head_chunk`` are read, too.
+            images: those of the examples, if they have some.
         """
-        policy = Policy(model, temperature=1.0, head_chunk=trainer.head_chunk).eval()
+        chunk = trainer.head_chunk
+        policy = Policy(model, temperature=1.0, head_chunk=chunk, images=images).eval()
         return cls(policy, Recompute(model, trainer.memory_gb), trainer)
 
     def micro_batches(

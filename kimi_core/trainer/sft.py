@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from kimi_core.config import SftConfig, ShortestConfig, TrainerConfig
 from kimi_core.models.processors import Pixels
+from kimi_core.models.vision import Images
 from kimi_core.trainer.fitting import Fitting, Save
 from kimi_core.trainer.ranks import Ranks, on_all_ranks
 from kimi_core.trainer.trainer import Trainer
@@ -26,6 +27,7 @@ def train_sft(
     trainer: TrainerConfig,
     *,
     seed: int,
+    images: Images | None = None,
     key: str = "sft",
     report: Callable[[int, float], None] = lambda step, loss: None,
     after_step: Callable[[int, Save], None] = lambda step, save: None,
@@ -44,6 +46,7 @@ def train_sft(
         trainer: ``tokens_per_micro_batch``, ``memory_gb``, ``head_chunk``, ``grad_clip`` and
             ``weight_decay``.
         seed: decides the order of the examples.
+        images: those of the examples, if they have some.
         key: where ``config`` stands in the settings, for errors.
         report: called with the number of each step, starting at 1, and its mean loss in nats per
             token.
@@ -55,7 +58,7 @@ def train_sft(
     """
     if not examples:
         raise ValueError("SFT needs at least one example; the file or source gave none")
-    fitting = Fitting.of(model, trainer)
+    fitting = Fitting.of(model, trainer, images)
     fitting.descend(
         _accumulator(fitting, examples),
         len(examples),

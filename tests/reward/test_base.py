@@ -46,7 +46,8 @@ def test_users_function_is_loaded_relative_to_the_folder(tmp_path):
 
 def test_unknown_name_says_what_is_allowed():
     with pytest.raises(
-        ValueError, match=r"'matches'; allowed are match, math, code, judge and file\.py:function"
+        ValueError,
+        match=r"'matches'; allowed are match, math, code, judge, value and file\.py:function",
     ):
         load_reward(RewardConfig(function="matches"))
 

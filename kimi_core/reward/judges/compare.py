@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kimi_core.config import ModelConfig, PromptsConfig, SftConfig, TrainerConfig
+from kimi_core.config import Config, ModelConfig, PromptsConfig, SftConfig, TrainerConfig
 from kimi_core.models.codec import Codec
 from kimi_core.models.load import load_model
 from kimi_core.models.placement import limit_threads
+from kimi_core.models.vision import Images
+from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.load import split
 from kimi_core.prompts.messages import chat_prompts
 from kimi_core.reward.judges.judge import JudgeReward, JudgeVerdict
 from kimi_core.reward.judges.labelled import (
     ALPHABET,
-    TEMPLATE,
     VERDICT,
     Labelled,
     load_labelled,
@@ -69,22 +70,19 @@ def classic(
 ) -> dict[str, Any]:
     """A value head on the model, trained with a binary loss."""
     model, tokenizer = load(given, seed)
-    codec = Codec(tokenizer, [], model)
-    value_model = ValueModel(model)
-
-    def encode(examples: list[Labelled]) -> list[np.ndarray]:
-        return [codec.encode_prompt(asked(given, one)) for one in examples]
-
+    images = images_of(model, given)
+    codec = Codec(tokenizer, [], model, images)
+    value_model = ValueModel(model, images, template=given.template, chat=given.chat)
     train_value(
         value_model,
-        encode(train),
+        value_model.encode(codec, train),
         [one.correct for one in train],
         steps=given.steps,
         batch_size=given.batch_size,
         learning_rate=rate(given),
         seed=seed,
     )
-    probabilities = value_model.probabilities(encode(test))
+    probabilities = value_model.probabilities(value_model.encode(codec, test))
     if given.save is not None:
         value_model.save(given.save / "classic", tokenizer)
     return scores(probabilities, test)
@@ -99,25 +97,29 @@ def judge(
             "A judge needs examples with reasoning: add `reasoning`, or use --kind classic"
         )
     model, tokenizer = load(given, seed)
-    codec = Codec(tokenizer, [], model)
+    images = images_of(model, given)
+    codec = Codec(tokenizer, [], model, images)
+    if images is not None:
+        images.add(one.asked(given.template) for one in (*train, *test))
     examples = [
-        codec.encode_example(
-            asked(given, one).messages or one.prompt(), one.reasoning + VERDICT[one.correct]
-        )
+        codec.encode_example(asked(given, one), one.reasoning + VERDICT[one.correct])
         for one in train
     ]
     config = SftConfig(steps=given.steps, batch_size=given.batch_size, learning_rate=rate(given))
-    train_sft(model, examples, config, TrainerConfig(), seed=seed)
+    train_sft(model, examples, config, TrainerConfig(), seed=seed, images=images)
     reward = JudgeReward(
-        TorchEngine(model, batch_rows=256),
+        TorchEngine(model, batch_rows=256, images=images),
         codec,
         context=model.config.get_text_config().max_position_embeddings,
         max_tokens=8 + max(len(response) for _, response in examples),
-        template=TEMPLATE,
+        template=given.template,
         escaping=False,
         chat=given.chat,
     )
-    found = reward.judge_many([(one.question, one.reference, one.response) for one in test])
+    found = reward.judge_many(
+        [(one.question, one.reference, one.response) for one in test],
+        [one.images for one in test],
+    )
     judged = {i: v for i, v in enumerate(found) if isinstance(v, JudgeVerdict)}
     probabilities = np.array(
         [v.confidence if v.correct else 1 - v.confidence for v in judged.values()]
@@ -132,8 +134,13 @@ def judge(
 
 def asked(given: argparse.Namespace, one: Labelled) -> Prompt:
     """What a model is asked about an example: text, or with ``--chat`` a user message."""
-    [prompt] = chat_prompts([Prompt(0, one.prompt(), "")], PromptsConfig(chat=given.chat))
+    [prompt] = chat_prompts([one.asked(given.template)], PromptsConfig(chat=given.chat))
     return prompt
+
+
+def images_of(model: PreTrainedModel, given: argparse.Namespace) -> Images | None:
+    """An empty table for the images of questions; None: the model reads text only."""
+    return load_images(model, Config(model={"name": given.model}))
 
 
 def scores(probabilities: np.ndarray, examples: list[Labelled]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ that persuades the judge; ``kimi reward`` measures how often a judge is right.
 import re
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from kimi_core.models.codec import Codec
 from kimi_core.reward.base import InfrastructureError
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.texts import complete
-from kimi_core.types import Prompt, Sampling, Segment
+from kimi_core.types import IMAGE_MARK, Image, Prompt, Sampling, Segment
 
 TEMPLATE = """\
 You grade an answer. Decide whether the response reaches the reference answer, in whatever form.
@@ -130,31 +130,43 @@ class JudgeReward:
 
     def __call__(self, prompt: Prompt, response: str) -> float:
         """The reward of one response. Raises InfrastructureError as `judge` does."""
-        return float(self.judge(prompt.text, prompt.answer, response).correct)
+        return float(self.judge(prompt.text, prompt.answer, response, prompt.images).correct)
 
-    def judge(self, question: str, reference: str, response: str) -> JudgeVerdict:
-        """Judge one response.
+    def judge(
+        self, question: str, reference: str, response: str, images: Sequence[Image] = ()
+    ) -> JudgeVerdict:
+        """Judge one response to a question with images, or without.
 
         Raises:
             InfrastructureError: no verdict could be read from two generations, or the judge's
                 prompt is too long.
         """
-        [verdict] = self.judge_many([(question, reference, response)])
+        [verdict] = self.judge_many([(question, reference, response)], [images])
         if isinstance(verdict, InfrastructureError):
             raise verdict
         return verdict
 
     def judge_many(
-        self, asked: Sequence[tuple[str, str, str]]
+        self,
+        asked: Sequence[tuple[str, str, str]],
+        images: Sequence[Sequence[Image]] | None = None,
     ) -> list[JudgeVerdict | InfrastructureError]:
-        """Judge many ``(question, reference, response)`` in one batch; `judge` has the errors."""
-        texts = [self.ask(*fields) for fields in asked]
+        """Judge many ``(question, reference, response)`` in one batch; `judge` has the errors.
+
+        Args:
+            images: those of each question, which the codec's table has; None: there are none.
+        """
+        shown = images or [()] * len(asked)
+        prompts = [
+            Prompt(0, self.ask(*fields), "", images=tuple(some))
+            for fields, some in zip(asked, shown, strict=True)
+        ]
         with self._lock:
-            first = self._generate([(text, "") for text in texts], self._max_tokens)
+            first = self._generate([(prompt, "") for prompt in prompts], self._max_tokens)
             results = [_read(one) for one in first]
             unread = {i: one for i, one in enumerate(results) if isinstance(one, _Written)}
             repairs = self._generate(
-                [(texts[i], one.text + REPAIR) for i, one in unread.items()], REPAIR_TOKENS
+                [(prompts[i], one.text + REPAIR) for i, one in unread.items()], REPAIR_TOKENS
             )
         repaired = dict(zip(unread, map(_read_repair, unread.values(), repairs), strict=True))
         return [repaired[i] if isinstance(one, _Written) else one for i, one in enumerate(results)]
@@ -167,11 +179,11 @@ class JudgeReward:
         return self._template.format(**fields)
 
     def _generate(
-        self, texts: Sequence[tuple[str, str]], max_tokens: int
+        self, prompts: Sequence[tuple[Prompt, str]], max_tokens: int
     ) -> list["_Written | InfrastructureError"]:
         """What the judge writes after each prompt and the start of its text, or why it cannot be
         asked."""
-        asked = [self._encode(*text, max_tokens) for text in texts]
+        asked = [self._encode(*prompt, max_tokens) for prompt in prompts]
         greedy = Sampling(
             temperature=0.0,
             seed=0,
@@ -185,12 +197,16 @@ class JudgeReward:
             for one in asked
         ]
 
-    def _encode(self, text: str, written: str, max_tokens: int) -> np.ndarray | InfrastructureError:
-        messages = ({"role": "user", "content": text},) if self._chat else ()
+    def _encode(
+        self, prompt: Prompt, written: str, max_tokens: int
+    ) -> np.ndarray | InfrastructureError:
+        if self._chat:
+            prompt = replace(prompt, messages=({"role": "user", "content": prompt.text},))
         try:
-            ids = self._codec.encode_prompt(Prompt(0, text, "", messages=messages))
+            ids = self._codec.encode_prompt(prompt)
             if written:
-                ids = np.concatenate([ids, self._codec.encode_behind(text, written)])
+                before = prompt.text.rpartition(IMAGE_MARK)[2]
+                ids = np.concatenate([ids, self._codec.encode_behind(before, written)])
         except ValueError as error:
             return InfrastructureError(f"Cannot encode the judge's prompt: {error}")
         if len(ids) + max_tokens > self._context:

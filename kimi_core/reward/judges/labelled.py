@@ -18,8 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_core.models.images import checked
+from kimi_core.prompts.images import take_images
+from kimi_core.prompts.place import Place
 from kimi_core.tasks import multiply
-from kimi_core.types import Prompt
+from kimi_core.types import Image, Prompt
 
 TEMPLATE = "{question}{reference}?{response}>"
 """The prompt for a model from scratch, which reads single characters."""
@@ -43,6 +46,12 @@ class Labelled:
     response: str
     correct: bool
     reasoning: str = ""
+    images: tuple[Image, ...] = ()
+    """Those of the question, which has an ``IMAGE_MARK`` in the place of each, or none."""
+
+    def asked(self, template: str = TEMPLATE) -> Prompt:
+        """`prompt` with the images."""
+        return Prompt(0, self.prompt(template), "", images=self.images)
 
     def prompt(self, template: str = TEMPLATE) -> str:
         return template.format(
@@ -61,9 +70,14 @@ def load_labelled(path: str | Path) -> list[Labelled]:
     """Read JSONL whose lines hold ``question``, ``reference``, ``response``, ``correct`` (a bool),
     and ``reasoning``, which only the training of a judge needs.
 
+    ``images`` lists the question's images, as in a file of prompts. The folder of a run is read,
+    too: its ``trajectories/`` hold the responses of the run with their verdicts.
+
     Raises:
         ValueError: the file does not exist, or a line is not like that; the message names the line.
     """
+    if Path(path).is_dir():
+        return _of_run(Path(path))
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -71,8 +85,12 @@ def load_labelled(path: str | Path) -> list[Labelled]:
     examples = []
     for number, line in enumerate(lines, 1):
         try:
-            example = Labelled(**json.loads(line))
-        except (TypeError, ValueError, RecursionError) as error:
+            fields = json.loads(line)
+            if "images" in fields:
+                place = Place(Path(path), number)
+                fields["images"] = take_images({"prompt": fields["question"]} | fields, place)
+            example = Labelled(**fields)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         texts = (example.question, example.reference, example.response, example.reasoning)
         if not isinstance(example.correct, bool) or not all(isinstance(t, str) for t in texts):
@@ -95,7 +113,8 @@ def split_labelled(
     """
     by_question: dict[str, list[Labelled]] = {}
     for example in examples:
-        by_question.setdefault(example.question, []).append(example)
+        digests = [image.digest for image in example.images]
+        by_question.setdefault(" ".join([example.question, *digests]), []).append(example)
     rng = random.Random(seed)
     questions = rng.sample(sorted(by_question), len(by_question))
     test: list[Labelled] = []
@@ -108,6 +127,35 @@ def split_labelled(
             "--test"
         )
     return rng.sample(train, len(train)), rng.sample(test, len(test))
+
+
+def _of_run(run: Path) -> list[Labelled]:
+    """The responses of a run that have a verdict, each text once for each question.
+
+    Raises:
+        ValueError: the run has no trajectories.
+    """
+    files = sorted((run / "trajectories").glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{run} has no trajectories; give a file of labelled lines, or a run")
+    found: dict[tuple[int, str], Labelled] = {}
+    images: dict[str, Image] = {}
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            one = json.loads(line)
+            if one["correctness"] is None:
+                continue
+            for digest in one.get("images", ()):
+                if digest not in images:
+                    images[digest] = checked(run / "images" / f"{digest}.png")
+            found[one["prompt_id"], one["response"]] = Labelled(
+                one["prompt"],
+                one["answer"],
+                one["response"],
+                one["correctness"] > 0.5,
+                images=tuple(images[digest] for digest in one.get("images", ())),
+            )
+    return list(found.values())
 
 
 def _example(prompt: Prompt, correct: bool, rng: random.Random) -> Labelled:
