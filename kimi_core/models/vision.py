@@ -33,6 +33,11 @@ class Bounded:
         self._bytes = 0
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept now, in bytes."""
+        return self._bytes
+
     def get(self, key: int) -> Any:
         """The value; None: it is not here."""
         if key in self._kept:
@@ -117,6 +122,12 @@ class Images:
     def places(self, number: int) -> int:
         """Positions that an image takes."""
         return self._ids[number].count(PLACE)
+
+    def memory(self, model: PreTrainedModel) -> int:
+        """Bytes of the pixels that are kept, and of the features that an engine keeps at most."""
+        width = model.get_input_embeddings().weight.shape[1] * model.dtype.itemsize
+        places = sum(map(self.places, range(len(self))))
+        return self._pixels.nbytes + min(KEPT_BYTES, places * width)
 
     def another(self) -> "Images":
         """An empty table for images that are processed in the same way."""

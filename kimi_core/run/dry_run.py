@@ -25,6 +25,7 @@ from kimi_core.models.load import auto_class, check_folder, context_of
 from kimi_core.models.lora import adapted_bytes, choose_trained
 from kimi_core.models.placement import device_of, dtype_of, limit_threads
 from kimi_core.models.scratch import scratch_llama
+from kimi_core.models.vision import Images
 from kimi_core.models.vision_load import load_images
 from kimi_core.prompts.tokens import PromptTokens
 from kimi_core.rollout.load import reads_trainer
@@ -63,6 +64,9 @@ class Memory:
     """``head_chunk`` rows over the vocabulary, float32; their gradient replaces them."""
     activations: int
     """Of the largest training pass; ``trainer/activations.py`` has the formula."""
+    images: int
+    """Pixels and features of the prompts' images, of which 256 MB each are kept; 0: there are
+    none."""
     buffer: int
     """At most. The buffer is a file that grows with the responses, and takes the same space on the
     disk."""
@@ -84,8 +88,9 @@ def describe(config: Config) -> str:
         remark = [f"# {config.model.name} is not on this machine: a run would fetch it first."]
         return "\n".join([dump_toml(config), *remark, ""])
     model, tokenizer = found
-    codec, encode = _encoders(config, model, tokenizer, data.prompts)
-    memory = _memory(config, model, encode.longest)
+    images = load_images(model, config, data.prompts)
+    codec, encode = _encoders(config, model, tokenizer, data.prompts, images)
+    memory = _memory(config, model, encode.longest, images)
     parts = asdict(memory)
     parts["total"] = sum(parts.values())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -148,8 +153,9 @@ def estimate(
     Raises:
         ValueError: a prompt or a stop string cannot be tokenized.
     """
-    _, encode = _encoders(config, model, tokenizer, prompts)
-    return _memory(config, model, encode.longest)
+    images = load_images(model, config, prompts)
+    _, encode = _encoders(config, model, tokenizer, prompts, images)
+    return _memory(config, model, encode.longest, images)
 
 
 def _encoders(
@@ -157,14 +163,16 @@ def _encoders(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
+    images: Images | None,
 ) -> tuple[Codec, PromptTokens]:
-    images = load_images(model, config, prompts)
     codec = Codec(tokenizer, config.rollout.stop, model, images)
     response = config.rollout.max_response_tokens
     return codec, PromptTokens(codec, prompts, context=context_of(model), response=response)
 
 
-def _memory(config: Config, model: PreTrainedModel, longest_prompt: int) -> Memory:
+def _memory(
+    config: Config, model: PreTrainedModel, longest_prompt: int, images: Images | None
+) -> Memory:
     tokens, trajectories = buffer_size(longest_prompt, config.rollout)
     copies, passes = (
         config.trainer.replicas,
@@ -192,6 +200,7 @@ def _memory(config: Config, model: PreTrainedModel, longest_prompt: int) -> Memo
         kv_cache=kv_cache,
         activations=passes * _activations(config, model, longest),
         logits=4 * config.trainer.head_chunk * model.get_input_embeddings().num_embeddings,
+        images=0 if images is None else images.memory(model),
         buffer=RolloutBuffer.file_bytes(tokens, trajectories),
     )
 

@@ -34,7 +34,10 @@ READING = (0.2, 0.5, 0.25)
 """Reading is all of SFT up to the first of these shares of it; from the second on, its share is the
 third; in between it falls linearly."""
 
-COUNT = 720
+TIMES = 2
+"""How often each product is asked, as text and as a picture."""
+
+COUNT = 720 * TIMES
 """Prompts of each kind."""
 
 POOL = 4000
@@ -44,14 +47,15 @@ Example = tuple[Prompt, str]
 
 
 def prompts(seed: int) -> list[Prompt]:
-    """720 prompts of each kind: products of 2 to 9 and 10 to 99 twice, photos, and bars.
+    """1,440 prompts of each kind: products of 2 to 9 and 10 to 99 as text and as pictures, photos,
+    and bars. Each product is there twice, and no picture is like another.
 
     Raises:
         ValueError: Pillow or the photographs cannot be had.
     """
     texts = [
         Prompt(0, f"{a}*{b}=", str(a * b), tags={"problem": f"{a}*{b}", "domain": "text"})
-        for a, b in product(range(2, 10), range(10, 100))
+        for a, b in list(product(range(2, 10), range(10, 100))) * TIMES
     ]
     pictures = [rendered(one, seed=seed + place) for place, one in enumerate(texts)]
     made = [*texts, *pictures, *photos.prompts(COUNT, seed), *bars.prompts(COUNT, seed)]

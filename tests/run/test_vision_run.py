@@ -90,8 +90,14 @@ class TestRun:
         with pytest.raises(ValueError, match=r"prompts have changed|Changed since"):
             train(config("iterations=3"), resume=True)
 
-    def test_dry_run(self, folder):
-        assert "parameters" in describe(config())
+    def test_dry_run_counts_what_is_kept_of_images(self, folder):
+        [line] = [one for one in describe(config()).splitlines() if "#   images" in one]
+        parts = build(config())
+        numbers = range(len(vision_testing.COLOURS))
+        pixels = sum(parts.images.pixels(n)["pixel_values"].nbytes for n in numbers)
+        features = sum(parts.images.places(n) for n in numbers) * 16 * 4
+        parts.close()
+        assert float(line.split()[-1]) == pytest.approx((pixels + features) / 1e6, abs=0.05)
 
     def test_a_text_model_refuses_images(self, text_model):
         with pytest.raises(ValueError, match="has images, and the model reads text only"):

@@ -29,7 +29,7 @@ def prompts():
 
 @pytest.fixture(scope="module")
 def sides(prompts):
-    return split(prompts, 1260, 0)
+    return split(prompts, 1240, 0)
 
 
 def test_pools_are_equal_and_pictures_differ(prompts):

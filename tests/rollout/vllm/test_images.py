@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import vision_testing
+from tiny_runs import TINY
 from transformers import (
     CLIPImageProcessorPil,
     Idefics3Config,
@@ -18,23 +20,20 @@ from transformers import (
 from vllm_testing import MARKS, SMALL_CACHE, STOP, PublishedEngine, gathered, joined
 
 from kimi_core.config import Config, TrainerConfig
+from kimi_core.metrics import read_metrics
 from kimi_core.models import scratch
 from kimi_core.models.vision_check import own_logprobs
 from kimi_core.models.vision_load import load_images
 from kimi_core.rollout.engine import EngineFailed
 from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.run.config_file import load_config
+from kimi_core.run.run import train as train_run
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.trainer import Trainer
 from kimi_core.types import Batch, Prompt, Request, Sampling, TrainingBatch
 from kimi_core.weights.publish import InPlace
 
 pytestmark = MARKS
-
-IMAGE_TOKENS = {0, 15}
-"""Of LLaVA and of Idefics3; they end a response (``models/codec.py``)."""
-ENDS = frozenset({STOP, *IMAGE_TOKENS})
-GREEDY, SAMPLED = Sampling(0, 0, ENDS), Sampling(0.8, 5, ENDS)
-
 
 WITH_TORCHVISION = pytest.mark.skipif(
     find_spec("torchvision") is None,
@@ -119,6 +118,11 @@ def engine(request, tmp_path_factory):
     engine.close()
 
 
+def sampling_of(engine: PublishedEngine, temperature: float) -> Sampling:
+    """The image token ends a response (``models/codec.py``)."""
+    return Sampling(temperature, 5, frozenset({STOP, engine.config.image_token_id}))
+
+
 def requests_of(engine: PublishedEngine, budget: int = 20) -> list[Request]:
     """With one image, two, one twice, and none; two differ only in the image; each twice."""
     first, second, third, fourth = (engine.images.ids_of(number) for number in range(4))
@@ -148,7 +152,8 @@ def assert_own(engine: PublishedEngine, requests, parts, temperature: float) -> 
 def train(engine: PublishedEngine) -> None:
     """One step of the trainer on responses to prompts with images."""
     requests = requests_of(engine)
-    parts = gathered(engine.generate(requests, SAMPLED))
+    sampling = sampling_of(engine, 0.8)
+    parts = gathered(engine.generate(requests, sampling))
     ids, mask, logprobs = [], [], []
     for request in requests:
         tokens, found = joined(parts[request.trajectory_id])
@@ -173,16 +178,16 @@ def train(engine: PublishedEngine) -> None:
         ended_rewards={0: earned},
     )
     policy = Policy(
-        engine.model, temperature=SAMPLED.temperature, head_chunk=64, images=engine.images
+        engine.model, temperature=sampling.temperature, head_chunk=64, images=engine.images
     )
     trainer = Trainer(policy, TrainerConfig(learning_rate=1e-2), InPlace())
     metrics = trainer.train(batch, policy_version=engine.policy_version, seed=(0,))
     assert metrics.logprob_gap_max < 1e-4
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_logprobs_are_those_of_the_model_before_and_after_a_step_of_the_tower(engine, sampling):
-    requests = requests_of(engine)
+@pytest.mark.parametrize("temperature", [0, 0.8], ids=["greedy", "sampled"])
+def test_logprobs_are_those_of_the_model_before_and_after_a_step_of_the_tower(engine, temperature):
+    requests, sampling = requests_of(engine), sampling_of(engine, temperature)
     for _ in range(2):
         parts = gathered(engine.generate(requests, sampling))
         assert_own(engine, requests, parts, sampling.temperature or 1.0)
@@ -198,12 +203,13 @@ def test_logprobs_are_those_of_the_model_before_and_after_a_step_of_the_tower(en
 
 
 def test_greedy_tokens_are_those_of_the_embedded_engine_whole_and_cut(engine):
+    greedy = sampling_of(engine, 0)
     twin = TorchEngine(
         engine.model, batch_rows=16, policy_version=engine.policy_version, images=engine.images
     )
-    expected = gathered(twin.generate(requests_of(engine), GREEDY))
-    whole = gathered(engine.generate(requests_of(engine), GREEDY))
-    cut = gathered(engine.generate(requests_of(engine, budget=7), GREEDY))
+    expected = gathered(twin.generate(requests_of(engine), greedy))
+    whole = gathered(engine.generate(requests_of(engine), greedy))
+    cut = gathered(engine.generate(requests_of(engine, budget=7), greedy))
     logprobs = {}
     for request in requests_of(engine):
         tokens, _ = joined(whole[request.trajectory_id])
@@ -214,7 +220,7 @@ def test_greedy_tokens_are_those_of_the_embedded_engine_whole_and_cut(engine):
             begun, _ = joined(parts)
             ids = np.append(request.token_ids, begun).astype(np.int32)
             more = replace(request, token_ids=ids, remaining=20 - len(begun))
-            parts = parts + gathered(engine.generate([more], GREEDY))[request.trajectory_id]
+            parts = parts + gathered(engine.generate([more], greedy))[request.trajectory_id]
         assert joined(parts)[0] == tokens
     assert not np.allclose(logprobs[0][0], logprobs[2][0])  # Only the image is another.
 
@@ -226,5 +232,32 @@ def test_an_image_that_vllm_expands_to_other_places_is_told(engine, monkeypatch)
     monkeypatch.setattr(engine.images, "ids_of", lambda number: ids_of(number) + ids_of(number))
     request = requests_of(engine)[0]
     ids = np.append(engine.images.ids_of(0), [5, 6]).astype(np.int32)
+    other = replace(request, token_ids=ids, prompt_length=len(ids))
     with pytest.raises(EngineFailed, match="its processor does not expand an image"):
-        gathered(engine.generate([replace(request, token_ids=ids, prompt_length=len(ids))], GREEDY))
+        gathered(engine.generate([other], sampling_of(engine, 0)))
+
+
+def test_a_run_with_images_samples_with_vllm(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(TINY)
+    vision_testing.write_data(tmp_path)
+    model, processor = idefics3()
+    model.save_pretrained("model")
+    processor.save_pretrained("model")
+    reward = "def reward(prompt, response):\n    return float(sum(map(ord, response)) % 2)\n"
+    Path("reward.py").write_text(reward)
+    settings = [
+        "model.name=model",
+        "prompts.source=pictures.jsonl",
+        "sft.data=none",
+        "reward.function=reward.py:reward",
+        "rollout.engine=vllm",
+        f"rollout.vllm.args.kv_cache_memory_bytes={SMALL_CACHE['kv_cache_memory_bytes']}",
+        "rollout.token_budget=5",
+        "rollout.prompts_per_iteration=6",
+        "trainer.learning_rate=1e-3",
+        "iterations=3",
+    ]
+    iterations, _ = read_metrics(train_run(load_config("tiny.toml", settings)) / "metrics.jsonl")
+    assert 0 < np.nanmax([one.logprob_gap_max for one in iterations]) < 1e-4
+    assert sum(one.trajectories_unfinished for one in iterations) > 0
