@@ -248,6 +248,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], Made | Cut]] = {
         ),
         Cut(0),
     ),
+    "Ovis2": (
+        "ovis2",
+        dict(
+            vision_config=TOWER
+            | dict(hidden_stride=2, vocab_size=VOCABULARY, num_visual_indicator_tokens=5),
+            text_config=text("qwen2"),
+            visual_indicator_token_ids=[58, 59, 60, 61, 62],
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+        ),
+        Made(4, plain),
+    ),
     "PaliGemma": (
         "paligemma",
         dict(

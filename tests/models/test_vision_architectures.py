@@ -14,6 +14,7 @@ from kimi_core.weights.publish import module_to_read
 
 REFUSED = {
     "AyaVision": "Cannot train|cannot read images",
+    "Ovis2": "cannot read images",
     "PaliGemma": "cannot run|Cannot train|cannot read images",
     "Gemma 3": "cannot read images .*attend to each other",
 }

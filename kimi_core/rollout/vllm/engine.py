@@ -202,29 +202,36 @@ class VLLMEngine:
     ) -> None:
         """Put each output of vLLM for one response into the queue, as (response, output)."""
         context = response.context
-        prompt, computed = self._prompt(context)
         params = _sampling_params(response, sampling, position=len(context))
+        shown = self.images if (context < 0).any() else None
         self._requests += 1
-        async for output in server.llm.generate(prompt, params, str(self._requests)):
-            if output.prompt_token_ids not in (None, computed):
-                raise EngineFailed(
-                    f"vLLM took the prompt of trajectory {response.request.trajectory_id} for "
-                    f"{len(output.prompt_token_ids)} other tokens than the trainer's "
-                    f"{len(computed)}: its processor does not expand an image as the model's own "
-                    "does; use rollout.engine = 'torch'"
-                )
+        async for output in server.llm.generate(
+            self._prompt(context, shown), params, str(self._requests)
+        ):
+            if shown is not None:
+                self._check_places(response, output.prompt_token_ids, context)
+                shown = None
             queue.put_nowait((response, output))
 
-    def _prompt(self, context: np.ndarray) -> tuple[Any, list[int]]:
-        """A context as vLLM takes it, and the token ids that it computes."""
-        version = self.policy_version
-        if self.images is not None and (context < 0).any():
-            ids = expanded(self.config, context)
-            return prompt_with_images(self.images, self.config, context, version), ids
+    def _prompt(self, context: np.ndarray, images: Images | None) -> Any:
+        """A context as vLLM takes it, with the salt of its prefix cache."""
+        if images is not None:
+            return prompt_with_images(images, self.config, context, self.policy_version)
         from vllm import TokensPrompt
 
-        ids = context.tolist()
-        return TokensPrompt(prompt_token_ids=ids, cache_salt=str(version)), ids
+        return TokensPrompt(prompt_token_ids=context.tolist(), cache_salt=str(self.policy_version))
+
+    def _check_places(
+        self, response: Response, computed: list[int] | None, context: np.ndarray
+    ) -> None:
+        """Raises EngineFailed: vLLM computes other tokens than the trainer will."""
+        expected = expanded(self.config, context)
+        if computed not in (None, expected):
+            raise EngineFailed(
+                f"vLLM took the prompt of trajectory {response.request.trajectory_id} for "
+                f"{len(computed)} other tokens than the trainer's {len(expected)}: its processor "
+                "does not expand an image as the model's own does; use rollout.engine = 'torch'"
+            )
 
     def _add(self, response: Response, output: Any) -> bool:
         """Add what came to a response. True: vLLM gave it up, because an instance has ended."""
