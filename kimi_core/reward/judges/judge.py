@@ -19,6 +19,7 @@ import numpy as np
 
 from kimi_core.models.codec import Codec
 from kimi_core.reward.base import InfrastructureError
+from kimi_core.reward.judges.labelled import without_marks
 from kimi_core.rollout.engine import Engine
 from kimi_core.rollout.texts import complete
 from kimi_core.types import IMAGE_MARK, Image, Prompt, Sampling, Segment
@@ -173,6 +174,7 @@ class JudgeReward:
 
     def ask(self, question: str, reference: str, response: str) -> str:
         """The judge's prompt about one response."""
+        response = without_marks(response)
         fields = {"question": question, "reference": reference, "response": response}
         if self._escaping:
             fields = {name: escape(text, self._special_tokens) for name, text in fields.items()}

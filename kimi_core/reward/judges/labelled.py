@@ -22,7 +22,7 @@ from kimi_core.models.images import checked
 from kimi_core.prompts.images import take_images
 from kimi_core.prompts.place import Place
 from kimi_core.tasks import multiply
-from kimi_core.types import Image, Prompt
+from kimi_core.types import IMAGE_MARK, Image, Prompt
 
 TEMPLATE = "{question}{reference}?{response}>"
 """The prompt for a model from scratch, which reads single characters."""
@@ -55,8 +55,13 @@ class Labelled:
 
     def prompt(self, template: str = TEMPLATE) -> str:
         return template.format(
-            question=self.question, reference=self.reference, response=self.response
+            question=self.question, reference=self.reference, response=without_marks(self.response)
         )
+
+
+def without_marks(response: str) -> str:
+    """A response in which no character is taken for the place of one of the question's images."""
+    return response.replace(IMAGE_MARK, "\N{REPLACEMENT CHARACTER}")
 
 
 def sums(prompts: Sequence[Prompt], *, seed: int) -> list[Labelled]:
@@ -141,20 +146,23 @@ def _of_run(run: Path) -> list[Labelled]:
     found: dict[tuple[int, str], Labelled] = {}
     images: dict[str, Image] = {}
     for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            one = json.loads(line)
-            if one["correctness"] is None:
-                continue
-            for digest in one.get("images", ()):
-                if digest not in images:
-                    images[digest] = checked(run / "images" / f"{digest}.png")
-            found[one["prompt_id"], one["response"]] = Labelled(
-                one["prompt"],
-                one["answer"],
-                one["response"],
-                one["correctness"] > 0.5,
-                images=tuple(images[digest] for digest in one.get("images", ())),
-            )
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                one = json.loads(line)
+                if one["correctness"] is None:
+                    continue
+                for digest in one["images"]:
+                    if digest not in images:
+                        images[digest] = checked(run / "images" / f"{digest}.png")
+                found[one["prompt_id"], one["response"]] = Labelled(
+                    one["prompt"],
+                    one["answer"],
+                    one["response"],
+                    one["correctness"] > 0.5,
+                    images=tuple(images[digest] for digest in one["images"]),
+                )
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise ValueError(f"{file}, line {number}: {error!r}") from error
     return list(found.values())
 
 

@@ -80,6 +80,15 @@ def test_it_learns_what_only_the_image_tells_and_becomes_a_reward_function(tmp_p
         reward(prompt, "1" * 200)
 
 
+def test_a_mark_in_a_response_is_not_the_place_of_an_image():
+    value, codec = value_model()
+    hostile = of(LIGHT, True, f"1{IMAGE_MARK}")
+    with pytest.raises(ValueError, match="cannot be tokenized"):
+        value.encode(codec, [hostile])  # As any character that this model cannot read.
+    front = Labelled("=", "1", IMAGE_MARK, True, images=(LIGHT,))
+    assert IMAGE_MARK not in front.prompt() and IMAGE_MARK not in hostile.prompt().partition("=")[2]
+
+
 def test_a_folder_without_a_head_is_refused(tmp_path):
     vision_testing.save_model(tmp_path)
     with pytest.raises(ValueError, match=r"no value_head.safetensors.*reward\.value\.model"):
