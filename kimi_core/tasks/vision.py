@@ -123,7 +123,7 @@ def response(prompt: Prompt, style: str) -> str:
 
     >>> shown = Prompt(0, "", "18", tags={"question": "add 5,6,7", "domain": "photos"})
     >>> response(shown, "terse"), response(shown, "worked")
-    ('#18', '5+6=11;11+7=18#18')
+    ('#18', '567;5+6=11;11+7=18#18')
     """
     if prompt.tags["domain"] in ("text", "rendered"):
         return multiply.response(prompt.tags.get("question", prompt.text), style)
@@ -132,7 +132,8 @@ def response(prompt: Prompt, style: str) -> str:
     addends = [int(one) for one in _listed(prompt.tags["question"])]
     sums = list(accumulate(addends))
     steps = [f"{a}+{b}={c}" for a, b, c in zip(sums, addends[1:], sums[1:], strict=False)]
-    return ";".join(steps) + f"#{prompt.answer}"
+    read = _reading(prompt)[1]  # What the reading task asks for comes first.
+    return ";".join([read, *steps]) + f"#{prompt.answer}"
 
 
 def _listed(text: str) -> list[str]:

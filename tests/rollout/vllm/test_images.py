@@ -3,6 +3,7 @@
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,15 @@ def llava_processor() -> LlavaProcessor:
     )
 
 
+def loud(model: Any) -> Any:
+    """With weights so large that an image shows in the log-probs."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
+
+
 def idefics3() -> tuple[Idefics3ForConditionalGeneration, Idefics3Processor]:
     """Its processor puts tokens around an image."""
     tokenizer = scratch.character_tokenizer(vision_testing.ALPHABET)
@@ -82,11 +92,7 @@ def idefics3() -> tuple[Idefics3ForConditionalGeneration, Idefics3Processor]:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    model = Idefics3ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
+    model = loud(Idefics3ForConditionalGeneration(config).eval())
     return model, Idefics3Processor(pictures, tokenizer, image_seq_len=4)
 
 
