@@ -51,12 +51,18 @@ def made_up(model: PreTrainedModel, images: Images) -> list[np.ndarray]:
     return [np.array(one, np.int32) for one in sequences]
 
 
-def check(model: PreTrainedModel, images: Images, given: Given, who: str) -> None:
+TAKE = "Take a model with causal attention, such as LLaVA, SmolVLM, InternVL or Qwen-VL"
+
+
+def check(
+    model: PreTrainedModel, images: Images, given: Given, who: str, way_out: str = TAKE
+) -> None:
     """Compare the log-probs that ``given`` gives with those of the model's own forward pass.
 
     Args:
         images: an empty or used table; two images are added.
         who: names the caller of the model, for the error.
+        way_out: a sentence without its full stop, for the error.
 
     Raises:
         ValueError: they differ.
@@ -75,8 +81,7 @@ def check(model: PreTrainedModel, images: Images, given: Given, who: str) -> Non
         if not gap <= tolerance * (1 + float(np.abs(theirs).max())):
             raise ValueError(
                 f"{who} cannot read images with {type(model).__name__}: log-probs differ by "
-                f"{gap:.3g} from the model's own{_reason(model)}. Take a model with causal "
-                "attention, such as LLaVA, SmolVLM, InternVL or Qwen-VL"
+                f"{gap:.3g} from the model's own{_reason(model)}. {way_out}"
             )
 
 

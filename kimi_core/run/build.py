@@ -34,6 +34,7 @@ from kimi_core.rollout.load import load_engine, reads_trainer, tensor_parallel
 from kimi_core.rollout.phase import buffer_size, sampling_for
 from kimi_core.rollout.texts import complete
 from kimi_core.rollout.torch.engine import TorchEngine
+from kimi_core.rollout.vllm.engine import VLLMEngine
 from kimi_core.rollout.vllm.server import check_options
 from kimi_core.run import state
 from kimi_core.run.data import Data, load_data, scratch_tokenizer
@@ -209,17 +210,36 @@ def check_images(model: PreTrainedModel, images: Images, policy: Policy, engine:
     Raises:
         ValueError: one of them reads images in another way.
     """
-
-    def sampled(contexts: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        sampling = Sampling(1.0, seed=0, stop_token_ids=frozenset())
-        answers = complete(engine, contexts, sampling, max_tokens=2)
-        for ids, one in zip(contexts, answers, strict=True):
-            unknown = np.full(len(ids) - 1, np.nan)
-            yield np.append(ids, one.token_ids), np.append(unknown, one.logprobs)
-
     with policy.reading(images):
         check(model, images, policy.on_sequences, "The trainer")
-    check(model, images, sampled, "The embedded engine")
+    check(model, images, partial(_sampled, engine), "The embedded engine")
+
+
+def check_vllm(parts: Parts) -> None:
+    """Compare vLLM with the model's own forward pass, once the weights are published.
+
+    Nothing is compared without images, with another engine, or if ranks have divided the model.
+
+    Raises:
+        ValueError: vLLM reads images in another way.
+        EngineFailed: as ``Engine.generate``.
+    """
+    loop = parts.loop
+    if isinstance(loop.engine, VLLMEngine) and parts.images and loop.trainer.ranks.size == 1:
+        with loop.turns.engine():
+            given = partial(_sampled, loop.engine)
+            check(parts.model, parts.images, given, "vLLM", "Set rollout.engine = 'torch'")
+
+
+def _sampled(
+    engine: Engine, contexts: Sequence[np.ndarray]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Contexts with two tokens behind them, and the log-probs of these, as ``check`` wants them."""
+    sampling = Sampling(1.0, seed=0, stop_token_ids=frozenset())
+    answers = complete(engine, contexts, sampling, max_tokens=2)
+    for ids, one in zip(contexts, answers, strict=True):
+        unknown = np.full(len(ids) - 1, np.nan)
+        yield np.append(ids, one.token_ids), np.append(unknown, one.logprobs)
 
 
 def _buffer_maker(longest_prompt: int, rollout: RolloutConfig) -> Callable[[Path], RolloutBuffer]:

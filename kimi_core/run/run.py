@@ -21,7 +21,7 @@ from kimi_core.loop import Loop
 from kimi_core.metrics import EvaluationMetrics, to_record
 from kimi_core.run import identity, state
 from kimi_core.run.best import forget_later, is_stuck, keep_best, read_best
-from kimi_core.run.build import Parts, build
+from kimi_core.run.build import Parts, build, check_vllm
 from kimi_core.run.collapse import watch
 from kimi_core.run.config_file import plain_settings
 from kimi_core.run.disk import disk_faults_named
@@ -126,6 +126,7 @@ def _carry_out(
         parts.loop.start()
         state.save(parts.loop, folder, sft_s)
     folder.sft_states.remove()
+    check_vllm(parts)
     _say_changes(folder, console)
     if said := forget_later(folder.path, parts.loop.iteration):
         say(console, said)
@@ -200,6 +201,7 @@ def fine_tune_alone(config: Config, *, resume: bool = False, accept_changes: boo
         _say_changes(folder, console)
         with Report(folder.path, total_iterations=0, console=console) as report:
             parts.loop.start()
+            check_vllm(parts)
             evaluate(parts, config, folder, report)
         checkpoint = folder.save_checkpoint(parts.loop.trainer, parts.tokenizer, parts.images)
         folder.sft_states.remove()
@@ -213,6 +215,7 @@ def evaluate_alone(config: Config, *, limit: int | None = None) -> EvaluationMet
     config = config.model_copy(update={"trainer": trainer, "sft": sft})
     with closing(build(config)) as parts:
         parts.loop.start()
+        check_vllm(parts)
         seed = config.seed + EVALUATION_SEED
         with parts.loop.turns.engine():
             return evaluate_sets(parts.evaluator, parts.sets, iteration=0, seed=seed, limit=limit)

@@ -7,7 +7,7 @@ from vision_testing import picture, table, tiny
 
 from kimi_core.models.codec import Codec
 from kimi_core.models.vision import Bounded, SentImages, is_frozen, to_send
-from kimi_core.models.vision_check import own_logprobs
+from kimi_core.models.vision_check import check, own_logprobs
 from kimi_core.rollout.engine import order
 from kimi_core.rollout.texts import complete
 from kimi_core.rollout.torch.engine import TorchEngine
@@ -251,3 +251,17 @@ def test_text_goes_in_as_ids(parts):
     ids, positions = torch.tensor([[3, 4]]), torch.tensor([[0, 1]])
     inputs = parts.images.inputs(parts.model, ids, positions)
     assert inputs.arguments() == {"input_ids": ids, "position_ids": positions}
+
+
+def test_another_engine_that_reads_images_in_its_own_way_is_told_apart():
+    model, _ = tiny()
+    images = table()
+
+    def too_likely(contexts):
+        for ids in contexts:
+            own = own_logprobs(model, images, np.append(ids, 5))
+            unknown = np.full(len(ids) - 1, np.nan)
+            yield np.append(ids, 5), np.append(unknown, own[-1:] + 0.01)
+
+    with pytest.raises(ValueError, match=r"^vLLM cannot read images .*own\. Use another engine$"):
+        check(model, images, too_likely, "vLLM", "Use another engine")

@@ -109,6 +109,7 @@ class TestRun:
         with pytest.raises(ValueError, match=rf"reads images, which .*trainer\.{axis} = 2"):
             load_images(model, config("trainer.ranks=2", f"trainer.{axis}=2"))
 
+    @pytest.mark.slow
     def test_two_ranks_train_what_one_trains(self, folder):
         """Only rank 0 reads images; the other is sent pixels, in SFT and in RL."""
         settings = ["iterations=2", "trainer.learning_rate=1e-3", "trainer.weight_decay=0.1"]
@@ -126,6 +127,7 @@ class TestRun:
                 continue  # It shifts all scores alike, so its gradient is rounding.
             np.testing.assert_allclose(files[1][name], value, atol=1e-4, err_msg=name)
 
+    @pytest.mark.slow
     def test_images_of_examples_alone_are_checked_before_ranks_divide_the_model(self, folder):
         Path("words.jsonl").write_text(
             "".join(json.dumps({"prompt": f"{n}=", "answer": "1"}) + "\n" for n in range(24))
