@@ -101,7 +101,9 @@ class Workers:
 
     def _drop(self, worker: "_Worker") -> None:
         with self._lock:
-            self._busy.discard(worker)
+            if worker not in self._busy:  # ``close`` kills it: two threads must not free one file.
+                return
+            self._busy.remove(worker)
         worker.kill()
 
 

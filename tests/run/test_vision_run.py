@@ -127,7 +127,7 @@ class TestRun:
                 continue  # It shifts all scores alike, so its gradient is rounding.
             np.testing.assert_allclose(files[1][name], value, atol=1e-4, err_msg=name)
 
-    @pytest.mark.slow
+    @pytest.mark.nightly
     def test_images_of_examples_alone_are_checked_before_ranks_divide_the_model(self, folder):
         Path("words.jsonl").write_text(
             "".join(json.dumps({"prompt": f"{n}=", "answer": "1"}) + "\n" for n in range(24))
