@@ -45,7 +45,7 @@ class Processor(Protocol):
         ...
 
     def save_for_vllm(self, folder: Path) -> None:
-        """Write a processor of transformers and its tokenizer, with which vLLM counts places.
+        """Write a processor of transformers and its tokenizer, by which vLLM counts places.
 
         Raises:
             ValueError: there is none.
@@ -54,6 +54,14 @@ class Processor(Protocol):
 
 
 def processor_of(name: str, model: PreTrainedModel) -> Processor:
+    """What makes ``model``'s input of a picture.
+
+    Args:
+        name: ``model.name`` of a config: ``scratch``, a folder or a hub page.
+
+    Raises:
+        ValueError: the folder or page has no processor, or that needs a package that is missing.
+    """
     if name == "scratch":
         return Standardised(scratch.IMAGE_SIZE, scratch.PLACES)
     if (settings := Path(name) / STANDARDISED).is_file():
