@@ -305,6 +305,8 @@ def _arguments(
     }
     if images is not None:
         arguments["mm_processor_cache_gb"] = IMAGE_CACHE_GB
+        # The tower would normalise pixels with numbers that the dummy weights overwrite.
+        arguments["mm_device_do_normalize"] = False
     if current_platform.is_cpu():
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
         # Only full blocks are reused, and few prompts fill a block of 128, vLLM's default here.

@@ -17,6 +17,11 @@ from transformers import (
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLVideoProcessor,
 )
 from vllm_testing import MARKS, SMALL_CACHE, STOP, PublishedEngine, gathered, joined
 
@@ -38,7 +43,7 @@ pytestmark = MARKS
 
 WITH_TORCHVISION = pytest.mark.skipif(
     find_spec("torchvision") is None,
-    reason="vLLM's LLaVA needs torchvision, whose CPU build is not in every index",
+    reason="vLLM's LLaVA and Qwen-VL need torchvision, whose CPU build is not in every index",
 )
 
 
@@ -96,12 +101,60 @@ def idefics3() -> tuple[Idefics3ForConditionalGeneration, Idefics3Processor]:
     return model, Idefics3Processor(pictures, tokenizer, image_seq_len=4)
 
 
+def qwen(folder: str) -> Qwen2_5_VLForConditionalGeneration:
+    """With M-RoPE; its processor is written into the folder."""
+    tokenizer = scratch.character_tokenizer(vision_testing.ALPHABET)
+    names = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    sizes = {"patch_size": 8, "merge_size": 2, "min_pixels": 16 * 16, "max_pixels": 48 * 48}
+    pictures, videos = Qwen2VLImageProcessorPil(**sizes), Qwen2VLVideoProcessor(**sizes)
+    Qwen2_5_VLProcessor(pictures, tokenizer, videos).save_pretrained(folder)
+    image, video, start, end = tokenizer.convert_tokens_to_ids(names)
+    layers = dict(hidden_size=64, intermediate_size=64)
+    config = Qwen2_5_VLConfig(
+        vision_config=dict(
+            **layers,
+            depth=2,
+            num_heads=2,
+            patch_size=8,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=64,
+            window_size=32,
+            fullatt_block_indexes=[1],
+        ),
+        text_config=dict(
+            **layers,
+            vocab_size=len(tokenizer),
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 6, 6],
+            },
+            bos_token_id=None,
+            eos_token_id=STOP,
+        ),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return loud(Qwen2_5_VLForConditionalGeneration(config).eval())
+
+
 @pytest.fixture(
     scope="module",
     params=[
         "Idefics3",
         pytest.param("scratch", marks=WITH_TORCHVISION),
         pytest.param("LLaVA", marks=WITH_TORCHVISION),
+        pytest.param("Qwen2.5-VL", marks=WITH_TORCHVISION),
     ],
 )
 def engine(request, tmp_path_factory):
@@ -109,6 +162,8 @@ def engine(request, tmp_path_factory):
     if request.param == "Idefics3":
         model, processor = idefics3()
         processor.save_pretrained(name)
+    elif request.param == "Qwen2.5-VL":
+        model = qwen(name)
     else:
         model, _ = vision_testing.tiny(width=64)  # On a CPU vLLM has no heads of less than 32.
         if request.param == "scratch":
@@ -198,7 +253,7 @@ def test_logprobs_are_those_of_the_model_before_and_after_a_step_of_the_tower(en
         parts = gathered(engine.generate(requests, sampling))
         assert_own(engine, requests, parts, sampling.temperature or 1.0)
         named = engine.model.named_parameters()
-        tower = [one for name, one in named if "vision" in name]
+        tower = [one for name, one in named if "vision" in name or "visual" in name]
         before = [one.detach().clone() for one in tower]
         train(engine)
         moved = [not torch.equal(a, b) for a, b in zip(before, tower, strict=True)]
