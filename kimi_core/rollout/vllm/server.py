@@ -56,6 +56,7 @@ OURS = (
     "weight_transfer_config",
     "worker_extension_cls",
     "additional_config",
+    "mm_device_do_normalize",
 )
 """Arguments of vLLM that a run sets itself, so that a config cannot."""
 
