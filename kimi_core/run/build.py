@@ -285,8 +285,9 @@ def _trainer(
         if images is not None and (images or begins_later):
             # Made-up images in the run's table would come before those of the examples.
             table = images or images.another()
-            # The run's own engine may be in another process, and nothing is published yet.
-            here = TorchEngine(module_to_read(read), batch_rows=4, images=table)
+            here = engine
+            if not images or isinstance(publisher, ArenaPublisher):  # Nothing is published yet.
+                here = TorchEngine(module_to_read(read), batch_rows=4, images=table)
             check_images(model, table, policy, here)
         return Trainer(policy, config.trainer, publisher, ranks), engine, publisher
     except BaseException:

@@ -1,6 +1,6 @@
 """Which responses each update of an iteration trains on, and on which ranks."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,8 +27,14 @@ class Share:
     """Pixels of the images in ``batch``, for a rank that cannot read them itself."""
 
 
-def shares_of(batch: TrainingBatch, updates: list[np.ndarray], parts: int) -> list[Share]:
-    """Deal the responses of each update by tokens, the longest first; one share for each part."""
+def shares_of(
+    batch: TrainingBatch, updates: list[np.ndarray], parts: int, images: Images | None = None
+) -> list[Share]:
+    """Deal the responses of each update by tokens, the longest first; one share for each part.
+
+    Args:
+        images: of the prompts; with several parts each share has the pixels that it needs.
+    """
     sizes = [len(update) for update in updates]
     if parts == 1:
         return [Share(batch, updates, sizes, np.arange(len(batch.tokens.token_ids)))]
@@ -42,16 +48,9 @@ def shares_of(batch: TrainingBatch, updates: list[np.ndarray], parts: int) -> li
         chosen = np.sort(np.concatenate(mine))
         places = [np.searchsorted(chosen, one) for one in mine]
         some = select(batch, chosen)
-        shares.append(Share(some, places, sizes, tokens_of(batch.tokens, chosen)))
+        sent = to_send_with(images, some.tokens.token_ids)
+        shares.append(Share(some, places, sizes, tokens_of(batch.tokens, chosen), sent))
     return shares
-
-
-def with_images(shares: list[Share], images: Images | None) -> list[Share]:
-    """The shares with the pixels that other ranks need for them."""
-    return [
-        replace(share, images=to_send_with(images, share.batch.tokens.token_ids))
-        for share in shares
-    ]
 
 
 def select(batch: TrainingBatch, sequences: np.ndarray) -> TrainingBatch:

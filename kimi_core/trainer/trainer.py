@@ -26,7 +26,7 @@ from kimi_core.trainer.packing import MicroBatch, micro_batches
 from kimi_core.trainer.parallel import shard
 from kimi_core.trainer.policy import Policy
 from kimi_core.trainer.ranks import Ranks, on_all_ranks
-from kimi_core.trainer.shares import PhaseOutcome, ages_and_counted, deal, shares_of, with_images
+from kimi_core.trainer.shares import PhaseOutcome, ages_and_counted, deal, shares_of
 from kimi_core.types import Batch, TrainingBatch
 from kimi_core.weights.publish import Publisher
 from kimi_core.weights.shards import load_rows, save_model, save_rows
@@ -146,9 +146,7 @@ class Trainer:
             RuntimeError: the policy's parameters were replaced during the phase.
         """
         updates = deal(batch.group_ids, self._config.updates_per_iteration, seed)
-        shares = shares_of(batch, updates, self.ranks.data_parallel)
-        if self.ranks.size > 1:
-            shares = with_images(shares, self.policy.images)
+        shares = shares_of(batch, updates, self.ranks.data_parallel, self.policy.images)
         rate = self._config.learning_rate * share_of_peak
         phase = self._train(self.ranks.each(shares), policy_version, rate)
         met = np.full((2, len(batch.tokens.token_ids)), np.nan, np.float32)
@@ -301,7 +299,8 @@ class Trainer:
             which: the update's responses on this rank.
             size: its number of responses on all ranks.
         """
-        total, weights = 0.0, self._master_weights()
+        total = 0.0
+        assert self._weights is not None
         for micro in self._micro_batches(batch.tokens, counted, which):
             loss, met_2t, fault = None, None, ""
             try:
@@ -317,7 +316,7 @@ class Trainer:
                 raise self._diverged(said)
             assert loss is not None
             (loss * self.policy.averaged_over).backward()
-            weights.add_gradients()
+            self._weights.add_gradients()
             total += float(loss.detach())
             if micro and met_2t is not None:
                 met[:, micro.source_t.cpu().numpy()] = met_2t.cpu().numpy()
@@ -392,7 +391,8 @@ class Trainer:
         return norm
 
     def _diverged(self, what: str) -> TrainingDiverged:
-        self._master_weights().drop_gradients()
+        assert self._weights is not None
+        self._weights.drop_gradients()
         return TrainingDiverged(
             f"{what}: the update was not taken. Lower trainer.learning_rate (now "
             f"{self._config.learning_rate}) or look at the rewards and log-probs in "

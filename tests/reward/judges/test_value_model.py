@@ -20,6 +20,7 @@ from kimi_core.prompts.load import split
 from kimi_core.reward.judges import compare
 from kimi_core.reward.judges.labelled import (
     ALPHABET,
+    TEMPLATE,
     VERDICT,
     Labelled,
     load_labelled,
@@ -204,6 +205,10 @@ def test_labelled_files(tmp_path):
 def arguments(*given: str) -> argparse.Namespace:
     small = ["--layers", "1", "--width", "16", "--steps", "2", "--batch-size", "4"]
     return reward_parser().parse_args([*small, "--test", "8", "--examples", "16", *given])
+
+
+def test_the_command_has_the_template_of_the_models():
+    assert reward_parser().get_default("template") == TEMPLATE
 
 
 def test_the_comparison_prints_both_side_by_side(capsys, tmp_path):
